@@ -1,0 +1,52 @@
+"""Open a bundle and draw with it: no torch, no onnx, only numpy and a backend.
+
+    import elastic_runtime as er
+    pipe = er.ElasticPipeline.from_pretrained("bundle")
+    image = pipe(class_labels=[7], guidance_scale=4.0, budget=er.Budget(latents=64)).images[0]
+"""
+
+from elastic_runtime.axis import Axis, Span
+from elastic_runtime.backends.fake import FakeSession
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.denoiser import Guidance
+from elastic_runtime.errors import (
+    BudgetError,
+    BundleError,
+    ElasticError,
+    InferenceError,
+    MissingError,
+    ModelError,
+    UsageError,
+    VerificationError,
+)
+from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
+from elastic_runtime.policy import Choice, Fixed, PerStep, Policy
+from elastic_runtime.session import Session, open_session
+
+__all__ = [
+    "Axis",
+    "Budget",
+    "BudgetError",
+    "Bundle",
+    "BundleError",
+    "Choice",
+    "ElasticError",
+    "ElasticPipeline",
+    "FakeSession",
+    "Fixed",
+    "Guidance",
+    "InferenceError",
+    "MissingError",
+    "ModelError",
+    "PerStep",
+    "PipelineOutput",
+    "Policy",
+    "Progress",
+    "Session",
+    "Span",
+    "StepRecord",
+    "UsageError",
+    "VerificationError",
+    "open_session",
+]

@@ -1,0 +1,1 @@
+"""One file a backend; each is the only one to import its library."""

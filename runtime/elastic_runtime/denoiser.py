@@ -1,0 +1,78 @@
+"""From a session to a guided velocity: the feeds of a budget, batches, and the branches of guidance."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Manifest
+from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.policy import Choice
+from elastic_runtime.reference import axis_feeds
+from elastic_runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """`v_weak + scale * (v_cond - v_weak)` for times in [low, high]; elsewhere the conditional prediction alone.
+
+    The weak branch has no label (classifier-free guidance) or, with `auto`, the same label (autoguidance: the weak branch
+    differs by its smaller budget only). With a smaller budget and no label it is CCFG (arXiv 2603.12245, section 3.4).
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    auto: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.scale >= 1.0 or self.scale == float("inf"):
+            raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise UsageError(f"the guidance interval must lie in 0 to 1 and rise, got {self.low} to {self.high}")
+
+    def active(self, time: float) -> bool:
+        return self.scale > 1.0 and self.low <= time <= self.high
+
+
+class Denoiser:
+    """A session with the manifest's meaning of its inputs."""
+
+    def __init__(self, session: Session, manifest: Manifest):
+        self._session = session
+        self._manifest = manifest
+
+    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, choice: Choice) -> np.ndarray:
+        """Velocity of `x` (B, C, H, W) float64 at `time`, guided. One run serves both branches where their budgets agree."""
+        if not guidance.active(time):
+            return self.predict(x, time, labels, choice.budget)
+        weak_labels = labels if guidance.auto else np.full_like(labels, self._manifest.model.null_label)
+        if choice.guidance_budget == choice.budget:
+            if guidance.auto:
+                return self.predict(x, time, labels, choice.budget)  # both branches are the same prediction
+            both = self.predict(np.concatenate([x, x]), time, np.concatenate([labels, weak_labels]), choice.budget)
+            strong, weak = np.split(both, 2)
+        else:
+            strong = self.predict(x, time, labels, choice.budget)
+            weak = self.predict(x, time, weak_labels, choice.guidance_budget)
+        return weak + guidance.scale * (strong - weak)
+
+    def predict(self, x: np.ndarray, time: float, labels: np.ndarray, budget: Budget) -> np.ndarray:
+        """Prediction for `x` (B, C, H, W) at one time and budget, in as few runs as the graph's batch span allows."""
+        parts = []
+        for rows in self._runs(len(x)):
+            feeds = {
+                "sample": x[rows].astype(np.float32),
+                "timestep": np.full(rows.stop - rows.start, time, dtype=np.float32),
+                "class_labels": labels[rows],
+            }
+            parts.append(self._session.run(feeds | axis_feeds(self._manifest.axes, budget))["prediction"])
+        return np.concatenate(parts).astype(np.float64)
+
+    def _runs(self, size: int) -> list[slice]:
+        span = self._session.graph.batch
+        runs = -(-size // span.max)
+        edges = np.linspace(0, size, runs + 1).round().astype(int)
+        if np.diff(edges).min() < span.min:
+            raise BudgetError(f"this graph takes batches of {span}; {size} pictures (guidance counted) do not divide into such runs")
+        return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]

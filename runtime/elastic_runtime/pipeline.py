@@ -1,0 +1,237 @@
+"""`ElasticPipeline`: a bundle that draws pictures, in words that a diffusers user knows."""
+
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from PIL import Image
+
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.denoiser import Denoiser, Guidance
+from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.policy import Choice, Fixed, Policy
+from elastic_runtime.sampler import SAMPLERS, Loop, Step
+from elastic_runtime.session import Session, open_session
+
+OutputType = Literal["pil", "np", "latent"]
+# callback(pipe, step_index, timestep, {"latents": state}) -> a dict that may hold other "latents"
+Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step used: its times, the budgets of its branches (None where a branch did not run) and its seconds."""
+
+    index: int
+    time: float
+    next_time: float
+    budget: Budget
+    guidance_budget: Budget | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W); `steps` tells what was spent."""
+
+    images: Any
+    steps: tuple[StepRecord, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step with its record, as `ElasticPipeline.iterate` yields it."""
+
+    step: Step
+    record: StepRecord
+
+
+class ElasticPipeline:
+    """Pictures from a bundle. Close it, or use it in a `with` block."""
+
+    def __init__(self, bundle: Bundle, denoiser: Session, decoder: Session | None = None):
+        self.bundle = bundle
+        self._sessions = [denoiser] + ([decoder] if decoder else [])
+        self._denoiser = Denoiser(denoiser, bundle.manifest)
+        self._decoder = decoder
+
+    @classmethod
+    def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
+        """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
+
+        Raises: BundleError, MissingError.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        denoiser = open_session(opened, "denoiser", backend, **options)
+        has_decoder = "decoder" in opened.manifest.graphs
+        return cls(opened, denoiser, open_session(opened, "decoder", backend, **options) if has_decoder else None)
+
+    def __repr__(self) -> str:
+        return f"ElasticPipeline.from_pretrained({str(self.bundle.folder)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the sessions."""
+        for session in self._sessions:
+            session.close()
+
+    def __call__(
+        self,
+        class_labels: Sequence[int] | int,
+        *,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 1.0,
+        budget: Budget | None = None,
+        guidance_budget: Budget | None = None,
+        policy: Policy | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        autoguidance: bool = False,
+        sampler: str = "euler",
+        generator: np.random.Generator | None = None,
+        noise: np.ndarray | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> PipelineOutput:
+        """Draw one picture for each class label.
+
+        Args:
+            class_labels: classes, 0 to num_classes - 1.
+            num_inference_steps: denoising steps.
+            guidance_scale: 1 is off; the weak branch runs at `guidance_budget` (default: the same as `budget`).
+            budget: a point on the bundle's axes (default: the axes' defaults); or `policy` to choose for each step.
+            guidance_interval: times between which guidance acts (1 is pure noise).
+            autoguidance: the weak branch keeps the label and differs by its smaller budget.
+            sampler: euler, heun or sde.
+            generator: source of the noise; the same seed gives the same picture.
+            noise: initial noise (B, C, H, W) in place of the generator's.
+            output_type: pil, np or latent.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": state})` after each step.
+
+        Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not finite.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise UsageError(f"output_type must be pil, np or latent, got {output_type!r}")
+        steps = self.iterate(
+            class_labels,
+            num_inference_steps=num_inference_steps,
+            guidance=Guidance(guidance_scale, *guidance_interval, auto=autoguidance),
+            policy=_policy(policy, budget, guidance_budget),
+            sampler=sampler,
+            generator=generator,
+            noise=noise,
+        )
+        records, replacement = [], None
+        while True:
+            try:
+                progress = steps.send(replacement)
+            except StopIteration:
+                break
+            records.append(progress.record)
+            state = replacement = progress.step.sample
+            if callback_on_step_end:
+                answer = callback_on_step_end(self, progress.step.index, progress.step.time, {"latents": state})
+                state = replacement = (answer or {}).get("latents", state)
+        return PipelineOutput(self.images(state, output_type), tuple(records))
+
+    def iterate(
+        self,
+        class_labels: Sequence[int] | int,
+        *,
+        num_inference_steps: int = 20,
+        guidance: Guidance | None = None,
+        policy: Policy | None = None,
+        sampler: str = "euler",
+        generator: np.random.Generator | None = None,
+        noise: np.ndarray | None = None,
+    ) -> Generator[Progress, np.ndarray | None, None]:
+        """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state."""
+        model, axes = self.bundle.manifest.model, self.bundle.manifest.axes
+        guidance, policy = guidance or Guidance(), policy or Fixed()
+        if sampler not in SAMPLERS:
+            raise UsageError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        labels = self._labels(class_labels)
+        shape = (len(labels), *model.sample_shape)
+        source = generator or np.random.default_rng()
+        start = source.standard_normal(shape) if noise is None else np.asarray(noise)
+        if start.shape != shape:
+            raise UsageError(f"noise must have shape {shape} (one sample a label), got {start.shape}")
+        state = policy.init(axes, num_inference_steps)
+        if guidance.auto and guidance.scale > 1 and policy.next(state, 0, 0.0)[0].guidance_budget == policy.next(state, 0, 0.0)[0].budget:
+            raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
+        begun = time.perf_counter()
+        choices: dict[int, Choice] = {}
+        guided: set[int] = set()
+
+        def velocity(x: np.ndarray, t: float, index: int) -> np.ndarray:
+            nonlocal state
+            if index not in choices:
+                choices[index], state = policy.next(state, index, time.perf_counter() - begun)
+            if guidance.active(t):
+                guided.add(index)
+            return self._denoiser.guided(x, t, labels, guidance, choices[index])
+
+        loop: Loop = SAMPLERS[sampler](velocity, start, num_inference_steps, source.standard_normal)
+        last, replacement = time.perf_counter(), None
+        while True:
+            try:
+                step = loop.send(replacement)
+            except StopIteration:
+                return
+            if not np.isfinite(step.sample).all():
+                raise InferenceError(f"step {step.index} gave values that are not finite; try --dtype fp32, and verify the bundle")
+            now, choice = time.perf_counter(), choices[step.index]
+            weak = choice.guidance_budget if step.index in guided else None
+            record = StepRecord(step.index, step.time, step.next_time, choice.budget, weak, now - last)
+            replacement = yield Progress(step, record)
+            last = time.perf_counter()
+
+    def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
+        """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the pixels."""
+        if output_type == "latent":
+            return latents
+        vae = self.bundle.manifest.model.vae
+        if self._decoder and vae:
+            scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
+            decoded = np.concatenate([self._decoder.run({"latent": one[None]})["image"] for one in scaled])
+        elif latents.shape[1] in (1, 3):
+            decoded = latents
+        else:
+            raise UsageError(
+                f"this bundle's model draws {latents.shape[1]}-channel latents and it holds no decoder: "
+                "export it again with --vae DIR, or ask for output_type='latent'"
+            )
+        pixels = np.clip(decoded.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1).astype(np.float32)  # (B, H, W, C)
+        if output_type == "np":
+            return pixels
+        return [Image.fromarray(np.squeeze((picture * 255).round().astype(np.uint8), -1) if picture.shape[-1] == 1 else (picture * 255).round().astype(np.uint8)) for picture in pixels]
+
+    def _labels(self, class_labels: Sequence[int] | int) -> np.ndarray:
+        classes = self.bundle.manifest.model.num_classes
+        labels = np.atleast_1d(np.asarray(class_labels))
+        if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+            raise UsageError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
+        if wrong := [int(label) for label in labels if not 0 <= label < classes]:
+            raise UsageError(f"this model has classes 0 to {classes - 1}, got {', '.join(map(str, wrong))}")
+        return labels.astype(np.int64)
+
+
+def _policy(policy: Policy | None, budget: Budget | None, guidance_budget: Budget | None) -> Policy:
+    if policy is None:
+        return Fixed(budget or Budget(), guidance_budget)
+    if budget is not None:
+        raise UsageError("give budget or policy, not both")
+    if guidance_budget is None:
+        return policy
+    if isinstance(policy, Fixed):
+        return replace(policy, guidance_budget=guidance_budget)
+    raise UsageError("give the policy its guidance_budget, not the pipeline")

@@ -1,0 +1,78 @@
+"""Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
+
+The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `bundle.key`.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from elastic_runtime.axis import Axis
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Bundle, Verification, key, parse_key
+from elastic_runtime.session import Session
+
+# Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
+
+
+def pack(graph: str, feeds: Mapping[str, np.ndarray], outputs: Mapping[Budget, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of one graph's reference run under their names in the file."""
+    arrays = {f"{graph}/feed/{name}": array for name, array in feeds.items()}
+    for budget, named in outputs.items():
+        arrays |= {f"{graph}/{key(budget)}/{name}": array for name, array in named.items()}
+    return arrays
+
+
+def unpack(graph: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[Budget, dict[str, np.ndarray]]]:
+    """Inverse of `pack` for one graph: (feeds, outputs by budget)."""
+    feeds: dict[str, np.ndarray] = {}
+    outputs: dict[Budget, dict[str, np.ndarray]] = {}
+    for full, array in arrays.items():
+        owner, group, name = full.split("/", 2)
+        if owner == graph and group == "feed":
+            feeds[name] = array
+        elif owner == graph:
+            outputs.setdefault(parse_key(group), {})[name] = array
+    return feeds, outputs
+
+
+def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
+    """The inputs that carry a budget."""
+    return {axis.input: axis.feed(budget[axis.name]) for axis in axes}
+
+
+def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: float, where: str) -> Verification:
+    """Figures of `output` against `wanted` (same shape). PSNR's peak is the reference's range."""
+    finite = bool(np.isfinite(output).all())
+    a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    difference = np.abs(a - b).max() if finite else np.inf
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = float(a @ b / norms) if finite and norms > 0 else float(finite and not a.any() and not b.any())
+    error = np.mean((a - b) ** 2) if finite else np.inf
+    span = max(float(b.max() - b.min()), 1e-12)
+    psnr = 10 * np.log10(span**2 / error) if error > 0 else 999.0
+    passed = finite and bool(difference <= tolerance * max(1.0, np.abs(b).max()))
+    # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
+    largest = float(np.finfo(np.float32).max)
+    return Verification(
+        budget=dict(budget),
+        max_abs=float(min(difference, largest)),
+        cosine=cosine,
+        psnr_db=float(max(psnr, -999.0)),
+        finite=finite,
+        tolerance=tolerance,
+        passed=passed,
+        where=where,
+    )
+
+
+def check(bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None) -> Iterator[Verification]:
+    """Run `session` at every recorded budget and yield how each compares; the worst output counts."""
+    feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
+    for budget, wanted in outputs.items():
+        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
+        got = session.run(feeds | axis_feeds(axes, budget))
+        rows = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
+        yield max(rows, key=lambda row: (not row.finite, row.max_abs))

@@ -1,0 +1,84 @@
+"""Denoising loops for rectified flow, as generators: the caller owns progress, previews and stopping.
+
+The path is `x_t = (1-t) x_0 + t eps` and a model predicts the velocity `v = eps - x_0`, so sampling runs t from 1 to 0.
+The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_runtime.errors import UsageError
+
+# velocity(x, t, index): velocity of x (B, C, H, W) float64 at time t in step `index`
+Velocity = Callable[[np.ndarray, float, int], np.ndarray]
+# draw(shape) -> standard normal float64
+Draw = Callable[[tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after step `index` (from 0) of `steps`, which went from `time` to `next_time`."""
+
+    index: int
+    steps: int
+    time: float
+    next_time: float
+    sample: np.ndarray
+
+
+Loop = Generator[Step, np.ndarray | None, None]
+
+
+def _after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+    return step.sample if replacement is None else np.asarray(replacement, dtype=np.float64)
+
+
+def _times(steps: int, least: int = 1) -> np.ndarray:
+    if steps < least:
+        raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
+    return np.linspace(1.0, 0.0, steps + 1)
+
+
+def euler(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+    """Euler's method on `steps + 1` uniform times; one evaluation a step."""
+    x, times = noise.astype(np.float64), _times(steps)
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
+        x = _after(step, (yield step))
+
+
+def heun(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+    """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
+    x, times = noise.astype(np.float64), _times(steps)
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        v = velocity(x, float(t), i)
+        ahead = x + (t_next - t) * v
+        if i < steps - 1:
+            ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
+        step = Step(i, steps, float(t), float(t_next), ahead)
+        x = _after(step, (yield step))
+
+
+def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+    """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
+
+    Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
+    velocity and guidance weights sum to one, guiding the velocity is the same.
+    """
+    if draw is None:
+        raise UsageError("the SDE sampler draws noise at each step: give it a generator")
+    _times(steps, least=2)
+    x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
+        score = -((1 - t) * v + x) / t
+        ahead = x + (v - 0.5 * w * score) * dt
+        if i < steps - 1:
+            ahead = ahead + np.sqrt(w * -dt) * draw(x.shape)
+        step = Step(i, steps, float(t), float(t_next), ahead)
+        x = _after(step, (yield step))
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "sde": sde}

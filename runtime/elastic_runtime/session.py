@@ -1,0 +1,106 @@
+"""A session: one graph of a bundle, opened by a backend, ready to run at any of its budgets.
+
+A backend is a file in `backends/`. It declares which targets it opens and says what is missing where it cannot run; only
+that file imports its library, and only when it opens something.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import ModuleType, TracebackType
+from typing import Self
+
+import numpy as np
+
+from elastic_runtime.bundle import Artifact, Bundle, Graph, TensorSpec
+from elastic_runtime.errors import BundleError, InferenceError, MissingError
+
+BACKENDS = ("ort",)
+Arrays = Mapping[str, np.ndarray]
+
+
+class Session(ABC):
+    """An open artifact. Close it, or use it in a `with` block.
+
+    A subclass implements `_run` and `close`, and says in `where` what it runs on.
+    """
+
+    where: str
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Run the graph on named arrays and return its outputs by name.
+
+        Raises: InferenceError if a feed is missing, unknown, or of another dtype or shape than the graph's, or if the
+        backend fails.
+        """
+        check_feeds(self.graph, feeds)
+        return self._run(feeds)
+
+    @abstractmethod
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray]: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the backend's memory; running afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def check_feeds(graph: Graph, feeds: Arrays) -> None:
+    """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions."""
+    names = {spec.name for spec in graph.inputs}
+    if names != set(feeds):
+        raise InferenceError(f"the graph takes {sorted(names)}, got {sorted(feeds)}")
+    open_dimensions: dict[str, int] = {}
+    for spec in graph.inputs:
+        array = feeds[spec.name]
+        if array.dtype.name != spec.dtype:
+            raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
+        if len(array.shape) != len(spec.shape) or not all(
+            open_dimensions.setdefault(wanted, size) == size if isinstance(wanted, str) else wanted == size
+            for wanted, size in zip(spec.shape, array.shape, strict=True)
+        ):
+            raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
+    for name, size in open_dimensions.items():
+        if size not in graph.dimensions[name]:
+            raise InferenceError(f"this graph takes {name} of {graph.dimensions[name]}, got {size}")
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"({', '.join(map(str, spec.shape))})"
+
+
+def backend(name: str) -> ModuleType:
+    """The module of a backend by name; raises MissingError listing those that exist."""
+    if name not in BACKENDS:
+        raise MissingError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return importlib.import_module(f"elastic_runtime.backends.{name}")
+
+
+def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = None, **options: object) -> Session:
+    """Open a graph of a bundle with backend `name`, or with the first one here that can run one of its artifacts.
+
+    Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run it.
+    """
+    if graph not in bundle.manifest.graphs:
+        raise BundleError(f"{bundle.folder} has no graph {graph!r}; it has {', '.join(bundle.manifest.graphs)}")
+    wanted = bundle.manifest.graphs[graph]
+    obstacles = []
+    for candidate in [name] if name else BACKENDS:
+        room = backend(candidate)
+        artifacts: list[Artifact] = [artifact for artifact in wanted.artifacts if artifact.target in room.OPENS]
+        if not artifacts:
+            obstacles.append(f"{candidate}: the bundle has no artifact for it")
+        elif obstacle := room.obstacle():
+            obstacles.append(f"{candidate}: {obstacle}")
+        else:
+            session: Session = room.open_artifact(bundle, wanted, artifacts[0], **options)
+            return session
+    raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. " + " ".join(obstacles))

@@ -1,0 +1,98 @@
+"""Replace a folder in one step, so that a kill at any moment leaves either the old one or the new one."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from elastic_runtime.errors import BundleError
+
+
+@contextlib.contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; when the block ends without an error, it takes the place of `folder`.
+
+    Raises: BundleError if the place cannot be written or the disk is full; whatever the block raises. In each case
+    `folder` is as it was.
+    """
+    folder = folder.absolute()
+    stage = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        stage.mkdir()
+    except OSError as error:
+        raise BundleError(f"cannot write beside {folder}: {error.strerror or error}. Choose another -o/--output.") from error
+    try:
+        yield stage
+        _flush(stage)
+        if folder.exists():
+            exchange(stage, folder)
+        else:
+            stage.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BundleError(f"no space left on the disk that holds {folder}; nothing was changed. Free some space, then try again.") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # the unfinished new folder, or the replaced old one
+
+
+def exchange(left: Path, right: Path) -> None:
+    """Swap two folders' names in one step where the system can (Linux, macOS), else in two renames."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+        if libc.renameat2(at_cwd, os.fsencode(left), at_cwd, os.fsencode(right), swap) == 0:
+            return
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        swap = 2  # RENAME_SWAP of renamex_np(2)
+        if libc.renamex_np(os.fsencode(left), os.fsencode(right), swap) == 0:
+            return
+    # A file system without an exchange: for a moment the old folder goes by another name.
+    aside = left.with_name(left.name + ".old")
+    right.rename(aside)
+    try:
+        left.rename(right)
+    except OSError:
+        aside.rename(right)
+        raise
+    aside.rename(left)
+
+
+def _flush(folder: Path) -> None:
+    """Ask the disk to keep what was written before the folder takes its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sweep(folder: Path) -> None:
+    """Clear what killed runs left beside `folder`; a run that is still alive keeps its own."""
+    for left in folder.parent.glob(f".{folder.name}.partial-*"):
+        pid = left.name.rsplit("-", 1)[1].removesuffix(".old")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if left.name.endswith(".old") and not folder.exists():
+            left.rename(folder)  # killed between the two renames of `exchange`
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # there, os.kill(pid, 0) would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

