@@ -4,13 +4,19 @@ Legend: B batch, C channels, T spatial tokens, D width, G groups (windows), P la
 K = G*J kept latents of a picture. The core runs on K tokens; everything else runs on T.
 """
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_export.models.cost import BYTES, elit_activation_values, elit_flops
+from elastic_export.models.family import Family
 from elastic_export.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -27,6 +33,10 @@ from elastic_export.models.layers import (
     split_heads,
     unpatchify,
 )
+from elastic_runtime.axis import Axis
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Cost, TensorSpec
+from elastic_runtime.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -241,3 +251,110 @@ _SIZES = {
 PRESETS = {f"elit-sit-{size}-256": params for size, params in _SIZES.items()} | {
     f"elit-sit-{size}-512": replace(params, input_size=64, group_size=8) for size, params in _SIZES.items()
 }
+
+
+def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of ElitParams that a public checkpoint's shapes and training arguments tell.
+
+    Raises: ModelError for a checkpoint that is not an ELIT, or one of a kind that this file does not implement.
+    """
+    for name, wanted in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
+        if args.get(name, wanted) != wanted:
+            raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={wanted!r} is supported")
+    named = {rename_key(key): tuple(value.shape) for key, value in weights.items()}
+    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "read.pos_embed", "read.latent_pos_embed")
+    if lacking := [name for name in needed if name not in named]:
+        raise ModelError(f"this is not an ELIT checkpoint: it lacks {', '.join(lacking)}")
+    width, channels, patch_size, _ = named["x_embedder.proj.weight"]
+    blocks = {int(match[1]) for key in named if key and (match := re.match(r"blocks\.(\d+)\.", key))}
+    shapes = {
+        "input_size": math.isqrt(named["pos_embed"][1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": len(blocks),
+        "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
+        "group_size": math.isqrt(named["read.pos_embed"][0]),
+        "latent_positions": named["read.latent_pos_embed"][0],
+        "mlp_ratio": named.get("blocks.0.mlp.fc1.weight", (4 * width,))[0] / width,
+    }
+    renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}
+    told = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}
+    if size := re.fullmatch(r"ELIT-SiT-(XL|L|B|S)/(\d+)", str(args.get("model"))):
+        preset = _SIZES[size[1].lower()]
+        told |= {"depth": preset.depth, "hidden_size": preset.hidden_size, "num_heads": preset.num_heads, "patch_size": int(size[2])}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+
+
+def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What no shape tells, from the published size with this depth and width."""
+    for preset in _SIZES.values():
+        if (known.get("depth"), known.get("hidden_size")) == (preset.depth, preset.hidden_size):
+            return {"num_heads": preset.num_heads, "head_blocks": preset.head_blocks, "tail_blocks": preset.tail_blocks}
+    return {}
+
+
+def axes(params: ElitParams) -> tuple[Axis, ...]:
+    """`latents`: K = G*J, carried by the length J of `latent_ids`."""
+    return (
+        Axis(
+            name="latents", min=params.groups, max=params.tokens, step=params.groups, default=params.tokens,
+            input="latent_ids", carrier="length", unit=params.groups, dimension="J",
+        ),
+    )  # fmt: skip
+
+
+def inputs(params: ElitParams) -> tuple[TensorSpec, ...]:
+    side = params.input_size
+    return (
+        TensorSpec(name="sample", dtype="float32", shape=("B", params.in_channels, side, side)),
+        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
+        TensorSpec(name="latent_ids", dtype="int64", shape=("J",)),
+    )
+
+
+def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
+    side = params.input_size
+    return (TensorSpec(name="prediction", dtype="float32", shape=("B", params.in_channels, side, side)),)
+
+
+def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
+    """Noise, times in (0, 1) and labels, the last of them the null label; the same for every budget."""
+    generator = np.random.default_rng(0)
+    shape = (batch, params.in_channels, params.input_size, params.input_size)
+    labels = generator.integers(0, params.num_classes, batch)
+    labels[-1:] = params.num_classes if batch > 1 else labels[-1]
+    return {
+        "sample": generator.standard_normal(shape).astype(np.float32),
+        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
+        "class_labels": labels.astype(np.int64),
+        "latent_ids": np.arange(budget["latents"] // params.groups, dtype=np.int64),
+    }
+
+
+def cost(params: ElitParams, budget: Budget, weights: int, precision: str) -> Cost:
+    """Cost of one sample's forward pass; `weights` is the number of parameters."""
+    latents, size = budget["latents"], BYTES[precision]
+    return Cost(
+        budget=dict(budget),
+        flops=elit_flops(params, latents),
+        weight_bytes=weights * size,
+        activation_bytes=elit_activation_values(params, latents) * size,
+    )
+
+
+def facts(params: ElitParams) -> dict[str, Any]:
+    return {
+        "prediction": "velocity",
+        "schedule": "rectified_flow",
+        "sample_shape": (params.in_channels, params.input_size, params.input_size),
+        "num_classes": params.num_classes,
+        "null_label": params.num_classes,
+    }
+
+
+FAMILY = Family(
+    name="elit-sit", params=ElitParams, build=Elit, presets=PRESETS, rename_key=rename_key, sources=sources, assumed=assumed,
+    axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+)  # fmt: skip

@@ -42,7 +42,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer("frequencies", torch.exp(-math.log(10000.0) * torch.arange(128) / 128), persistent=False)
+        # On the CPU whatever the default device: a model built on `meta` loads its weights from a file, but not this.
+        steps = torch.arange(128, device="cpu") / 128
+        self.register_buffer("frequencies", torch.exp(-math.log(10000.0) * steps), persistent=False)
 
     def forward(self, timestep: Tensor) -> Tensor:
         angles = timestep[:, None].float() * self.frequencies.float()  # (B, 128)
@@ -150,6 +152,14 @@ def unpatchify(tokens: Tensor, patch_size: int, side: int) -> Tensor:
     """Raster tokens `(B, side*side, p*p*C)` laid out `(p, p, C)` back to a picture `(B, C, side*p, side*p)`."""
     grid = tokens.unflatten(1, (side, side)).unflatten(3, (patch_size, patch_size, -1))  # (B, h, w, p, p, C)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, h*p, w*p)
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    """Give every parameter a small random value, so that no zero-initialised layer hides a part of the network."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.empty_like(parameter).normal_(std=0.02, generator=generator)
+        parameter.data = noise if parameter.ndim > 1 else parameter.data + noise
 
 
 def initialize(model: nn.Module, zero: tuple[nn.Module, ...]) -> None:

@@ -84,23 +84,54 @@ def backend(name: str) -> ModuleType:
     return importlib.import_module(f"elastic_runtime.backends.{name}")
 
 
+def obstacles(artifact: Artifact, name: str | None = None) -> tuple[ModuleType | None, list[str]]:
+    """The first backend here that can run `artifact` (or `name` alone), and why the ones before it cannot.
+
+    A backend's `obstacle(artifact)` names what is missing here: a package, a device, or the device it was built for.
+    """
+    reasons = []
+    for candidate in [name] if name else BACKENDS:
+        room = backend(candidate)
+        if artifact.target not in room.OPENS:
+            continue
+        reason = room.obstacle(artifact)
+        if reason is None:
+            return room, reasons
+        reasons.append(f"{candidate}: {reason}")
+    return None, reasons or [f"no backend{f' {name}' if name else ''} opens {artifact.target} artifacts"]
+
+
+def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | None = None, **options: object) -> Session:
+    """Open one artifact of a graph with backend `name`, or the first one that can.
+
+    Raises: MissingError saying why nothing here can run it; BundleError if it is damaged.
+    """
+    room, reasons = obstacles(artifact, name)
+    if room is None:
+        raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
+    session: Session = room.open_artifact(bundle, bundle.manifest.graphs[graph], artifact, **options)
+    return session
+
+
 def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = None, **options: object) -> Session:
-    """Open a graph of a bundle with backend `name`, or with the first one here that can run one of its artifacts.
+    """Open a graph of a bundle: its first artifact that backend `name`, or any backend here, can run.
+
+    Backends are tried in the order of `BACKENDS`, and each backend's artifacts in the manifest's order.
 
     Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run it.
     """
     if graph not in bundle.manifest.graphs:
         raise BundleError(f"{bundle.folder} has no graph {graph!r}; it has {', '.join(bundle.manifest.graphs)}")
-    wanted = bundle.manifest.graphs[graph]
-    obstacles = []
+    artifacts = bundle.manifest.graphs[graph].artifacts
+    reasons: list[str] = []
     for candidate in [name] if name else BACKENDS:
-        room = backend(candidate)
-        artifacts: list[Artifact] = [artifact for artifact in wanted.artifacts if artifact.target in room.OPENS]
-        if not artifacts:
-            obstacles.append(f"{candidate}: the bundle has no artifact for it")
-        elif obstacle := room.obstacle():
-            obstacles.append(f"{candidate}: {obstacle}")
-        else:
-            session: Session = room.open_artifact(bundle, wanted, artifacts[0], **options)
-            return session
-    raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. " + " ".join(obstacles))
+        opens = backend(candidate).OPENS
+        for artifact in artifacts:
+            if artifact.target in opens:
+                room, why = obstacles(artifact, candidate)
+                if room:
+                    return open_artifact(bundle, graph, artifact, candidate, **options)
+                reasons += why
+        if not any(artifact.target in opens for artifact in artifacts):
+            reasons.append(f"{candidate}: the bundle has no artifact for it")
+    raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. {' '.join(dict.fromkeys(reasons))}")

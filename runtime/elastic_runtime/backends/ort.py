@@ -13,8 +13,8 @@ from elastic_runtime.session import Arrays, Session
 OPENS = ("onnx",)
 
 
-def obstacle() -> str | None:
-    """Why this backend cannot run here, or None."""
+def obstacle(artifact: Artifact) -> str | None:
+    """Why this backend cannot run the artifact here, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
     return None

@@ -1,0 +1,91 @@
+"""A model made portable: its graphs, its axes narrowed to what was asked for, its cost at each budget."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+from elastic_export.models.vae import load_decoder
+from elastic_export.models.zoo import Model
+from elastic_runtime import bundle
+from elastic_runtime.axis import Axis, Span
+from elastic_runtime.budget import Budget
+from elastic_runtime.errors import BudgetError
+from elastic_targets.capture import GraphCapture
+
+
+@dataclass
+class Capture:
+    """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go."""
+
+    model: bundle.Model
+    axes: tuple[Axis, ...]
+    graphs: list[GraphCapture]
+    cost: tuple[bundle.Cost, ...]
+    quality: tuple[bundle.Quality, ...]
+    checkpoint: Path | None
+    checkpoint_sha256: str | None
+    ignored: tuple[str, ...]
+
+
+def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str = "fp32", vae: Path | None = None) -> Capture:
+    """Capture `model` with its axes narrowed to `spans` and batches of `batch`; `vae` is a diffusers folder for the decoder.
+
+    Raises: BudgetError for an axis or span that the model does not offer; ModelError for the VAE.
+    """
+    family, params = model.family, model.params
+    if batch.min < 1:
+        raise BudgetError(f"--batch must start at 1 or more, got {batch}")
+    axes = family.axes(params)
+    for name in spans:
+        if name not in [axis.name for axis in axes]:
+            raise BudgetError(f"{model.name} has no axis {name!r}; it has {', '.join(axis.name for axis in axes)}")
+    axes = tuple(axis.narrow(spans[axis.name]) if axis.name in spans else axis for axis in axes)
+    facts = bundle.Model(
+        name=model.name,
+        family=family.name,
+        config=asdict(params),
+        weights=model.weights,  # type: ignore[arg-type]
+        **family.facts(params),
+    )
+    graphs = [
+        GraphCapture(
+            name="denoiser",
+            module=model.module,
+            inputs=family.inputs(params),
+            outputs=family.outputs(params),
+            axes=axes,
+            batch=batch,
+            feeds=lambda budget, size: family.feeds(params, budget, size),
+        )
+    ]
+    if vae:
+        decoder, vae_facts = load_decoder(vae, facts.sample_shape, batch)
+        facts = msgspec.structs.replace(facts, vae=vae_facts)
+        graphs.append(decoder)
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    return Capture(
+        model=facts,
+        axes=axes,
+        graphs=graphs,
+        cost=tuple(family.cost(params, budget, parameters, precision) for budget in all_budgets(axes)),
+        quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
+        checkpoint=model.checkpoint,
+        checkpoint_sha256=model.checkpoint_sha256,
+        ignored=model.ignored,
+    )
+
+
+def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
+    """Every point on the axes."""
+    names = [axis.name for axis in axes]
+    return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*(axis.values for axis in axes))]
+
+
+def probe_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
+    """The budgets to prove: along each axis its probes, the other axes at their defaults."""
+    defaults = {axis.name: axis.default for axis in axes}
+    points = [Budget(**defaults | {axis.name: value}) for axis in axes for value in axis.probes()]
+    return list(dict.fromkeys(points)) or [Budget()]

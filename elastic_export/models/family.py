@@ -1,0 +1,74 @@
+"""What a family tells the rest of the hall about itself, and how sources of its sizes are brought to agree."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from elastic_runtime.axis import Axis
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Cost, TensorSpec
+from elastic_runtime.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models. `P` below is its params dataclass.
+
+    name: as in `--config` files and the manifest. params: P. build(P): the module. presets: P by name.
+    rename_key(key): name in the module of a public checkpoint's key, None for weights that are not part of it.
+    sources(weights, args): fields of P by source ("the checkpoint's shapes", ...) that must agree where they overlap.
+    assumed(fields): fields of P to use where no source knows them.
+    axes(P), inputs(P), outputs(P), feeds(P, budget, batch), cost(P, budget, parameter count, precision): the denoiser graph.
+    facts(P): fields of the manifest's `Model` that the family decides.
+    """
+
+    name: str
+    params: type
+    build: Callable[[Any], nn.Module]
+    presets: Mapping[str, Any]
+    rename_key: Callable[[str], str | None]
+    sources: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, dict[str, Any]]]
+    assumed: Callable[[Mapping[str, Any]], dict[str, Any]]
+    axes: Callable[[Any], tuple[Axis, ...]]
+    inputs: Callable[[Any], tuple[TensorSpec, ...]]
+    outputs: Callable[[Any], tuple[TensorSpec, ...]]
+    feeds: Callable[[Any, Budget, int], dict[str, np.ndarray]]
+    cost: Callable[[Any, Budget, int, str], Cost]
+    facts: Callable[[Any], dict[str, Any]]
+
+
+def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any]) -> Any:
+    """Params of `family` from all that is known about them.
+
+    Raises: ModelError where two sources disagree (naming both values), where a field is unknown, or where none tells it.
+    """
+    known: dict[str, tuple[Any, str]] = {}
+    names = [field.name for field in fields(family.params)]
+    for source, values in sources.items():
+        for name, value in values.items():
+            if name not in names:
+                raise ModelError(f"{source} has an unknown field {name!r}; {family.name} has {', '.join(names)}")
+            if name in overrides:
+                continue
+            before, where = known.setdefault(name, (value, source))
+            if before != value:
+                flag = f" Override with --{name.replace('_', '-')}." if name == "head_blocks" else ""
+                raise ModelError(f"{name} is {before} by {where} but {value} by {source}.{flag}")
+    merged = {name: value for name, (value, _) in known.items()} | dict(overrides)
+    merged = family.assumed(merged) | merged
+    if unknown := [name for name in _required(family.params) if name not in merged]:
+        raise ModelError(f"{family.name}: nothing tells {', '.join(unknown)}; give --config FILE.json with these fields, or a preset")
+    for name, value in merged.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ModelError(f"{family.name}: {name} must be a number, got {value!r}")
+    try:
+        return family.params(**merged)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{family.name}: {error}") from None
+
+
+def _required(params: type) -> list[str]:
+    return [field.name for field in fields(params) if field.default is MISSING]

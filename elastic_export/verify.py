@@ -1,0 +1,93 @@
+"""Prove an artifact: run it at recorded budgets and hold it against the original model's outputs.
+
+`record` runs the original in torch and is done once, while exporting. `verify` needs no torch, so it also runs on the device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from elastic_runtime import reference
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Artifact, Bundle, Verification, key
+from elastic_runtime.errors import BundleError, VerificationError
+from elastic_runtime.session import obstacles, open_artifact
+
+if TYPE_CHECKING:
+    from elastic_targets.capture import GraphCapture
+
+# on_row(graph, artifact, row): told after each budget
+OnRow = Callable[[str, Artifact, Verification], None]
+
+
+def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray]:
+    """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file."""
+    import torch
+
+    feeds: dict[str, np.ndarray] = {}
+    outputs = {}
+    carriers = {axis.input for axis in graph.axes}
+    size = min(max(2, graph.batch.min), graph.batch.max)
+    with torch.inference_mode():
+        for budget in budgets:
+            arrays = graph.feeds(budget, size)
+            feeds = {name: array for name, array in arrays.items() if name not in carriers}
+            result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+            results = result if isinstance(result, tuple) else (result,)
+            outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
+    return reference.pack(graph.name, feeds, outputs)
+
+
+def verify(
+    bundle: Bundle,
+    tolerance: float | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    on_row: OnRow | None = None,
+) -> list[tuple[str, Artifact]]:
+    """Run every artifact against the recorded reference (or `arrays` in its place); return each with what was found.
+
+    An artifact that nothing here can run keeps the rows that it has and says why in `unverified` where it has none. A missed
+    tolerance does not raise: see `require`.
+    """
+    return [
+        (name, verify_artifact(bundle, name, artifact, tolerance, arrays, on_row))
+        for name, graph in bundle.manifest.graphs.items()
+        for artifact in graph.artifacts
+    ]
+
+
+def verify_artifact(
+    bundle: Bundle,
+    graph: str,
+    artifact: Artifact,
+    tolerance: float | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    on_row: OnRow | None = None,
+) -> Artifact:
+    """Run one artifact at every recorded budget and return it with its rows."""
+    room, reasons = obstacles(artifact)
+    if room is None:
+        return artifact if artifact.verified else msgspec.structs.replace(artifact, unverified=" ".join(reasons))
+    limit = tolerance if tolerance is not None else reference.TOLERANCE[artifact.precision]
+    rows = []
+    with open_artifact(bundle, graph, artifact) as session:
+        for row in reference.check(bundle, graph, session, limit, arrays):
+            rows.append(row)
+            if on_row:
+                on_row(graph, artifact, row)
+    if not rows:
+        raise BundleError(f"the reference of {bundle.folder} has no outputs for {graph!r}: export the bundle again")
+    return msgspec.structs.replace(artifact, verified=tuple(rows), unverified=None)
+
+
+def require(graph: str, artifact: Artifact) -> None:
+    """Raise VerificationError naming the first budget that missed its tolerance, and the figure."""
+    for row in artifact.verified:
+        if not row.passed:
+            what = f"max abs error {row.max_abs:.2e}" if row.finite else "values that are not finite"
+            raise VerificationError(
+                f"{graph} ({artifact.path}) fails at {key(row.budget)}: {what}, cosine {row.cosine:.6f}, where the tolerance is "
+                f"{row.tolerance:.0e} of the largest reference value (at least 1). Measured with {row.where}."
+            )
