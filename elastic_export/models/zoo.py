@@ -13,6 +13,7 @@ from elastic_export.models import elit
 from elastic_export.models.checkpoint import load_weights, read_checkpoint
 from elastic_export.models.family import Family, agree
 from elastic_export.models.layers import randomize
+from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Quality, sha256
 from elastic_runtime.errors import ModelError
 
@@ -136,3 +137,27 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
     if (told := config.pop("family", family.name)) != family.name:
         raise ModelError(f"--config {path} is of family {told!r}, but {family.name!r} was asked for")
     return config
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
+    rows = []
+    cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
+    listed = [(name, FAMILIES[card["family"]], FAMILIES[card["family"]].params(**card["config"]), "packaged") for name, card in cards.items()]
+    listed += [(name, family, params, "--checkpoint") for family in FAMILIES.values() for name, params in family.presets.items()]
+    for name, family, params, weights in listed:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in family.build(params).parameters())
+        axes = family.axes(params)
+        ends = [Budget(**{axis.name: value(axis) for axis in axes}) for value in (lambda axis: axis.min, lambda axis: axis.max)]
+        rows.append(
+            {
+                "name": name,
+                "family": family.name,
+                "weights": weights,
+                "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
+                "gflops": [family.cost(params, end, parameters, "fp32").flops / 1e9 for end in ends],
+                "parameters": parameters,
+            }
+        )
+    return rows

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -169,6 +169,13 @@ class Manifest(_Record, kw_only=True):
                 yield from artifact.files
         if self.reference:
             yield self.reference
+
+    def joined(self, graph: str, artifacts: Iterable[Artifact]) -> "Manifest":
+        """This manifest with `artifacts` added to a graph; one at the same path takes the old one's place."""
+        new = {artifact.path: artifact for artifact in artifacts}
+        kept = tuple(artifact for artifact in self.graphs[graph].artifacts if artifact.path not in new)
+        whole = msgspec.structs.replace(self.graphs[graph], artifacts=(*kept, *new.values()))
+        return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
 
     def axis(self, name: str) -> Axis:
         """The axis of that name; raises BundleError naming the ones that exist."""

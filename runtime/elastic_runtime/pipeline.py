@@ -59,6 +59,7 @@ class ElasticPipeline:
         self._sessions = [denoiser] + ([decoder] if decoder else [])
         self._denoiser = Denoiser(denoiser, bundle.manifest)
         self._decoder = decoder
+        self.where = denoiser.where
 
     @classmethod
     def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
@@ -213,7 +214,8 @@ class ElasticPipeline:
         pixels = np.clip(decoded.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1).astype(np.float32)  # (B, H, W, C)
         if output_type == "np":
             return pixels
-        return [Image.fromarray(np.squeeze((picture * 255).round().astype(np.uint8), -1) if picture.shape[-1] == 1 else (picture * 255).round().astype(np.uint8)) for picture in pixels]
+        quantized = (pixels * 255).round().astype(np.uint8)
+        return [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in quantized]
 
     def _labels(self, class_labels: Sequence[int] | int) -> np.ndarray:
         classes = self.bundle.manifest.model.num_classes

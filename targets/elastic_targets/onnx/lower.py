@@ -10,11 +10,13 @@ from pathlib import Path
 import onnx
 import torch
 
+from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import OnnxArtifact, entry
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
 
 OPSETS = (20, 23)
+DEFAULT_OPSET = 23
 # protobuf messages end at 2 GB; weights past that go to a second file.
 EXTERNAL_DATA_FROM = 2_000_000_000
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
@@ -24,8 +26,20 @@ _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 class OnnxOptions:
     """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too."""
 
-    opset: int = 23
+    opset: int = DEFAULT_OPSET
     precision: str = "fp32"
+
+
+def path(graph: str, options: OnnxOptions) -> str:
+    """Where the artifact lies in the bundle: `onnx/denoiser.onnx`, with the opset and precision named where they are not the default."""
+    opset = "" if options.opset == DEFAULT_OPSET else f".opset{options.opset}"
+    precision = "" if options.precision == "fp32" else f".{options.precision}"
+    return f"onnx/{graph}{opset}{precision}.onnx"
+
+
+def proves(graph: GraphCapture, options: OnnxOptions) -> list[Budget]:
+    """Budgets to verify besides both ends, the middle and an untraced one: none, since one graph serves them all."""
+    return []
 
 
 def requires(graph: GraphCapture, options: OnnxOptions) -> None:
@@ -37,11 +51,11 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifact:
-    """Write `onnx/<graph>.onnx` (and `.onnx.data` for large weights) into `folder` and return its manifest entry."""
+    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry."""
     module = graph.module if options.precision == "fp32" else copy.deepcopy(graph.module).half()
     example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
-    path = folder / "onnx" / f"{graph.name}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    file = folder / path(graph.name, options)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter speaks of its own deprecations and of our named dimensions; `ensures` checks the names.
         warnings.simplefilter("ignore")
@@ -58,14 +72,14 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifa
         )
     assert program is not None
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    program.save(str(path), external_data=weights >= EXTERNAL_DATA_FROM)
-    data = path.with_name(path.name + ".data")
-    files = [path] + ([data] if data.exists() else [])
+    program.save(str(file), external_data=weights >= EXTERNAL_DATA_FROM)
+    data = file.with_name(file.name + ".data")
+    files = [file] + ([data] if data.exists() else [])
     toolchain = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
     return OnnxArtifact(
         precision=options.precision,  # type: ignore[arg-type]
         opset=options.opset,
-        files=tuple(entry(folder, file) for file in files),
+        files=tuple(entry(folder, each) for each in files),
         toolchain=toolchain,
     )
 
@@ -75,21 +89,21 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
 
     Raises: RuntimeError, since a failure here is a fault of this library or its exporter and not of the user.
     """
-    path = folder / artifact.path
-    onnx.checker.check_model(str(path), full_check=False)
-    model = onnx.load(str(path), load_external_data=False)
+    file = folder / artifact.path
+    onnx.checker.check_model(str(file), full_check=False)
+    model = onnx.load(str(file), load_external_data=False)
     if (opset := {item.domain: item.version for item in model.opset_import}.get("")) != artifact.opset:
-        raise RuntimeError(f"{path.name} has opset {opset}, asked for {artifact.opset}")
+        raise RuntimeError(f"{file.name} has opset {opset}, asked for {artifact.opset}")
     for specs, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
         if [spec.name for spec in specs] != [value.name for value in values]:
-            raise RuntimeError(f"{path.name} has {[value.name for value in values]} where the contract says {[spec.name for spec in specs]}")
+            raise RuntimeError(f"{file.name} has {[value.name for value in values]} where the contract says {[spec.name for spec in specs]}")
         for spec, value in zip(specs, values, strict=True):
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
-                raise RuntimeError(f"{path.name}: {spec.name} is not {spec.dtype}")
+                raise RuntimeError(f"{file.name}: {spec.name} is not {spec.dtype}")
             wanted = [graph.dynamic(spec).get(i, size) for i, size in enumerate(spec.shape)]
             shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
             if any(isinstance(want, str) and size != want for want, size in zip(wanted, shape, strict=True)):
-                raise RuntimeError(f"{path.name}: {spec.name} has shape {shape}, the contract says {wanted}")
+                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {wanted}")
     if doubles := [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]:
-        raise RuntimeError(f"{path.name} holds float64 constants: {', '.join(doubles[:3])}")
+        raise RuntimeError(f"{file.name} holds float64 constants: {', '.join(doubles[:3])}")

@@ -1,0 +1,38 @@
+"""The command line. `app` below is its table of contents; each command is one thin file, loaded when it is called."""
+
+import sys
+
+import typer
+
+from elastic_export.cli import demo, generate, inspect, models, onnx, verify
+from elastic_export.cli.show import fail
+from elastic_runtime.errors import ElasticError
+
+app = typer.Typer(
+    name="elastic-export",
+    help="Compile elastic diffusion transformers once, with their compute budget still open, and prove every budget.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on end in one line and their exit code, never in a traceback."""
+    try:
+        app()
+    except ElasticError as error:
+        fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was changed")
+        sys.exit(130)
+
+
+app.command(rich_help_panel="Make")(onnx.onnx)
+app.command(rich_help_panel="Use")(generate.generate)
+app.command(rich_help_panel="Use")(demo.demo)
+app.command(rich_help_panel="Look")(verify.verify)
+app.command(rich_help_panel="Look")(inspect.inspect)
+app.command(rich_help_panel="Look")(models.models)

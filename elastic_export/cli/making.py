@@ -1,0 +1,67 @@
+"""What all commands that export from torch do after reading their options."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from elastic_export.cli import show
+from elastic_export.cli.options import command_line
+from elastic_runtime.axis import Span
+from elastic_runtime.bundle import key
+from elastic_runtime.errors import MissingError
+
+
+def make(
+    target: str,
+    room_options: Any,
+    model: str,
+    output: Path,
+    spans: dict[str, Span | None],
+    batch: Span,
+    precision: str,
+    *,
+    checkpoint: Path | None = None,
+    config: Path | None = None,
+    vae: Path | None = None,
+    head_blocks: int | None = None,
+    random_weights: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Load, capture, export and show."""
+    try:
+        import torch  # noqa: F401  the door to the hall: its absence is advice, not a traceback
+    except ModuleNotFoundError as error:
+        raise MissingError(f"exporting needs torch ({error}): pip install 'elastic-export[torch]'") from error
+    from elastic_export.capture import capture, probe_budgets
+    from elastic_export.export import destination, export
+    from elastic_export.models.zoo import Request, load
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    destination(output, overwrite)  # a refusal should not wait for the weights to load
+    overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
+    with show.stages(quiet) as on_stage:
+        on_stage(f"loading {model}")
+        loaded = load(Request(model, checkpoint, config, random_weights, overrides))
+        captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, precision, vae)
+        del loaded
+        if not dry_run:
+            bundle = export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+    if captured.ignored:
+        show.note(f"ignored {len(captured.ignored)} training-only weights, {captured.ignored[0]} among them")
+    if captured.model.weights == "random":
+        show.note("the weights are random: fit to measure speed, not to draw")
+    if dry_run:
+        budgets = [key(budget) for budget in probe_budgets(captured.axes)]
+        plan = {"output": output, "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
+        if json:
+            show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
+        else:
+            show.line(f"would write {output}: {captured.model.name} for {target}, {precision}, batch {batch}, verified at {', '.join(budgets)}")
+    elif json:
+        show.as_json(target, {"bundle": str(bundle.folder), "manifest": bundle.manifest})
+    else:
+        show.bundle(bundle)

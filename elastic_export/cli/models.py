@@ -1,0 +1,31 @@
+"""`elastic-export models`: what may stand as MODEL."""
+
+from elastic_export.cli import options, show
+from elastic_runtime.errors import MissingError
+
+
+def models(json: options.Json = False) -> None:
+    """List the packaged samples, the families and their presets, with their axes and cost.
+
+    [bold]Examples[/bold]
+
+      elastic-export models
+      elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt -o xl
+    """
+    try:
+        from elastic_export.models import zoo
+    except ModuleNotFoundError as error:
+        raise MissingError(f"the model zoo needs torch ({error}): pip install 'elastic-export[torch]'") from error
+    rows = zoo.catalogue()
+    if json:
+        show.as_json("models", {"models": rows})
+        return
+    show.table(
+        "models",
+        ("name", "family", "weights", "axes", "GFLOPs", "parameters M"),
+        [
+            (row["name"], row["family"], row["weights"], row["axes"], f"{row['gflops'][0]:.2f}-{row['gflops'][1]:.2f}", f"{row['parameters'] / 1e6:.1f}")
+            for row in rows
+        ],
+    )
+    show.line(f"Any other size: name a family ({', '.join(zoo.FAMILIES)}) with --checkpoint and --config.")

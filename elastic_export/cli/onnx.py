@@ -1,0 +1,46 @@
+"""`elastic-export onnx`: a model to a bundle with an ONNX artifact."""
+
+from typing import Annotated
+
+import typer
+
+from elastic_export.cli import options
+from elastic_runtime.axis import Span
+
+
+def onnx(
+    output: options.Output,
+    model: options.ModelName = "elit-mnist",
+    latents: options.Latents = None,
+    batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
+    opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
+    dtype: Annotated[str, typer.Option(help="fp32, or fp16 with float32 reductions, inputs and outputs.")] = "fp32",
+    checkpoint: options.Checkpoint = None,
+    config: options.Config = None,
+    vae: options.Vae = None,
+    head_blocks: options.HeadBlocks = None,
+    random_weights: options.RandomWeights = False,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Export a model to ONNX with its compute axis open, prove it against torch, and write a bundle.
+
+    [bold]Examples[/bold]
+
+      elastic-export onnx -o digits --latents 32-256
+      elastic-export onnx elit-sit --checkpoint elit.pt --config elit.json -o out
+      elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt --vae sd-vae -o xl --dtype fp16
+    """
+    from elastic_export.cli.making import make
+    from elastic_targets import load
+
+    room = load("onnx")
+    make(
+        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output, {"latents": latents}, batch, dtype,
+        checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
+        overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
+    )  # fmt: skip
+

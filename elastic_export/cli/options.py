@@ -1,0 +1,68 @@
+"""Options that several commands share, with their parsers."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elastic_runtime.axis import Span
+from elastic_runtime.errors import BudgetError
+
+
+def _span(text: str | Span) -> Span:
+    if isinstance(text, Span):
+        return text
+    try:
+        return Span.parse(text)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def integers(text: str) -> list[int]:
+    """Read `7`, `0,3,7` or `0-9`, and mixtures."""
+    if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", text):
+        raise typer.BadParameter(f"numbers are written 7 or 0,3,7 or 0-9, got {text!r}")
+    found: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        if high and int(high) < int(low):
+            raise typer.BadParameter(f"{part.strip()} is reversed: write {high.strip()}-{low.strip()}")
+        found += range(int(low), int(high or low) + 1)
+    return found
+
+
+def interval(text: str) -> tuple[float, float]:
+    """Read `0.3-0.8`."""
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", text)
+    if not match:
+        raise typer.BadParameter(f"an interval is written 0.3-0.8, got {text!r}")
+    return float(match[1]), float(match[2])
+
+
+def command_line() -> str:
+    """The command as typed, for the manifest: the program's name without its folder."""
+    return shlex.join(["elastic-export", *sys.argv[1:]])
+
+
+MODEL_HELP = "A packaged sample, a family or a preset: see [bold]elastic-export models[/bold]."
+ModelName = Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=True)]
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
+Latents = Annotated[
+    Span | None,
+    typer.Option(parser=_span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all the model offers)[/dim].", show_default=False),
+]
+Batch = Annotated[Span, typer.Option(parser=_span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
+Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, .pt or .safetensors (pickles are never run).", show_default=False)]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Sizes that the checkpoint does not tell, as JSON.", show_default=False)]
+Vae = Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers AutoencoderKL folder: adds the decoder.", show_default=False)]
+HeadBlocks = Annotated[int | None, typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False)]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Export without weights, to measure speed; the manifest says so.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")]

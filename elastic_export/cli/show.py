@@ -1,0 +1,152 @@
+"""The only file that prints: results on stdout, progress and messages on stderr."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from elastic_runtime.bundle import Artifact, Bundle, Cost, Verification, key
+
+JSON_SCHEMA = 1
+
+
+def fail(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}")
+
+
+def note(message: str) -> None:
+    """Something a user should know that is not the result."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]note:[/yellow] {escape(message)}")
+
+
+def line(message: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(escape(message))
+
+
+def as_json(command: str, content: dict[str, Any]) -> None:
+    """A result for programs: `schema` names the command and the version of its form."""
+    document = {"schema": f"elastic-export/{command}/{JSON_SCHEMA}"} | _plain(content)
+    sys.stdout.write(json.dumps(msgspec.to_builtins(document), indent=2) + "\n")
+
+
+def text(facts: dict[str, Any]) -> str:
+    """Facts as one line of JSON, for a picture's metadata."""
+    return json.dumps(_plain(facts))
+
+
+def _plain(value: Any) -> Any:
+    """Budgets and records as plain containers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextmanager
+def stages(quiet: bool) -> Iterator[Any]:
+    """Yield `on_stage(what)`, shown as a spinner with the time that each stage has taken."""
+    with _progress(quiet, SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
+        tasks: list[Any] = []
+
+        def on_stage(what: str) -> None:
+            if tasks:
+                progress.update(tasks[-1], total=1, completed=1)
+            tasks.append(progress.add_task(what, total=None))
+
+        yield on_stage
+        if tasks:
+            progress.update(tasks[-1], total=1, completed=1)
+
+
+@contextmanager
+def bar(quiet: bool, what: str, total: int) -> Iterator[Any]:
+    """Yield `advance(steps=1)` of a progress bar with an estimate of the time that is left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _progress(quiet, *columns) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda steps=1: progress.advance(task, steps)
+
+
+def _progress(quiet: bool, *columns: Any) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=False)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """A table of results; the first column is text, the others are figures."""
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*(escape(str(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to fit
+        console = Console(width=200)
+    console.print(shown)
+
+
+def verifications(graph: str, artifact: Artifact) -> None:
+    """The rows of one artifact, or why there are none."""
+    if not artifact.verified:
+        note(f"{artifact.path} was not verified: {artifact.unverified}")
+        return
+    table(
+        f"{graph}: {artifact.path} ({artifact.precision}), {artifact.verified[0].where}",
+        ("budget", "max abs", "cosine", "PSNR dB", "tolerance", ""),
+        [(key(row.budget), *_figures(row)) for row in artifact.verified],
+    )
+
+
+def _figures(row: Verification) -> tuple[str, ...]:
+    figures = (f"{row.max_abs:.1e}", f"{row.cosine:.7f}", f"{row.psnr_db:.1f}") if row.finite else ("not finite", "-", "-")
+    return (*figures, f"{row.tolerance:.0e}", "ok" if row.passed else "FAILS")
+
+
+def costs(rows: Iterable[Cost]) -> None:
+    """FLOPs and bytes by budget, each next to its share of the largest."""
+    rows = list(rows)
+    full = max(row.flops for row in rows)
+    table(
+        "cost of one sample's forward pass",
+        ("budget", "GFLOPs", "share", "weights MB", "activations MB"),
+        [
+            (key(row.budget), f"{row.flops / 1e9:.3f}", f"{row.flops / full:.0%}", f"{row.weight_bytes / 1e6:.1f}", f"{row.activation_bytes / 1e6:.2f}")
+            for row in rows
+        ],
+    )
+
+
+def bundle(opened: Bundle) -> None:
+    """Everything a bundle says about itself."""
+    manifest = opened.manifest
+    model, channels = manifest.model, "x".join(map(str, manifest.model.sample_shape))
+    line(f"{opened.folder}: {model.name} ({model.family}, {model.weights} weights), samples {channels}, {model.num_classes} classes")
+    for axis in manifest.axes:
+        line(f"axis {axis.name}: {axis.span} in steps of {axis.step}, default {axis.default}; carried by the {axis.carrier} of {axis.input}")
+    for name, graph in manifest.graphs.items():
+        for direction, specs in (("in", graph.inputs), ("out", graph.outputs)):
+            for spec in specs:
+                line(f"{name} {direction:>3}: {spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]")
+        line(f"{name} open dimensions: {', '.join(f'{letter} {span}' for letter, span in graph.dimensions.items())}")
+        for artifact in graph.artifacts:
+            verifications(name, artifact)
+    costs(_thin(manifest.cost))
+    if manifest.quality:
+        rows = [(key(row.budget), f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in manifest.quality]
+        table("quality, from the model card", ("budget", "accuracy", "Frechet distance"), rows)
+
+
+def _thin(rows: tuple[Cost, ...], most: int = 9) -> list[Cost]:
+    stride = -(-len(rows) // most)
+    return [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1]

@@ -1,0 +1,41 @@
+"""`elastic-export verify`: prove a bundle on this machine."""
+
+from typing import Annotated
+
+import typer
+
+from elastic_export.cli import options, show
+
+
+def verify(
+    bundle: options.BundleFolder,
+    tolerance: Annotated[float | None, typer.Option(help="Bound on the error, of the largest reference value (at least 1) [dim](default by precision)[/dim].", min=0, show_default=False)] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check every file's hash, then run every artifact that this machine can against the original's recorded outputs.
+
+    No torch is needed: the bundle carries what the original model answered at a few budgets. Exit code 1 names the budget that fails.
+
+    [bold]Examples[/bold]
+
+      elastic-export verify digits
+      elastic-export verify digits --tolerance 1e-6 --json
+    """
+    from elastic_export.verify import require
+    from elastic_export.verify import verify as run
+    from elastic_runtime.bundle import Bundle
+
+    with show.stages(quiet) as on_stage:
+        on_stage(f"hashing {bundle}")
+        opened = Bundle.open(bundle, hashes=True)
+        on_stage("running at each recorded budget")
+        results = run(opened, tolerance)
+    if json:
+        rows = [{"graph": graph, "artifact": artifact.path, "verified": artifact.verified, "unverified": artifact.unverified} for graph, artifact in results]
+        show.as_json("verify", {"bundle": str(bundle), "results": rows})
+    else:
+        for graph, artifact in results:
+            show.verifications(graph, artifact)
+    for graph, artifact in results:
+        require(graph, artifact)

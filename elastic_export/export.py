@@ -1,0 +1,184 @@
+"""Capture -> lower -> verify -> manifest, in a folder that takes the bundle's place only when all of it succeeded."""
+
+import datetime
+import platform
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+import elastic_targets
+from elastic_export.verify import OnRow, record, require, verify_artifact
+from elastic_runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Graph, Manifest, Provenance, entry, write_manifest, writing
+from elastic_runtime.errors import BundleError
+from elastic_runtime.reference import unpack
+
+if TYPE_CHECKING:
+    from elastic_export.capture import Capture
+    from elastic_targets.capture import GraphCapture
+
+REFERENCE = "reference.npz"
+# on_stage(what): told before each part of the work
+OnStage = Callable[[str], None]
+
+
+def silent(*_: object) -> None:
+    """The default for progress callbacks."""
+
+
+def export(
+    capture: "Capture",
+    target: str,
+    options: Any,
+    output: Path,
+    command: str,
+    overwrite: bool = False,
+    on_stage: OnStage = silent,
+    on_row: OnRow = silent,
+) -> Bundle:
+    """Lower every graph of `capture` for `target`, prove it, and write or extend the bundle at `output`.
+
+    `options` are the room's own. The capture is consumed: its graphs are let go one by one. On any error the old bundle is whole.
+
+    Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
+    """
+    room = elastic_targets.load(target)
+    for graph in capture.graphs:
+        room.requires(graph, options)
+    old = destination(output, overwrite)
+    manifest = _manifest(capture, command)
+    if old and not (conflict := _conflict(old.manifest, manifest)):
+        manifest = msgspec.structs.replace(old.manifest, quality=manifest.quality)
+        _refuse_clobber(old, room, capture.graphs, options, overwrite)
+    elif old and not overwrite:
+        raise BundleError(f"{output} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
+    else:
+        old = None
+    with writing(output, extend=old) as stage:
+        arrays = old.reference() if old and old.manifest.reference else {}
+        while capture.graphs:
+            graph = capture.graphs.pop(0)
+            on_stage(f"running the original {graph.name}")
+            arrays |= _reference(graph, room, options, arrays)
+            _save(stage / REFERENCE, arrays)
+            manifest = msgspec.structs.replace(manifest, reference=entry(stage, stage / REFERENCE))
+            on_stage(f"lowering {graph.name} to {target}")
+            _unlink(stage, manifest.graphs[graph.name], room.path(graph.name, options))
+            artifact = room.lower(graph, options, stage)
+            room.ensures(graph, artifact, stage)
+            manifest = manifest.joined(graph.name, [artifact])
+            name = graph.name
+            del graph  # the original's weights are no longer needed
+            on_stage(f"verifying {name}")
+            artifact = verify_artifact(Bundle(stage, manifest), name, artifact, on_row=on_row)
+            require(name, artifact)
+            manifest = manifest.joined(name, [artifact])
+        write_manifest(stage, manifest)
+        on_stage("writing the bundle")
+    return Bundle.open(output)
+
+
+def destination(output: Path, overwrite: bool) -> Bundle | None:
+    """The bundle at `output`, if there is one.
+
+    Raises: BundleError where something that is not a bundle stands there: it is never replaced, whatever the flags.
+    """
+    if not output.exists():
+        return None
+    if output.is_dir() and not any(output.iterdir()):
+        return None
+    if not (output / MANIFEST).is_file():
+        raise BundleError(f"{output} exists and is not a bundle; it is left alone. Choose another -o/--output.")
+    try:
+        return Bundle.open(output)
+    except BundleError:
+        if overwrite:
+            return None
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part in an export."""
+    found = {"python": platform.python_version(), "elastic-export": version("elastic-export")}
+    for name in ("torch", "onnx", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _manifest(capture: "Capture", command: str) -> Manifest:
+    graphs = {
+        graph.name: Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=()) for graph in capture.graphs
+    }
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=capture.model,
+        axes=capture.axes,
+        graphs=graphs,
+        cost=capture.cost,
+        quality=capture.quality,
+        provenance=Provenance(
+            command=command,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            checkpoint=capture.checkpoint.name if capture.checkpoint else None,
+            checkpoint_sha256=capture.checkpoint_sha256,
+            ignored_weights=capture.ignored,
+        ),
+    )
+
+
+def _conflict(old: Manifest, new: Manifest) -> str | None:
+    """Why `new` cannot join the bundle of `old`, or None."""
+    for what, before, now in (
+        ("model", old.model.name, new.model.name),
+        ("weights", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256),
+        ("config", old.model, new.model),
+    ):
+        if before != now:
+            return f"its {what} differs"
+    for before_axis, axis in zip(old.axes, new.axes, strict=True):
+        if before_axis != axis:
+            return f"its {axis.name} are {before_axis.span}, not {axis.span}"
+    for name, graph in new.graphs.items():
+        if name not in old.graphs or old.graphs[name].dimensions != graph.dimensions:
+            return f"its {name} has other shapes"
+    return None
+
+
+def _refuse_clobber(old: Bundle, room: ModuleType, graphs: "list[GraphCapture]", options: Any, overwrite: bool) -> None:
+    if overwrite:
+        return
+    for graph in graphs:
+        path = room.path(graph.name, options)
+        if any(artifact.path == path for artifact in old.manifest.graphs[graph.name].artifacts):
+            raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
+
+
+def _reference(graph: "GraphCapture", room: ModuleType, options: Any, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The original's outputs at the budgets that must be proven and are not yet recorded."""
+    from elastic_export.capture import probe_budgets
+
+    wanted = dict.fromkeys([*probe_budgets(graph.axes), *room.proves(graph, options)])
+    missing = [budget for budget in wanted if budget not in unpack(graph.name, known)[1]]
+    return record(graph, missing) if missing else {}
+
+
+def _unlink(stage: Path, graph: Graph, path: str) -> None:
+    """Take a replaced artifact's files out of the new folder; they may be hard links to the old bundle's, never to be written to."""
+    for artifact in graph.artifacts:
+        if artifact.path == path:
+            for file in artifact.files:
+                (stage / file.path).unlink()
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.unlink(missing_ok=True)  # it may be a hard link to the old bundle's file
+    with path.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]

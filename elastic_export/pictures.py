@@ -1,0 +1,54 @@
+"""Pictures in a row or a captioned grid, written whole or not at all."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from elastic_runtime.errors import UsageError
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str] = (), column_names: Sequence[str] = (), least: int = 64) -> Image.Image:
+    """Pictures of one size in rows, with captions; small ones are enlarged by a whole factor to at least `least` pixels."""
+    side = rows[0][0].size
+    factor = max(1, -(-least // min(side)))
+    width, height = side[0] * factor, side[1] * factor
+    font = ImageFont.load_default(16)
+    gap, left, top = 4, 44 * bool(row_names), 28 * bool(column_names)
+    shape = (left + len(rows[0]) * (width + gap) - gap, top + len(rows) * (height + gap) - gap)
+    sheet = Image.new("L" if rows[0][0].mode == "L" else "RGB", shape, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(column_names):
+        draw.text((left + column * (width + gap) + width // 2, top // 2), name, fill="black", font=font, anchor="mm")
+    for i, row in enumerate(rows):
+        y = top + i * (height + gap)
+        if row_names:
+            draw.text((left // 2, y + height // 2), row_names[i], fill="black", font=font, anchor="mm")
+        for j, picture in enumerate(row):
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left + j * (width + gap), y))
+    return sheet
+
+
+def refuse_clobber(path: Path, overwrite: bool) -> None:
+    """Raise UsageError where a picture cannot go to `path`."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"pictures are written as .png, got {path.name!r}")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists: choose another -o/--output, or replace it with --overwrite")
+
+
+def save(picture: Image.Image, path: Path, facts: str = "") -> None:
+    """Write a PNG with `facts` in its metadata, under a temporary name until it is whole."""
+    information = PngInfo()
+    information.add_text("elastic-export", facts)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(part, format="PNG", pnginfo=information)
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
