@@ -85,13 +85,63 @@ class OnnxArtifact(Artifact, kw_only=True, tag="onnx"):
     opset: int
 
 
+class Range(_Record):
+    """Smallest, preferred and largest size of an open dimension in a TensorRT profile."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class Profile(_Record, kw_only=True):
+    """One TensorRT optimization profile: the range of every open dimension of the graph."""
+
+    dimensions: dict[str, Range]
+
+    def contains(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the profile takes inputs whose open dimensions have these sizes."""
+        return all(self.dimensions[name].min <= size <= self.dimensions[name].max for name, size in sizes.items())
+
+    def shape(self, spec: TensorSpec, end: Literal["min", "opt", "max"]) -> tuple[int, ...]:
+        """Shape of an input or output at one end of the profile."""
+        return tuple(getattr(self.dimensions[size], end) if isinstance(size, str) else size for size in spec.shape)
+
+
+class Network(_Record, kw_only=True):
+    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while building."""
+
+    layers: int
+    attentions: int
+    loops: int
+    unused_inputs: tuple[str, ...]
+
+
+class TrtArtifact(Artifact, kw_only=True, tag="trt"):
+    """A TensorRT engine. It belongs to one builder, one version of it and one GPU generation (`sm`, 89 for 8.9).
+
+    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
+    """
+
+    builder: Literal["tensorrt", "tensorrt_rtx"]
+    builder_version: str
+    sm: int
+    source: str
+    source_sha256: str
+    profiles: tuple[Profile, ...]
+    network: Network
+    refit: bool = False
+    stripped: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+
+
 class Graph(_Record, kw_only=True):
     """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: dict[str, Span]
-    artifacts: tuple[OnnxArtifact, ...]
+    artifacts: tuple[OnnxArtifact | TrtArtifact, ...]
 
     @property
     def batch(self) -> Span:
