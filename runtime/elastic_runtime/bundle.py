@@ -28,7 +28,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest."""
 
 
-class FileEntry(_Record, kw_only=True):
+class FileEntry(_Record, frozen=True, kw_only=True):
     """One file of the bundle: `path` is relative, with forward slashes."""
 
     path: str
@@ -36,7 +36,7 @@ class FileEntry(_Record, kw_only=True):
     sha256: str
 
 
-class TensorSpec(_Record, kw_only=True):
+class TensorSpec(_Record, frozen=True, kw_only=True):
     """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`)."""
 
     name: str
@@ -44,7 +44,7 @@ class TensorSpec(_Record, kw_only=True):
     shape: tuple[int | str, ...]
 
 
-class Verification(_Record, kw_only=True):
+class Verification(_Record, frozen=True, kw_only=True):
     """What running an artifact at one budget gave against the reference outputs.
 
     `tolerance` bounds `max_abs` in units of max(1, |reference|); `where` says what ran it.
@@ -60,7 +60,7 @@ class Verification(_Record, kw_only=True):
     where: str
 
 
-class Artifact(_Record, kw_only=True, tag_field="target"):
+class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
 
     precision: Literal["fp32", "fp16", "bf16"]
@@ -79,7 +79,7 @@ class Artifact(_Record, kw_only=True, tag_field="target"):
         return str(self.__struct_config__.tag)
 
 
-class OnnxArtifact(Artifact, kw_only=True, tag="onnx"):
+class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
     """An ONNX file; weights above 2 GB lie beside it."""
 
     opset: int
@@ -93,7 +93,7 @@ class Range(_Record):
     max: int
 
 
-class Profile(_Record, kw_only=True):
+class Profile(_Record, frozen=True, kw_only=True):
     """One TensorRT optimization profile: the range of every open dimension of the graph."""
 
     dimensions: dict[str, Range]
@@ -107,16 +107,15 @@ class Profile(_Record, kw_only=True):
         return tuple(getattr(self.dimensions[size], end) if isinstance(size, str) else size for size in spec.shape)
 
 
-class Network(_Record, kw_only=True):
+class Network(_Record, frozen=True, kw_only=True):
     """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while building."""
 
     layers: int
     attentions: int
     loops: int
-    unused_inputs: tuple[str, ...]
 
 
-class TrtArtifact(Artifact, kw_only=True, tag="trt"):
+class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
     """A TensorRT engine. It belongs to one builder, one version of it and one GPU generation (`sm`, 89 for 8.9).
 
     `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
@@ -135,13 +134,44 @@ class TrtArtifact(Artifact, kw_only=True, tag="trt"):
     version_compatible: bool = False
 
 
-class Graph(_Record, kw_only=True):
+class CoremlCall(_Record, frozen=True, kw_only=True):
+    """One call that a package takes: a function and the `sizes` of the graph's open dimensions that it takes.
+
+    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
+    """
+
+    function: str
+    budget: dict[str, int]
+    sizes: dict[str, int]
+
+
+class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
+    """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
+
+    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes (`enumerated`) or with
+    open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is the precision of its norms.
+    """
+
+    package: str
+    deployment_target: str
+    shapes: Literal["functions", "enumerated", "range"]
+    batch: Span
+    calls: tuple[CoremlCall, ...]
+    reductions: Literal["fp32", "fp16"]
+    compression: Literal["palette8", "palette6", "palette4", "int8"] | None = None
+
+    @property
+    def path(self) -> str:
+        return self.package
+
+
+class Graph(_Record, frozen=True, kw_only=True):
     """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: dict[str, Span]
-    artifacts: tuple[OnnxArtifact | TrtArtifact, ...]
+    artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
 
     @property
     def batch(self) -> Span:
@@ -149,7 +179,7 @@ class Graph(_Record, kw_only=True):
         return self.dimensions["B"]
 
 
-class Vae(_Record, kw_only=True):
+class Vae(_Record, frozen=True, kw_only=True):
     """How latents become the decoder's input: `latent / scaling_factor + shift_factor`; `upscale` pixels a latent."""
 
     scaling_factor: float
@@ -157,7 +187,7 @@ class Vae(_Record, kw_only=True):
     upscale: int
 
 
-class Model(_Record, kw_only=True):
+class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label"."""
 
     name: str
@@ -172,7 +202,7 @@ class Model(_Record, kw_only=True):
     vae: Vae | None = None
 
 
-class Cost(_Record, kw_only=True):
+class Cost(_Record, frozen=True, kw_only=True):
     """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations."""
 
     budget: dict[str, int]
@@ -181,7 +211,7 @@ class Cost(_Record, kw_only=True):
     activation_bytes: int
 
 
-class Quality(_Record, kw_only=True):
+class Quality(_Record, frozen=True, kw_only=True):
     """What the model card measured at a budget (see the card for the protocol)."""
 
     budget: dict[str, int]
@@ -189,7 +219,7 @@ class Quality(_Record, kw_only=True):
     frechet_distance: float
 
 
-class Provenance(_Record, kw_only=True):
+class Provenance(_Record, frozen=True, kw_only=True):
     """Where the bundle came from."""
 
     command: str
@@ -200,7 +230,7 @@ class Provenance(_Record, kw_only=True):
     ignored_weights: tuple[str, ...] = ()
 
 
-class Manifest(_Record, kw_only=True):
+class Manifest(_Record, frozen=True, kw_only=True):
     """The content of `elastic.json`."""
 
     schema_version: int

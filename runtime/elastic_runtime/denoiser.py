@@ -6,10 +6,10 @@ import numpy as np
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Manifest
-from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.errors import UsageError
 from elastic_runtime.policy import Choice
 from elastic_runtime.reference import axis_feeds
-from elastic_runtime.session import Session
+from elastic_runtime.session import Session, batches
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Denoiser:
         return weak + guidance.scale * (strong - weak)
 
     def predict(self, x: np.ndarray, time: float, labels: np.ndarray, budget: Budget) -> np.ndarray:
-        """Prediction for `x` (B, C, H, W) at one time and budget, in as few runs as the graph's batch span allows."""
+        """Prediction for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span allows."""
         parts = []
-        for rows in self._runs(len(x)):
+        for rows in batches(self._session, len(x)):
             feeds = {
                 "sample": x[rows].astype(np.float32),
                 "timestep": np.full(rows.stop - rows.start, time, dtype=np.float32),
@@ -68,11 +68,3 @@ class Denoiser:
             }
             parts.append(self._session.run(feeds | axis_feeds(self._manifest.axes, budget))["prediction"])
         return np.concatenate(parts).astype(np.float64)
-
-    def _runs(self, size: int) -> list[slice]:
-        span = self._session.graph.batch
-        runs = -(-size // span.max)
-        edges = np.linspace(0, size, runs + 1).round().astype(int)
-        if np.diff(edges).min() < span.min:
-            raise BudgetError(f"this graph takes batches of {span}; {size} pictures (guidance counted) do not divide into such runs")
-        return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]
