@@ -6,10 +6,12 @@ The recipe of arXiv 2603.12245: rectified flow with logit-normal times, label dr
 of kept latents drawn uniformly for each step, so that every prefix of the latents learns to carry the picture.
 """
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor, nn
 
-from elastic_export.models.elit import Elit, ElitParams
+from elastic_export.models.elit import FAMILY, Elit, ElitParams
 from training import drop_labels, parser, train
 
 PARAMS = ElitParams(
@@ -29,4 +31,5 @@ def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float)
 
 
 if __name__ == "__main__":
-    train(Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=4000).parse_args())
+    about = {"family": FAMILY.name, "config": asdict(PARAMS)}
+    train(lambda: Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=4000).parse_args(), about)

@@ -18,10 +18,10 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point: errors that a user can act on end in one line and their exit code, never in a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point (`arguments` default to the process's own): errors that a user can act on end in one line and their exit code, never in a traceback."""
     try:
-        app()
+        app(arguments, prog_name="elastic-export")
     except ElasticError as error:
         fail(str(error))
         sys.exit(error.exit_code)

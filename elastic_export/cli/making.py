@@ -60,7 +60,8 @@ def make(
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
         else:
-            show.line(f"would write {output}: {captured.model.name} for {target}, {precision}, batch {batch}, verified at {', '.join(budgets)}")
+            what = f"{captured.model.name} for {target}, {precision}, batch {batch}"
+            show.line(f"would write {output}: {what}, verified at {', '.join(budgets)}")
     elif json:
         show.as_json(target, {"bundle": str(bundle.folder), "manifest": bundle.manifest})
     else:

@@ -43,4 +43,3 @@ def onnx(
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
-

@@ -121,7 +121,12 @@ def costs(rows: Iterable[Cost]) -> None:
         "cost of one sample's forward pass",
         ("budget", "GFLOPs", "share", "weights MB", "activations MB"),
         [
-            (key(row.budget), f"{row.flops / 1e9:.3f}", f"{row.flops / full:.0%}", f"{row.weight_bytes / 1e6:.1f}", f"{row.activation_bytes / 1e6:.2f}")
+            (
+                key(row.budget),
+                f"{row.flops / 1e9:.3f}",
+                f"{row.flops / full:.0%}",
+                *(f"{size / 1e6:.2f}" for size in (row.weight_bytes, row.activation_bytes)),
+            )
             for row in rows
         ],
     )
@@ -133,7 +138,7 @@ def bundle(opened: Bundle) -> None:
     model, channels = manifest.model, "x".join(map(str, manifest.model.sample_shape))
     line(f"{opened.folder}: {model.name} ({model.family}, {model.weights} weights), samples {channels}, {model.num_classes} classes")
     for axis in manifest.axes:
-        line(f"axis {axis.name}: {axis.span} in steps of {axis.step}, default {axis.default}; carried by the {axis.carrier} of {axis.input}")
+        line(f"axis {axis.name}: {axis.span} in steps of {axis.step}, default {axis.default}, as the {axis.carrier} of {axis.input}")
     for name, graph in manifest.graphs.items():
         for direction, specs in (("in", graph.inputs), ("out", graph.outputs)):
             for spec in specs:

@@ -6,6 +6,7 @@ The state is float64. Each loop yields a `Step` after every step; sending an arr
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def _times(steps: int, least: int = 1) -> np.ndarray:
 def euler(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler's method on `steps + 1` uniform times; one evaluation a step."""
     x, times = noise.astype(np.float64), _times(steps)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
         x = _after(step, (yield step))
 
@@ -52,7 +53,7 @@ def euler(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None =
 def heun(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
     x, times = noise.astype(np.float64), _times(steps)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, float(t), i)
         ahead = x + (t_next - t) * v
         if i < steps - 1:
@@ -71,7 +72,7 @@ def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = N
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
     _times(steps, least=2)
     x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
         score = -((1 - t) * v + x) / t
         ahead = x + (v - 0.5 * w * score) * dt

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from elastic_runtime.errors import BundleError
 
@@ -37,14 +38,14 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise BundleError(f"no space left on the disk that holds {folder}; nothing was changed. Free some space, then try again.") from error
+        raise BundleError(f"no space left on the disk of {folder}; nothing was changed. Free some space, then try again.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # the unfinished new folder, or the replaced old one
 
 
 def exchange(left: Path, right: Path) -> None:
     """Swap two folders' names in one step where the system can (Linux, macOS), else in two renames."""
-    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    libc: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
         at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
         if libc.renameat2(at_cwd, os.fsencode(left), at_cwd, os.fsencode(right), swap) == 0:

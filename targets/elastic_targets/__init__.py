@@ -22,4 +22,6 @@ def load(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in packages:
             raise
-        raise MissingError(f"the {name} target needs {error.name}, which is not installed: pip install 'elastic-export[{extra}]'") from error
+        raise MissingError(
+            f"the {name} target needs {error.name}, which is not installed: pip install 'elastic-export[{extra}]'"
+        ) from error

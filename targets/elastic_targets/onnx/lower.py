@@ -96,7 +96,8 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
         raise RuntimeError(f"{file.name} has opset {opset}, asked for {artifact.opset}")
     for specs, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
         if [spec.name for spec in specs] != [value.name for value in values]:
-            raise RuntimeError(f"{file.name} has {[value.name for value in values]} where the contract says {[spec.name for spec in specs]}")
+            names = [value.name for value in values]
+            raise RuntimeError(f"{file.name} has {names} where the contract says {[spec.name for spec in specs]}")
         for spec, value in zip(specs, values, strict=True):
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
