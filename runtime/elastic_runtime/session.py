@@ -18,7 +18,7 @@ from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Artifact, Bundle, Graph, TensorSpec
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError
 
-BACKENDS = ("ort", "coreml")
+BACKENDS = ("trt", "ort", "coreml")
 Arrays = Mapping[str, np.ndarray]
 
 

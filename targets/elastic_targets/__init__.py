@@ -9,7 +9,7 @@ from types import ModuleType
 from elastic_runtime.errors import MissingError, UsageError
 
 # room -> (packages that it imports, extra that brings them)
-ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch")}
+ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch"), "trt": ((), "rtx")}
 
 
 def load(name: str) -> ModuleType:
