@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -69,6 +70,10 @@ class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     verified: tuple[Verification, ...] = ()
     unverified: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("an artifact needs at least one of `files`")
+
     @property
     def path(self) -> str:
         """The file that a backend opens; the others lie where it expects them."""
@@ -116,14 +121,14 @@ class Network(_Record, frozen=True, kw_only=True):
 
 
 class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
-    """A TensorRT engine. It belongs to one builder, one version of it and one GPU generation (`sm`, 89 for 8.9).
+    """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
 
     `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
     """
 
     builder: Literal["tensorrt", "tensorrt_rtx"]
     builder_version: str
-    sm: int
+    sms: tuple[int, ...]
     source: str
     source_sha256: str
     profiles: tuple[Profile, ...]
@@ -172,6 +177,11 @@ class Graph(_Record, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     dimensions: dict[str, Span]
     artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
+
+    def __post_init__(self) -> None:
+        letters = {size for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
+        if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
+            raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
 
     @property
     def batch(self) -> Span:
@@ -295,7 +305,8 @@ class Bundle:
         """Path of a listed file; a name that leaves the folder is refused."""
         pure = PurePosixPath(relative)
         path = self.folder / pure
-        if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not path.resolve().is_relative_to(self.folder.resolve()):
+        odd = "\\" in relative or "\0" in relative
+        if odd or pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {relative!r}. Do not use this bundle.")
         return path
 
@@ -310,18 +321,22 @@ class Bundle:
             raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy or export it again.")
 
     def reference(self) -> dict[str, np.ndarray]:
-        """Arrays of the recorded reference run, `graph/input/name` and `graph/budget/name` (see `elastic_runtime.reference`)."""
+        """Arrays of the recorded reference run, `graph/feed/name` and `graph/budget/name` (see `elastic_runtime.reference`)."""
         if self.manifest.reference is None:
-            raise BundleError(f"{self.folder} holds no reference outputs; give verify a --checkpoint to make them")
-        with np.load(self.file(self.manifest.reference.path), allow_pickle=False) as arrays:
-            return dict(arrays)
+            raise BundleError(f"{self.folder} holds no reference outputs: export it again")
+        path = self.file(self.manifest.reference.path)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{path} is damaged: {error}. Copy or export it again.") from None
 
 
 def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong."""
     try:
         version = msgspec.json.decode(text).get("schema_version")
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where} is not a manifest: {error}. Copy or export the bundle again.") from None
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION

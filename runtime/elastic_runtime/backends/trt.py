@@ -37,11 +37,11 @@ def gpu() -> tuple[int | None, str]:
 def obstacle(artifact: Artifact) -> str | None:
     """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be here."""
     assert isinstance(artifact, TrtArtifact)
-    wanted = f"{artifact.path} needs an sm{artifact.sm} GPU and {artifact.builder} {artifact.builder_version}"
+    wanted = f"{artifact.path} needs a GPU of sm {', '.join(map(str, artifact.sms))} and {artifact.builder} {artifact.builder_version}"
     sm, name = gpu()
     if sm is None:
         return f"{wanted}; {name}."
-    if sm != artifact.sm:
+    if sm not in artifact.sms:
         return f"{wanted}; this GPU is an sm{sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
     package, extra = _PACKAGES[artifact.builder]
     try:
@@ -271,7 +271,7 @@ class TrtSession(Session):
 def _logger(library: Any) -> Any:
     """A TensorRT logger that keeps the errors and passes the rest on to `logging`."""
 
-    class Logger(library.ILogger):  # type: ignore[misc]
+    class Logger(library.ILogger):
         def __init__(self) -> None:
             library.ILogger.__init__(self)
             self.errors: list[str] = []

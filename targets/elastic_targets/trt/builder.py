@@ -9,6 +9,7 @@ from elastic_runtime.backends import trt as device
 from elastic_runtime.errors import MissingError, UsageError
 
 Name = Literal["tensorrt", "tensorrt_rtx"]
+TURING = 75
 CHOICES = ("auto", "rtx", "tensorrt")
 _MODULES: dict[str, Name] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
@@ -17,18 +18,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Builder:
-    """One installed builder. `sms` are the GPU generations that it can build for here, `default` those built unasked."""
+    """One installed builder and the GPU generations `sms` (89 for 8.9) that it can build for here."""
 
     name: Name
     library: Any
     version: str
     sms: tuple[int, ...]
-    default: tuple[int, ...]
 
     @property
     def ahead_of_time(self) -> bool:
         """Whether it builds for GPUs that are not here."""
         return hasattr(self.library, "ComputeCapability")
+
+    def engines(self, asked: tuple[int, ...], precision: str) -> tuple[tuple[int, ...], ...]:
+        """Divide generations (all that take the precision, where none is asked for) into engines that serve several.
+
+        An RTX engine for Ampere and later is no larger than one for a single generation; Turing needs its own.
+
+        Raises: UsageError for Turing with another precision than fp16.
+        """
+        turing = self.ahead_of_time and TURING in (asked or self.sms)
+        if turing and precision != "fp16" and asked:
+            raise UsageError(
+                f"{self} builds only fp16 graphs for sm {TURING}, this one is {precision}: add --dtype fp16, or leave {TURING} out of --sm"
+            )
+        others = tuple(sorted({*(asked or self.sms)} - ({TURING} if self.ahead_of_time else set())))
+        return ((TURING,),) * (turing and precision == "fp16") + ((others,) if others else ())
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -69,22 +84,22 @@ def _open(name: str) -> Builder:
     except (ImportError, OSError) as error:  # OSError: the package is there but its shared libraries are not
         package, extra = module.replace("_", "-"), _EXTRAS[name]
         raise MissingError(f"the {name} builder needs the package {package} ({error}): pip install 'elastic-export[{extra}]'") from error
-    here, why = device.gpu()
     if hasattr(library, "ComputeCapability"):
         members = library.ComputeCapability.__members__
         sms = tuple(sorted(int(member.removeprefix("SM")) for member in members if member.startswith("SM")))
-        return Builder(module, library, str(library.__version__), sms, (here,) if here in sms else sms)  # type: ignore[arg-type]
+        return Builder(module, library, str(library.__version__), sms)
+    here, why = device.gpu()
     if here is None:
         raise MissingError(
             f"the tensorrt builder builds on the GPU that will run the engine, and {why}. Run this on that machine, or use --builder rtx."
         )
-    return Builder(module, library, str(library.__version__), (here,), (here,))
+    return Builder(module, library, str(library.__version__), (here,))
 
 
 def make_logger(library: Any) -> Any:
     """A TensorRT logger that passes messages on to `logging` and keeps the errors in `errors`."""
 
-    class Logger(library.ILogger):  # type: ignore[misc]
+    class Logger(library.ILogger):
         def __init__(self) -> None:
             library.ILogger.__init__(self)
             self.errors: list[str] = []

@@ -31,7 +31,7 @@ def build(
     parsed: Parsed,
     graph: Graph,
     profiles: tuple[Profile, ...],
-    sm: int,
+    sms: tuple[int, ...],
     settings: Settings,
     timings: bytes,
     on_fraction: OnFraction,
@@ -46,7 +46,7 @@ def build(
     config = parsed.builder.create_builder_config()
     monitor = _monitor(library)
     config.progress_monitor = monitor
-    _configure(builder, config, sm, settings)
+    _configure(builder, config, sms, settings)
     for profile in profiles:
         config.add_optimization_profile(_optimization_profile(parsed, graph, profile))
     timing = None
@@ -55,16 +55,17 @@ def build(
         config.set_timing_cache(timing, ignore_mismatch=False)
     result = _run(lambda: parsed.builder.build_serialized_network(parsed.network, config), monitor, on_fraction)
     if result is None:
-        _explain(builder, sm, settings, parsed.logger.errors)
+        _explain(builder, sms, settings, parsed.logger.errors)
     return result, bytes(memoryview(timing.serialize())) if timing else b""
 
 
-def _configure(builder: Builder, config: Any, sm: int, settings: Settings) -> None:
+def _configure(builder: Builder, config: Any, sms: tuple[int, ...], settings: Settings) -> None:
     library, flags = builder.library, builder.library.BuilderFlag
     if builder.ahead_of_time:
-        config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(library.ComputeCapability, f"SM{sm}"), 0):
-            raise InferenceError(f"{builder} refused to build for sm {sm}; this is a bug, please report it")
+        config.num_compute_capabilities = len(sms)
+        for i, sm in enumerate(sms):
+            if not config.set_compute_capability(getattr(library.ComputeCapability, f"SM{sm}"), i):
+                raise InferenceError(f"{builder} refused to build for sm {sm}; this is a bug, please report it")
         if hasattr(flags, "REQUIRE_USER_ALLOCATION"):  # what lets CUDA graphs capture an RTX engine
             config.set_flag(flags.REQUIRE_USER_ALLOCATION)
     if settings.precision == "fp32":
@@ -89,19 +90,19 @@ def _optimization_profile(parsed: Parsed, graph: Graph, profile: Profile) -> Any
     return native
 
 
-def _explain(builder: Builder, sm: int, settings: Settings, errors: list[str]) -> None:
+def _explain(builder: Builder, sms: tuple[int, ...], settings: Settings, errors: list[str]) -> None:
     said = errors[-1] if errors else "no reason given"
     if (settings.refit or settings.strip) and "CUDA_SUCCESS" in said:
         raise MissingError(
             f"{builder} needs a GPU and its driver to build with --refit or --strip: run this on a machine with one, or leave them out"
         )
-    raise InferenceError(f"{builder} failed to build for sm {sm}: {said}")
+    raise InferenceError(f"{builder} failed to build for sm {', '.join(map(str, sms))}: {said}")
 
 
 def _monitor(library: Any) -> Any:
     """A progress monitor that turns the builder's nested phases into one growing fraction, and can call the build off."""
 
-    class Monitor(library.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(library.IProgressMonitor):
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self.fraction = 0.0

@@ -1,4 +1,4 @@
-"""Lower a bundle's ONNX artifact to TensorRT engines, one a GPU generation."""
+"""Lower a bundle's ONNX artifact to TensorRT engines."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ _STEPS = 1000  # of each engine
 
 @dataclass(frozen=True)
 class TrtOptions:
-    """What to build. Empty choices are the builder's own: its generations, the bundle's spans, the default buckets.
+    """What to build. Left empty: every generation that takes the precision, the bundle's spans, the default buckets.
 
     `buckets` are budgets by axis; an axis with an empty tuple gets one range profile. `precision` chooses among the bundle's
     ONNX artifacts. `strip` leaves the weights out of the engine (they are read from the ONNX file when it is opened);
@@ -44,19 +44,19 @@ class TrtOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `lower` will do for one graph: sources in order of preference, profiles, generations, and the engines' paths."""
+    """What `lower` will do for one graph: sources in order of preference, profiles, and the engines by their generations."""
 
     builder: Builder
     graph: str
     sources: tuple[OnnxArtifact, ...]
     profiles: tuple[Profile, ...]
-    sms: tuple[int, ...]
+    engines: tuple[tuple[int, ...], ...]
     settings: Settings
 
-    def path(self, sm: int) -> str:
-        """Where the engine for a generation lies in the bundle."""
+    def path(self, sms: tuple[int, ...]) -> str:
+        """Where the engine for these generations lies in the bundle."""
         precision = "" if self.settings.precision == "fp32" else f".{self.settings.precision}"
-        return f"trt/{self.graph}{precision}.sm{sm}.{self.builder.name}-{self.builder.version}.engine"
+        return f"trt/{self.graph}{precision}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
 
 
 def requires(bundle: Bundle, graph: str, options: TrtOptions) -> None:
@@ -89,14 +89,14 @@ def plan(bundle: Bundle, graph: str, options: TrtOptions) -> Plan:
         weight_streaming=options.weight_streaming,
         version_compatible=options.version_compatible,
     )
-    sms = tuple(dict.fromkeys(options.sms)) or builder.default
-    return Plan(builder, graph, sources, profiles(described, axes, options.batch, wanted), sms, settings)
+    engines = builder.engines(options.sms, settings.precision)
+    return Plan(builder, graph, sources, profiles(described, axes, options.batch, wanted), engines, settings)
 
 
 def estimate(bundle: Bundle, plan: Plan) -> tuple[Network, float]:
     """What the parser makes of the graph, and seconds that building all its engines is likely to take where none is cached."""
     parsed, _ = _parse(bundle, plan)
-    return parsed.facts, len(plan.sms) * cache.estimate(str(plan.builder), parsed.facts.layers, len(plan.profiles))
+    return parsed.facts, len(plan.engines) * cache.estimate(str(plan.builder), parsed.facts.layers, len(plan.profiles))
 
 
 def lower(bundle: Bundle, graph: str, options: TrtOptions, folder: Path, progress: OnProgress | None = None) -> tuple[TrtArtifact, ...]:
@@ -111,24 +111,24 @@ def lower(bundle: Bundle, graph: str, options: TrtOptions, folder: Path, progres
     parsed: Parsed | None = None
     source: OnnxArtifact | None = None
     made = []
-    for i, sm in enumerate(chosen.sms):
-        target = folder / chosen.path(sm)
+    for i, sms in enumerate(chosen.engines):
+        target = folder / chosen.path(sms)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # it may be a hard link to the old bundle's file, never to be written to
-        if hit := _cached(chosen, sm, target):
-            made.append(_artifact(chosen, folder, target, *hit, sm))
-            report(f"{graph} sm{sm} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.sms))
+        if hit := _cached(chosen, sms, target):
+            made.append(_artifact(chosen, folder, target, *hit, sms))
+            report(f"{graph} {_name(sms)} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.engines))
             continue
         if parsed is None or source is None:
             parsed, source = _parse(bundle, chosen)
         seconds = cache.estimate(str(chosen.builder), parsed.facts.layers, len(chosen.profiles))
-        stage = f"{graph} sm{sm}, about {max(seconds, 1):.0f} s"
+        stage = f"{graph} {_name(sms)}, about {max(seconds, 1):.0f} s"
 
         def advance(done: float, stage: str = stage, i: int = i) -> None:
-            report(stage, int((i + done) * _STEPS), _STEPS * len(chosen.sms))
+            report(stage, int((i + done) * _STEPS), _STEPS * len(chosen.engines))
 
-        _build(chosen, bundle.manifest.graphs[graph], parsed, _key(chosen, source, sm), sm, target, advance)
-        made.append(_artifact(chosen, folder, target, source, parsed.facts, sm))
+        _build(chosen, bundle.manifest.graphs[graph], parsed, _key(chosen, source, sms), sms, target, advance)
+        made.append(_artifact(chosen, folder, target, source, parsed.facts, sms))
     return tuple(made)
 
 
@@ -179,33 +179,39 @@ def _parse(bundle: Bundle, plan: Plan) -> tuple[Parsed, OnnxArtifact]:
     raise AssertionError("a plan has a source")
 
 
-def _key(plan: Plan, source: OnnxArtifact, sm: int) -> str:
+def _name(sms: tuple[int, ...]) -> str:
+    return f"sm{'-'.join(map(str, sms))}"
+
+
+def _key(plan: Plan, source: OnnxArtifact, sms: tuple[int, ...]) -> str:
     return cache.key(
         {
             "builder": plan.builder.name,
             "version": plan.builder.version,
             "graph": [file.sha256 for file in source.files],
             "profiles": msgspec.to_builtins(plan.profiles),
-            "sm": sm,
+            "sms": sms,
             "settings": plan.settings.__dict__,
         }
     )
 
 
-def _cached(plan: Plan, sm: int, target: Path) -> tuple[OnnxArtifact, Network] | None:
+def _cached(plan: Plan, sms: tuple[int, ...], target: Path) -> tuple[OnnxArtifact, Network] | None:
     for source in plan.sources:
-        if network := cache.fetch(_key(plan, source, sm), target):
+        if network := cache.fetch(_key(plan, source, sms), target):
             return source, network
     return None
 
 
-def _build(plan: Plan, graph: Graph, parsed: Parsed, key: str, sm: int, target: Path, advance: Callable[[float], None]) -> None:
+def _build(
+    plan: Plan, graph: Graph, parsed: Parsed, key: str, sms: tuple[int, ...], target: Path, advance: Callable[[float], None]
+) -> None:
     """Build one engine, write it to `target` and keep it in the cache."""
-    timings = f"{plan.builder.name}-{plan.builder.version}-sm{sm}"
+    timings = f"{plan.builder.name}-{plan.builder.version}-{_name(sms)}"
     advance(0.0)
     start = time.perf_counter()
     known = cache.load_timings(timings)
-    engine, learned = build(plan.builder, parsed, graph, plan.profiles, sm, plan.settings, known, advance)
+    engine, learned = build(plan.builder, parsed, graph, plan.profiles, sms, plan.settings, known, advance)
     cache.learn(str(plan.builder), parsed.facts.layers, len(plan.profiles), time.perf_counter() - start)
     cache.store_timings(timings, learned)
     with target.open("wb") as stream:
@@ -214,7 +220,7 @@ def _build(plan: Plan, graph: Graph, parsed: Parsed, key: str, sm: int, target: 
     advance(1.0)
 
 
-def _artifact(plan: Plan, folder: Path, target: Path, source: OnnxArtifact, network: Network, sm: int) -> TrtArtifact:
+def _artifact(plan: Plan, folder: Path, target: Path, source: OnnxArtifact, network: Network, sms: tuple[int, ...]) -> TrtArtifact:
     settings = plan.settings
     return TrtArtifact(
         precision=source.precision,
@@ -222,7 +228,7 @@ def _artifact(plan: Plan, folder: Path, target: Path, source: OnnxArtifact, netw
         toolchain={plan.builder.name: plan.builder.version},
         builder=plan.builder.name,
         builder_version=plan.builder.version,
-        sm=sm,
+        sms=sms,
         source=source.path,
         source_sha256=source.files[0].sha256,
         profiles=plan.profiles,
