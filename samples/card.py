@@ -41,24 +41,35 @@ def protocol(record: dict[str, Any]) -> str:
     minutes = sum(detail["seconds"] for detail in evaluation["details"]) / 60
     return (
         f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
-        f"{how['steps']} steps, guidance {how['guidance']:g}{branch}; drawn through the bundle ({evaluation['artifact']}, "
-        f"{evaluation['where']}) in {minutes:.0f} minutes on a {evaluation['machine']}. "
+        f"{how['steps']} steps, guidance {how['guidance']:g}{branch}; drawn through the bundle ({evaluation['where']}) "
+        f"in {minutes:.0f} minutes on a {evaluation['machine']}. "
         "The judge is `samples/classifier.py`; its accuracy on the 3,500 real digits that it has never seen is in the last row. "
         f"Distances are to the features of these 3,500; the last row's is that of {real['pictures']:,} other real digits, "
         "the ones that the judge learned from."
     )
 
 
+def training(record: dict[str, Any]) -> str:
+    """What the training took, in one sentence."""
+    took = record["training"]
+    return (
+        f"Trained on {took['digits']:,} digits for {took['step']:,} steps of {took['batch']} "
+        f"(peak rate {took['lr']:g}, EMA {took['ema']:g}) in {took['hours']:.1f} hours "
+        f"with {took['threads']} threads of a {took['machine']}; last loss {took['loss']:.3f}."
+    )
+
+
 def section(record: dict[str, Any]) -> str:
     """What stands between the markers."""
-    return f"{table(record)}\n\n{protocol(record)}" if record.get("quality") else "Not measured yet."
+    parts = [table(record), protocol(record)] if record.get("quality") else ["Not measured yet."]
+    return "\n\n".join(parts + ([training(record)] if "training" in record else []))
 
 
 def filled(page: str, name: str, content: str, where: str) -> str:
     """`page` with `content` between the markers of `name`."""
     pattern = re.compile(rf"(<!-- figures {re.escape(name)} -->\n).*?(<!-- end of figures -->)", re.DOTALL)
     if len(pattern.findall(page)) != 1:
-        raise SystemExit(f"{where} must hold '<!-- figures {name} -->' and '<!-- end of figures -->' once: add both lines where the figures go")
+        raise SystemExit(f"{where} must hold '<!-- figures {name} -->' and '<!-- end of figures -->' once: add both lines")
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
 
 
@@ -76,7 +87,13 @@ def plot(record: dict[str, Any], path: Path) -> None:
         ("classified as asked (%)", [100 * row["accuracy"] for row in record["quality"]], 100 * real["accuracy"]),
         ("Fréchet distance (lower is better)", [row["frechet_distance"] for row in record["quality"]], real["frechet_distance"]),
     )
-    style = {"font.size": 10, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.edgecolor": "#9a9a9a"}
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.edgecolor": "#9a9a9a",
+    }
     with pyplot.rc_context(style):
         figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", facecolor=PAPER)
         for panel, (label, values, reference) in zip(plots, panels, strict=True):

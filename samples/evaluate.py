@@ -18,7 +18,7 @@ import torch
 from card import plot, table
 from classifier import Judge, load_judge
 from digits import Digits, load_digits
-from elastic_runtime import Axis, Budget, ElasticError, ElasticPipeline, UsageError
+from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
 from record import machine, read, versions, write
 
 
@@ -54,12 +54,12 @@ def spread(axis: Axis) -> list[int]:
     return sorted({min(axis.values, key=lambda value: abs(value - wanted)) for wanted in [*doublings, axis.max]})
 
 
-def check(pipe: ElasticPipeline, protocol: Protocol) -> None:
+def check(bundle: Bundle, protocol: Protocol) -> None:
     """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
-    model = pipe.bundle.manifest.model
+    model = bundle.manifest.model
     if (model.sample_shape, model.num_classes, model.vae) != ((1, 32, 32), 10, None):
         raise UsageError(
-            f"the judge knows 32x32 digits of 10 classes in one channel; {pipe.bundle.folder} draws "
+            f"the judge knows 32x32 digits of 10 classes in one channel; {bundle.folder} draws "
             f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
         )
     if protocol.samples < 2 * model.num_classes or protocol.samples % model.num_classes:
@@ -75,7 +75,7 @@ def draw(pipe: ElasticPipeline, budget: Budget, protocol: Protocol, batch: int) 
     for first in range(0, protocol.samples, batch):
         pictures.append(
             pipe(
-                labels[first : first + batch],
+                labels[first : first + batch].tolist(),
                 num_inference_steps=protocol.steps,
                 guidance_scale=protocol.guidance,
                 budget=budget,
@@ -92,13 +92,16 @@ def draw(pipe: ElasticPipeline, budget: Budget, protocol: Protocol, batch: int) 
     return Digits(np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1, labels)
 
 
-def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int) -> dict[str, Any]:
-    """Figures of a bundle along one axis: `quality` as the manifest holds it, and `evaluation` with all that made them.
+def evaluate(
+    bundle: Bundle, session: Session, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int = 50
+) -> dict[str, Any]:
+    """Figures of a bundle's denoiser along one axis: `quality` as the manifest holds it, and `evaluation` with all that made them.
 
     Raises: UsageError and its kinds for a bundle, budget or protocol that does not fit.
     """
-    check(pipe, protocol)
-    manifest = pipe.bundle.manifest
+    check(bundle, protocol)
+    pipe, manifest = ElasticPipeline(bundle, session), bundle.manifest
+    budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
     train, held_out = load_digits()
     features, named = judge.judge(train.images)
     # As many real digits as pictures, since the distance of few samples is larger. The judge has learned from these.
@@ -110,7 +113,7 @@ def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int],
     }
     flops = {Budget(**row.budget): row.flops for row in manifest.cost}
     quality, details = [], []
-    for budget in [Budget(**{axis.name: value}).on(manifest.axes) for value in values]:
+    for budget in budgets:
         begun = time.perf_counter()
         drawn = draw(pipe, budget, protocol, batch)
         seconds = time.perf_counter() - begun
@@ -124,7 +127,7 @@ def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int],
         "protocol": asdict(protocol),
         "real": real,
         "details": details,
-        "where": where,
+        "where": session.where,
         "weights_sha256": manifest.provenance.checkpoint_sha256,
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
         "machine": machine(),
@@ -136,14 +139,15 @@ def main(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads or torch.get_num_threads())
     weak = None if given.guidance_budget is None else _budget(given.guidance_budget)
     protocol = Protocol(given.samples, given.steps, given.sampler, given.guidance, weak, given.seed)
-    with ElasticPipeline.from_pretrained(given.bundle, threads=given.threads) as pipe:
-        manifest = pipe.bundle.manifest
+    bundle = Bundle.open(given.bundle)
+    manifest = bundle.manifest
+    with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
         axis = manifest.axis(given.axis or manifest.axes[0].name)
         old = read(given.output) if given.output.exists() else {}
         if old and (old.get("family"), old.get("config")) != (manifest.model.family, manifest.model.config):
             raise UsageError(f"{given.output} is the record of another model ({old.get('family')}): give another --output")
         values = [axis.check(value) for value in given.budgets or spread(axis)]
-        record = old | evaluate(pipe, load_judge(), axis, values, protocol, given.batch)
+        record = old | evaluate(bundle, session, load_judge(), axis, values, protocol, given.batch)
     write(given.output, record)
     print(table(record))
     if given.plot:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from digits import Digits, load_digits
 from record import machine, versions, write
 
-# loss(model, images (B, 1, 32, 32), labels (B,), progress in [0, 1)) -> scalar
-Loss = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+# loss(model, images (B, 1, 32, 32), labels (B,), progress in [0, 1)) -> scalar; `model` may be compiled
+Loss = Callable[[Callable[..., Tensor], Tensor, Tensor, float], Tensor]
 
 
 def parser(description: str, steps: int) -> argparse.ArgumentParser:
