@@ -53,7 +53,7 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
     cosine = float(a @ b / norms) if finite and norms > 0 else float(finite and not a.any() and not b.any())
     error = np.mean((a - b) ** 2) if finite else np.inf
     span = max(float(b.max() - b.min()), 1e-12)
-    psnr = 10 * np.log10(span**2 / error) if error > 0 else 999.0
+    psnr = (10 * np.log10(span**2 / error) if finite else -999.0) if error > 0 else 999.0
     passed = finite and bool(difference <= tolerance * max(1.0, np.abs(b).max()))
     # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
     largest = float(np.finfo(np.float32).max)

@@ -33,10 +33,16 @@ Loop = Generator[Step, np.ndarray | None, None]
 
 
 def _after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
-    return step.sample if replacement is None else np.asarray(replacement, dtype=np.float64)
+    if replacement is None:
+        return step.sample
+    if np.shape(replacement) != step.sample.shape:
+        raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {np.shape(replacement)}")
+    return np.asarray(replacement, dtype=np.float64)
 
 
 def _times(steps: int, least: int = 1) -> np.ndarray:
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+        raise UsageError(f"steps must be a whole number, got {steps!r}")
     if steps < least:
         raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
     return np.linspace(1.0, 0.0, steps + 1)

@@ -20,7 +20,7 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises: BundleError if the place cannot be written or the disk is full; whatever the block raises. In each case
     `folder` is as it was.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # where `folder` is a link, what it points to is replaced
     stage = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,8 @@ def _flush(folder: Path) -> None:
     """Ask the disk to keep what was written before the folder takes its name."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb+") as stream:
+            # Windows flushes only what is open for writing; elsewhere a file that may only be read is flushed too.
+            with path.open("rb+" if os.name == "nt" else "rb") as stream:
                 os.fsync(stream.fileno())
 
 
