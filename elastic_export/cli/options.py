@@ -12,7 +12,7 @@ from elastic_runtime.axis import Span
 from elastic_runtime.errors import BudgetError
 
 
-def _span(text: str | Span) -> Span:
+def span(text: str | Span) -> Span:
     if isinstance(text, Span):
         return text
     try:
@@ -53,9 +53,9 @@ BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
 Latents = Annotated[
     Span | None,
-    typer.Option(parser=_span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
+    typer.Option(parser=span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
 ]
-Batch = Annotated[Span, typer.Option(parser=_span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
+Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Weights, .pt or .safetensors (pickles are never run).", show_default=False)
 ]

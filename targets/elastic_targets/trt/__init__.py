@@ -4,6 +4,8 @@ Two builders share one path, since precision lies in the graph: `tensorrt-rtx` b
 machine; `tensorrt` (Jetson, data centre) builds on the GPU that will run the engine.
 """
 
-from elastic_targets.trt.lower import TrtOptions, ensures, estimate, lower, plan, requires
+from elastic_targets.trt.builder import choose
+from elastic_targets.trt.lower import Plan, TrtOptions, ensures, estimate, lower, plan, requires
+from elastic_targets.trt.profiles import read_buckets
 
-__all__ = ["TrtOptions", "ensures", "estimate", "lower", "plan", "requires"]
+__all__ = ["Plan", "TrtOptions", "choose", "ensures", "estimate", "lower", "plan", "read_buckets", "requires"]

@@ -9,12 +9,12 @@ import msgspec
 
 from elastic_runtime.axis import Span
 from elastic_runtime.bundle import Bundle, Graph, Network, OnnxArtifact, Profile, TrtArtifact, entry
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import BudgetError, UsageError
 from elastic_targets.trt import cache
 from elastic_targets.trt.builder import Builder, choose
 from elastic_targets.trt.engine import Settings, build
 from elastic_targets.trt.network import Parsed, parse
-from elastic_targets.trt.profiles import narrow, profiles
+from elastic_targets.trt.profiles import narrow, profiles, unknown_buckets
 
 # progress(stage, done, total): what is being built, and how far all of it is
 OnProgress = Callable[[str, int, int], None]
@@ -25,7 +25,7 @@ _STEPS = 1000  # of each engine
 class TrtOptions:
     """What to build. Left empty: every generation that takes the precision, the bundle's spans, the default buckets.
 
-    `buckets` are budgets by axis; an axis with an empty tuple gets one range profile. `precision` chooses among the bundle's
+    `buckets` are budgets by axis, or sizes by open dimension; what they do not name gets one range. `precision` chooses among the bundle's
     ONNX artifacts. `strip` leaves the weights out of the engine (they are read from the ONNX file when it is opened);
     `version_compatible` engines open in later versions of the same TensorRT major.
     """
@@ -77,11 +77,8 @@ def plan(bundle: Bundle, graph: str, options: TrtOptions) -> Plan:
             "--version-compatible needs --builder tensorrt: tensorrt-rtx has no lean runtime, its engines belong to one version"
         )
     axes = narrow(bundle.manifest.axes, options.spans)
-    wanted = options.buckets
-    if wanted is not None:  # a graph without the axis (a decoder) has nothing to divide
-        inputs = {spec.name for spec in described.inputs}
-        elsewhere = {axis.name for axis in axes if axis.dimension and axis.input not in inputs}
-        wanted = {name: values for name, values in wanted.items() if name not in elsewhere}
+    if unknown := unknown_buckets(options.buckets or (), bundle.manifest.graphs.values(), axes):
+        raise BudgetError(f"buckets are for axes that change a shape and for open dimensions; this bundle has no {', '.join(unknown)}")
     settings = Settings(
         precision=sources[0].precision,
         refit=options.refit,
@@ -90,7 +87,7 @@ def plan(bundle: Bundle, graph: str, options: TrtOptions) -> Plan:
         version_compatible=options.version_compatible,
     )
     engines = builder.engines(options.sms, settings.precision)
-    return Plan(builder, graph, sources, profiles(described, axes, options.batch, wanted), engines, settings)
+    return Plan(builder, graph, sources, profiles(described, axes, options.batch, options.buckets), engines, settings)
 
 
 def estimate(bundle: Bundle, plan: Plan) -> tuple[Network, float]:

@@ -5,6 +5,7 @@ and the other open dimensions (FLUX's S and T, a decoder's h and w) do.
 """
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 
 from elastic_runtime.axis import Axis, Span
@@ -40,33 +41,64 @@ def carried(graph: Graph, axes: Iterable[Axis]) -> tuple[Axis, ...]:
     return tuple(axis for axis in axes if axis.input in names)
 
 
+def read_buckets(text: str, axes: Iterable[Axis]) -> dict[str, tuple[int, ...]] | None:
+    """Read `auto` (the default ones), `none` (one range), `32,64,128` for the only axis of its kind, or `latents=32,64;S=1024,4096`.
+
+    Raises: BudgetError for another spelling, or a list that does not say which of several axes it is for.
+    """
+    if text == "auto":
+        return None
+    if text == "none":
+        return {}
+    found = {}
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*(?:(\w+)\s*=)?\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
+        if not match:
+            raise BudgetError(f"--buckets is written 32,64,128 or latents=32,64 or none or auto, got {text!r}")
+        found[match[1] or _only(axes)] = tuple(int(value) for value in match[2].split(","))
+    return found
+
+
+def _only(axes: Iterable[Axis]) -> str:
+    names = [axis.name for axis in axes if axis.dimension]
+    if len(names) != 1:
+        raise BudgetError(
+            f"--buckets must name what it divides, as in NAME=32,64: axes that change a shape are {', '.join(names) or 'none'}"
+        )
+    return names[0]
+
+
 def profiles(
     graph: Graph, axes: Iterable[Axis], batch: Span | None = None, buckets: Mapping[str, Iterable[int]] | None = None
 ) -> tuple[Profile, ...]:
-    """Profiles of a graph, smallest first. `axes` are already narrowed; `buckets` are budgets by axis, None for the default ones.
+    """Profiles of a graph, smallest first. `axes` are already narrowed; `buckets` are budgets by axis, or sizes by open
+    dimension; None for the default ones of every axis.
 
-    A bucket's profile runs from just above the bucket before it to the bucket itself, which is its preferred size. An axis
-    with no buckets gets its whole span.
+    A bucket's profile runs from just above the bucket before it to the bucket itself, which is its preferred size. What has
+    no buckets gets its whole span.
 
-    Raises: BudgetError for a batch, an axis or a bucket that the graph does not offer.
+    Raises: BudgetError for a batch or a bucket that the graph does not offer.
     """
-    axes = carried(graph, axes)
-    lengths = {axis.dimension: axis for axis in axes if axis.dimension}
+    lengths = {axis.dimension: axis for axis in carried(graph, axes) if axis.dimension}
     if buckets is None:
         buckets = {axis.name: default_buckets(axis) for axis in lengths.values()}
-    for name in buckets:
-        if name not in [axis.name for axis in lengths.values()]:
-            offer = ", ".join(axis.name for axis in lengths.values()) or "none"
-            raise BudgetError(f"buckets are for axes that change a shape; {name!r} is not one here, there are: {offer}")
     choices = {}
     for letter, span in graph.dimensions.items():
-        if letter in lengths:
-            choices[letter] = _buckets(lengths[letter], buckets.get(lengths[letter].name, ()))
+        if axis := lengths.get(letter):
+            ends = [axis.check(value) for value in buckets.get(axis.name, ())]
+            parts = _divide(axis.name, axis.span, axis.step, ends)
+            choices[letter] = [Range(*(axis.length(value) for value in (part.min, part.opt, part.max))) for part in parts]
         elif letter == "B":
             choices[letter] = [_batch(batch or span, span)]
         else:
-            choices[letter] = [Range(span.min, span.max, span.max)]
+            choices[letter] = _divide(letter, span, 1, buckets.get(letter, ()))
     return tuple(Profile(dimensions=dict(zip(choices, point, strict=True))) for point in itertools.product(*choices.values()))
+
+
+def unknown_buckets(buckets: Iterable[str], graphs: Iterable[Graph], axes: Iterable[Axis]) -> list[str]:
+    """Names in `buckets` that neither an axis that changes a shape nor an open dimension of any graph has."""
+    letters = {letter for graph in graphs for letter in graph.dimensions} - {"B"}
+    return sorted(set(buckets) - {axis.name for axis in axes if axis.dimension} - letters)
 
 
 def _batch(asked: Span, offered: Span) -> Range:
@@ -76,14 +108,12 @@ def _batch(asked: Span, offered: Span) -> Range:
     return Range(asked.min, min(max(2, asked.min), asked.max), asked.max)
 
 
-def _buckets(axis: Axis, wanted: Iterable[int]) -> list[Range]:
-    ends = sorted({axis.check(value) for value in wanted})
-    if not ends:
-        return [Range(axis.length(axis.min), axis.length(axis.max), axis.length(axis.max))]
-    if ends[-1] != axis.max:
-        raise BudgetError(
-            f"the last bucket is {ends[-1]}, so {axis.name} up to {axis.max} would have none: "
-            f"add {axis.max}, or ask for --{axis.name} {axis.min}-{ends[-1]}"
-        )
-    starts = [axis.min, *(end + axis.step for end in ends[:-1])]
-    return [Range(axis.length(start), axis.length(end), axis.length(end)) for start, end in zip(starts, ends, strict=True)]
+def _divide(name: str, span: Span, step: int, wanted: Iterable[int]) -> list[Range]:
+    """Ranges of a span that end at the buckets, or the whole of it where there are none."""
+    ends = sorted(set(wanted)) or [span.max]
+    if outside := [end for end in ends if end not in span]:
+        raise BudgetError(f"the bucket {outside[0]} lies outside {name} {span}: choose buckets within it")
+    if ends[-1] != span.max:
+        raise BudgetError(f"the last bucket is {ends[-1]}, so {name} up to {span.max} would have none: add {span.max}, or narrow the span")
+    starts = [span.min, *(end + step for end in ends[:-1])]
+    return [Range(start, end, end) for start, end in zip(starts, ends, strict=True)]
