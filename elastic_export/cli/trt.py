@@ -35,7 +35,9 @@ def trt(
         str | None, typer.Option(metavar="LIST", help="GPU generations, [bold]86,89[/bold] [dim](default: all)[/dim].", show_default=False)
     ] = None,
     builder: Annotated[str, typer.Option(help="rtx builds ahead of time anywhere; tensorrt builds on the GPU; auto: what fits.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="fp32 or fp16 [dim](default: the bundle's, or fp32)[/dim].", show_default=False)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16 [dim](default: the bundle's, or fp32)[/dim].", show_default=False)
+    ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later (the build needs a GPU).")] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave the weights in the ONNX file (the build needs a GPU).")] = False,
     weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")] = False,
