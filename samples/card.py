@@ -8,27 +8,38 @@ bundle's manifest say the same. With --check nothing is written, and a page that
 """
 
 import argparse
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 from record import read
 
-INK, PAPER, REAL = "#1f4e79", "#ffffff", "#7a7a7a"
+PAPER, REAL = "#ffffff", "#7a7a7a"
+LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"))
+
+
+def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each guidance scale, under its words, the bundle's `quality` first."""
+    evaluation = _evaluation(record)
+    return {
+        f"guidance {scale:g}" if scale > 1 else "no guidance": [row for row in evaluation["rows"] if row["guidance"] == scale]
+        for scale in evaluation["protocol"]["guidance"]
+    }
 
 
 def table(record: dict[str, Any]) -> str:
     """The figures as a Markdown table, one row a budget and one for real digits."""
-    evaluation = _evaluation(record)
+    axis, real, columns = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
     lines = [
-        f"| {evaluation['axis']} | GFLOPs a forward pass | classified as asked | Fréchet distance |",
-        "|---:|---:|---:|---:|",
+        f"| {axis} | GFLOPs a forward pass |" + "".join(f" as asked, {words} | Fréchet distance |" for words in columns),
+        "|---:|---:|" + "---:|---:|" * len(columns),
     ]
-    for row, detail in zip(record["quality"], evaluation["details"], strict=True):
-        flops = f"{detail['flops'] / 1e9:.2f}" if detail["flops"] else "-"
-        lines.append(f"| {row['budget'][evaluation['axis']]} | {flops} | {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |")
-    real = evaluation["real"]
-    lines.append(f"| real digits | | {real['accuracy']:.1%} | {real['frechet_distance']:.1f} |")
+    for rows in zip(*columns.values(), strict=True):
+        flops = f"{rows[0]['flops'] / 1e9:.2f}" if rows[0]["flops"] else "-"
+        figures = "".join(f" {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |" for row in rows)
+        lines.append(f"| {rows[0]['budget'][axis]} | {flops} |{figures}")
+    lines.append("| real digits | |" + f" {real['accuracy']:.1%} | {real['frechet_distance']:.1f} |" * len(columns))
     return "\n".join(lines)
 
 
@@ -37,11 +48,12 @@ def protocol(record: dict[str, Any]) -> str:
     evaluation = _evaluation(record)
     how, real = evaluation["protocol"], evaluation["real"]
     weak = how["guidance_budget"]
-    branch = f", its weak branch at {_pairs(weak)}" if weak else ", both branches at the same budget"
-    minutes = sum(detail["seconds"] for detail in evaluation["details"]) / 60
+    branch = f"the weak branch at {_pairs(weak)}" if weak else "both branches at the same budget"
+    minutes = sum(row["seconds"] for row in evaluation["rows"]) / 60
+    scales = " and ".join(series(record))
     return (
         f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
-        f"{how['steps']} steps, guidance {how['guidance']:g}{branch}; drawn through the bundle ({evaluation['where']}) "
+        f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({evaluation['where']}) "
         f"in {minutes:.0f} minutes on a {evaluation['machine']}. "
         "The judge is `samples/classifier.py`; its accuracy on the 3,500 real digits that it has never seen is in the last row. "
         f"Distances are to the features of these 3,500; the last row's is that of {real['pictures']:,} other real digits, "
@@ -74,19 +86,15 @@ def filled(page: str, name: str, content: str, where: str) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Accuracy and Frechet distance against the budget, with the GFLOPs of each budget along the top."""
+    """Accuracy and Frechet distance against the budget, a line for each guidance scale, with each budget's GFLOPs along the top."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    evaluation = _evaluation(record)
-    axis, real = evaluation["axis"], evaluation["real"]
-    budgets = [row["budget"][axis] for row in record["quality"]]
-    panels = (
-        ("classified as asked (%)", [100 * row["accuracy"] for row in record["quality"]], 100 * real["accuracy"]),
-        ("Fréchet distance (lower is better)", [row["frechet_distance"] for row in record["quality"]], real["frechet_distance"]),
-    )
+    axis, real, lines = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
+    first = next(iter(lines.values()))
+    budgets = [row["budget"][axis] for row in first]
     style: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.right": False,
@@ -94,27 +102,31 @@ def plot(record: dict[str, Any], path: Path) -> None:
         "grid.color": "#e6e6e6",
         "axes.edgecolor": "#9a9a9a",
     }
+    panels = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
     with pyplot.rc_context(style):
-        figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", facecolor=PAPER)
-        for panel, (label, values, reference) in zip(plots, panels, strict=True):
-            panel.axhline(reference, color=REAL, linestyle=(0, (5, 3)), linewidth=1.2, label="real digits")
-            panel.plot(budgets, values, color=INK, marker="o", linewidth=2, markersize=6, label="drawn by the bundle")
+        figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", facecolor=PAPER)
+        for panel, (figure_name, label, unit) in zip(plots, panels, strict=True):
+            for (words, rows), (color, marker) in zip(lines.items(), itertools.cycle(LINES), strict=False):
+                values = [unit * row[figure_name] for row in rows]
+                panel.plot(budgets, values, color=color, marker=marker, linewidth=2, markersize=6, label=words, clip_on=False)
+            panel.axhline(unit * real[figure_name], color=REAL, linestyle=(0, (5, 3)), linewidth=1.2, label="real digits")
             panel.set_xscale("log", base=2)
             panel.set_xticks(budgets, [str(budget) for budget in budgets])
             panel.minorticks_off()
+            panel.margins(x=0.08)
             panel.set_axisbelow(True)
             panel.set_xlabel(axis)
             panel.set_ylabel(label)
-            low, high = min(*values, reference), max(*values, reference)
-            room = max(0.12 * (high - low), 0.5)
-            panel.set_ylim(*((low - room, 100.4) if label.endswith("(%)") else (0, high + room)))
-            if all(detail["flops"] for detail in evaluation["details"]):
+            low, high = panel.get_ylim()
+            panel.set_ylim(*((low, 101) if unit == 100 else (0, high)))
+            if all(row["flops"] for row in first):
                 top = panel.secondary_xaxis("top")
-                top.set_xticks(budgets, [f"{detail['flops'] / 1e9:.2f}" for detail in evaluation["details"]])
+                top.set_xticks(budgets, [f"{row['flops'] / 1e9:.2f}" for row in first])
                 top.set_xlabel("GFLOPs a forward pass", color=REAL)
                 top.tick_params(colors=REAL, which="both")
                 top.minorticks_off()
-        plots[0].legend(frameon=False, loc="lower right")
+        handles, words = plots[0].get_legend_handles_labels()
+        figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=len(words))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         pyplot.close(figure)

@@ -1,11 +1,14 @@
 """Grade a bundle that draws digits, at several budgets: how many are classified as asked, and their Frechet distance to real ones.
 
-    python samples/evaluate.py BUNDLE --guidance 4 --output figures.json --plot quality.png
+    python samples/evaluate.py BUNDLE --output figures.json --plot quality.png
 
 Pictures are drawn through the bundle's own path (`elastic_runtime`), the same classes from the same noise at each budget.
+Guidance hides part of what a budget costs: it makes digits plain enough to name whatever drew them, and less varied. So a
+second series without it stands beside the first.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,12 +27,15 @@ from record import machine, read, versions, write
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the pictures of one budget are drawn; `guidance_budget` is the weak branch's, None for the same as the picture's."""
+    """How pictures are drawn: a series for each guidance scale, of which the first is the bundle's `quality`.
+
+    `guidance_budget` is the weak branch's; None is the same as the picture's.
+    """
 
     samples: int = 1000
     steps: int = 20
     sampler: str = "euler"
-    guidance: float = 4.0
+    guidance: tuple[float, ...] = (4.0, 1.0)
     guidance_budget: dict[str, int] | None = None
     seed: int = 0
 
@@ -62,11 +68,13 @@ def check(bundle: Bundle, protocol: Protocol) -> None:
             f"the judge knows 32x32 digits of 10 classes in one channel; {bundle.folder} draws "
             f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
         )
+    if len(set(protocol.guidance)) < len(protocol.guidance):
+        raise UsageError(f"--guidance names a scale twice: {protocol.guidance}")
     if protocol.samples < 2 * model.num_classes or protocol.samples % model.num_classes:
         raise UsageError(f"--samples must be a multiple of the {model.num_classes} classes, 20 or more, got {protocol.samples}")
 
 
-def draw(pipe: ElasticPipeline, budget: Budget, protocol: Protocol, batch: int) -> Digits:
+def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Protocol, batch: int) -> Digits:
     """`protocol.samples` pictures, classes in turn; the generator starts anew, so that each budget begins from the same noise."""
     labels = np.arange(protocol.samples) % pipe.bundle.manifest.model.num_classes
     generator = np.random.default_rng(protocol.seed)
@@ -77,7 +85,7 @@ def draw(pipe: ElasticPipeline, budget: Budget, protocol: Protocol, batch: int) 
             pipe(
                 labels[first : first + batch].tolist(),
                 num_inference_steps=protocol.steps,
-                guidance_scale=protocol.guidance,
+                guidance_scale=guidance,
                 budget=budget,
                 guidance_budget=weak,
                 sampler=protocol.sampler,
@@ -87,7 +95,7 @@ def draw(pipe: ElasticPipeline, budget: Budget, protocol: Protocol, batch: int) 
         )
         done = min(first + batch, protocol.samples)
         left = (time.perf_counter() - begun) / done * (protocol.samples - done)
-        line = f"{budget}: {done} of {protocol.samples} pictures, {left:.0f} s left"
+        line = f"{budget}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
         print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
     return Digits(np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1, labels)
 
@@ -105,28 +113,38 @@ def evaluate(
     train, held_out = load_digits()
     features, named = judge.judge(train.images)
     # As many real digits as pictures, since the distance of few samples is larger. The judge has learned from these.
-    rows = np.concatenate([np.flatnonzero(held_out.labels == digit)[: protocol.samples // 10] for digit in range(10)])
+    others = np.concatenate([np.flatnonzero(held_out.labels == digit)[: protocol.samples // 10] for digit in range(10)])
     real = {
-        "pictures": len(rows),
+        "pictures": len(others),
         "accuracy": float((named == train.labels).mean()),
-        "frechet_distance": frechet_distance(judge.judge(held_out.images[rows])[0], features),
+        "frechet_distance": frechet_distance(judge.judge(held_out.images[others])[0], features),
     }
     flops = {Budget(**row.budget): row.flops for row in manifest.cost}
-    quality, details = [], []
-    for budget in budgets:
+    rows: list[dict[str, Any]] = []
+    for guidance, budget in itertools.product(protocol.guidance, budgets):
         begun = time.perf_counter()
-        drawn = draw(pipe, budget, protocol, batch)
-        seconds = time.perf_counter() - begun
+        drawn = draw(pipe, budget, guidance, protocol, batch)
+        seconds = round(time.perf_counter() - begun, 1)
         seen, said = judge.judge(drawn.images)
         right = said == drawn.labels
-        quality.append({"budget": dict(budget), "accuracy": float(right.mean()), "frechet_distance": frechet_distance(seen, features)})
-        by_class = [float(right[drawn.labels == digit].mean()) for digit in range(10)]
-        details.append({"budget": dict(budget), "flops": flops.get(budget), "seconds": round(seconds, 1), "accuracy_by_class": by_class})
+        rows.append(
+            {
+                "guidance": guidance,
+                "budget": dict(budget),
+                "flops": flops.get(budget),
+                "accuracy": float(right.mean()),
+                "accuracy_by_class": [float(right[drawn.labels == digit].mean()) for digit in range(10)],
+                "frechet_distance": frechet_distance(seen, features),
+                "seconds": seconds,
+            }
+        )
+    shown = ("budget", "accuracy", "frechet_distance")
+    quality = [{name: row[name] for name in shown} for row in rows[: len(budgets)]]
     evaluation = {
         "axis": axis.name,
         "protocol": asdict(protocol),
         "real": real,
-        "details": details,
+        "rows": rows,
         "where": session.where,
         "weights_sha256": manifest.provenance.checkpoint_sha256,
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
@@ -162,7 +180,16 @@ def _budget(text: str) -> dict[str, int]:
 
 
 def _values(text: str) -> list[int]:
-    return [int(value) for value in text.split(",")]
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"budgets are whole numbers such as 16,64,256, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"guidance scales are numbers such as 4 or 4,1, got {text!r}") from None
 
 
 if __name__ == "__main__":
@@ -175,7 +202,7 @@ if __name__ == "__main__":
     options.add_argument("--samples", type=int, default=1000, help="pictures at each budget (default: %(default)s)")
     options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     options.add_argument("--sampler", default="euler", choices=("euler", "heun", "sde"))
-    options.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    options.add_argument("--guidance", type=_scales, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
     options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")

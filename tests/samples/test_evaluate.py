@@ -1,4 +1,5 @@
 import dataclasses
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evaluate import Protocol, draw, evaluate, frechet_distance, spread
 
 # An axis that is not `latents`, to prove that nothing is tied to it.
 LOOPS = Axis(name="loops", min=1, max=4, step=1, default=4, input="loops", carrier="value")
-PROTOCOL = Protocol(samples=100, steps=2, guidance=1.0)
+PROTOCOL = Protocol(samples=100, steps=2, guidance=(2.0, 1.0))
 
 
 def bundle(side: int = 32) -> Bundle:
@@ -46,7 +47,8 @@ def bundle(side: int = 32) -> Bundle:
 
 def artist(held_out: Digits) -> FakeSession:
     """Draws a real digit of the class that is asked for; with one loop, buries it in a checkerboard."""
-    examples = np.stack([held_out.images[held_out.labels == digit][0] for digit in range(10)])
+    blank = np.full((1, 32, 32), -1, np.float32)  # what it draws without a label
+    examples = np.stack([*(held_out.images[held_out.labels == digit][0] for digit in range(10)), blank])
     board = np.indices((32, 32)).sum(0) % 2 * 1.5
 
     def velocity(feeds: Any) -> dict[str, np.ndarray]:
@@ -86,6 +88,9 @@ def test_spread_of_an_axis() -> None:
 def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
     figures = evaluate(bundle(), artist(digits[1]), load_judge(), LOOPS, [1, 4], PROTOCOL, batch=30)
     bad, good = figures["quality"]
+    rows = figures["evaluation"]["rows"]
+    assert [(row["guidance"], row["budget"]["loops"]) for row in rows] == [(2, 1), (2, 4), (1, 1), (1, 4)]
+    assert [row["accuracy"] for row in rows[:2]] == [bad["accuracy"], good["accuracy"]]
     assert (bad["budget"], good["budget"]) == ({"loops": 1}, {"loops": 4})
     assert good["accuracy"] == 1
     assert bad["accuracy"] < 0.7
@@ -93,13 +98,13 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
     evaluation = figures["evaluation"]
     assert evaluation["axis"] == "loops"
     assert evaluation["protocol"] == dataclasses.asdict(PROTOCOL)
-    assert [row["flops"] for row in evaluation["details"]] == [10**9, 4 * 10**9]
+    assert [row["flops"] for row in rows] == [10**9, 4 * 10**9] * 2
     assert evaluation["real"]["pictures"] == 100
     assert evaluation["real"]["accuracy"] >= 0.98
     assert evaluation["weights_sha256"] == "ab"
     out, err = capsys.readouterr()
     assert out == ""
-    assert "loops=4: 100 of 100 pictures" in err
+    assert "loops=4, guidance 2: 100 of 100 pictures" in err
 
 
 def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) -> None:
@@ -112,8 +117,8 @@ def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) 
         return {"prediction": np.zeros_like(feeds["sample"])}
 
     pipe = ElasticPipeline(bundle(), FakeSession(bundle().manifest.graphs["denoiser"], velocity))
-    protocol = Protocol(samples=20, steps=1, guidance=1.0, seed=5)
-    drawn = [draw(pipe, Budget(loops=n), protocol, batch=8) for n in (1, 4)]
+    protocol = Protocol(samples=20, steps=1, seed=5)
+    drawn = [draw(pipe, Budget(loops=n), 1.0, protocol, batch=8) for n in (1, 4)]
     assert len(starts) == 6
     assert all(np.array_equal(a, b) for a, b in zip(starts[:3], starts[3:], strict=True))
     assert drawn[0].labels.tolist() == [*range(10)] * 2
@@ -134,3 +139,11 @@ def test_guidance_budget_is_read() -> None:
     assert script._budget("latents=16") == {"latents": 16}
     with pytest.raises(UsageError, match="written latents=16, got 'latents'"):
         script._budget("latents")
+
+
+def test_lists_on_the_command_line_are_read() -> None:
+    assert script._values("16,64") == [16, 64]
+    assert script._scales("4,1.5") == (4, 1.5)
+    for read in (script._values, script._scales):
+        with pytest.raises(ArgumentTypeError, match="such as"):
+            read("a,b")
