@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import elastic_targets
 from elastic_export.cli import show
 from elastic_export.cli.options import command_line
 from elastic_runtime.axis import Span
@@ -41,6 +42,7 @@ def make(
     from elastic_export.export import destination, export
     from elastic_export.models.zoo import Request, load
 
+    room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     destination(output, overwrite)  # a refusal should not wait for the weights to load
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
@@ -49,6 +51,9 @@ def make(
         loaded = load(Request(model, checkpoint, config, random_weights, overrides))
         captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, precision, vae)
         del loaded
+        for graph in captured.graphs:
+            room.requires(graph, room_options)
+        del graph  # the export lets each graph's weights go when it is lowered
         bundle = None if dry_run else export(captured, target, room_options, output, command_line(), overwrite, on_stage)
     if captured.ignored:
         show.note(f"ignored {len(captured.ignored)} training-only weights, {captured.ignored[0]} among them")
@@ -56,7 +61,7 @@ def make(
         show.note("the weights are random: fit to measure speed, not to draw")
     if bundle is None:
         budgets = [key(budget) for budget in probe_budgets(captured.axes)]
-        plan = {"output": output, "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
+        plan = {"output": str(output), "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
         else:
