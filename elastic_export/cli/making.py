@@ -35,9 +35,10 @@ def make(
 ) -> Bundle | None:
     """Load, capture, export and show (unless `silent`: the caller goes on with the bundle). None for a dry run."""
     try:
-        import torch  # noqa: F401  the door to the hall: its absence is advice, not a traceback
+        import safetensors  # noqa: F401  the doors to the hall: their absence is advice, not a traceback
+        import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingError(f"exporting needs torch ({error}): pip install 'elastic-export[torch]'") from error
+        raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture import capture, probe_budgets
     from elastic_export.export import destination, export
     from elastic_export.models.zoo import Request, load

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
+import onnxscript  # noqa: F401  torch imports it only while exporting; its absence is told at the door
 import torch
 
 from elastic_runtime.budget import Budget
