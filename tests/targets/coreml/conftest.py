@@ -79,10 +79,14 @@ def error() -> Callable[[GraphCapture, EvaluatorSession, Budget], float]:
 def program(tmp_path: Path) -> Callable[..., Callable[..., Any]]:
     """Save a MIL program written by hand, and return what runs it: `program(body, x=(2, 3))(x=array)`."""
 
-    def build(body: Callable[..., Any], dtype: Any = types.fp32, opset: Any = ct.target.iOS18, **inputs: tuple[int, ...]) -> Callable[..., Any]:
+    def build(
+        body: Callable[..., Any], dtype: Any = types.fp32, opset: Any = ct.target.iOS18, **inputs: tuple[int, ...]
+    ) -> Callable[..., Any]:
         # An input whose name begins with i holds indices.
         specs = [mb.TensorSpec(shape=shape, dtype=types.int32 if name.startswith("i") else dtype) for name, shape in inputs.items()]
-        made = mb.program(input_specs=specs, opset_version=opset)(eval(f"lambda {', '.join(inputs)}: body({', '.join(inputs)})", {"body": body}))
+        made = mb.program(input_specs=specs, opset_version=opset)(
+            eval(f"lambda {', '.join(inputs)}: body({', '.join(inputs)})", {"body": body})
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = ct.convert(made, minimum_deployment_target=opset, compute_precision=ct.precision.FLOAT32, skip_model_load=True)

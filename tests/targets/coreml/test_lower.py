@@ -143,7 +143,9 @@ def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:
     assert [budget["latents"] for budget in budgets(graph, CoremlOptions())] == [4, 8, 16, 32, 64]
     assert [budget["latents"] for budget in budgets(elit(latents=Span(12, 60)), CoremlOptions())] == [12, 24, 48, 60]
     assert budgets(elit(latents=Span(16, 16)), CoremlOptions()) == [Budget(latents=16)]
-    wide = replace(graph, axes=(Axis(name="latents", min=1, max=4096, step=1, default=64, input="latent_ids", carrier="length", dimension="J"),))
+    wide = replace(
+        graph, axes=(Axis(name="latents", min=1, max=4096, step=1, default=64, input="latent_ids", carrier="length", dimension="J"),)
+    )
     assert len(budgets(wide, CoremlOptions())) == 8
 
 
@@ -151,7 +153,10 @@ def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:
     ("options", "message"),
     [
         ({"target": "iOS17"}, "--target iOS17 is too old for a package of 5 functions, which needs iOS18 or macOS15"),
-        ({"target": "macOS12", "shapes": "range", "compression": "int8"}, "macOS12 is too old for --compress int8, which needs iOS16 or macOS13"),
+        (
+            {"target": "macOS12", "shapes": "range", "compression": "int8"},
+            "macOS12 is too old for --compress int8, which needs iOS16 or macOS13",
+        ),
         ({"target": "iOS9"}, "--target for coreml must be one of iOS15, .*got iOS9"),
         ({"shapes": "any"}, "--shapes for coreml must be one of functions, enumerated, range, got any"),
         ({"precision": "bf16"}, "--dtype for coreml must be one of fp16, fp32, got bf16"),
@@ -172,7 +177,9 @@ def test_more_functions_than_make_sense_are_refused(elit: Elit) -> None:
     axis = Axis(name="latents", min=4, max=400, step=4, default=64, input="latent_ids", carrier="length", unit=4, dimension="J")
     graph = replace(elit(), axes=(axis,))
     many = tuple(Budget(latents=4 * i) for i in range(1, 18))
-    with pytest.raises(UsageError, match=r"17 budgets are more than functions make sense for \(16\): give fewer --budgets, or --shapes range"):
+    with pytest.raises(
+        UsageError, match=r"17 budgets are more than functions make sense for \(16\): give fewer --budgets, or --shapes range"
+    ):
         requires(graph, CoremlOptions(budgets=many))
     requires(graph, CoremlOptions(budgets=many, shapes="enumerated"))
 

@@ -120,7 +120,9 @@ def test_attention(program: Program, masked: bool) -> None:
     mask = RNG.standard_normal((4, 6)).astype(np.float32)
     shapes = {"q": q.shape, "k": k.shape, "v": v.shape} | ({"m": mask.shape} if masked else {})
     feeds = {"q": q, "k": k, "v": v} | ({"m": mask} if masked else {})
-    run = program(lambda q, k, v, *m: mb.scaled_dot_product_attention(query=q, key=k, value=v, **({"attn_mask": m[0]} if m else {})), **shapes)
+    run = program(
+        lambda q, k, v, *m: mb.scaled_dot_product_attention(query=q, key=k, value=v, **({"attn_mask": m[0]} if m else {})), **shapes
+    )
     wanted = F.scaled_dot_product_attention(T(q), T(k), T(v), attn_mask=T(mask) if masked else None)
     np.testing.assert_allclose(run(**feeds), wanted.numpy(), atol=1e-6)
 
@@ -149,7 +151,9 @@ def test_convolutions(program: Program, settings: dict[str, Any], wanted: Callab
 
 def test_transposed_and_grouped_convolutions(program: Program) -> None:
     weight = RNG.standard_normal((4, 2, 3, 3)).astype(np.float32)
-    run = program(lambda x: mb.conv_transpose(x=x, weight=weight, strides=[2, 2], pad_type="custom", pad=[1, 1, 1, 1], groups=2), x=PICTURE.shape)
+    run = program(
+        lambda x: mb.conv_transpose(x=x, weight=weight, strides=[2, 2], pad_type="custom", pad=[1, 1, 1, 1], groups=2), x=PICTURE.shape
+    )
     np.testing.assert_allclose(run(x=PICTURE), F.conv_transpose2d(T(PICTURE), T(weight), stride=2, padding=1, groups=2).numpy(), atol=1e-5)
     weight = RNG.standard_normal((4, 1, 3, 3)).astype(np.float32)
     run = program(lambda x: mb.conv(x=x, weight=weight, groups=4, pad_type="valid"), x=PICTURE.shape)
@@ -183,7 +187,9 @@ def test_normalisation_by_stored_and_by_own_moments(program: Program) -> None:
 
 
 def test_bilinear_upsampling(program: Program) -> None:
-    run = program(lambda x: mb.upsample_bilinear(x=x, scale_factor_height=2.0, scale_factor_width=2.0, align_corners=False), x=PICTURE.shape)
+    run = program(
+        lambda x: mb.upsample_bilinear(x=x, scale_factor_height=2.0, scale_factor_width=2.0, align_corners=False), x=PICTURE.shape
+    )
     np.testing.assert_allclose(run(x=PICTURE), F.interpolate(T(PICTURE), scale_factor=2.0, mode="bilinear").numpy(), atol=1e-5)
 
 
@@ -209,7 +215,9 @@ def test_scattering(program: Program) -> None:
     wanted[:, picks] = rows
     np.testing.assert_array_equal(run(x=X, i=picks, u=rows), wanted)
     along = np.array([[[0, 1, 2, 0]], [[2, 2, 0, 1]]], dtype=np.int32)
-    run = program(lambda x, i, u: mb.scatter_along_axis(data=x, indices=i, updates=u, axis=1, mode="add"), x=X.shape, i=along.shape, u=(2, 1, 4))
+    run = program(
+        lambda x, i, u: mb.scatter_along_axis(data=x, indices=i, updates=u, axis=1, mode="add"), x=X.shape, i=along.shape, u=(2, 1, 4)
+    )
     np.testing.assert_allclose(run(x=X, i=along, u=Y[:, :1]), T(X).scatter_add(1, T(along).long(), T(Y[:, :1])).numpy(), atol=1e-6)
     points = np.array([[1, 2], [0, 0]], dtype=np.int32)
     run = program(lambda x, i, u: mb.scatter_nd(data=x, indices=i, updates=u, mode="update"), x=X.shape, i=points.shape, u=(2, 4))
@@ -298,7 +306,9 @@ def test_an_endless_loop_ends(program: Program, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("elastic_targets.coreml.evaluate._ROUNDS", 50)
 
     def body(x: Any) -> Any:
-        return mb.while_loop(_cond=lambda y: mb.less(x=mb.reduce_sum(x=y, axes=[0]), y=1e9), _body=lambda y: (mb.tanh(x=y),), loop_vars=(x,))
+        return mb.while_loop(
+            _cond=lambda y: mb.less(x=mb.reduce_sum(x=y, axes=[0]), y=1e9), _body=lambda y: (mb.tanh(x=y),), loop_vars=(x,)
+        )
 
     with pytest.raises(InferenceError, match="did not end in 50 rounds"):
         program(body, x=(3,))(x=np.zeros(3, np.float32))
