@@ -83,7 +83,8 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18") -> Bu
     }[shapes]
     artifact = CoremlArtifact(
         precision="fp16", package=PACKAGE, deployment_target=target, shapes=shapes, batch=Span(1, 1), calls=calls, reductions="fp32",
-        files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()), toolchain={"coremltools": "9.0"},
+        files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()),
+        toolchain={"coremltools": "9.0"},
     )  # type: ignore[arg-type]  # fmt: skip
     shape = ("B", 1, 2, 2)
     graph = Graph(
