@@ -42,7 +42,8 @@ def test_a_budget_that_was_not_recorded_is_named() -> None:
 @pytest.mark.parametrize(("compression", "bound"), [(None, 2e-2), ("int8", 3e-2), ("palette4", 2.5e-1)])
 def test_fewer_bits_have_a_wider_bound(compression: Any, bound: float) -> None:
     artifact = CoremlArtifact(
-        precision="fp16", files=(FileEntry(path="p", bytes=0, sha256=""),), toolchain={}, package="p", deployment_target="iOS18", shapes="range", batch=Span(1, 1), calls=(),
+        precision="fp16", files=(FileEntry(path="p", bytes=0, sha256=""),), toolchain={},
+        package="p", deployment_target="iOS18", shapes="range", batch=Span(1, 1), calls=(),
         reductions="fp32", compression=compression,
     )  # fmt: skip
     assert tolerance(artifact) == bound
