@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastic_export.models.elit import ElitParams
+    from elastic_export.models.elt import EltParams
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -44,6 +45,14 @@ def elit_flops(params: "ElitParams", latents: int) -> int:
     write = cross_attention(tokens, tokens, width) + windows + feed_forward
     outer = (params.head_blocks + params.tail_blocks) * dit_block(tokens, width, params.mlp_ratio)
     return embedders(tokens, width, patch_values, patch_values) + outer + read + core * dit_block(latents, width, params.mlp_ratio) + write
+
+
+def elt_flops(params: "EltParams", loops: int) -> int:
+    """FLOPs of one ELT forward pass at batch 1: prelude, `loops` times the shared blocks, coda."""
+    values = params.patch_size**2 * params.in_channels
+    depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
+    block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
+    return embedders(params.tokens, params.hidden_size, values, values) + depth * block
 
 
 def dit_activation_values(tokens: int, width: int, heads: int, mlp_ratio: float = 4.0) -> int:

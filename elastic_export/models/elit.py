@@ -37,6 +37,7 @@ from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.schedule import RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def cost(params: ElitParams, budget: Budget, weights: int, precision: str) -> Co
 def facts(params: ElitParams) -> dict[str, Any]:
     return {
         "prediction": "velocity",
-        "schedule": "rectified_flow",
+        "schedule": RectifiedFlow(),
         "sample_shape": (params.in_channels, params.input_size, params.input_size),
         "num_classes": params.num_classes,
         "null_label": params.num_classes,

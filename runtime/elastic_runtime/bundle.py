@@ -18,6 +18,7 @@ import numpy as np
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import BundleError
+from elastic_runtime.schedule import Schedule
 from elastic_runtime.swap import staging
 
 SCHEMA_VERSION = 1
@@ -163,8 +164,8 @@ class Model(_Record, kw_only=True):
     name: str
     family: str
     config: dict[str, Any]
-    prediction: Literal["velocity"]
-    schedule: Literal["rectified_flow"]
+    prediction: Literal["velocity", "v", "epsilon"]
+    schedule: Schedule
     sample_shape: tuple[int, int, int]
     num_classes: int
     null_label: int
