@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from elastic_export.models.elit import ElitParams
     from elastic_export.models.elt import EltParams
+    from elastic_export.models.elt_masked import EltMaskedParams
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -53,6 +54,13 @@ def elt_flops(params: "EltParams", loops: int) -> int:
     depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
     block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
     return embedders(params.tokens, params.hidden_size, values, values) + depth * block
+
+
+def elt_masked_flops(params: "EltMaskedParams", loops: int) -> int:
+    """FLOPs of one masked ELT forward pass at batch 1: `loops` times the shared blocks, which are DiT's without adaLN, and the logits."""
+    width, tokens = params.hidden_size, params.tokens
+    block = round(2 * tokens * (4 + 2 * params.mlp_ratio) * width**2) + attention(tokens, tokens, width)
+    return params.unique_blocks * loops * block + 2 * tokens * width * params.vocabulary
 
 
 def dit_activation_values(tokens: int, width: int, heads: int, mlp_ratio: float = 4.0) -> int:

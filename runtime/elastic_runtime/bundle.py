@@ -164,7 +164,7 @@ class Model(_Record, kw_only=True):
     name: str
     family: str
     config: dict[str, Any]
-    prediction: Literal["velocity", "v", "epsilon"]
+    prediction: Literal["velocity", "v", "epsilon", "logits"]
     schedule: Schedule
     sample_shape: tuple[int, int, int]
     num_classes: int

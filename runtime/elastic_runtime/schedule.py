@@ -57,7 +57,27 @@ class ShiftedCosine(_Continuous, frozen=True, tag="shifted_cosine"):
         return picture / length, noise / length
 
 
-Schedule = RectifiedFlow | ShiftedCosine
+class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="cosine_mask"):
+    """The share of tokens still masked falls as a cosine (MaskGIT, arXiv 2202.04200, section 3.2); `vocabulary` is the mask's id."""
+
+    vocabulary: int
+
+    def masked(self, tokens: int, steps: int) -> list[int]:
+        """How many of `tokens` are masked after each step, falling by at least one a step to 0.
+
+        Raises: UsageError for more steps than tokens, or none.
+        """
+        if not 1 <= steps <= tokens:
+            raise UsageError(f"a picture of {tokens} tokens takes 1 to {tokens} steps, got {steps}")
+        left, counts = tokens, []
+        for step in range(1, steps + 1):
+            wanted = int(tokens * math.cos(math.pi / 2 * step / steps))
+            left = max(min(wanted, left - 1), steps - step)
+            counts.append(left)
+        return counts
+
+
+Schedule = RectifiedFlow | ShiftedCosine | CosineMask
 
 
 class Path(Protocol):
