@@ -19,6 +19,7 @@ from training import drop_labels, parser, train
 
 PARAMS = EltMaskedParams(
     grid=14, vocabulary=16, hidden_size=128, num_heads=4, num_classes=10, unique_blocks=2, loops=4, max_loops=6,
+    token_kind="grey",
 )  # fmt: skip
 
 

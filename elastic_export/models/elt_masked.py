@@ -36,6 +36,7 @@ class EltMaskedParams:
     loops: int
     max_loops: int
     mlp_ratio: float = 4.0
+    token_kind: str = "code"
 
     def __post_init__(self) -> None:
         for name in ("grid", "vocabulary", "hidden_size", "num_heads", "num_classes", "unique_blocks", "loops"):
@@ -43,6 +44,8 @@ class EltMaskedParams:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
+        if self.token_kind not in ("grey", "code"):
+            raise ValueError(f"token_kind must be grey or code, got {self.token_kind!r}")
         if self.max_loops < self.loops:
             raise ValueError(f"max_loops {self.max_loops} is fewer than the {self.loops} loops of training")
 
@@ -76,10 +79,11 @@ class EltMasked(nn.Module):
         self.x_embedder = nn.Embedding(params.vocabulary + 1, width)
         self.y_embedder = LabelEmbedder(params.num_classes, width)
         self.register_buffer("pos_embed", sincos_2d(width, params.grid))
-        self.blocks = nn.ModuleList(Block(width, params.num_heads, params.mlp_ratio) for _ in range(params.unique_blocks))
+        blocks = [Block(width, params.num_heads, params.mlp_ratio) for _ in range(params.unique_blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.final_layer = nn.Linear(width, params.vocabulary)
         # Each block begins as an identity, so that L of them do too.
-        initialize(self, zero=(self.final_layer, *(layer for block in self.blocks for layer in (block.attn.proj, block.mlp.fc2))))
+        initialize(self, zero=(self.final_layer, *(layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2))))
 
     def embed(self, tokens: Tensor, class_labels: Tensor) -> Tensor:
         """What the loop starts from; the label stands on every token."""
@@ -146,7 +150,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "unique_blocks": len({match[1] for key in shape if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "mlp_ratio": shape["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    told = {name: args[name] for name in ("num_heads", "loops", "max_loops") if args.get(name) is not None}
+    told = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
     return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
 
 
@@ -200,6 +204,7 @@ def facts(params: EltMaskedParams) -> dict[str, Any]:
         "sample_shape": (1, params.grid, params.grid),
         "num_classes": params.num_classes,
         "null_label": params.num_classes,
+        "tokens": params.token_kind,
     }
 
 

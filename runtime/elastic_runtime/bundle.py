@@ -159,7 +159,10 @@ class Vae(_Record, kw_only=True):
 
 
 class Model(_Record, kw_only=True):
-    """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label"."""
+    """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
+
+    `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder that is not here.
+    """
 
     name: str
     family: str
@@ -171,6 +174,12 @@ class Model(_Record, kw_only=True):
     null_label: int
     weights: Literal["checkpoint", "random"]
     vae: Vae | None = None
+    tokens: Literal["grey", "code"] | None = None
+
+    @property
+    def pixels(self) -> bool:
+        """Whether a sample is a picture as it is, with values in [-1, 1]."""
+        return self.vae is None and self.tokens is None and self.sample_shape[0] in (1, 3)
 
 
 class Cost(_Record, kw_only=True):

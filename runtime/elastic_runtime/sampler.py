@@ -11,8 +11,8 @@ import numpy as np
 
 from elastic_runtime.errors import UsageError
 
-# velocity(x, t, index): velocity of x (B, C, H, W) float64 at time t in step `index`
-Velocity = Callable[[np.ndarray, float, int], np.ndarray]
+# predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
+Predict = Callable[[np.ndarray, float, int], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
@@ -31,7 +31,8 @@ class Step:
 Loop = Generator[Step, np.ndarray | None, None]
 
 
-def _after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+    """The state to go on from: the step's, or what the caller sent in its place."""
     return step.sample if replacement is None else np.asarray(replacement, dtype=np.float64)
 
 
@@ -41,15 +42,15 @@ def _times(steps: int, least: int = 1) -> np.ndarray:
     return np.linspace(1.0, 0.0, steps + 1)
 
 
-def euler(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler's method on `steps + 1` uniform times; one evaluation a step."""
     x, times = noise.astype(np.float64), _times(steps)
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
-def heun(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
     x, times = noise.astype(np.float64), _times(steps)
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
@@ -58,10 +59,10 @@ def heun(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = 
         if i < steps - 1:
             ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
         step = Step(i, steps, float(t), float(t_next), ahead)
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
-def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
 
     Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
@@ -78,7 +79,7 @@ def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = N
         if i < steps - 1:
             ahead = ahead + np.sqrt(w * -dt) * draw(x.shape)
         step = Step(i, steps, float(t), float(t_next), ahead)
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "sde": sde}
