@@ -10,7 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from elastic_runtime.errors import UsageError
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str] = (), column_names: Sequence[str] = (), least: int = 64) -> Image.Image:
+def grid(
+    rows: Sequence[Sequence[Image.Image]], row_names: Sequence[str] = (), column_names: Sequence[str] = (), least: int = 64
+) -> Image.Image:
     """Pictures of one size in rows, with captions; small ones are enlarged by a whole factor to at least `least` pixels."""
     side = rows[0][0].size
     factor = max(1, -(-least // min(side)))

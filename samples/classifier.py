@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from digits import Digits, load_digits
@@ -55,8 +55,7 @@ class Judge(nn.Module):
 def load_judge(path: Path = WEIGHTS) -> Judge:
     """The trained judge, ready to use."""
     try:
-        with safe_open(path, "pt") as weights:
-            state = {name: weights.get_tensor(name) for name in weights.keys()}
+        state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise SystemExit(f"cannot read the judge's weights {path} ({error}): train it with samples/classifier.py --output {path}") from None
     model = Judge()

@@ -6,10 +6,13 @@ The recipe of arXiv 2603.12245: rectified flow with logit-normal times, label dr
 of kept latents drawn uniformly for each step, so that every prefix of the latents learns to carry the picture.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from dataclasses import asdict
 
-from elastic_export.models.elit import Elit, ElitParams
+import torch
+from torch import Tensor
+
+from elastic_export.models.elit import FAMILY, Elit, ElitParams
 from training import drop_labels, parser, train
 
 PARAMS = ElitParams(
@@ -18,7 +21,7 @@ PARAMS = ElitParams(
 )  # fmt: skip
 
 
-def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+def flow_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor, progress: float) -> Tensor:
     """Velocity loss on the line `x_t = (1-t) x_0 + t eps`, v = eps - x_0."""
     noise = torch.randn_like(images)
     timestep = torch.sigmoid(torch.randn(len(images)))
@@ -29,4 +32,5 @@ def flow_loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float)
 
 
 if __name__ == "__main__":
-    train(Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=4000).parse_args())
+    about = {"family": FAMILY.name, "config": asdict(PARAMS)}
+    train(lambda: Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=4000).parse_args(), about)

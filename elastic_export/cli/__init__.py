@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from elastic_export.cli import demo, generate, inspect, models, onnx, verify
+from elastic_export.cli import demo, generate, inspect, models, onnx, trt, verify
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -18,10 +18,10 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Entry point: errors that a user can act on end in one line and their exit code, never in a traceback."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point (`arguments` default to the process's own): errors that a user can act on end in one line and their exit code, never in a traceback."""
     try:
-        app()
+        app(arguments, prog_name="elastic-export")
     except ElasticError as error:
         fail(str(error))
         sys.exit(error.exit_code)
@@ -31,6 +31,7 @@ def main() -> None:
 
 
 app.command(rich_help_panel="Make")(onnx.onnx)
+app.command(rich_help_panel="Make")(trt.trt)
 app.command(rich_help_panel="Use")(generate.generate)
 app.command(rich_help_panel="Use")(demo.demo)
 app.command(rich_help_panel="Look")(verify.verify)

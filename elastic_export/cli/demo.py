@@ -56,10 +56,12 @@ def demo(
                 step_times += [step.seconds for step in result.steps]
                 advance()
             columns.append(images)
-            flops = costs[latents].flops
-            rows.append((latents, f"{1e3 * np.median(step_times):.1f}", f"{1e3 * np.median(seconds):.0f}", f"{flops / 1e9:.3f}", f"{flops / costs[256].flops:.0%}"))
+            gflops, share = costs[latents].flops / 1e9, costs[latents].flops / costs[256].flops
+            times = f"{1e3 * np.median(step_times):.1f}", f"{1e3 * np.median(seconds):.0f}"
+            rows.append((latents, *times, f"{gflops:.3f}", f"{share:.0%}"))
         where = pipe.where
-    save(grid([list(row) for row in zip(*columns, strict=True)], [str(digit) for digit in range(10)], [str(latents) for latents in BUDGETS]), picture)
+    digits, budgets = [str(digit) for digit in range(10)], [str(latents) for latents in BUDGETS]
+    save(grid(list(zip(*columns, strict=True)), digits, budgets), picture)
     show.table(
         f"{steps} Euler steps, guidance {guidance:g} (two branches in one run), medians over ten pictures, {where}",
         ("latents", "ms a step", "ms a picture", "GFLOPs a branch", "share"),

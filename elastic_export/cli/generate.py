@@ -10,17 +10,31 @@ from elastic_export.cli import options, show
 
 def generate(
     bundle: options.BundleFolder,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture, .png; several pictures stand in a row.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture, .png; several pictures stand in a row.", show_default=False)
+    ],
     classes: Annotated[str, typer.Option(help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold].")] = "0",
-    latents: Annotated[str | None, typer.Option(metavar="N[,N...]", help="Kept latents; one for each step makes a schedule [dim](default: all)[/dim].", show_default=False)] = None,
-    guidance_latents: Annotated[int | None, typer.Option(metavar="N", help="Kept latents of the weak branch: CCFG [dim](default: as --latents)[/dim].", show_default=False)] = None,
+    latents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]", help="Kept latents; one for each step makes a schedule [dim](default: all)[/dim].", show_default=False
+        ),
+    ] = None,
+    guidance_latents: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Kept latents of the weak branch: CCFG [dim](default: as --latents)[/dim].", show_default=False),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 4.0,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
-    autoguidance: Annotated[bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents.")] = False,
+    autoguidance: Annotated[
+        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents.")
+    ] = False,
     sampler: Annotated[str, typer.Option(help="euler, heun or sde.")] = "euler",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
-    backend: Annotated[str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)
+    ] = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -59,7 +73,15 @@ def generate(
         )
         name, where = pipe.bundle.manifest.model.name, pipe.where
     seconds = sum(step.seconds for step in result.steps)
-    facts = {"model": name, "classes": labels, "seed": seed, "sampler": sampler, "guidance": guidance, "where": where, "steps": result.steps}
+    facts = {
+        "model": name,
+        "classes": labels,
+        "seed": seed,
+        "sampler": sampler,
+        "guidance": guidance,
+        "where": where,
+        "steps": result.steps,
+    }
     save(grid([result.images]), output, show.text(facts))
     if json:
         show.as_json("generate", {"output": str(output), "seconds": seconds} | facts)

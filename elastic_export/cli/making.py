@@ -7,7 +7,7 @@ from typing import Any
 from elastic_export.cli import show
 from elastic_export.cli.options import command_line
 from elastic_runtime.axis import Span
-from elastic_runtime.bundle import key
+from elastic_runtime.bundle import Bundle, key
 from elastic_runtime.errors import MissingError
 
 
@@ -30,8 +30,9 @@ def make(
     json: bool = False,
     quiet: bool = False,
     verbose: bool = False,
-) -> None:
-    """Load, capture, export and show."""
+    silent: bool = False,
+) -> Bundle | None:
+    """Load, capture, export and show (unless `silent`: the caller goes on with the bundle). None for a dry run."""
     try:
         import torch  # noqa: F401  the door to the hall: its absence is advice, not a traceback
     except ModuleNotFoundError as error:
@@ -48,20 +49,21 @@ def make(
         loaded = load(Request(model, checkpoint, config, random_weights, overrides))
         captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, precision, vae)
         del loaded
-        if not dry_run:
-            bundle = export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+        bundle = None if dry_run else export(captured, target, room_options, output, command_line(), overwrite, on_stage)
     if captured.ignored:
         show.note(f"ignored {len(captured.ignored)} training-only weights, {captured.ignored[0]} among them")
     if captured.model.weights == "random":
         show.note("the weights are random: fit to measure speed, not to draw")
-    if dry_run:
+    if bundle is None:
         budgets = [key(budget) for budget in probe_budgets(captured.axes)]
         plan = {"output": output, "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
         else:
-            show.line(f"would write {output}: {captured.model.name} for {target}, {precision}, batch {batch}, verified at {', '.join(budgets)}")
-    elif json:
+            what = f"{captured.model.name} for {target}, {precision}, batch {batch}"
+            show.line(f"would write {output}: {what}, verified at {', '.join(budgets)}")
+    elif not silent and json:
         show.as_json(target, {"bundle": str(bundle.folder), "manifest": bundle.manifest})
-    else:
+    elif not silent:
         show.bundle(bundle)
+    return bundle

@@ -24,7 +24,11 @@ def models(json: options.Json = False) -> None:
         "models",
         ("name", "family", "weights", "axes", "GFLOPs", "parameters M"),
         [
-            (row["name"], row["family"], row["weights"], row["axes"], f"{row['gflops'][0]:.2f}-{row['gflops'][1]:.2f}", f"{row['parameters'] / 1e6:.1f}")
+            (
+                *(row[name] for name in ("name", "family", "weights", "axes")),
+                "-".join(f"{g:.2f}" for g in row["gflops"]),
+                row["parameters"] // 100000 / 10,
+            )
             for row in rows
         ],
     )

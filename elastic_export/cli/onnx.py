@@ -14,7 +14,7 @@ def onnx(
     latents: options.Latents = None,
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
-    dtype: Annotated[str, typer.Option(help="fp32, or fp16 with float32 reductions, inputs and outputs.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, or fp16 or bf16 (for TensorRT) with float32 reductions, inputs and outputs.")] = "fp32",
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
     vae: options.Vae = None,
@@ -43,4 +43,3 @@ def onnx(
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip
-

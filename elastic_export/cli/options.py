@@ -12,7 +12,7 @@ from elastic_runtime.axis import Span
 from elastic_runtime.errors import BudgetError
 
 
-def _span(text: str | Span) -> Span:
+def span(text: str | Span) -> Span:
     if isinstance(text, Span):
         return text
     try:
@@ -44,22 +44,26 @@ def interval(text: str) -> tuple[float, float]:
 
 def command_line() -> str:
     """The command as typed, for the manifest: the program's name without its folder."""
-    return shlex.join(["elastic-export", *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 MODEL_HELP = "A packaged sample, a family or a preset: see [bold]elastic-export models[/bold]."
-ModelName = Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=True)]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=True)]
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
 Latents = Annotated[
     Span | None,
-    typer.Option(parser=_span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all the model offers)[/dim].", show_default=False),
+    typer.Option(parser=span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
 ]
-Batch = Annotated[Span, typer.Option(parser=_span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
-Checkpoint = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights, .pt or .safetensors (pickles are never run).", show_default=False)]
+Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights, .pt or .safetensors (pickles are never run).", show_default=False)
+]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Sizes that the checkpoint does not tell, as JSON.", show_default=False)]
 Vae = Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers AutoencoderKL folder: adds the decoder.", show_default=False)]
-HeadBlocks = Annotated[int | None, typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False)]
+HeadBlocks = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False)
+]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Export without weights, to measure speed; the manifest says so.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]

@@ -10,10 +10,19 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from elastic_runtime.bundle import Artifact, Bundle, Cost, Verification, key
+from elastic_runtime.bundle import Artifact, Bundle, Cost, Profile, TrtArtifact, Verification, key
 
 JSON_SCHEMA = 1
 
@@ -78,6 +87,20 @@ def bar(quiet: bool, what: str, total: int) -> Iterator[Any]:
         yield lambda steps=1: progress.advance(task, steps)
 
 
+@contextmanager
+def building(quiet: bool) -> Iterator[Any]:
+    """Yield `on_progress(stage, done, total)`, a bar for each stage."""
+    with _progress(quiet, TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield on_progress
+
+
 def _progress(quiet: bool, *columns: Any) -> Progress:
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=False)
@@ -113,6 +136,25 @@ def _figures(row: Verification) -> tuple[str, ...]:
     return (*figures, f"{row.tolerance:.0e}", "ok" if row.passed else "FAILS")
 
 
+def engine(graph: str, artifact: TrtArtifact) -> None:
+    """What a TensorRT engine is for, and its profiles."""
+    options = ("refit", "stripped", "weight_streaming", "version_compatible")
+    extra = "".join(f", {option.replace('_', ' ')}" for option in options if getattr(artifact, option))
+    line(
+        f"{graph}: {artifact.path} ({artifact.precision}, {artifact.files[0].bytes / 1e6:.1f} MB), {artifact.builder} "
+        f"{artifact.builder_version} for sm {', '.join(map(str, artifact.sms))}, "
+        f"{artifact.network.layers} layers from {artifact.source}{extra}"
+    )
+    profiles(artifact.profiles)
+
+
+def profiles(rows: Iterable[Profile]) -> None:
+    """TensorRT's profiles: the sizes that each takes, and the ones it is tuned for."""
+    for i, profile in enumerate(rows):
+        sizes = (f"{letter} {size.min}-{size.max} (best {size.opt})" for letter, size in profile.dimensions.items())
+        line(f"  profile {i}: {', '.join(sizes)}")
+
+
 def costs(rows: Iterable[Cost]) -> None:
     """FLOPs and bytes by budget, each next to its share of the largest."""
     rows = list(rows)
@@ -121,7 +163,12 @@ def costs(rows: Iterable[Cost]) -> None:
         "cost of one sample's forward pass",
         ("budget", "GFLOPs", "share", "weights MB", "activations MB"),
         [
-            (key(row.budget), f"{row.flops / 1e9:.3f}", f"{row.flops / full:.0%}", f"{row.weight_bytes / 1e6:.1f}", f"{row.activation_bytes / 1e6:.2f}")
+            (
+                key(row.budget),
+                f"{row.flops / 1e9:.3f}",
+                f"{row.flops / full:.0%}",
+                *(f"{size / 1e6:.2f}" for size in (row.weight_bytes, row.activation_bytes)),
+            )
             for row in rows
         ],
     )
@@ -133,13 +180,15 @@ def bundle(opened: Bundle) -> None:
     model, channels = manifest.model, "x".join(map(str, manifest.model.sample_shape))
     line(f"{opened.folder}: {model.name} ({model.family}, {model.weights} weights), samples {channels}, {model.num_classes} classes")
     for axis in manifest.axes:
-        line(f"axis {axis.name}: {axis.span} in steps of {axis.step}, default {axis.default}; carried by the {axis.carrier} of {axis.input}")
+        line(f"axis {axis.name}: {axis.span} in steps of {axis.step}, default {axis.default}, as the {axis.carrier} of {axis.input}")
     for name, graph in manifest.graphs.items():
         for direction, specs in (("in", graph.inputs), ("out", graph.outputs)):
             for spec in specs:
                 line(f"{name} {direction:>3}: {spec.name} {spec.dtype}[{', '.join(map(str, spec.shape))}]")
         line(f"{name} open dimensions: {', '.join(f'{letter} {span}' for letter, span in graph.dimensions.items())}")
         for artifact in graph.artifacts:
+            if isinstance(artifact, TrtArtifact):
+                engine(name, artifact)
             verifications(name, artifact)
     costs(_thin(manifest.cost))
     if manifest.quality:

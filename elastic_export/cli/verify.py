@@ -9,7 +9,12 @@ from elastic_export.cli import options, show
 
 def verify(
     bundle: options.BundleFolder,
-    tolerance: Annotated[float | None, typer.Option(help="Bound on the error, of the largest reference value (at least 1) [dim](default by precision)[/dim].", min=0, show_default=False)] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Error allowed, times the largest output (at least 1) [dim](default: by precision)[/dim].", min=0, show_default=False
+        ),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -32,7 +37,10 @@ def verify(
         on_stage("running at each recorded budget")
         results = run(opened, tolerance)
     if json:
-        rows = [{"graph": graph, "artifact": artifact.path, "verified": artifact.verified, "unverified": artifact.unverified} for graph, artifact in results]
+        rows = [
+            {"graph": graph, "artifact": artifact.path, "verified": artifact.verified, "unverified": artifact.unverified}
+            for graph, artifact in results
+        ]
         show.as_json("verify", {"bundle": str(bundle), "results": rows})
     else:
         for graph, artifact in results:

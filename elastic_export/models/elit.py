@@ -179,8 +179,9 @@ class Elit(nn.Module):
         self.read = Read(params)
         self.write = Write(params)
         self.final_layer = FinalLayer(width, params.patch_size**2 * params.in_channels)
-        zero = [block.modulation for block in self.blocks] + [self.read.modulation, self.final_layer]
-        initialize(self, zero=(*zero, self.write.attention.proj, self.write.mlp.fc2))
+        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
+        zero = [self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer]
+        initialize(self, zero=[*(block.modulation for block in blocks), *zero])
 
     def to_windows(self, x: Tensor) -> Tensor:
         side = self.params.group_size

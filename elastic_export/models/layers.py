@@ -7,6 +7,7 @@ overflows and a timestep embedding is wrong by up to 0.46.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         angles = timestep[:, None].float() * self.frequencies.float()  # (B, 128)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))  # (B, D)
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoids.to(dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -162,7 +164,7 @@ def randomize(model: nn.Module, seed: int) -> None:
         parameter.data = noise if parameter.ndim > 1 else parameter.data + noise
 
 
-def initialize(model: nn.Module, zero: tuple[nn.Module, ...]) -> None:
+def initialize(model: nn.Module, zero: Iterable[nn.Module]) -> None:
     """Xavier weights, zero biases, then zeros in the layers that must start as identities (adaLN-Zero)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -1,6 +1,7 @@
 """The decoder graph of a diffusers `AutoencoderKL` folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from elastic_targets.capture import GraphCapture
 class Decoder(nn.Module):
     """`latent (B, C, h, w) -> image (B, 3, 8h, 8w)` in [-1, 1]; the latent is already scaled and shifted."""
 
-    def __init__(self, autoencoder: nn.Module):
+    def __init__(self, autoencoder: Any):
         super().__init__()
         self.autoencoder = autoencoder
 

@@ -143,7 +143,10 @@ def catalogue() -> list[dict[str, Any]]:
     """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
     rows = []
     cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
-    listed = [(name, FAMILIES[card["family"]], FAMILIES[card["family"]].params(**card["config"]), "packaged") for name, card in cards.items()]
+    listed = []
+    for name, card in cards.items():
+        family = FAMILIES[card["family"]]
+        listed.append((name, family, family.params(**card["config"]), "packaged"))
     listed += [(name, family, params, "--checkpoint") for family in FAMILIES.values() for name, params in family.presets.items()]
     for name, family, params, weights in listed:
         with torch.device("meta"):

@@ -1,8 +1,8 @@
 """Open a bundle and draw with it: no torch, no onnx, only numpy and a backend.
 
-    import elastic_runtime as er
-    pipe = er.ElasticPipeline.from_pretrained("bundle")
-    image = pipe(class_labels=[7], guidance_scale=4.0, budget=er.Budget(latents=64)).images[0]
+import elastic_runtime as er
+pipe = er.ElasticPipeline.from_pretrained("bundle")
+image = pipe(class_labels=[7], guidance_scale=4.0, budget=er.Budget(latents=64)).images[0]
 """
 
 from elastic_runtime.axis import Axis, Span

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest."""
 
 
-class FileEntry(_Record, kw_only=True):
+class FileEntry(_Record, frozen=True, kw_only=True):
     """One file of the bundle: `path` is relative, with forward slashes."""
 
     path: str
@@ -37,7 +38,7 @@ class FileEntry(_Record, kw_only=True):
     sha256: str
 
 
-class TensorSpec(_Record, kw_only=True):
+class TensorSpec(_Record, frozen=True, kw_only=True):
     """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`)."""
 
     name: str
@@ -45,7 +46,7 @@ class TensorSpec(_Record, kw_only=True):
     shape: tuple[int | str, ...]
 
 
-class Verification(_Record, kw_only=True):
+class Verification(_Record, frozen=True, kw_only=True):
     """What running an artifact at one budget gave against the reference outputs.
 
     `tolerance` bounds `max_abs` in units of max(1, |reference|); `where` says what ran it.
@@ -61,7 +62,7 @@ class Verification(_Record, kw_only=True):
     where: str
 
 
-class Artifact(_Record, kw_only=True, tag_field="target"):
+class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
 
     precision: Literal["fp32", "fp16", "bf16"]
@@ -69,6 +70,10 @@ class Artifact(_Record, kw_only=True, tag_field="target"):
     toolchain: dict[str, str]
     verified: tuple[Verification, ...] = ()
     unverified: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("an artifact needs at least one of `files`")
 
     @property
     def path(self) -> str:
@@ -80,7 +85,7 @@ class Artifact(_Record, kw_only=True, tag_field="target"):
         return str(self.__struct_config__.tag)
 
 
-class OnnxArtifact(Artifact, kw_only=True, tag="onnx"):
+class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
     """An ONNX file; weights above 2 GB lie beside it."""
 
     opset: int
@@ -94,7 +99,7 @@ class Range(_Record):
     max: int
 
 
-class Profile(_Record, kw_only=True):
+class Profile(_Record, frozen=True, kw_only=True):
     """One TensorRT optimization profile: the range of every open dimension of the graph."""
 
     dimensions: dict[str, Range]
@@ -108,24 +113,23 @@ class Profile(_Record, kw_only=True):
         return tuple(getattr(self.dimensions[size], end) if isinstance(size, str) else size for size in spec.shape)
 
 
-class Network(_Record, kw_only=True):
+class Network(_Record, frozen=True, kw_only=True):
     """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while building."""
 
     layers: int
     attentions: int
     loops: int
-    unused_inputs: tuple[str, ...]
 
 
-class TrtArtifact(Artifact, kw_only=True, tag="trt"):
-    """A TensorRT engine. It belongs to one builder, one version of it and one GPU generation (`sm`, 89 for 8.9).
+class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
+    """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
 
     `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
     """
 
     builder: Literal["tensorrt", "tensorrt_rtx"]
     builder_version: str
-    sm: int
+    sms: tuple[int, ...]
     source: str
     source_sha256: str
     profiles: tuple[Profile, ...]
@@ -136,13 +140,49 @@ class TrtArtifact(Artifact, kw_only=True, tag="trt"):
     version_compatible: bool = False
 
 
-class Graph(_Record, kw_only=True):
+class CoremlCall(_Record, frozen=True, kw_only=True):
+    """One call that a package takes: a function and the `sizes` of the graph's open dimensions that it takes.
+
+    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
+    """
+
+    function: str
+    budget: dict[str, int]
+    sizes: dict[str, int]
+
+
+class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
+    """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
+
+    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes (`enumerated`) or with
+    open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is the precision of its norms.
+    """
+
+    package: str
+    deployment_target: str
+    shapes: Literal["functions", "enumerated", "range"]
+    batch: Span
+    calls: tuple[CoremlCall, ...]
+    reductions: Literal["fp32", "fp16"]
+    compression: Literal["palette8", "palette6", "palette4", "int8"] | None = None
+
+    @property
+    def path(self) -> str:
+        return self.package
+
+
+class Graph(_Record, frozen=True, kw_only=True):
     """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: dict[str, Span]
-    artifacts: tuple[OnnxArtifact | TrtArtifact, ...]
+    artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
+
+    def __post_init__(self) -> None:
+        letters = {size for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
+        if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
+            raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
 
     @property
     def batch(self) -> Span:
@@ -150,7 +190,7 @@ class Graph(_Record, kw_only=True):
         return self.dimensions["B"]
 
 
-class Vae(_Record, kw_only=True):
+class Vae(_Record, frozen=True, kw_only=True):
     """How latents become the decoder's input: `latent / scaling_factor + shift_factor`; `upscale` pixels a latent."""
 
     scaling_factor: float
@@ -158,7 +198,7 @@ class Vae(_Record, kw_only=True):
     upscale: int
 
 
-class Model(_Record, kw_only=True):
+class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
     `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder that is not here.
@@ -182,7 +222,7 @@ class Model(_Record, kw_only=True):
         return self.vae is None and self.tokens is None and self.sample_shape[0] in (1, 3)
 
 
-class Cost(_Record, kw_only=True):
+class Cost(_Record, frozen=True, kw_only=True):
     """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations."""
 
     budget: dict[str, int]
@@ -191,7 +231,7 @@ class Cost(_Record, kw_only=True):
     activation_bytes: int
 
 
-class Quality(_Record, kw_only=True):
+class Quality(_Record, frozen=True, kw_only=True):
     """What the model card measured at a budget (see the card for the protocol)."""
 
     budget: dict[str, int]
@@ -199,7 +239,7 @@ class Quality(_Record, kw_only=True):
     frechet_distance: float
 
 
-class Provenance(_Record, kw_only=True):
+class Provenance(_Record, frozen=True, kw_only=True):
     """Where the bundle came from."""
 
     command: str
@@ -210,7 +250,7 @@ class Provenance(_Record, kw_only=True):
     ignored_weights: tuple[str, ...] = ()
 
 
-class Manifest(_Record, kw_only=True):
+class Manifest(_Record, frozen=True, kw_only=True):
     """The content of `elastic.json`."""
 
     schema_version: int
@@ -275,7 +315,8 @@ class Bundle:
         """Path of a listed file; a name that leaves the folder is refused."""
         pure = PurePosixPath(relative)
         path = self.folder / pure
-        if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not path.resolve().is_relative_to(self.folder.resolve()):
+        odd = "\\" in relative or "\0" in relative
+        if odd or pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {relative!r}. Do not use this bundle.")
         return path
 
@@ -290,18 +331,22 @@ class Bundle:
             raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy or export it again.")
 
     def reference(self) -> dict[str, np.ndarray]:
-        """Arrays of the recorded reference run, `graph/input/name` and `graph/budget/name` (see `elastic_runtime.reference`)."""
+        """Arrays of the recorded reference run, `graph/feed/name` and `graph/budget/name` (see `elastic_runtime.reference`)."""
         if self.manifest.reference is None:
-            raise BundleError(f"{self.folder} holds no reference outputs; give verify a --checkpoint to make them")
-        with np.load(self.file(self.manifest.reference.path), allow_pickle=False) as arrays:
-            return dict(arrays)
+            raise BundleError(f"{self.folder} holds no reference outputs: export it again")
+        path = self.file(self.manifest.reference.path)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise BundleError(f"{path} is damaged: {error}. Copy or export it again.") from None
 
 
 def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong."""
     try:
         version = msgspec.json.decode(text).get("schema_version")
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{where} is not a manifest: {error}. Copy or export the bundle again.") from None
     if version != SCHEMA_VERSION:
         newer = isinstance(version, int) and version > SCHEMA_VERSION

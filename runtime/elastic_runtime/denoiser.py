@@ -6,10 +6,10 @@ import numpy as np
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Manifest
-from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.errors import UsageError
 from elastic_runtime.policy import Choice
 from elastic_runtime.reference import axis_feeds
-from elastic_runtime.session import Session
+from elastic_runtime.session import Session, batches
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Denoiser:
     def predict(self, x: np.ndarray, time: float, labels: np.ndarray, budget: Budget) -> np.ndarray:
         """Prediction for `x` (B, C, H, W), or logits (B, T, V) for tokens, at one time and budget.
 
-        It takes as few runs as the graph's batch span allows.
+        It takes as few runs as the session's batch span allows.
         """
         parts = []
-        for rows in self._runs(len(x)):
+        for rows in batches(self._session, len(x)):
             feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)
             parts.append(self._session.run(feeds)[self._output])
         return np.concatenate(parts).astype(np.float64)
@@ -73,11 +73,3 @@ class Denoiser:
         if self._manifest.model.tokens:
             return {"tokens": x.reshape(len(x), -1)}
         return {"sample": x.astype(np.float32), "timestep": np.full(len(x), time, dtype=np.float32)}
-
-    def _runs(self, size: int) -> list[slice]:
-        span = self._session.graph.batch
-        runs = -(-size // span.max)
-        edges = np.linspace(0, size, runs + 1).round().astype(int)
-        if np.diff(edges).min() < span.min:
-            raise BudgetError(f"this graph takes batches of {span}; {size} pictures (guidance counted) do not divide into such runs")
-        return [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False)]

@@ -5,7 +5,7 @@ The state is int64 (B, 1, H, W): token ids, and the vocabulary's size where a to
 
 import numpy as np
 
-from elastic_runtime.sampler import Loop, Predict, Step
+from elastic_runtime.sampler import Loop, Predict, Step, after
 from elastic_runtime.schedule import CosineMask
 
 TEMPERATURE = 4.5  # MaskGIT's for 8 to 12 steps
@@ -33,8 +33,7 @@ def maskgit(
         np.put_along_axis(again, order[:, :count], True, -1)
         tokens = np.where(masked, np.where(again, schedule.vocabulary, drawn), state.reshape(drawn.shape))
         step = Step(i, steps, time, next_time, tokens.reshape(state.shape))
-        replacement = yield step
-        state = step.sample if replacement is None else np.asarray(replacement, dtype=np.int64)
+        state = after(step, (yield step))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -127,6 +127,10 @@ class ElasticPipeline:
         """
         if output_type not in ("pil", "np", "latent"):
             raise UsageError(f"output_type must be pil, np or latent, got {output_type!r}")
+        if not isinstance(guidance_interval, Sequence) or len(guidance_interval) != 2:
+            raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {guidance_interval!r}")
+        if output_type != "latent":
+            self._need_pixels()  # not after minutes of denoising
         steps = self.iterate(
             class_labels,
             num_inference_steps=num_inference_steps,
@@ -167,6 +171,8 @@ class ElasticPipeline:
         guidance, policy = guidance or Guidance(), policy or Fixed()
         _, run = fitting(model, sampler, temperature)
         labels = self._labels(class_labels)
+        if generator is not None and not isinstance(generator, np.random.Generator):
+            raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
         source = generator or np.random.default_rng()
         start = beginning(model, len(labels), source, noise)
         state = policy.init(axes, num_inference_steps)
@@ -203,32 +209,41 @@ class ElasticPipeline:
         """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the pixels."""
         if output_type == "latent":
             return latents
+        self._need_pixels()
         model = self.bundle.manifest.model
-        vae = model.vae
+        vae, schedule = model.vae, model.schedule
         if self._decoder and vae:
             scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
             decoded = np.concatenate([self._decoder.run({"latent": one[None]})["image"] for one in scaled])
-        elif model.pixels:
-            decoded = latents
-        elif model.tokens == "grey" and isinstance(model.schedule, CosineMask):
-            white = model.schedule.vocabulary - 1
+        elif isinstance(schedule, CosineMask):
+            white = schedule.vocabulary - 1
             decoded = np.where(latents > white, 0.0, latents / white * 2 - 1)  # what is still masked is grey
-        elif model.tokens:
-            raise UsageError("this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'")
         else:
-            raise UsageError(
-                f"this bundle's model draws {latents.shape[1]}-channel latents and it holds no decoder: "
-                "export it again with --vae DIR, or ask for output_type='latent'"
-            )
+            decoded = latents
         pixels = np.clip(decoded.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1).astype(np.float32)  # (B, H, W, C)
         if output_type == "np":
             return pixels
         quantized = (pixels * 255).round().astype(np.uint8)
         return [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in quantized]
 
+    def _need_pixels(self) -> None:
+        """Raise UsageError where latents cannot become a picture."""
+        model = self.bundle.manifest.model
+        if model.pixels or model.tokens == "grey" or (self._decoder and model.vae):
+            return
+        if model.tokens:
+            raise UsageError("this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'")
+        raise UsageError(
+            f"this bundle's model draws {model.sample_shape[0]}-channel latents and it holds no decoder: "
+            "export it again with --vae DIR, or ask for output_type='latent'"
+        )
+
     def _labels(self, class_labels: Sequence[int] | int) -> np.ndarray:
         classes = self.bundle.manifest.model.num_classes
-        labels = np.atleast_1d(np.asarray(class_labels))
+        try:
+            labels = np.atleast_1d(np.asarray(class_labels))
+        except ValueError:  # a ragged list
+            labels = np.empty(0)
         if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
             raise UsageError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
         if wrong := [int(label) for label in labels if not 0 <= label < classes]:

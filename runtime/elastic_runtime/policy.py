@@ -5,7 +5,7 @@ the state that follows, so that a policy can be shared by threads and replayed i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from elastic_runtime.axis import Axis
@@ -35,7 +35,7 @@ class Policy(Protocol):
 class Fixed:
     """The same budgets at every step. A cheaper `guidance_budget` is CCFG (ELIT) or Lite-CFG (DC-DiT)."""
 
-    budget: Budget = Budget()
+    budget: Budget = field(default_factory=Budget)
     guidance_budget: Budget | None = None
 
     def init(self, axes: Sequence[Axis], steps: int) -> Choice:

@@ -11,7 +11,8 @@ import numpy as np
 from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle, Verification, key, parse_key
-from elastic_runtime.session import Session
+from elastic_runtime.errors import BundleError
+from elastic_runtime.session import Session, batches
 
 # Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
@@ -52,7 +53,7 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
     cosine = float(a @ b / norms) if finite and norms > 0 else float(finite and not a.any() and not b.any())
     error = np.mean((a - b) ** 2) if finite else np.inf
     span = max(float(b.max() - b.min()), 1e-12)
-    psnr = 10 * np.log10(span**2 / error) if error > 0 else 999.0
+    psnr = (10 * np.log10(span**2 / error) if finite else -999.0) if error > 0 else 999.0
     passed = finite and bool(difference <= tolerance * max(1.0, np.abs(b).max()))
     # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
     largest = float(np.finfo(np.float32).max)
@@ -68,11 +69,23 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
     )
 
 
-def check(bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None) -> Iterator[Verification]:
-    """Run `session` at every recorded budget and yield how each compares; the worst output counts."""
+def check(
+    bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None
+) -> Iterator[Verification]:
+    """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts.
+
+    Raises: BundleError if the recording lacks a budget that the session was compiled for.
+    """
     feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
+    if missing := [budget for budget in session.budgets or () if budget not in outputs]:
+        raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
+    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
     for budget, wanted in outputs.items():
+        if session.budgets is not None and budget not in session.budgets:
+            continue
         axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        got = session.run(feeds | axis_feeds(axes, budget))
-        rows = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
-        yield max(rows, key=lambda row: (not row.finite, row.max_abs))
+        whole = feeds | axis_feeds(axes, budget)
+        runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
+        got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
+        found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
+        yield max(found, key=lambda row: (not row.finite, row.max_abs))

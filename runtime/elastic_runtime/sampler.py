@@ -6,10 +6,12 @@ The state is float64. Each loop yields a `Step` after every step; sending an arr
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from elastic_runtime.errors import UsageError
+from elastic_runtime.schedule import RectifiedFlow, whole_steps
 
 # predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
 Predict = Callable[[np.ndarray, float, int], np.ndarray]
@@ -32,28 +34,26 @@ Loop = Generator[Step, np.ndarray | None, None]
 
 
 def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
-    """The state to go on from: the step's, or what the caller sent in its place."""
-    return step.sample if replacement is None else np.asarray(replacement, dtype=np.float64)
-
-
-def _times(steps: int, least: int = 1) -> np.ndarray:
-    if steps < least:
-        raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
-    return np.linspace(1.0, 0.0, steps + 1)
+    """The state to go on from: the step's, or what the caller sent in its place, of the same shape and kind."""
+    if replacement is None:
+        return step.sample
+    if np.shape(replacement) != step.sample.shape:
+        raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {np.shape(replacement)}")
+    return np.asarray(replacement, dtype=step.sample.dtype)
 
 
 def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler's method on `steps + 1` uniform times; one evaluation a step."""
-    x, times = noise.astype(np.float64), _times(steps)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+    for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
         x = after(step, (yield step))
 
 
 def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    x, times = noise.astype(np.float64), _times(steps)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, float(t), i)
         ahead = x + (t_next - t) * v
         if i < steps - 1:
@@ -70,9 +70,9 @@ def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = No
     """
     if draw is None:
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
-    _times(steps, least=2)
+    whole_steps(steps, least=2)
     x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
         score = -((1 - t) * v + x) / t
         ahead = x + (v - 0.5 * w * score) * dt

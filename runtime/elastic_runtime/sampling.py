@@ -30,8 +30,9 @@ def sampler(model: Model, name: str | None = None, temperature: float | None = N
     name = name or offered[0]
     if name not in offered:
         every = sorted({each for names in OFFERED.values() for each in names})
-        what = f"sampler {name!r} does not fit {model.name}" if name in every else f"there is no sampler {name!r}"
-        raise UsageError(f"{what}, whose schedule is {model.schedule.__struct_config__.tag}: use {' or '.join(offered)}")
+        what = f"sampler {name!r} does not fit" if name in every else f"there is no sampler {name!r}"
+        fitting = " or ".join(", ".join(offered).rsplit(", ", 1))
+        raise UsageError(f"{what}; {model.name}, whose schedule is {model.schedule.__struct_config__.tag}, takes {fitting}")
     if temperature is not None and name != "maskgit":
         raise UsageError(f"a temperature is for masked models; {name} takes none")
     return name, _run(model, name, temperature)

@@ -16,16 +16,22 @@ from elastic_runtime.errors import UsageError
 LEAST_LOGSNR = -15.0
 
 
+def whole_steps(steps: int, least: int = 1, most: int | None = None) -> None:
+    """Raise UsageError unless `steps` is a whole number of at least `least` and at most `most`."""
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+        raise UsageError(f"steps must be a whole number, got {steps!r}")
+    if steps < least:
+        raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
+    if most is not None and steps > most:
+        raise UsageError(f"this sampler takes at most {most} steps, one a token, got {steps}")
+
+
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """A schedule over times from 1 (noise) to 0 (picture)."""
 
     def times(self, steps: int) -> np.ndarray:
-        """The `steps + 1` times of a run, uniform from 1 to 0, float64.
-
-        Raises: UsageError for fewer than one step.
-        """
-        if steps < 1:
-            raise UsageError(f"sampling needs at least 1 step, got {steps}")
+        """The `steps + 1` times of a run, uniform from 1 to 0, float64; UsageError for fewer than one step."""
+        whole_steps(steps)
         return np.linspace(1.0, 0.0, steps + 1)
 
 
@@ -63,12 +69,8 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     vocabulary: int
 
     def masked(self, tokens: int, steps: int) -> list[int]:
-        """How many of `tokens` are masked after each step, falling by at least one a step to 0.
-
-        Raises: UsageError for more steps than tokens, or none.
-        """
-        if not 1 <= steps <= tokens:
-            raise UsageError(f"a picture of {tokens} tokens takes 1 to {tokens} steps, got {steps}")
+        """How many of `tokens` are masked after each step, falling by at least one a step to 0; UsageError for more steps than tokens, or none."""
+        whole_steps(steps, most=tokens)
         left, counts = tokens, []
         for step in range(1, steps + 1):
             wanted = int(tokens * math.cos(math.pi / 2 * step / steps))

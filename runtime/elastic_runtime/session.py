@@ -5,6 +5,7 @@ that file imports its library, and only when it opens something.
 """
 
 import importlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import ModuleType, TracebackType
@@ -12,23 +13,28 @@ from typing import Self
 
 import numpy as np
 
+from elastic_runtime.axis import Span
+from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Artifact, Bundle, Graph, TensorSpec
-from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError
 
-BACKENDS = ("ort",)
+BACKENDS = ("trt", "ort", "coreml")
 Arrays = Mapping[str, np.ndarray]
 
 
 class Session(ABC):
     """An open artifact. Close it, or use it in a `with` block.
 
-    A subclass implements `_run` and `close`, and says in `where` what it runs on.
+    A subclass implements `_run` and `close`, and says in `where` what it runs on. An artifact may offer less than its graph:
+    `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget of the axes).
     """
 
     where: str
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, batch: Span | None = None, budgets: tuple[Budget, ...] | None = None):
         self.graph = graph
+        self.batch = batch or graph.batch
+        self.budgets = budgets
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Run the graph on named arrays and return its outputs by name.
@@ -51,6 +57,18 @@ class Session(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def batches(session: Session, size: int) -> list[slice]:
+    """Rows of each run for `size` samples, as few and as equal runs as the session's batch span allows.
+
+    Raises: BudgetError where `size` does not divide into runs of that span; nothing is padded.
+    """
+    span = session.batch
+    edges = np.linspace(0, size, -(-size // span.max) + 1).round().astype(int)
+    if np.diff(edges).min() < span.min:
+        raise BudgetError(f"{session.where} takes batches of {span}; {size} samples (guidance counted) do not divide into such runs")
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
 def check_feeds(graph: Graph, feeds: Arrays) -> None:
@@ -89,7 +107,7 @@ def obstacles(artifact: Artifact, name: str | None = None) -> tuple[ModuleType |
 
     A backend's `obstacle(artifact)` names what is missing here: a package, a device, or the device it was built for.
     """
-    reasons = []
+    reasons: list[str] = []
     for candidate in [name] if name else BACKENDS:
         room = backend(candidate)
         if artifact.target not in room.OPENS:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from elastic_runtime.errors import BundleError
 
@@ -19,7 +20,7 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises: BundleError if the place cannot be written or the disk is full; whatever the block raises. In each case
     `folder` is as it was.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()  # where `folder` is a link, what it points to is replaced
     stage = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -37,14 +38,14 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise BundleError(f"no space left on the disk that holds {folder}; nothing was changed. Free some space, then try again.") from error
+        raise BundleError(f"no space left on the disk of {folder}; nothing was changed. Free some space, then try again.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # the unfinished new folder, or the replaced old one
 
 
 def exchange(left: Path, right: Path) -> None:
     """Swap two folders' names in one step where the system can (Linux, macOS), else in two renames."""
-    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    libc: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
         at_cwd, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
         if libc.renameat2(at_cwd, os.fsencode(left), at_cwd, os.fsencode(right), swap) == 0:
@@ -68,7 +69,8 @@ def _flush(folder: Path) -> None:
     """Ask the disk to keep what was written before the folder takes its name."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb+") as stream:
+            # Windows flushes only what is open for writing; elsewhere a file that may only be read is flushed too.
+            with path.open("rb+" if os.name == "nt" else "rb") as stream:
                 os.fsync(stream.fileno())
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 from elastic_runtime.errors import MissingError, UsageError
 
 # room -> (packages that it imports, extra that brings them)
-ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch")}
+ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch"), "trt": ((), "rtx")}
 
 
 def load(name: str) -> ModuleType:
@@ -22,4 +22,6 @@ def load(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in packages:
             raise
-        raise MissingError(f"the {name} target needs {error.name}, which is not installed: pip install 'elastic-export[{extra}]'") from error
+        raise MissingError(
+            f"the {name} target needs {error.name}, which is not installed: pip install 'elastic-export[{extra}]'"
+        ) from error

@@ -17,6 +17,8 @@ def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
+    if artifact.precision == "bf16":  # found with 1.31: no Gemm, Conv or Attention for bfloat16
+        return "ONNX Runtime has no bfloat16 kernels for these graphs; bf16 is for TensorRT: elastic-export trt BUNDLE"
     return None
 
 

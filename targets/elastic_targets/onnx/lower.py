@@ -19,6 +19,7 @@ OPSETS = (20, 23)
 DEFAULT_OPSET = 23
 # protobuf messages end at 2 GB; weights past that go to a second file.
 EXTERNAL_DATA_FROM = 2_000_000_000
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
@@ -46,13 +47,15 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     """Raise UsageError unless the options make sense for this graph."""
     if options.opset not in OPSETS:
         raise UsageError(f"--opset must be one of {', '.join(map(str, OPSETS))}, got {options.opset}")
-    if options.precision not in ("fp32", "fp16"):
-        raise UsageError(f"--dtype for onnx must be fp32 or fp16, got {options.precision}")
+    if options.precision not in _TYPES:
+        raise UsageError(f"--dtype for onnx must be one of {', '.join(_TYPES)}, got {options.precision}")
+    if options.precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
+        raise UsageError(f"--dtype bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifact:
     """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry."""
-    module = graph.module if options.precision == "fp32" else copy.deepcopy(graph.module).half()
+    module = graph.module if options.precision == "fp32" else copy.deepcopy(graph.module).to(_TYPES[options.precision])
     example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
     file = folder / path(graph.name, options)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,8 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifa
     assert program is not None
     weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     program.save(str(file), external_data=weights >= EXTERNAL_DATA_FROM)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # the exporter keeps its last graph alive, and with it every weight
     data = file.with_name(file.name + ".data")
     files = [file] + ([data] if data.exists() else [])
     toolchain = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
@@ -96,7 +101,8 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
         raise RuntimeError(f"{file.name} has opset {opset}, asked for {artifact.opset}")
     for specs, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
         if [spec.name for spec in specs] != [value.name for value in values]:
-            raise RuntimeError(f"{file.name} has {[value.name for value in values]} where the contract says {[spec.name for spec in specs]}")
+            names = [value.name for value in values]
+            raise RuntimeError(f"{file.name} has {names} where the contract says {[spec.name for spec in specs]}")
         for spec, value in zip(specs, values, strict=True):
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:

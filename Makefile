@@ -1,0 +1,42 @@
+# Two commands make everything: `make demo` and `make test`. All of it ends up in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint check wheel clean
+
+demo: .venv/.base
+	$(BIN)/elastic-export demo -o demo
+
+test: lint check wheel
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+check: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The wheel by itself, away from the sources: torch-free tests and --help in an empty environment.
+wheel: .venv/.dev
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --wheel --outdir build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$(ls build/wheel/*.whl)" onnxruntime pytest hypothesis
+	cp -r tests pyproject.toml build/wheel/
+	cd build/wheel && venv/bin/elastic-export --help >/dev/null && venv/bin/pytest tests/runtime tests/house
+
+clean:
+	rm -rf .venv build dist demo
+
+.venv/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[torch,ort]'
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(INSTALL) --editable '.[dev]'
+	touch $@

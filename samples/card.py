@@ -1,0 +1,165 @@
+"""Write a trained sample's figures, from its JSON record, into the pages that quote them, and plot them.
+
+    python samples/card.py elastic_export/models/pretrained/elit-mnist.json \\
+        elastic_export/models/pretrained/elit-mnist.md README.md --plot docs/elit-mnist-quality.png
+
+A page holds the figures between `<!-- figures elit-mnist -->` and `<!-- end of figures -->`, so that all pages and the
+bundle's manifest say the same. With --check nothing is written, and a page that differs is an error.
+"""
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from record import read
+
+PAPER, REAL = "#ffffff", "#7a7a7a"
+LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"))
+
+
+def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each guidance scale, under its words, the bundle's `quality` first."""
+    evaluation = _evaluation(record)
+    return {
+        f"guidance {scale:g}" if scale > 1 else "no guidance": [row for row in evaluation["rows"] if row["guidance"] == scale]
+        for scale in evaluation["protocol"]["guidance"]
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The figures as a Markdown table, one row a budget and one for real digits."""
+    axis, real, columns = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
+    lines = [
+        f"| {axis} | GFLOPs a forward pass |" + "".join(f" as asked, {words} | Fréchet distance |" for words in columns),
+        "|---:|---:|" + "---:|---:|" * len(columns),
+    ]
+    for rows in zip(*columns.values(), strict=True):
+        flops = f"{rows[0]['flops'] / 1e9:.2f}" if rows[0]["flops"] else "-"
+        figures = "".join(f" {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |" for row in rows)
+        lines.append(f"| {rows[0]['budget'][axis]} | {flops} |{figures}")
+    lines.append("| real digits | |" + f" {real['accuracy']:.1%} | {real['frechet_distance']:.1f} |" * len(columns))
+    return "\n".join(lines)
+
+
+def protocol(record: dict[str, Any]) -> str:
+    """How the figures were made, in one paragraph."""
+    evaluation = _evaluation(record)
+    how, real = evaluation["protocol"], evaluation["real"]
+    weak = how["guidance_budget"]
+    branch = f"the weak branch at {_pairs(weak)}" if weak else "both branches at the same budget"
+    minutes = sum(row["seconds"] for row in evaluation["rows"]) / 60
+    scales = " and ".join(series(record))
+    return (
+        f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
+        f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({evaluation['where']}) "
+        f"in {minutes:.0f} minutes on a {evaluation['machine']}. "
+        "The judge is `samples/classifier.py`; its accuracy on the 3,500 real digits that it has never seen is in the last row. "
+        f"Distances are to the features of these 3,500; the last row's is that of {real['pictures']:,} other real digits, "
+        "the ones that the judge learned from."
+    )
+
+
+def training(record: dict[str, Any]) -> str:
+    """What the training took, in one sentence."""
+    took = record["training"]
+    return (
+        f"Trained on {took['digits']:,} digits for {took['step']:,} steps of {took['batch']} "
+        f"(peak rate {took['lr']:g}, EMA {took['ema']:g}) in {took['hours']:.1f} hours "
+        f"with {took['threads']} threads of a {took['machine']}; last loss {took['loss']:.3f}."
+    )
+
+
+def section(record: dict[str, Any]) -> str:
+    """What stands between the markers."""
+    parts = [table(record), protocol(record)] if record.get("quality") else ["Not measured yet."]
+    return "\n\n".join(parts + ([training(record)] if "training" in record else []))
+
+
+def filled(page: str, name: str, content: str, where: str) -> str:
+    """`page` with `content` between the markers of `name`."""
+    pattern = re.compile(rf"(<!-- figures {re.escape(name)} -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise SystemExit(f"{where} must hold '<!-- figures {name} -->' and '<!-- end of figures -->' once: add both lines")
+    return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", page)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Accuracy and Frechet distance against the budget, a line for each guidance scale, with each budget's GFLOPs along the top."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    axis, real, lines = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
+    first = next(iter(lines.values()))
+    budgets = [row["budget"][axis] for row in first]
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.edgecolor": "#9a9a9a",
+    }
+    panels = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
+    with pyplot.rc_context(style):
+        figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", facecolor=PAPER)
+        for panel, (figure_name, label, unit) in zip(plots, panels, strict=True):
+            for (words, rows), (color, marker) in zip(lines.items(), itertools.cycle(LINES), strict=False):
+                values = [unit * row[figure_name] for row in rows]
+                panel.plot(budgets, values, color=color, marker=marker, linewidth=2, markersize=6, label=words, clip_on=False)
+            panel.axhline(unit * real[figure_name], color=REAL, linestyle=(0, (5, 3)), linewidth=1.2, label="real digits")
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(budgets, [str(budget) for budget in budgets])
+            panel.minorticks_off()
+            panel.margins(x=0.08)
+            panel.set_axisbelow(True)
+            panel.set_xlabel(axis)
+            panel.set_ylabel(label)
+            low, high = panel.get_ylim()
+            panel.set_ylim(*((low, 101) if unit == 100 else (0, high)))
+            if all(row["flops"] for row in first):
+                top = panel.secondary_xaxis("top")
+                top.set_xticks(budgets, [f"{row['flops'] / 1e9:.2f}" for row in first])
+                top.set_xlabel("GFLOPs a forward pass", color=REAL)
+                top.tick_params(colors=REAL, which="both")
+                top.minorticks_off()
+        handles, words = plots[0].get_legend_handles_labels()
+        figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=len(words))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+        pyplot.close(figure)
+
+
+def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    if not record.get("evaluation"):
+        raise SystemExit("the record holds no figures yet: make them with samples/evaluate.py BUNDLE --output RECORD.json")
+    evaluation: dict[str, Any] = record["evaluation"]
+    return evaluation
+
+
+def _pairs(budget: dict[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in budget.items())
+
+
+def main(given: argparse.Namespace) -> None:
+    record = read(given.record)
+    for path in given.pages:
+        page = path.read_text(encoding="utf-8")
+        new = filled(page, given.record.stem, section(record), str(path))
+        if given.check and new != page:
+            raise SystemExit(f"{path} does not say what {given.record} says: run samples/card.py {given.record} {path}")
+        if not given.check:
+            path.write_text(new, encoding="utf-8")
+    if given.plot:
+        plot(record, given.plot)
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("record", type=Path, help="JSON record of a trained sample")
+    options.add_argument("pages", type=Path, nargs="*", help="Markdown pages to fill")
+    options.add_argument("--plot", type=Path, help="PNG of the figures")
+    options.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
+    main(options.parse_args())

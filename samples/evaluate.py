@@ -1,0 +1,214 @@
+"""Grade a bundle that draws digits, at several budgets: how many are classified as asked, and their Frechet distance to real ones.
+
+    python samples/evaluate.py BUNDLE --output figures.json --plot quality.png
+
+Pictures are drawn through the bundle's own path (`elastic_runtime`), the same classes from the same noise at each budget.
+Guidance hides part of what a budget costs: it makes digits plain enough to name whatever drew them, and less varied. So a
+second series without it stands beside the first.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from card import plot, table
+from classifier import Judge, load_judge
+from digits import Digits, load_digits
+from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
+from record import machine, read, versions, write
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures are drawn: a series for each guidance scale, of which the first is the bundle's `quality`.
+
+    `guidance_budget` is the weak branch's; None is the same as the picture's.
+    """
+
+    samples: int = 1000
+    steps: int = 20
+    sampler: str = "euler"
+    guidance: tuple[float, ...] = (4.0, 1.0)
+    guidance_budget: dict[str, int] | None = None
+    seed: int = 0
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of Gaussians fitted to features (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    (C_a C_b)^(1/2) has the trace of (R C_b R)^(1/2) with R = C_a^(1/2), which is symmetric: no complex square roots.
+    """
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(max(0.0, ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+
+
+def spread(axis: Axis) -> list[int]:
+    """Budgets to grade where none are asked for: all of a short axis, else doublings from its smallest to its largest."""
+    if len(axis.values) <= 8:
+        return list(axis.values)
+    doublings = [axis.min * 2**n for n in range((axis.max // axis.min).bit_length())]
+    return sorted({min(axis.values, key=lambda value: abs(value - wanted)) for wanted in [*doublings, axis.max]})
+
+
+def check(bundle: Bundle, protocol: Protocol) -> None:
+    """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
+    model = bundle.manifest.model
+    if (model.sample_shape, model.num_classes, model.vae) != ((1, 32, 32), 10, None):
+        raise UsageError(
+            f"the judge knows 32x32 digits of 10 classes in one channel; {bundle.folder} draws "
+            f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
+        )
+    if len(set(protocol.guidance)) < len(protocol.guidance):
+        raise UsageError(f"--guidance names a scale twice: {protocol.guidance}")
+    if protocol.samples < 2 * model.num_classes or protocol.samples % model.num_classes:
+        raise UsageError(f"--samples must be a multiple of the {model.num_classes} classes, 20 or more, got {protocol.samples}")
+
+
+def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Protocol, batch: int) -> Digits:
+    """`protocol.samples` pictures, classes in turn; the generator starts anew, so that each budget begins from the same noise."""
+    labels = np.arange(protocol.samples) % pipe.bundle.manifest.model.num_classes
+    generator = np.random.default_rng(protocol.seed)
+    weak = None if protocol.guidance_budget is None else Budget(**protocol.guidance_budget)
+    begun, pictures = time.perf_counter(), []
+    for first in range(0, protocol.samples, batch):
+        pictures.append(
+            pipe(
+                labels[first : first + batch].tolist(),
+                num_inference_steps=protocol.steps,
+                guidance_scale=guidance,
+                budget=budget,
+                guidance_budget=weak,
+                sampler=protocol.sampler,
+                generator=generator,
+                output_type="np",
+            ).images  # (B, 32, 32, 1) in [0, 1]
+        )
+        done = min(first + batch, protocol.samples)
+        left = (time.perf_counter() - begun) / done * (protocol.samples - done)
+        line = f"{budget}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
+        print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
+    return Digits(np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1, labels)
+
+
+def evaluate(
+    bundle: Bundle, session: Session, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int = 50
+) -> dict[str, Any]:
+    """Figures of a bundle's denoiser along one axis: `quality` as the manifest holds it, and `evaluation` with all that made them.
+
+    Raises: UsageError and its kinds for a bundle, budget or protocol that does not fit.
+    """
+    check(bundle, protocol)
+    pipe, manifest = ElasticPipeline(bundle, session), bundle.manifest
+    budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
+    train, held_out = load_digits()
+    features, named = judge.judge(train.images)
+    # As many real digits as pictures, since the distance of few samples is larger. The judge has learned from these.
+    others = np.concatenate([np.flatnonzero(held_out.labels == digit)[: protocol.samples // 10] for digit in range(10)])
+    real = {
+        "pictures": len(others),
+        "accuracy": float((named == train.labels).mean()),
+        "frechet_distance": frechet_distance(judge.judge(held_out.images[others])[0], features),
+    }
+    flops = {Budget(**row.budget): row.flops for row in manifest.cost}
+    rows: list[dict[str, Any]] = []
+    for guidance, budget in itertools.product(protocol.guidance, budgets):
+        begun = time.perf_counter()
+        drawn = draw(pipe, budget, guidance, protocol, batch)
+        seconds = round(time.perf_counter() - begun, 1)
+        seen, said = judge.judge(drawn.images)
+        right = said == drawn.labels
+        rows.append(
+            {
+                "guidance": guidance,
+                "budget": dict(budget),
+                "flops": flops.get(budget),
+                "accuracy": float(right.mean()),
+                "accuracy_by_class": [float(right[drawn.labels == digit].mean()) for digit in range(10)],
+                "frechet_distance": frechet_distance(seen, features),
+                "seconds": seconds,
+            }
+        )
+    shown = ("budget", "accuracy", "frechet_distance")
+    quality = [{name: row[name] for name in shown} for row in rows[: len(budgets)]]
+    evaluation = {
+        "axis": axis.name,
+        "protocol": asdict(protocol),
+        "real": real,
+        "rows": rows,
+        "where": session.where,
+        "weights_sha256": manifest.provenance.checkpoint_sha256,
+        "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
+        "machine": machine(),
+    }
+    return {"family": manifest.model.family, "config": manifest.model.config, "quality": quality, "evaluation": evaluation}
+
+
+def main(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    weak = None if given.guidance_budget is None else _budget(given.guidance_budget)
+    protocol = Protocol(given.samples, given.steps, given.sampler, given.guidance, weak, given.seed)
+    bundle = Bundle.open(given.bundle)
+    manifest = bundle.manifest
+    with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
+        axis = manifest.axis(given.axis or manifest.axes[0].name)
+        old = read(given.output) if given.output.exists() else {}
+        if old and (old.get("family"), old.get("config")) != (manifest.model.family, manifest.model.config):
+            raise UsageError(f"{given.output} is the record of another model ({old.get('family')}): give another --output")
+        values = [axis.check(value) for value in given.budgets or spread(axis)]
+        record = old | evaluate(bundle, session, load_judge(), axis, values, protocol, given.batch)
+    write(given.output, record)
+    print(table(record))
+    if given.plot:
+        plot(record, given.plot)
+
+
+def _budget(text: str) -> dict[str, int]:
+    name, _, value = text.partition("=")
+    if not value.isdigit():
+        raise UsageError(f"--guidance-budget is written latents=16, got {text!r}")
+    return {name: int(value)}
+
+
+def _values(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"budgets are whole numbers such as 16,64,256, got {text!r}")
+    return [int(part) for part in text.split(",")]
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"guidance scales are numbers such as 4 or 4,1, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("bundle", type=Path, help="a bundle of an MNIST sample; export it with --batch 1-100, or it runs in small batches")
+    options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds of this model is kept")
+    options.add_argument("--plot", type=Path, help="PNG of the figures against the budget")
+    options.add_argument("--axis", help="the axis to grade along (default: the bundle's first)")
+    options.add_argument("--budgets", type=_values, help="budgets on it, such as 16,64,256 (default: doublings over its span)")
+    options.add_argument("--samples", type=int, default=1000, help="pictures at each budget (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
+    options.add_argument("--sampler", default="euler", choices=("euler", "heun", "sde"))
+    options.add_argument("--guidance", type=_scales, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
+    options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=0, help="0: one a core")
+    try:
+        main(options.parse_args())
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,110 @@
+"""Conversion faults of coremltools 9.0, each mended in one place, with its reason.
+
+`mended()` lends coremltools the translations below while a graph is converted; `rewrite` changes the exported graph before that.
+A test in `tests/targets/coreml/test_mends.py` fails without each of them; when one passes without its mend, the mend can go.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.frontend.torch import ops
+from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
+from coremltools.converters.mil.mil import Var
+from torch.export import ExportedProgram
+
+
+def gelu(context: Any, node: Any) -> None:
+    """Fault: `approximate` is a keyword argument in an exported graph; the stock translation reads positional ones only.
+
+    So a tanh GELU becomes the exact one, silently: 2e-4 in the output of a small transformer.
+    """
+    x = ops._get_inputs(context, node)[0]
+    approximate = (node.kwinputs or {}).get("approximate", ["none"])[0]
+    context.add(mb.gelu(x=x, mode="TANH_APPROXIMATION" if approximate == "tanh" else "EXACT", name=node.name))
+
+
+def split_with_sizes(context: Any, node: Any) -> None:
+    """Fault: MIL's `split` takes constant sizes only, and a sequence that is split at an open length has others (FLUX).
+
+    A slice takes any.
+    """
+    x, sizes, dim = (*ops._get_inputs(context, node), 0)[:3]
+    axis = int(dim.val if isinstance(dim, Var) else dim) % x.rank
+    if isinstance(sizes, Var) and sizes.val is not None:
+        context.add(mb.split(x=x, split_sizes=sizes.val, axis=axis), torch_name=node.name)
+        return
+    lengths = sizes if isinstance(sizes, list | tuple) else [ops._list_select(sizes, i) for i in range(sizes.shape[0])]
+    parts, begin = [], 0
+    for length in lengths:
+        end = mb.add(x=begin, y=length)
+        bounds = {
+            edge: mb.concat(values=[at if i == axis else 0 for i in range(x.rank)], axis=0) for edge, at in (("begin", begin), ("end", end))
+        }
+        others = [i != axis for i in range(x.rank)]
+        parts.append(mb.slice_by_index(x=x, **bounds, begin_mask=others, end_mask=others))
+        begin = end
+    context.add(tuple(parts), torch_name=node.name)
+
+
+def alias(context: Any, node: Any) -> None:
+    """Fault: there is no translation of `alias`, which a slice over the full range becomes (all latents kept)."""
+    context.add(mb.identity(x=ops._get_inputs(context, node, expected=1)[0], name=node.name))
+
+
+TRANSLATIONS: dict[str, Callable[[Any, Any], None]] = {"gelu": gelu, "split_with_sizes": split_with_sizes, "alias": alias}
+
+
+@contextlib.contextmanager
+def mended(without: str | None = None) -> Iterator[None]:
+    """Lend coremltools our translations; `without` leaves one out, to show what it is for."""
+    registry = _TORCH_OPS_REGISTRY.name_to_func_mapping
+    before = dict(registry)
+    registry.update({name: translation for name, translation in TRANSLATIONS.items() if name != without})
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(before)
+
+
+def rewrite(program: ExportedProgram) -> ExportedProgram:
+    """Fault: Core ML has no empty tensors, and `cat([head, x[n:]])` has an empty tail when n reaches the length of x.
+
+    With an open n the same is `x` with its first n rows overwritten by `head`, which is never empty. Changes `program` in place.
+    """
+    aten = torch.ops.aten
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default or len(node.args[0]) != 2:
+            continue
+        head, tail = node.args[0]
+        axis = node.args[1] if len(node.args) > 1 else 0
+        if not _is_open_tail(tail, axis, node):
+            continue
+        with graph.inserting_before(node):
+            whole = graph.call_function(aten.slice_scatter.default, (tail.args[0], head, axis, 0, tail.args[2]))
+        whole.meta = dict(node.meta)
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+        if not tail.users:
+            graph.erase_node(tail)
+    graph.lint()
+    program.graph_module.recompile()
+    return program
+
+
+def _is_open_tail(tail: torch.fx.Node, axis: int, cat: torch.fx.Node) -> bool:
+    """Whether `tail` is `x[n:]` along `axis` with an n that is open, and `cat` is as long as x there: then the head has n rows."""
+    if tail.target is not torch.ops.aten.slice.Tensor or len(tail.args) != 3:
+        return False
+    source, dim, begin = tail.args
+    if isinstance(begin, int) or begin is None:
+        return False
+    whole, joined = source.meta["val"], cat.meta["val"]  # type: ignore[union-attr]
+    rank = whole.dim()
+    # Along the axis, x's length and the joined length are both known only if x's is static; the head's is compared as a symbol.
+    head = cat.args[0][0].meta["val"]  # type: ignore[index,union-attr]
+    return int(dim) % rank == axis % rank and str(head.shape[axis]) == str(begin.meta["val"]) and joined.dim() == rank

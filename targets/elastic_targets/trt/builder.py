@@ -1,0 +1,112 @@
+"""The door to the two TensorRT builders: which is here, its version, and the GPU generations that it can build for."""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from elastic_runtime.backends import trt as device
+from elastic_runtime.errors import MissingError, UsageError
+
+Name = Literal["tensorrt", "tensorrt_rtx"]
+TURING = 75
+CHOICES = ("auto", "rtx", "tensorrt")
+_MODULES: dict[str, Name] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One installed builder and the GPU generations `sms` (89 for 8.9) that it can build for here."""
+
+    name: Name
+    library: Any
+    version: str
+    sms: tuple[int, ...]
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds for GPUs that are not here."""
+        return hasattr(self.library, "ComputeCapability")
+
+    def engines(self, asked: tuple[int, ...], precision: str) -> tuple[tuple[int, ...], ...]:
+        """Divide generations (all that take the precision, where none is asked for) into engines that serve several.
+
+        An RTX engine for Ampere and later is no larger than one for a single generation; Turing needs its own.
+
+        Raises: UsageError for Turing with another precision than fp16.
+        """
+        turing = self.ahead_of_time and TURING in (asked or self.sms)
+        if turing and precision != "fp16" and asked:
+            raise UsageError(
+                f"{self} builds only fp16 graphs for sm {TURING}, this one is {precision}: add --dtype fp16, or leave {TURING} out of --sm"
+            )
+        others = tuple(sorted({*(asked or self.sms)} - ({TURING} if self.ahead_of_time else set())))
+        return ((TURING,),) * (turing and precision == "fp16") + ((others,) if others else ())
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def choose(name: str, sms: tuple[int, ...]) -> Builder:
+    """The builder called `name` (rtx, tensorrt), or for `auto` the first that is here and builds for all of `sms`.
+
+    Raises: UsageError for an unknown name or a generation that it does not build for (naming those that it does);
+    MissingError where it is not installed, or needs a GPU that is not here.
+    """
+    if name not in CHOICES:
+        raise UsageError(f"--builder must be one of {', '.join(CHOICES)}, got {name!r}")
+    problems: list[UsageError | MissingError] = []
+    for candidate in _MODULES if name == "auto" else [name]:
+        try:
+            builder = _open(candidate)
+            if lacking := [sm for sm in sms if sm not in builder.sms]:
+                advice = "Name some of these with --sm." if builder.ahead_of_time else "It builds only for the GPU of this machine."
+                raise UsageError(f"{builder} does not build for sm {_list(lacking)} here; it builds for {_list(builder.sms)}. {advice}")
+            return builder
+        except (UsageError, MissingError) as problem:
+            problems.append(problem)
+    if len(problems) == 1:
+        raise problems[0]
+    usage = [problem for problem in problems if isinstance(problem, UsageError)]
+    raise (UsageError if usage else MissingError)(" ".join(str(problem) for problem in usage or problems))
+
+
+def _list(sms: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, sms)) or "none"
+
+
+def _open(name: str) -> Builder:
+    module = _MODULES[name]
+    try:
+        library = importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: the package is there but its shared libraries are not
+        package, extra = module.replace("_", "-"), _EXTRAS[name]
+        raise MissingError(f"the {name} builder needs the package {package} ({error}): pip install 'elastic-export[{extra}]'") from error
+    if hasattr(library, "ComputeCapability"):
+        members = library.ComputeCapability.__members__
+        sms = tuple(sorted(int(member.removeprefix("SM")) for member in members if member.startswith("SM")))
+        return Builder(module, library, str(library.__version__), sms)
+    here, why = device.gpu()
+    if here is None:
+        raise MissingError(
+            f"the tensorrt builder builds on the GPU that will run the engine, and {why}. Run this on that machine, or use --builder rtx."
+        )
+    return Builder(module, library, str(library.__version__), (here,))
+
+
+def make_logger(library: Any) -> Any:
+    """A TensorRT logger that passes messages on to `logging` and keeps the errors in `errors`."""
+
+    class Logger(library.ILogger):
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= library.Logger.ERROR:
+                self.errors.append(message)
+            _log.log(logging.INFO if severity <= library.Logger.WARNING else logging.DEBUG, "%s", message)
+
+    return Logger()

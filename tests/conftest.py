@@ -1,0 +1,78 @@
+"""What several tests share. Torch and the compilers are imported only by the fixtures that need them."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from elastic_runtime import Bundle, Span
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of recorded checkpoints, inputs and outputs."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Bundles of the golden checkpoints `a`, `b` and `c`, each made once through the real export path. Tests must not change them."""
+    pytest.importorskip("torch", reason="exporting needs torch")
+    pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
+    pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
+    from elastic_export.capture import capture
+    from elastic_export.export import export
+    from elastic_export.models.zoo import Request, load
+    from elastic_targets import load as room
+
+    made: dict[str, Bundle] = {}
+
+    def bundle(name: str) -> Bundle:
+        if name not in made:
+            request = Request("elit-sit", GOLDEN / f"elit-{name}.pt", GOLDEN / f"elit-{name}.json")
+            captured = capture(load(request), {}, Span(1, 4))
+            folder = tmp_path_factory.mktemp("bundles") / f"elit-{name}"
+            made[name] = export(captured, "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx elit-sit")
+        return made[name]
+
+    return bundle
+
+
+@pytest.fixture
+def bundle_copy(golden_bundle: Callable[[str], Bundle], tmp_path: Path) -> Path:
+    """A copy of the smallest golden bundle, to damage or extend."""
+    return Path(shutil.copytree(golden_bundle("c").folder, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run `elastic-export` with arguments in this process, as its entry point does."""
+    from elastic_export.cli import main
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["elastic-export", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "240")
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err)
+
+    return command

@@ -1,0 +1,109 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from card import filled, plot, protocol, section, table, training
+from elastic_runtime.bundle import sha256
+from record import machine, read, versions, write
+
+ROOT = Path(__file__).parents[2]
+PRETRAINED = ROOT / "elastic_export" / "models" / "pretrained"
+RECORDS = sorted(PRETRAINED.glob("*.json"))
+
+
+def record() -> dict[str, Any]:
+    drawn = {(4.0, 16): (0.912, 20.04), (4.0, 256): (0.98, 5.5), (1.0, 16): (0.701, 180.0), (1.0, 256): (0.85, 110.0)}
+    rows = [
+        {"guidance": g, "budget": {"latents": n}, "accuracy": a, "frechet_distance": f, "flops": n * 10**7, "seconds": 45.0}
+        for (g, n), (a, f) in drawn.items()
+    ]
+    return {
+        "family": "elit-sit",
+        "config": {},
+        "quality": rows[:2],
+        "training": {
+            "step": 4000, "loss": 0.14321, "hours": 1.25, "threads": 2, "machine": "2-core machine", "digits": 3500,
+            "batch": 64, "lr": 1e-3, "ema": 0.999,
+        },
+        "evaluation": {
+            "axis": "latents",
+            "protocol": {
+                "samples": 1000, "steps": 20, "sampler": "euler",
+                "guidance": [4.0, 1.0], "guidance_budget": {"latents": 16}, "seed": 0,
+            },
+            "real": {"pictures": 1000, "accuracy": 0.984, "frechet_distance": 3.0},
+            "rows": rows,
+            "where": "onnxruntime 1.31 CPU",
+            "machine": "2-core machine",
+        },
+    }  # fmt: skip
+
+
+def test_table_and_words_quote_the_record() -> None:
+    assert table(record()).splitlines() == [
+        "| latents | GFLOPs a forward pass | as asked, guidance 4 | Fréchet distance | as asked, no guidance | Fréchet distance |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| 16 | 0.16 | 91.2% | 20.0 | 70.1% | 180.0 |",
+        "| 256 | 2.56 | 98.0% | 5.5 | 85.0% | 110.0 |",
+        "| real digits | | 98.4% | 3.0 | 98.4% | 3.0 |",
+    ]
+    words = protocol(record())
+    assert "guidance 4 and no guidance (the weak branch at latents=16)" in words
+    assert "in 3 minutes on a 2-core machine" in words
+    assert "4,000 steps of 64" in training(record())
+
+
+def test_a_record_without_figures_says_so() -> None:
+    assert section({"quality": []}) == "Not measured yet."
+    with pytest.raises(SystemExit, match=r"samples/evaluate\.py"):
+        table({"quality": []})
+
+
+def test_only_the_marked_part_of_a_page_changes() -> None:
+    page = "before\n<!-- figures a -->\nold\n<!-- end of figures -->\nbetween\n<!-- figures b -->\nkept\n<!-- end of figures -->\n"
+    new = filled(page, "a", "new", "page.md")
+    assert new == page.replace("old", "new")
+    assert filled(new, "a", "new", "page.md") == new
+    with pytest.raises(SystemExit, match=r"page\.md must hold '<!-- figures c -->'"):
+        filled(page, "c", "new", "page.md")
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    plot(record(), tmp_path / "plots" / "quality.png")
+    assert (tmp_path / "plots" / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_records_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    write(path, {"quality": []})
+    with pytest.raises(TypeError):
+        write(path, {"quality": object()})
+    assert read(path) == {"quality": []}
+    for content, message in (("{", "is not JSON"), ("[]", "holds a JSON list")):
+        path.write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            read(path)
+    with pytest.raises(SystemExit, match="No such file"):
+        read(tmp_path / "none.json")
+
+
+def test_machine_and_versions_are_words() -> None:
+    assert "-core " in machine()
+    assert versions("pytest", "no-such-package").keys() == {"python", "pytest"}
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_cards_say_what_the_records_say(path: Path) -> None:
+    card = path.with_suffix(".md")
+    content = section(read(path))
+    assert filled(card.read_text(encoding="utf-8"), path.stem, content, str(card)) == card.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_figures_are_of_the_packaged_weights(path: Path) -> None:
+    whole = read(path)
+    if not whole["quality"]:
+        pytest.skip(f"{path.name} holds no figures yet")
+    assert whole["evaluation"]["weights_sha256"] == sha256(path.with_suffix(".safetensors"))

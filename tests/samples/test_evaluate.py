@@ -1,0 +1,150 @@
+import dataclasses
+from argparse import ArgumentTypeError
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+import evaluate as script
+from classifier import load_judge
+from digits import Digits
+from elastic_runtime import Axis, BudgetError, Bundle, FakeSession, Span, UsageError
+from elastic_runtime.bundle import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.schedule import RectifiedFlow
+from evaluate import Protocol, draw, evaluate, frechet_distance, spread
+
+# An axis that is not `latents`, to prove that nothing is tied to it.
+LOOPS = Axis(name="loops", min=1, max=4, step=1, default=4, input="loops", carrier="value")
+PROTOCOL = Protocol(samples=100, steps=2, guidance=(2.0, 1.0))
+
+
+def bundle(side: int = 32) -> Bundle:
+    """A description of a model of digits that no file backs."""
+    sample = TensorSpec(name="sample", dtype="float32", shape=("B", 1, side, side))
+    inputs = (
+        sample,
+        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
+        TensorSpec(name="loops", dtype="int64", shape=()),
+    )
+    facts: dict[str, Any] = {"prediction": "velocity", "schedule": RectifiedFlow(), "weights": "checkpoint"}
+    model = Model(name="tiny", family="elt", config={"depth": 2}, sample_shape=(1, side, side), num_classes=10, null_label=10, **facts)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=model,
+        axes=(LOOPS,),
+        graphs={
+            "denoiser": Graph(
+                inputs=inputs, outputs=(msgspec.structs.replace(sample, name="prediction"),), dimensions={"B": Span(1, 8)}, artifacts=()
+            )
+        },
+        cost=tuple(Cost(budget={"loops": n}, flops=n * 10**9, weight_bytes=1, activation_bytes=1) for n in (1, 4)),
+        provenance=Provenance(command="", created="2026-01-01T00:00:00+00:00", versions={}, checkpoint_sha256="ab"),
+    )
+    return Bundle(Path("nowhere"), manifest)
+
+
+def artist(held_out: Digits) -> FakeSession:
+    """Draws a real digit of the class that is asked for; with one loop, buries it in a checkerboard."""
+    blank = np.full((1, 32, 32), -1, np.float32)  # what it draws without a label
+    examples = np.stack([*(held_out.images[held_out.labels == digit][0] for digit in range(10)), blank])
+    board = np.indices((32, 32)).sum(0) % 2 * 1.5
+
+    def velocity(feeds: Any) -> dict[str, np.ndarray]:
+        goal = examples[feeds["class_labels"]] + (board if feeds["loops"] == 1 else 0)
+        return {"prediction": ((feeds["sample"] - goal) / feeds["timestep"][:, None, None, None]).astype(np.float32)}
+
+    return FakeSession(bundle().manifest.graphs["denoiser"], velocity)
+
+
+def test_frechet_distance_of_equal_sets_is_zero() -> None:
+    a = np.random.default_rng(0).normal(size=(300, 5)) @ np.random.default_rng(1).normal(size=(5, 5))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    flat = np.concatenate([a, a[:, :1]], axis=1)  # of rank 5 in 6 dimensions
+    assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_is_the_closed_form_of_two_gaussians() -> None:
+    # Whitened samples have exactly the mean 0 and covariance 1; axis-aligned Gaussians give |m|^2 + sum (s_a - s_b)^2.
+    raw = np.random.default_rng(0).normal(size=(500, 3))
+    raw -= raw.mean(0)
+    white = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False))).T
+    a, b = white * [1.0, 2.0, 3.0], white * [2.0, 0.5, 3.0] + [1.0, 0.0, -2.0]
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 2.25)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(8.25)
+    assert frechet_distance(b, a) == pytest.approx(8.25)
+
+
+def test_spread_of_an_axis() -> None:
+    latents = Axis(name="latents", min=16, max=256, step=16, default=256, input="i", carrier="length", unit=16, dimension="J")
+    assert spread(latents) == [16, 32, 64, 128, 256]
+    assert spread(LOOPS) == [1, 2, 3, 4]
+    tokens = Axis(name="tokens", min=13, max=64, step=1, default=64, input="i", carrier="length", dimension="K")
+    assert spread(tokens) == [13, 26, 52, 64]
+
+
+def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
+    figures = evaluate(bundle(), artist(digits[1]), load_judge(), LOOPS, [1, 4], PROTOCOL, batch=30)
+    bad, good = figures["quality"]
+    rows = figures["evaluation"]["rows"]
+    assert [(row["guidance"], row["budget"]["loops"]) for row in rows] == [(2, 1), (2, 4), (1, 1), (1, 4)]
+    assert [row["accuracy"] for row in rows[:2]] == [bad["accuracy"], good["accuracy"]]
+    assert (bad["budget"], good["budget"]) == ({"loops": 1}, {"loops": 4})
+    assert good["accuracy"] == 1
+    assert bad["accuracy"] < 0.7
+    assert good["frechet_distance"] < bad["frechet_distance"]
+    evaluation = figures["evaluation"]
+    assert evaluation["axis"] == "loops"
+    assert evaluation["protocol"] == dataclasses.asdict(PROTOCOL)
+    assert [row["flops"] for row in rows] == [10**9, 4 * 10**9] * 2
+    assert evaluation["real"]["pictures"] == 100
+    assert evaluation["real"]["accuracy"] >= 0.98
+    assert evaluation["weights_sha256"] == "ab"
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "loops=4, guidance 2: 100 of 100 pictures" in err
+
+
+def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) -> None:
+    from elastic_runtime import Budget, ElasticPipeline
+
+    starts: list[np.ndarray] = []
+
+    def velocity(feeds: Any) -> dict[str, np.ndarray]:
+        starts.append(feeds["sample"])
+        return {"prediction": np.zeros_like(feeds["sample"])}
+
+    pipe = ElasticPipeline(bundle(), FakeSession(bundle().manifest.graphs["denoiser"], velocity))
+    protocol = Protocol(samples=20, steps=1, seed=5)
+    drawn = [draw(pipe, Budget(loops=n), 1.0, protocol, batch=8) for n in (1, 4)]
+    assert len(starts) == 6
+    assert all(np.array_equal(a, b) for a, b in zip(starts[:3], starts[3:], strict=True))
+    assert drawn[0].labels.tolist() == [*range(10)] * 2
+    assert drawn[0].images.shape == (20, 1, 32, 32)
+
+
+def test_what_the_judge_cannot_grade_is_refused(digits: tuple[Digits, Digits]) -> None:
+    session, judge = artist(digits[1]), load_judge()
+    with pytest.raises(UsageError, match=r"judge knows 32x32 digits .* draws \(1, 16, 16\)"):
+        evaluate(bundle(16), session, judge, LOOPS, [1], PROTOCOL)
+    with pytest.raises(UsageError, match="multiple of the 10 classes, 20 or more, got 55"):
+        evaluate(bundle(), session, judge, LOOPS, [1], dataclasses.replace(PROTOCOL, samples=55))
+    with pytest.raises(BudgetError, match="loops 9 is not available"):
+        evaluate(bundle(), session, judge, LOOPS, [9], PROTOCOL)
+
+
+def test_guidance_budget_is_read() -> None:
+    assert script._budget("latents=16") == {"latents": 16}
+    with pytest.raises(UsageError, match="written latents=16, got 'latents'"):
+        script._budget("latents")
+
+
+def test_lists_on_the_command_line_are_read() -> None:
+    assert script._values("16,64") == [16, 64]
+    assert script._scales("4,1.5") == (4, 1.5)
+    for read in (script._values, script._scales):
+        with pytest.raises(ArgumentTypeError, match="such as"):
+            read("a,b")
