@@ -69,7 +69,10 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     vocabulary: int
 
     def masked(self, tokens: int, steps: int) -> list[int]:
-        """How many of `tokens` are masked after each step, falling by at least one a step to 0; UsageError for more steps than tokens, or none."""
+        """How many of `tokens` are masked after each step, falling by at least one a step to 0.
+
+        Raises: UsageError for more steps than tokens, or none.
+        """
         whole_steps(steps, most=tokens)
         left, counts = tokens, []
         for step in range(1, steps + 1):

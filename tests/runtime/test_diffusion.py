@@ -34,7 +34,9 @@ def scheduler(kind: str, prediction: str, clip: bool, spacing: str) -> Any:
         "clip_sample": clip,
         "timestep_spacing": spacing,
     }
-    made = getattr(diffusers, kind)(**shared, **({"variance_type": "fixed_small"} if kind == "DDPMScheduler" else {"set_alpha_to_one": True}))
+    made = getattr(diffusers, kind)(
+        **shared, **({"variance_type": "fixed_small"} if kind == "DDPMScheduler" else {"set_alpha_to_one": True})
+    )
     made.alphas_cumprod = torch.from_numpy(alphas[1:])  # in float64: products of its float32 betas drift
     made.one = made.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     return made

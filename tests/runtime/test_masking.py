@@ -1,5 +1,7 @@
 """The masked decoding loop, with models whose answers are known."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -65,4 +67,4 @@ def test_the_schedule_always_falls() -> None:
     for steps in range(1, 17):
         counts = [16, *SCHEDULE.masked(16, steps)]
         assert counts[-1] == 0
-        assert all(a > b for a, b in zip(counts, counts[1:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(counts))

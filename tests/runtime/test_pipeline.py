@@ -34,7 +34,9 @@ def pipeline(field: Any = to_label, channels: int = 1, batch: Span = Span(1, 4),
     fake = session(field, channels, batch)
     decoder = None
     if vae:
-        decoder = FakeSession(decoder_graph(channels), lambda feeds: {"image": np.repeat(feeds["latent"][:, :1], 3, 1).repeat(2, 2).repeat(2, 3)})
+        decoder = FakeSession(
+            decoder_graph(channels), lambda feeds: {"image": np.repeat(feeds["latent"][:, :1], 3, 1).repeat(2, 2).repeat(2, 3)}
+        )
     described = manifest(channels, batch, VAE if vae else None)
     return ElasticPipeline(Bundle(Path("bundle"), described), fake, decoder), fake
 
@@ -102,7 +104,9 @@ def test_given_noise_takes_the_generators_place() -> None:
 
 def test_budgets_of_the_branches_and_of_the_record() -> None:
     pipe, fake = pipeline()
-    result = pipe([1], num_inference_steps=4, guidance_scale=3.0, budget=FULL, guidance_budget=LOW, guidance_interval=(0.3, 0.8), generator=rng())
+    result = pipe(
+        [1], num_inference_steps=4, guidance_scale=3.0, budget=FULL, guidance_budget=LOW, guidance_interval=(0.3, 0.8), generator=rng()
+    )
     assert kept(fake) == [16, 16, 1, 16, 1, 16]  # times 1, .75, .5, .25
     assert [step.guidance_budget for step in result.steps] == [None, LOW, LOW, None]
     assert [(step.index, step.time, step.next_time, step.budget) for step in result.steps] == [
