@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from elastic_export.cli import demo, generate, inspect, models, onnx, trt, verify
+from elastic_export.cli import coreml, demo, generate, inspect, models, onnx, trt, verify
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 app.command(rich_help_panel="Make")(onnx.onnx)
+app.command(rich_help_panel="Make")(coreml.coreml)
 app.command(rich_help_panel="Make")(trt.trt)
 app.command(rich_help_panel="Use")(generate.generate)
 app.command(rich_help_panel="Use")(demo.demo)

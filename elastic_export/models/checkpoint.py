@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     args = content.get("args") or content.get("config") or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     weights = next((content[key] for key in ("ema", "model", "state_dict") if isinstance(content.get(key), dict)), content)
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise ModelError(f"{path} holds no weights: expected tensors, or a dict with 'ema' or 'model'; it has {_few(content)}")
     return Checkpoint(path, weights, dict(args) if isinstance(args, Mapping) else {})
 
@@ -53,19 +54,23 @@ def _safetensors(path: Path) -> Any:
 
 def _pytorch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says of foreign pickles, before refusing them, that they may not be supported
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_starts(path, b"PK"))
     except pickle.UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
+        if not blocked and not _starts(path, b"PK", b"\x80"):  # no pickle at all: a web page, a pointer to a file, half a header
+            raise ModelError(f"{path} is not a readable PyTorch checkpoint: download or copy it again") from None
         what = f"{blocked[1]}, which could run code" if blocked else "objects other than weights"
         raise ModelError(f"{path} was refused: it holds {what}. Ask its author for .safetensors, or save only tensors.") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{path} is not a readable PyTorch checkpoint ({str(error).splitlines()[0]}): download or copy it again") from None
+        why = (str(error) or "it ends too early").splitlines()[0]
+        raise ModelError(f"{path} is not a readable PyTorch checkpoint ({why}): download or copy it again") from None
 
 
-def _is_zip(path: Path) -> bool:
+def _starts(path: Path, *marks: bytes) -> bool:
     with path.open("rb") as stream:
-        return stream.read(2) == b"PK"
+        return stream.read(2).startswith(marks)
 
 
 def load_weights(module: nn.Module, family: Family, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -69,6 +69,8 @@ class ElitParams:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
         if min(self.head_blocks, self.tail_blocks) < 0 or self.head_blocks + self.tail_blocks >= self.depth:
             raise ValueError(f"head_blocks {self.head_blocks} + tail_blocks {self.tail_blocks} must leave a core in depth {self.depth}")
+        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden layer of a finite size")
         if self.latent_positions < self.tokens:
             raise ValueError(f"latent_positions {self.latent_positions} is fewer than the {self.tokens} tokens")
 
@@ -264,9 +266,14 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         if args.get(name, wanted) != wanted:
             raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={wanted!r} is supported")
     named = {rename_key(key): tuple(value.shape) for key, value in weights.items()}
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "read.pos_embed", "read.latent_pos_embed")
-    if lacking := [name for name in needed if name not in named]:
+    ranks = {
+        "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
+        "read.pos_embed": 2, "read.latent_pos_embed": 2, "blocks.0.mlp.fc1.weight": 2,
+    }  # fmt: skip
+    if lacking := [name for name in ranks if name not in named]:
         raise ModelError(f"this is not an ELIT checkpoint: it lacks {', '.join(lacking)}")
+    if odd := [name for name, rank in ranks.items() if len(named[name]) != rank]:
+        raise ModelError(f"this is not an ELIT checkpoint: its {odd[0]} has shape {named[odd[0]]}, not {ranks[odd[0]]} dimensions")
     width, channels, patch_size, _ = named["x_embedder.proj.weight"]
     blocks = {int(match[1]) for key in named if key and (match := re.match(r"blocks\.(\d+)\.", key))}
     shapes = {
@@ -278,7 +285,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
         "group_size": math.isqrt(named["read.pos_embed"][0]),
         "latent_positions": named["read.latent_pos_embed"][0],
-        "mlp_ratio": named.get("blocks.0.mlp.fc1.weight", (4 * width,))[0] / width,
+        "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
     renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}
     told = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}

@@ -56,14 +56,15 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
             before, where = known.setdefault(name, (value, source))
             if before != value:
                 flag = f" Override with --{name.replace('_', '-')}." if name == "head_blocks" else ""
-                raise ModelError(f"{name} is {before} by {where} but {value} by {source}.{flag}")
+                raise ModelError(f"{name} is {before!r} by {where} but {value!r} by {source}.{flag}")
     merged = {name: value for name, (value, _) in known.items()} | dict(overrides)
     merged = family.assumed(merged) | merged
     if unknown := [name for name in _required(family.params) if name not in merged]:
         raise ModelError(f"{family.name}: nothing tells {', '.join(unknown)}; give --config FILE.json with these fields, or a preset")
-    for name, value in merged.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ModelError(f"{family.name}: {name} must be a number, got {value!r}")
+    for field in fields(family.params):
+        value = merged.get(field.name, field.default)
+        if field.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int if field.type is int else int | float)):
+            raise ModelError(f"{family.name}: {field.name} must be a {'whole ' if field.type is int else ''}number, got {value!r}")
     try:
         return family.params(**merged)
     except (ValueError, TypeError) as error:

@@ -4,12 +4,17 @@ A room is entered through `load`, which turns the absence of its library into th
 """
 
 import importlib
+import logging
 from types import ModuleType
 
+from elastic_runtime.bundle import Artifact, Bundle
 from elastic_runtime.errors import MissingError, UsageError
+from elastic_runtime.session import Session
 
 # room -> (packages that it imports, extra that brings them)
-ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch"), "trt": ((), "rtx")}
+ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch"), "trt": ((), "rtx"), "coreml": (("torch", "coremltools"), "torch,coreml")}
+# Rooms that can compute their artifacts where no device for them is, far slower: room -> the session that does
+EVALUATORS = {"coreml": "EvaluatorSession"}
 
 
 def load(name: str) -> ModuleType:
@@ -17,6 +22,9 @@ def load(name: str) -> ModuleType:
     if name not in ROOMS:
         raise UsageError(f"there is no target {name!r}; there are {', '.join(ROOMS)}")
     packages, extra = ROOMS[name]
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        # On Linux coremltools warns at import that it cannot run models there; that is why there is an evaluator.
+        logging.getLogger("coremltools").setLevel(logging.ERROR)
     try:
         return importlib.import_module(f"elastic_targets.{name}")
     except ModuleNotFoundError as error:
@@ -25,3 +33,15 @@ def load(name: str) -> ModuleType:
         raise MissingError(
             f"the {name} target needs {error.name}, which is not installed: pip install 'elastic-export[{extra}]'"
         ) from error
+
+
+def evaluator(bundle: Bundle, graph: str, artifact: Artifact) -> Session | None:
+    """A session that computes `artifact` on any machine, to prove it; None where its room has none or is not installed."""
+    if artifact.target not in EVALUATORS:
+        return None
+    try:
+        room = load(artifact.target)
+    except MissingError:
+        return None
+    session: Session = getattr(room, EVALUATORS[artifact.target])(bundle, bundle.manifest.graphs[graph], artifact)
+    return session

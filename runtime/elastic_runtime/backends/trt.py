@@ -37,20 +37,20 @@ def gpu() -> tuple[int | None, str]:
 def obstacle(artifact: Artifact) -> str | None:
     """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be here."""
     assert isinstance(artifact, TrtArtifact)
-    wanted = f"{artifact.path} needs a GPU of sm {', '.join(map(str, artifact.sms))} and {artifact.builder} {artifact.builder_version}"
+    whose = f"the engine is for sm {', '.join(map(str, artifact.sms))} and {artifact.builder} {artifact.builder_version}"
     sm, name = gpu()
     if sm is None:
-        return f"{wanted}; {name}."
+        return f"{whose}, and {name}."
     if sm not in artifact.sms:
-        return f"{wanted}; this GPU is an sm{sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
+        return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
     package, extra = _PACKAGES[artifact.builder]
     try:
         found = str(importlib.import_module(artifact.builder).__version__)
     except (ImportError, OSError) as error:
-        return f"{wanted}; {package} is not installed ({error}): pip install 'elastic-export[{extra}]'"
+        return f"{whose}, and {package} is not installed ({error}): pip install 'elastic-export[{extra}]'"
     if not _opens(artifact, found):
         return (
-            f"{wanted}; here is {found}. Install that version (pip install {package}=={artifact.builder_version}) "
+            f"{whose}, and here is {found}. Install that version (pip install {package}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
     return None

@@ -1,21 +1,43 @@
-"""Smaller weights, through coremltools' own optimisers: tables of 256, 64 or 16 values a tensor (k-means), or int8 with a scale a channel."""
+"""Smaller weights, through coremltools' own optimisers: a table of 256, 64 or 16 values a tensor, or int8 with a scale a channel."""
 
+import hashlib
 from typing import Any
 
+import numpy as np
+from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
 from coremltools.optimize import coreml as optimize
 
 METHODS = ("palette8", "palette6", "palette4", "int8")
-# Smaller tensors are a few percent of a model; and from here on k-means needs no scikit-learn.
+# Smaller tensors are a few percent of a model; and from here on coremltools' k-means needs no scikit-learn.
 LEAST_WEIGHTS = 10_000
 
 
-def compress(model: Any, method: str | None) -> Any:
-    """Return the converted model with its weights of at least LEAST_WEIGHTS values compressed (None: as it is)."""
-    if method is None:
-        return model
-    if method == "int8":
-        quantizer = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=LEAST_WEIGHTS)
-        return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=quantizer))
-    bits = int(method.removeprefix("palette"))
-    palettizer = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits, weight_threshold=LEAST_WEIGHTS)
-    return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=palettizer))
+class Compressor:
+    """Compresses converted models one after the other; `method` None leaves them as they are.
+
+    The functions of a package hold the same weights: each weight's table is made once, so that it is also stored once.
+    """
+
+    def __init__(self, method: str | None):
+        self._method = method
+        self._tables: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, model: Any) -> Any:
+        """The model with its weights of at least LEAST_WEIGHTS values compressed."""
+        if self._method is None:
+            return model
+        if self._method == "int8":
+            quantizer = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=LEAST_WEIGHTS)
+            return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=quantizer))
+        palettizer = optimize.OpPalettizerConfig(mode="custom", lut_function=self._table, weight_threshold=LEAST_WEIGHTS)
+        return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=palettizer))
+
+    def _table(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A weight's table (2^bits,) and the index of each value (size,)."""
+        assert self._method is not None
+        key = hashlib.sha256(weight.tobytes()).digest()
+        if key not in self._tables:
+            bits = int(self._method.removeprefix("palette"))
+            table, indices = _get_kmeans_lookup_table_and_weight(bits, weight)  # what the optimiser's own kmeans mode calls
+            self._tables[key] = table.astype(weight.dtype), indices.astype(np.uint8)
+        return self._tables[key]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil import Builder as mb  # noqa: N813  its name everywhere
 from coremltools.converters.mil.frontend.torch import ops
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from coremltools.converters.mil.mil import Var
@@ -80,8 +80,9 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     for node in list(graph.nodes):
         if node.target is not aten.cat.default or len(node.args[0]) != 2:
             continue
-        head, tail = node.args[0]
-        axis = node.args[1] if len(node.args) > 1 else 0
+        inputs: Any = node.args[0]
+        head, tail = inputs
+        axis: Any = node.args[1] if len(node.args) > 1 else 0
         if not _is_open_tail(tail, axis, node):
             continue
         with graph.inserting_before(node):
@@ -96,15 +97,11 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _is_open_tail(tail: torch.fx.Node, axis: int, cat: torch.fx.Node) -> bool:
-    """Whether `tail` is `x[n:]` along `axis` with an n that is open, and `cat` is as long as x there: then the head has n rows."""
-    if tail.target is not torch.ops.aten.slice.Tensor or len(tail.args) != 3:
+def _is_open_tail(tail: Any, axis: int, joined: Any) -> bool:
+    """Whether `tail` is `x[n:]` along `axis` with an open n, and `joined` puts n other rows before it."""
+    if tail.target is not torch.ops.aten.slice.Tensor or len(tail.args) != 3 or not isinstance(tail.args[2], torch.fx.Node):
         return False
     source, dim, begin = tail.args
-    if isinstance(begin, int) or begin is None:
-        return False
-    whole, joined = source.meta["val"], cat.meta["val"]  # type: ignore[union-attr]
-    rank = whole.dim()
-    # Along the axis, x's length and the joined length are both known only if x's is static; the head's is compared as a symbol.
-    head = cat.args[0][0].meta["val"]  # type: ignore[index,union-attr]
-    return int(dim) % rank == axis % rank and str(head.shape[axis]) == str(begin.meta["val"]) and joined.dim() == rank
+    rank = source.meta["val"].dim()
+    rows = joined.args[0][0].meta["val"].shape[axis]
+    return dim % rank == axis % rank and str(rows) == str(begin.meta["val"])

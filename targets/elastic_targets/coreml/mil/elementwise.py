@@ -88,7 +88,7 @@ def _unary(function: Operation) -> Operation:
     return unary
 
 
-_BINARY = {
+_BINARY: dict[str, Operation] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
@@ -108,7 +108,7 @@ _BINARY = {
     "logical_or": torch.logical_or,
     "logical_xor": torch.logical_xor,
 }
-_UNARY = {
+_UNARY: dict[str, Operation] = {
     "abs": torch.abs,
     "ceil": torch.ceil,
     "cos": torch.cos,
@@ -129,7 +129,7 @@ _UNARY = {
     "tan": torch.tan,
     "tanh": torch.tanh,
 }
-_REDUCTIONS = {
+_REDUCTIONS: dict[str, Operation] = {
     "reduce_sum": torch.sum,
     "reduce_mean": torch.mean,
     "reduce_max": torch.amax,

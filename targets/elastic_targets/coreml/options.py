@@ -1,0 +1,119 @@
+"""What can be asked of the Core ML room, and what that means for a graph."""
+
+import itertools
+from dataclasses import dataclass
+
+import coremltools as ct
+import numpy as np
+
+from elastic_runtime.axis import Span
+from elastic_runtime.budget import Budget
+from elastic_runtime.errors import UsageError
+from elastic_targets.capture import GraphCapture
+from elastic_targets.coreml.compress import METHODS
+
+SHAPES = ("functions", "enumerated", "range")
+# Oldest systems to convert for; ML programs begin with iOS 15.
+TARGETS = {
+    name: getattr(ct.target, name)
+    for name in ("iOS15", "iOS16", "iOS17", "iOS18", "iOS26", "macOS12", "macOS13", "macOS14", "macOS15", "macOS26")
+}
+DEFAULT_TARGET = "iOS18"
+# Each function takes memory when loaded and time when compiled; the list of sizes is Core ML's own limit.
+MOST = {"functions": 16, "enumerated": 128}
+_DEFAULT_BUDGETS = 8
+
+
+@dataclass(frozen=True)
+class CoremlOptions:
+    """How to make the package.
+
+    shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range`.
+    target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
+    compression: None, or how weights are stored. budgets: for functions and enumerated; empty for both ends and the doublings between.
+    """
+
+    shapes: str = "functions"
+    target: str = DEFAULT_TARGET
+    precision: str = "fp16"
+    reductions: str = "fp32"
+    compression: str | None = None
+    budgets: tuple[Budget, ...] = ()
+
+
+def path(graph: str, options: CoremlOptions) -> str:
+    """Where the package lies in the bundle: `coreml/denoiser.mlpackage`, with what is not the default named."""
+    default = CoremlOptions()
+    reductions = f"{options.reductions}-reductions"
+    said = [
+        name
+        for name, usual in (
+            (options.shapes, default.shapes),
+            (options.precision, default.precision),
+            (reductions, f"{default.reductions}-reductions"),
+            (options.compression, default.compression),
+        )
+        if name and name != usual
+    ]
+    return f"coreml/{'.'.join([graph, *said])}.mlpackage"
+
+
+def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
+    """Budgets that the package is made for; every one of them for an open range."""
+    if not graph.axes:  # a decoder
+        return [Budget()]
+    if options.budgets:
+        return sorted({budget.on(graph.axes) for budget in options.budgets}, key=lambda budget: tuple(budget.values()))
+    grids = []
+    for axis in graph.axes:
+        wanted = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
+        if len(wanted) > _DEFAULT_BUDGETS:
+            wanted = np.geomspace(axis.min, axis.max, _DEFAULT_BUDGETS)
+        grids.append(sorted({min(axis.values, key=lambda value: abs(value - want)) for want in wanted} | {axis.max}))
+    names = [axis.name for axis in graph.axes]
+    return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*grids)]
+
+
+def proves(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
+    """Budgets to verify besides both ends, the middle and an untraced one: those that the package is made for."""
+    return [] if options.shapes == "range" else budgets(graph, options)
+
+
+def requires(graph: GraphCapture, options: CoremlOptions) -> None:
+    """Raise UsageError unless the options make sense for this graph; a target that is too old is named with the one that is needed."""
+    for flag, value, choices in (
+        ("--shapes", options.shapes, SHAPES),
+        ("--target", options.target, tuple(TARGETS)),
+        ("--dtype", options.precision, ("fp16", "fp32")),
+        ("--reductions", options.reductions, ("fp32", "fp16")),
+        ("--compress", options.compression, (None, *METHODS)),
+    ):
+        if value not in choices:
+            raise UsageError(f"{flag} for coreml must be one of {', '.join(filter(None, choices))}, got {value}")
+    if carried := [axis.name for axis in graph.axes if axis.carrier == "value"]:
+        raise UsageError(f"coreml carries a budget by a length; {carried[0]} is carried by a value, which it cannot lower yet. Use onnx.")
+    points = budgets(graph, options)
+    most = MOST.get(options.shapes)
+    if most and len(points) > most:
+        raise UsageError(
+            f"{len(points)} budgets are more than {options.shapes} make sense for ({most}): give fewer --budgets, or --shapes range"
+        )
+    if options.shapes == "functions" and len(points) > 1:
+        _require(options.target, "iOS18", f"a package of {len(points)} functions")
+    if options.compression:
+        _require(options.target, "iOS16", f"--compress {options.compression}")
+        if options.precision != "fp16":
+            raise UsageError(f"--compress {options.compression} stores tables of fp16: use --dtype fp16, got {options.precision}")
+
+
+def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
+    """Dimensions that one function leaves open: none for functions, and the batch never."""
+    if options.shapes == "functions" or (options.shapes == "enumerated" and len(budgets(graph, options)) == 1):
+        return {}
+    return {name: span for name, span in graph.dimensions.items() if name != "B" and span.min < span.max}
+
+
+def _require(target: str, needed: str, what: str) -> None:
+    if TARGETS[target] < TARGETS[needed]:
+        twin = next(name for name, value in TARGETS.items() if value == TARGETS[needed] and name.startswith("macOS"))
+        raise UsageError(f"--target {target} is too old for {what}, which needs {needed} or {twin}: raise --target, or choose otherwise")
