@@ -8,13 +8,16 @@ forward pass, and the prefix moves from the data to its teacher as training goes
 transformer, which only ever sees the loss of its last loop.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic_export.models.elt import Elt, EltParams
+from elastic_export.models.elt import FAMILY, Elt, EltParams
 from elastic_runtime.schedule import ShiftedCosine
 from training import Loss, drop_labels, parser, train
 
@@ -56,7 +59,7 @@ def recipe(self_distilled: bool) -> Loss:
     """The loss of a step, with or without self-distillation."""
     schedule = ShiftedCosine.at(PARAMS.input_size)
 
-    def loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+    def loss(model: Any, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         sample, time, v = noised(images, schedule)
         classes = drop_labels(labels, PARAMS.num_classes)
 
@@ -73,8 +76,16 @@ def recipe(self_distilled: bool) -> Loss:
     return loss
 
 
-if __name__ == "__main__":
-    options = parser(__doc__ or "", steps=1500)
-    options.add_argument("--no-ilsd", action="store_true", help="an ordinary looped transformer, for comparison")
+def read(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as given, without what a recipe of prefixes cannot do."""
     given = options.parse_args()
-    train(Elt(PARAMS), recipe(not given.no_ilsd), given)
+    if given.compile:
+        options.error("--compile compiles forward, and this recipe trains on the outputs of several loops: leave it out")
+    return given
+
+
+if __name__ == "__main__":
+    options = parser(__doc__ or "", steps=1200)
+    options.add_argument("--no-ilsd", action="store_true", help="an ordinary looped transformer, for comparison")
+    given = read(options)
+    train(lambda: Elt(PARAMS), recipe(not given.no_ilsd), given, {"family": FAMILY.name, "config": asdict(PARAMS)})

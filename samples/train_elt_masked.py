@@ -8,13 +8,16 @@ and the network names those (MaskGIT, arXiv 2202.04200), with the self-distillat
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from elastic_export.models.elt_masked import EltMasked, EltMaskedParams
-from train_elt import ilsd
+from digits import halved
+from elastic_export.models.elt_masked import FAMILY, EltMasked, EltMaskedParams
+from train_elt import ilsd, read
 from training import drop_labels, parser, train
 
 PARAMS = EltMaskedParams(
@@ -23,15 +26,9 @@ PARAMS = EltMaskedParams(
 )  # fmt: skip
 
 
-def tokenize(images: Tensor) -> Tensor:
-    """Digits (B, 1, 32, 32) in [-1, 1] without their border of 2, halved, as grey levels (B, 196)."""
-    small = F.avg_pool2d(images[:, :, 2:-2, 2:-2], 2)  # (B, 1, 14, 14)
-    return ((small + 1) / 2 * (PARAMS.vocabulary - 1)).round().long().flatten(1)
-
-
-def masked_loss(model: nn.Module, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+def masked_loss(model: Any, images: Tensor, labels: Tensor, progress: float) -> Tensor:
     """Cross-entropy on the masked tokens, to the data and from student to teacher."""
-    wanted = tokenize(images)
+    wanted = torch.from_numpy(halved(images.numpy(), PARAMS.vocabulary)).flatten(1)  # (B, 196)
     share = torch.cos(math.pi / 2 * torch.rand(len(images), 1))
     hidden = torch.rand(wanted.shape) < share.clamp(min=1.5 / wanted.shape[1])
     tokens = torch.where(hidden, PARAMS.vocabulary, wanted)
@@ -47,4 +44,5 @@ def masked_loss(model: nn.Module, images: Tensor, labels: Tensor, progress: floa
 
 
 if __name__ == "__main__":
-    train(EltMasked(PARAMS), masked_loss, parser(__doc__ or "", steps=2000).parse_args())
+    about = {"family": FAMILY.name, "config": asdict(PARAMS)}
+    train(lambda: EltMasked(PARAMS), masked_loss, read(parser(__doc__ or "", steps=1500)), about)
