@@ -38,7 +38,9 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("name", "build", "loss", "family"), RECIPES, ids=[name for name, *_ in RECIPES])
-def test_twenty_steps_learn_and_fit_in_five_megabytes(name: str, build: Any, loss: Any, family: Any, tmp_path: Path, shades: Digits) -> None:
+def test_twenty_steps_learn_and_fit_in_five_megabytes(
+    name: str, build: Any, loss: Any, family: Any, tmp_path: Path, shades: Digits
+) -> None:
     weights = tmp_path / f"{name}.safetensors"
     seen: list[float] = []
 
