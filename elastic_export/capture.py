@@ -7,12 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from elastic_export.models.cost import BYTES
 from elastic_export.models.vae import load_decoder
 from elastic_export.models.zoo import Model
 from elastic_runtime import bundle
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.errors import BudgetError
+from elastic_runtime.errors import BudgetError, UsageError
 from elastic_targets.capture import GraphCapture
 
 
@@ -36,6 +37,8 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str
     Raises: BudgetError for an axis or span that the model does not offer; ModelError for the VAE.
     """
     family, params = model.family, model.params
+    if precision not in BYTES:
+        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {precision}")
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
     axes = family.axes(params)
@@ -62,7 +65,8 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str
         )
     ]
     if vae:
-        decoder, vae_facts = load_decoder(vae, facts.sample_shape, batch)
+        # It decodes one picture at a time, however many the denoiser is asked for at least.
+        decoder, vae_facts = load_decoder(vae, facts.sample_shape, Span(1, batch.max))
         facts = msgspec.structs.replace(facts, vae=vae_facts)
         graphs.append(decoder)
     parameters = sum(parameter.numel() for parameter in model.module.parameters())

@@ -1,6 +1,7 @@
 """Capture -> lower -> verify -> manifest, in a folder that takes the bundle's place only when all of it succeeded."""
 
 import datetime
+import gc
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from elastic_export.verify import OnRow, record, require, verify_artifact
 from elastic_runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Graph, Manifest, Provenance, entry, write_manifest, writing
 from elastic_runtime.errors import BundleError
 from elastic_runtime.reference import unpack
+from elastic_runtime.swap import recover
 
 if TYPE_CHECKING:
     from elastic_export.capture import Capture
@@ -72,7 +74,8 @@ def export(
             room.ensures(graph, artifact, stage)
             manifest = manifest.joined(graph.name, [artifact])
             name = graph.name
-            del graph  # the original's weights are no longer needed
+            del graph  # the original's weights are no longer needed,
+            gc.collect()  # and the exporter leaves them in reference cycles
             on_stage(f"verifying {name}")
             artifact = verify_artifact(Bundle(stage, manifest), name, artifact, on_row=on_row)
             require(name, artifact)
@@ -87,6 +90,7 @@ def destination(output: Path, overwrite: bool) -> Bundle | None:
 
     Raises: BundleError where something that is not a bundle stands there: it is never replaced, whatever the flags.
     """
+    recover(output)
     if not output.exists():
         return None
     if output.is_dir() and not any(output.iterdir()):

@@ -49,8 +49,8 @@ def verify(
 ) -> list[tuple[str, Artifact]]:
     """Run every artifact against the recorded reference (or `arrays` in its place); return each with what was found.
 
-    An artifact that nothing here can run keeps the rows that it has and says why in `unverified` where it has none. A missed
-    tolerance does not raise: see `require`.
+    An artifact that nothing here can run comes back without rows (what was found elsewhere proves nothing here) and says why in
+    `unverified`. A missed tolerance does not raise: see `require`.
     """
     return [
         (name, verify_artifact(bundle, name, artifact, tolerance, arrays, on_row))
@@ -71,7 +71,7 @@ def verify_artifact(
     room, reasons = obstacles(artifact)
     opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
     if opened is None:
-        return artifact if artifact.verified else msgspec.structs.replace(artifact, unverified=" ".join(reasons))
+        return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
     limit = tolerance if tolerance is not None else reference.tolerance(artifact)
     rows = []
     with opened as session:

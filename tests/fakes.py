@@ -83,13 +83,13 @@ def manifest(channels: int = CHANNELS, batch: Span = Span(1, 4), vae: Vae | None
     )
 
 
-def write_bundle(folder: Path, content: bytes = b"not really a graph") -> Bundle:
+def write_bundle(folder: Path, content: bytes = b"not really a graph", channels: int = CHANNELS) -> Bundle:
     """A bundle whose one artifact is `content`: whole by size and hash, though nothing can run it."""
     file = folder / "onnx" / "denoiser.onnx"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     artifact = OnnxArtifact(precision="fp32", files=(entry(folder, file),), toolchain={"onnx": "1.21"}, opset=23)
-    write_manifest(folder, manifest(artifacts=(artifact,)))
+    write_manifest(folder, manifest(channels, artifacts=(artifact,)))
     return Bundle.open(folder)
 
 

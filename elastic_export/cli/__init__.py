@@ -19,7 +19,10 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point (`arguments` default to the process's own): errors that a user can act on end in one line and their exit code, never in a traceback."""
+    """Entry point; `arguments` default to the process's own.
+
+    Errors that a user can act on end in one line and their exit code, never in a traceback.
+    """
     try:
         app(arguments, prog_name="elastic-export")
     except ElasticError as error:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import elastic_targets
 from elastic_export.cli import show
 from elastic_export.cli.options import command_line
 from elastic_runtime.axis import Span
@@ -34,13 +35,15 @@ def make(
 ) -> Bundle | None:
     """Load, capture, export and show (unless `silent`: the caller goes on with the bundle). None for a dry run."""
     try:
-        import torch  # noqa: F401  the door to the hall: its absence is advice, not a traceback
+        import safetensors  # noqa: F401  the doors to the hall: their absence is advice, not a traceback
+        import torch  # noqa: F401
     except ModuleNotFoundError as error:
-        raise MissingError(f"exporting needs torch ({error}): pip install 'elastic-export[torch]'") from error
+        raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture import capture, probe_budgets
     from elastic_export.export import destination, export
     from elastic_export.models.zoo import Request, load
 
+    room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     destination(output, overwrite)  # a refusal should not wait for the weights to load
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
@@ -49,6 +52,9 @@ def make(
         loaded = load(Request(model, checkpoint, config, random_weights, overrides))
         captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, precision, vae)
         del loaded
+        for graph in captured.graphs:
+            room.requires(graph, room_options)
+        del graph  # the export lets each graph's weights go when it is lowered
         bundle = None if dry_run else export(captured, target, room_options, output, command_line(), overwrite, on_stage)
     if captured.ignored:
         show.note(f"ignored {len(captured.ignored)} training-only weights, {captured.ignored[0]} among them")
@@ -56,7 +62,7 @@ def make(
         show.note("the weights are random: fit to measure speed, not to draw")
     if bundle is None:
         budgets = [key(budget) for budget in probe_budgets(captured.axes)]
-        plan = {"output": output, "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
+        plan = {"output": str(output), "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
         else:

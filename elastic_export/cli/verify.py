@@ -30,6 +30,7 @@ def verify(
     from elastic_export.verify import require
     from elastic_export.verify import verify as run
     from elastic_runtime.bundle import Bundle
+    from elastic_runtime.errors import MissingError
 
     with show.stages(quiet) as on_stage:
         on_stage(f"hashing {bundle}")
@@ -47,3 +48,6 @@ def verify(
             show.verifications(graph, artifact)
     for graph, artifact in results:
         require(graph, artifact)
+    if not any(artifact.verified for _, artifact in results):
+        reasons = " ".join(dict.fromkeys(str(artifact.unverified) for _, artifact in results))
+        raise MissingError(f"nothing here can run {bundle}, so nothing was proven. {reasons}")

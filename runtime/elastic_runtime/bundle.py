@@ -91,7 +91,7 @@ class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
     opset: int
 
 
-class Range(_Record):
+class Range(_Record, frozen=True):
     """Smallest, preferred and largest size of an open dimension in a TensorRT profile."""
 
     min: int

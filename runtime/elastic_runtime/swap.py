@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -65,6 +66,14 @@ def exchange(left: Path, right: Path) -> None:
     aside.rename(left)
 
 
+def recover(folder: Path) -> None:
+    """Give `folder` its name back where a killed run had taken it and not yet given it to the new one (see `exchange`)."""
+    folder = folder.resolve()
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*.old"):
+        if not folder.exists() and not _alive(left):
+            left.rename(folder)
+
+
 def _flush(folder: Path) -> None:
     """Ask the disk to keep what was written before the folder takes its name."""
     for path in folder.rglob("*"):
@@ -76,17 +85,18 @@ def _flush(folder: Path) -> None:
 
 def _sweep(folder: Path) -> None:
     """Clear what killed runs left beside `folder`; a run that is still alive keeps its own."""
-    for left in folder.parent.glob(f".{folder.name}.partial-*"):
-        pid = left.name.rsplit("-", 1)[1].removesuffix(".old")
-        if not pid.isdigit() or _alive(int(pid)):
-            continue
-        if left.name.endswith(".old") and not folder.exists():
-            left.rename(folder)  # killed between the two renames of `exchange`
-        else:
+    recover(folder)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _alive(left):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _alive(left: Path) -> bool:
+    """Whether the run that made this folder may still be at it."""
+    name = left.name.rsplit("-", 1)[1].removesuffix(".old")
+    if not name.isdigit():
+        return True
+    pid = int(name)
     if pid == os.getpid():
         return False
     if os.name == "nt":  # there, os.kill(pid, 0) would end the process

@@ -39,6 +39,10 @@ class GraphCapture:
         spans = self.dimensions
         return {i: size for i, size in enumerate(spec.shape) if isinstance(size, str) and spans[size].min < spans[size].max}
 
+    def fixed(self, size: int | str) -> int:
+        """Size of a dimension that is not open: itself, or the single value of its span."""
+        return self.dimensions[size].min if isinstance(size, str) else size
+
     def example(self) -> dict[str, np.ndarray]:
         """Feeds to trace with: no open dimension is at 0, 1 or an end of its span where it can be avoided."""
         budget = Budget(**{axis.name: axis.values[max(len(axis.values) // 2 - 1, 0)] for axis in self.axes})

@@ -33,7 +33,8 @@ def arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """A recorded run's settings in the pipeline's words; every setting must be understood."""
     low = settings.get("unconditional_inference_budget")
     known = {
-        "num_steps", "heun", "cfg_scale", "inference_budget", "unconditional_inference_budget", "guidance_low", "guidance_high", "autoguidance",
+        "num_steps", "heun", "cfg_scale", "inference_budget", "unconditional_inference_budget",
+        "guidance_low", "guidance_high", "autoguidance",
     }  # fmt: skip
     assert settings.keys() <= known
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic_runtime import BundleError
-from elastic_runtime.swap import exchange, staging
+from elastic_runtime.swap import exchange, recover, staging
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL, which only POSIX has")
 
@@ -197,3 +197,15 @@ def test_what_a_living_run_is_writing_is_left_alone(tmp_path: Path) -> None:
         (stage / "file").write_text("new")
     assert theirs.is_dir()
     assert contents(folder) == {"file": "new"}
+
+
+def test_what_a_kill_put_aside_is_given_its_name_back_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    aside, unfinished = tmp_path / ".b[1].partial-4194999.old", tmp_path / ".b[1].partial-4194999"
+    for folder in (aside, unfinished):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    recover(tmp_path / "b[1]")
+    assert contents(tmp_path / "b[1]") == {"file": aside.name}
+    assert unfinished.is_dir()
+    recover(tmp_path / "b[1]")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [unfinished.name, "b[1]"]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
+import onnxscript  # noqa: F401  torch imports it only while exporting; its absence is told at the door
 import torch
 
 from elastic_runtime.budget import Budget
@@ -107,9 +108,9 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
                 raise RuntimeError(f"{file.name}: {spec.name} is not {spec.dtype}")
-            wanted = [graph.dynamic(spec).get(i, size) for i, size in enumerate(spec.shape)]
+            wanted = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
             shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-            if any(isinstance(want, str) and size != want for want, size in zip(wanted, shape, strict=True)):
+            if shape != wanted:
                 raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {wanted}")
     if doubles := [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]:
         raise RuntimeError(f"{file.name} holds float64 constants: {', '.join(doubles[:3])}")

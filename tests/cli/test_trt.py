@@ -1,0 +1,74 @@
+"""`elastic-export trt` as it is typed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="building engines needs tensorrt-rtx")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_bundle_gains_engines_and_inspect_shows_their_profiles(run: Run, bundle_copy: Path) -> None:
+    made = run("trt", bundle_copy, "--sm", "86,89", "--latents", "32-64", "--buckets", "none", "-q")
+    assert made.code == 0, made.err
+    shown = run("inspect", bundle_copy)
+    assert "trt/denoiser.sm86-89.tensorrt_rtx-" in shown.out
+    assert "profile 0: B 1-4 (best 2), J 8-16 (best 16)" in shown.out
+    assert "was not verified: trt: the engine is for sm 86, 89" in shown.err or "max abs" in shown.out
+    again = run("trt", bundle_copy, "--sm", "86,89", "--latents", "32-64", "--buckets", "none", "-q")
+    assert again.code == 2
+    assert "exists: replace it with --overwrite" in again.err
+
+
+def test_a_model_is_exported_and_built_in_one_go(run: Run, golden: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="exporting needs torch")
+    source = ("elit-sit", "--checkpoint", golden / "elit-c.pt", "--config", golden / "elit-c.json")
+    done = run("trt", *source, "-o", tmp_path / "out", "--latents", "32-64", "--buckets", "32,64", "--sm", "89", "--json", "-q")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["schema"] == "elastic-export/trt/1"
+    onnx, engine = result["manifest"]["graphs"]["denoiser"]["artifacts"]
+    assert (onnx["target"], engine["target"], engine["sms"]) == ("onnx", "trt", [89])
+    assert [profile["dimensions"]["J"]["max"] for profile in engine["profiles"]] == [8, 16]
+    assert all(row["passed"] for row in onnx["verified"])
+
+
+def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_copy: Path) -> None:
+    before = sorted(bundle_copy.rglob("*"))
+    said = run("trt", bundle_copy, "--dry-run")
+    assert said.code == 0, said.err
+    assert "would build trt/denoiser.sm80-86-89-120-121.tensorrt_rtx-" in said.out
+    assert " s (826 layers)" in said.out or " layers)" in said.out
+    assert "profile 3: B 1-4 (best 2), J 9-16 (best 16)" in said.out
+    plan = json.loads(run("trt", bundle_copy, "--dry-run", "--json").out)["plans"][0]
+    assert plan["seconds"] > 0
+    assert sorted(bundle_copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--sm", "87"), 2, "does not build for sm 87 here; it builds for 75, 80, 86, 89, 120"),
+        (("--sm", "x"), 2, "numbers are written"),
+        (("--latents", "32-512"), 2, "latents 512 is not available: this model offers 4-64 in steps of 4; the nearest is 64"),
+        (("--buckets", "3x"), 2, "--buckets is written 32,64,128"),
+        (("--dtype", "bf16"), 2, "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --dtype bf16"),
+        (("--checkpoint", "w.pt"), 2, "is a bundle and has its weights"),
+        (("--builder", "nvcc"), 2, "--builder must be one of auto, rtx, tensorrt"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_its_exit_code(
+    run: Run, bundle_copy: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    done = run("trt", bundle_copy, *arguments)
+    assert done.code == code
+    assert said in " ".join(done.err.split())
+    assert not (bundle_copy / "trt").exists()
