@@ -75,9 +75,8 @@ def main(given: argparse.Namespace) -> None:
     )  # fmt: skip
     model = Elt(params).eval().requires_grad_(False)
     randomize(model, seed=0)
-    print(
-        f"{given.blocks} blocks of width {given.width} on {side**2} tokens, batch 1, {given.threads} threads, {machine()}, {versions('torch', 'onnxruntime')}"
-    )
+    what = f"{given.blocks} blocks of width {given.width} on {side**2} tokens, batch 1, {given.threads} threads"
+    print(what, machine(), versions("torch", "onnxruntime"), sep=", ")
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         captured = capture(Model("elt", FAMILY, params, model, "random"), {}, Span(1, 4))
