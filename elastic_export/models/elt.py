@@ -6,7 +6,7 @@ weights of N; the output head can be put on after any loop. The blocks are those
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
 from elastic_export.models.cost import BYTES, dit_activation_values, elt_flops
-from elastic_export.models.family import Family
+from elastic_export.models.family import Family, picture_feeds, picture_inputs
 from elastic_export.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -138,16 +138,20 @@ class Elt(nn.Module):
     def exits(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, loops: Sequence[int]) -> list[Tensor]:
         """Predictions after each of the rising counts `loops`, all from one pass of the last of them: for training."""
         x, c = self.embed(sample, timestep, class_labels)
-        found, done = [], 0
-        for count in loops:
-            for _ in range(done, count):
-                x = self.once(x, c)
-            done = count
-            found.append(self.head(x, c))
-        return found
+        return [self.head(state, c) for state in prefixes(lambda x: self.once(x, c), x, loops)]
 
 
-def looped(once: Any, x: Tensor, loops: Tensor) -> Tensor:
+def prefixes(once: Callable[[Tensor], Tensor], x: Tensor, loops: Sequence[int]) -> Iterator[Tensor]:
+    """What applying `once` to `x` leaves after each of the rising counts `loops`, in one pass of the last of them."""
+    done = 0
+    for count in loops:
+        for _ in range(done, count):
+            x = once(x)
+        done = count
+        yield x
+
+
+def looped(once: Callable[[Tensor], Tensor], x: Tensor, loops: Tensor) -> Tensor:
     """Apply `once` to `x` as often as the 0-d int64 `loops` says.
 
     Exported, it is one loop that ends on its condition, so that the weights stand once in the graph and any count can be asked
@@ -204,27 +208,25 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
 
 
-def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
-    """What no shape tells, from the preset with this width and these blocks."""
-    for preset in PRESETS.values():
+def from_presets(presets: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads and loops, which no shape tells, from the preset with the width and the blocks that are known."""
+    for preset in presets.values():
         if (known.get("hidden_size"), known.get("unique_blocks")) == (preset.hidden_size, preset.unique_blocks):
             return {"num_heads": preset.num_heads, "loops": preset.loops, "max_loops": preset.max_loops}
     return {}
 
 
-def axes(params: EltParams) -> tuple[Axis, ...]:
-    """`loops`: L itself, in a 0-d input; its default is the count of training."""
+def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
+    return from_presets(PRESETS, known)
+
+
+def axes(params: Any) -> tuple[Axis, ...]:
+    """`loops`: L itself, in a 0-d input; its default is the count of training. The masked form's too."""
     return (Axis(name="loops", min=1, max=params.max_loops, step=1, default=params.loops, input="loops", carrier="value"),)
 
 
 def inputs(params: EltParams) -> tuple[TensorSpec, ...]:
-    side = params.input_size
-    return (
-        TensorSpec(name="sample", dtype="float32", shape=("B", params.in_channels, side, side)),
-        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
-        TensorSpec(name="loops", dtype="int64", shape=()),
-    )
+    return (*picture_inputs(params.in_channels, params.input_size), TensorSpec(name="loops", dtype="int64", shape=()))
 
 
 def outputs(params: EltParams) -> tuple[TensorSpec, ...]:
@@ -233,27 +235,18 @@ def outputs(params: EltParams) -> tuple[TensorSpec, ...]:
 
 
 def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
-    """Noise, times in (0, 1) and labels, the last of them the null label; the same for every budget."""
-    generator = np.random.default_rng(0)
-    shape = (batch, params.in_channels, params.input_size, params.input_size)
-    labels = generator.integers(0, params.num_classes, batch)
-    labels[-1:] = params.num_classes if batch > 1 else labels[-1]
-    return {
-        "sample": generator.standard_normal(shape).astype(np.float32),
-        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
-        "class_labels": labels.astype(np.int64),
-        "loops": np.array(budget["loops"], dtype=np.int64),
-    }
+    """Noise, times and labels, the same for every budget, and the loops."""
+    loops = np.array(budget["loops"], dtype=np.int64)
+    return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"loops": loops}
 
 
 def cost(params: EltParams, budget: Budget, weights: int, precision: str) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
-    size = BYTES[precision]
     return Cost(
         budget=dict(budget),
         flops=elt_flops(params, budget["loops"]),
-        weight_bytes=weights * size,
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * size,
+        weight_bytes=weights * BYTES[precision],
+        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * BYTES[precision],
     )
 
 

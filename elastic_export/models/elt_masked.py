@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from elastic_export.models.cost import BYTES, dit_activation_values, elt_masked_flops
-from elastic_export.models.elt import axes, looped
-from elastic_export.models.family import Family
+from elastic_export.models.elt import axes, from_presets, looped, prefixes
+from elastic_export.models.family import Family, example_labels
 from elastic_export.models.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Cost, TensorSpec
@@ -108,14 +108,7 @@ class EltMasked(nn.Module):
 
     def exits(self, tokens: Tensor, class_labels: Tensor, loops: Sequence[int]) -> list[Tensor]:
         """Logits after each of the rising counts `loops`, all from one pass of the last of them: for training."""
-        x = self.embed(tokens, class_labels)
-        found, done = [], 0
-        for count in loops:
-            for _ in range(done, count):
-                x = self.once(x)
-            done = count
-            found.append(self.head(x))
-        return found
+        return [self.head(state) for state in prefixes(self.once, self.embed(tokens, class_labels), loops)]
 
 
 # Widths, depths, 256 tokens: the paper's. The vocabulary is MaskGIT's; heads of 64 or 72 channels and the loops past L_max are ours.
@@ -155,11 +148,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
-    """What no shape tells, from the preset with this width and these blocks."""
-    for preset in PRESETS.values():
-        if (known.get("hidden_size"), known.get("unique_blocks")) == (preset.hidden_size, preset.unique_blocks):
-            return {"num_heads": preset.num_heads, "loops": preset.loops, "max_loops": preset.max_loops}
-    return {}
+    return from_presets(PRESETS, known)
 
 
 def inputs(params: EltMaskedParams) -> tuple[TensorSpec, ...]:
@@ -177,23 +166,20 @@ def outputs(params: EltMaskedParams) -> tuple[TensorSpec, ...]:
 def feeds(params: EltMaskedParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
     """Tokens, masks among them, and labels, the last of them the null label; the same for every budget."""
     generator = np.random.default_rng(0)
-    labels = generator.integers(0, params.num_classes, batch)
-    labels[-1:] = params.num_classes if batch > 1 else labels[-1]
     return {
         "tokens": generator.integers(0, params.vocabulary + 1, (batch, params.tokens)),
-        "class_labels": labels.astype(np.int64),
+        "class_labels": example_labels(generator, params.num_classes, batch),
         "loops": np.array(budget["loops"], dtype=np.int64),
     }
 
 
 def cost(params: EltMaskedParams, budget: Budget, weights: int, precision: str) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
-    size = BYTES[precision]
     return Cost(
         budget=dict(budget),
         flops=elt_masked_flops(params, budget["loops"]),
-        weight_bytes=weights * size,
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * size,
+        weight_bytes=weights * BYTES[precision],
+        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * BYTES[precision],
     )
 
 
