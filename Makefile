@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint check wheel clean
+.PHONY: demo test lint check wheel gpu-check clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -28,6 +28,13 @@ wheel: .venv/.dev
 		"$$(ls build/wheel/*.whl)" onnxruntime pytest hypothesis
 	cp -r tests pyproject.toml build/wheel/
 	cd build/wheel && venv/bin/elastic-export --help >/dev/null && venv/bin/pytest tests/runtime tests/house
+
+# On a machine with an NVIDIA GPU (BUILDER=trt on a Jetson or a data-centre GPU): the sample's engine against ONNX Runtime.
+BUILDER ?= rtx
+gpu-check: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,$(BUILDER)]'
+	$(BIN)/elastic-export trt -o build/gpu-check --overwrite
+	$(BIN)/python samples/gpu_check.py build/gpu-check
 
 clean:
 	rm -rf .venv build dist demo

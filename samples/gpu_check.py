@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic_runtime import Budget, Bundle, MissingError, Session
+from elastic_runtime import Budget, Bundle, MissingError, Session, Span
 from elastic_runtime.bundle import Graph, Manifest, TrtArtifact, key
 from elastic_runtime.reference import TOLERANCE, axis_feeds
 from elastic_runtime.session import obstacles, open_artifact
@@ -68,9 +68,8 @@ def feeds(manifest: Manifest, budget: Budget, seed: int, batch: int = 1) -> Arra
     carried = axis_feeds(tuple(axis for axis in manifest.axes if axis.name in budget), budget)
     arrays: Arrays = {}
     for spec in graph.inputs:
-        shape = tuple(
-            graph.dimensions[size].min if isinstance(size, str) and size != "B" else batch if size == "B" else size for size in spec.shape
-        )
+        sizes = graph.dimensions | {"B": Span(batch, batch)}
+        shape = tuple(sizes[size].min if isinstance(size, str) else size for size in spec.shape)
         if spec.name in carried:
             arrays[spec.name] = carried[spec.name]
         elif spec.dtype == "int64":

@@ -37,7 +37,8 @@ def staging(folder: Path) -> Iterator[Path]:
         else:
             stage.rename(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        # numpy's tofile says "100 requested and 0 written", with no number
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not (error.errno is None and "written" in str(error)):
             raise
         raise BundleError(f"no space left on the disk of {folder}; nothing was changed. Free some space, then try again.") from error
     finally:

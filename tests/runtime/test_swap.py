@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from elastic_runtime import BundleError
@@ -73,6 +74,14 @@ def test_a_full_disk_is_said_in_one_sentence_and_nothing_is_lost(tmp_path: Path,
         raise OSError(code, os.strerror(code))
     assert contents(folder) == {"file": "old"}
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_a_large_array_is_said_too(tmp_path: Path) -> None:
+    folder = old(tmp_path)
+    with pytest.raises(BundleError, match="no space left"), staging(folder), open("/dev/full", "wb", buffering=0) as stream:
+        np.zeros(100_000).tofile(stream)
+    assert contents(folder) == {"file": "old"}
 
 
 def test_a_disk_that_fills_up_while_flushing_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

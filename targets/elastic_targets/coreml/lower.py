@@ -1,6 +1,7 @@
 """Lower a captured graph to a Core ML package."""
 
 import contextlib
+import gc
 import io
 import logging
 import shutil
@@ -159,3 +160,4 @@ def _quiet() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
+        gc.collect()  # coremltools leaves its temporary folders to the collector, each of which would warn later

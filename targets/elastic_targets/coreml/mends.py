@@ -85,11 +85,9 @@ def rewrite(program: ExportedProgram) -> ExportedProgram:
         axis: Any = node.args[1] if len(node.args) > 1 else 0
         if not _is_open_tail(tail, axis, node):
             continue
-        with graph.inserting_before(node):
-            whole = graph.call_function(aten.slice_scatter.default, (tail.args[0], head, axis, 0, tail.args[2]))
-        whole.meta = dict(node.meta)
-        node.replace_all_uses_with(whole)
-        graph.erase_node(node)
+        # In place, since the program's signature knows its outputs by their nodes' names.
+        node.target = aten.slice_scatter.default
+        node.args = (tail.args[0], head, axis, 0, tail.args[2])
         if not tail.users:
             graph.erase_node(tail)
     graph.lint()

@@ -58,6 +58,8 @@ def choose(name: str, sms: tuple[int, ...]) -> Builder:
     if name not in CHOICES:
         raise UsageError(f"--builder must be one of {', '.join(CHOICES)}, got {name!r}")
     problems: list[UsageError | MissingError] = []
+    if name == "auto" and not sms and (here := device.gpu()[0]):
+        sms = (here,)  # unasked, at least the GPU of this machine
     for candidate in _MODULES if name == "auto" else [name]:
         try:
             builder = _open(candidate)

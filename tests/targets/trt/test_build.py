@@ -307,3 +307,56 @@ def test_the_room_and_the_command_from_a_bundle_need_no_torch_and_no_onnx(room: 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "for sm 89, " in done.stdout
+
+
+def test_bf16_builds_and_its_graph_computes_what_the_original_does(room: ModuleType, golden: Path, tmp_path: Path) -> None:
+    """ONNX Runtime cannot run bfloat16 graphs, so onnx's own evaluator stands in for it."""
+    pytest.importorskip("torch", reason="exporting bf16 needs torch")
+    from onnx.reference import ReferenceEvaluator
+
+    from elastic_export.capture import capture
+    from elastic_export.export import export
+    from elastic_export.models.zoo import Request, load
+    from elastic_runtime.reference import TOLERANCE, axis_feeds, compare, unpack
+    from elastic_targets import load as enter
+
+    captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), ONE, Span(1, 2))
+    bundle = export(captured, "onnx", enter("onnx").OnnxOptions(precision="bf16"), tmp_path / "brain", "elastic-export onnx")
+    (onnx,) = bundle.manifest.graphs["denoiser"].artifacts
+    assert "no bfloat16 kernels" in str(onnx.unverified)
+    feeds, outputs = unpack("denoiser", bundle.reference())
+    budget, wanted = next(iter(outputs.items()))
+    (got,) = ReferenceEvaluator(str(bundle.file(onnx.path))).run(None, feeds | axis_feeds(bundle.manifest.axes, budget))
+    assert compare(got, wanted["prediction"], budget, TOLERANCE["bf16"], "onnx").passed
+    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets={}))
+    assert [artifact.precision for artifact in engines(made)] == ["bf16"]
+
+
+@pytest.mark.parametrize(("here", "builder"), [(89, "tensorrt_rtx"), (87, "tensorrt"), (90, "tensorrt")])
+def test_auto_takes_the_builder_that_serves_the_gpu_of_this_machine(
+    room: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, here: int, builder: str
+) -> None:
+    import fake_gpu
+
+    bundle = add_one(tiny)
+    rtx = sys.modules["tensorrt_rtx"]
+    fake_gpu.install(monkeypatch, sm=here, name="tensorrt", version="10.3.0")
+    assert sys.modules["tensorrt_rtx"] is rtx
+    plan = room.plan(bundle, "denoiser", room.TrtOptions())
+    assert plan.builder.name == builder
+    assert any(here in sms for sms in plan.engines)
+    if builder == "tensorrt":
+        with pytest.raises(
+            UsageError, match=f"tensorrt 10.3.0 does not build for sm 86 here; it builds for {here}. It builds only for the GPU"
+        ):
+            room.plan(bundle, "denoiser", room.TrtOptions(builder="tensorrt", sms=(86,)))
+
+
+def test_full_tensorrt_needs_the_gpu_that_the_engine_is_for(room: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fake_gpu
+
+    bundle = add_one(tiny)
+    fake_gpu.install(monkeypatch, name="tensorrt", version="10.3.0")
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(MissingError, match="builds on the GPU that will run the engine, and the CUDA bindings are not installed"):
+        room.requires(bundle, "denoiser", room.TrtOptions(builder="tensorrt"))

@@ -59,14 +59,16 @@ def conv_transpose(
     output_shape: Tensor | None = None,
 ) -> Tensor:
     spatial = x.dim() - 2
-    if pad_type not in ("valid", "custom") or output_shape is not None:
-        raise NotImplementedError(f"conv_transpose with pad_type {pad_type!r} and output_shape {output_shape}")
+    if pad_type not in ("valid", "custom"):
+        raise NotImplementedError(f"conv_transpose with pad_type {pad_type!r}")
     whole = _CONV_TRANSPOSE[spatial](
         x, weight, bias, stride=_sizes(strides, spatial), dilation=_sizes(dilations, spatial), groups=int(groups)
     )
     if pad_type == "custom" and pad is not None:
         for axis, (before, after) in enumerate(pad.reshape(-1, 2).tolist(), start=2):
             whole = whole.narrow(axis, before, whole.shape[axis] - before - after)
+    if output_shape is not None and list(whole.shape) != output_shape.tolist():
+        raise NotImplementedError(f"conv_transpose to {output_shape.tolist()} where its padding gives {list(whole.shape)}")
     return whole
 
 

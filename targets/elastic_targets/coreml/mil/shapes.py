@@ -54,8 +54,14 @@ def tile(x: Tensor, reps: Tensor) -> Tensor:
 
 
 def pad(x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | float = 0.0) -> Tensor:
-    edges = [size for pair in reversed(pad.reshape(-1, 2).tolist()) for size in pair]
-    return F.pad(x, edges, mode, float(constant_val) if mode == "constant" else None)
+    edges = pad.reshape(-1, 2).tolist()  # of the last axes, first to last
+    if mode == "constant":
+        return F.pad(x, [size for pair in reversed(edges) for size in pair], value=float(constant_val))
+    for axis, (before, after) in enumerate(edges, start=x.dim() - len(edges)):
+        last = x.shape[axis] - 1
+        index = torch.arange(-before, last + 1 + after)
+        x = x.index_select(axis, last - (last - index.abs()).abs() if mode == "reflect" else index.clamp(0, last))
+    return x
 
 
 def shape(x: Tensor) -> Tensor:

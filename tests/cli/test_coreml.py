@@ -1,0 +1,60 @@
+"""`elastic-export coreml` as typed, on a small checkpoint: a bundle that another target made is extended, and proven without a Mac."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_runtime import Bundle
+from elastic_runtime.bundle import CoremlArtifact
+
+pytest.importorskip("coremltools", reason="the Core ML room needs coremltools")
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def model(golden: Path) -> tuple[object, ...]:
+    return ("elit-sit", "--checkpoint", golden / "elit-c.pt", "--config", golden / "elit-c.json")
+
+
+def test_a_bundle_is_extended_verified_and_then_guarded(run: Run, model: tuple[object, ...], bundle_copy: Path) -> None:
+    command = ("coreml", *model, "-o", bundle_copy, "--budgets", "16,64")
+    done = run(*command)
+    assert done.code == 0, done.err
+    onnx, coreml = Bundle.open(bundle_copy, hashes=True).manifest.graphs["denoiser"].artifacts
+    assert onnx.target == "onnx"
+    assert isinstance(coreml, CoremlArtifact)
+    assert [(call.function, call.sizes) for call in coreml.calls] == [("latents_16", {"B": 1, "J": 4}), ("latents_64", {"B": 1, "J": 16})]
+    assert [(row.budget["latents"], row.passed, row.where.split(",")[0]) for row in coreml.verified] == [
+        (16, True, "MIL evaluator"),
+        (64, True, "MIL evaluator"),
+    ]
+    assert run(*command).code == 2  # it is there already
+    assert run("verify", bundle_copy).code == 0
+    weights = bundle_copy / coreml.package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    weights.write_bytes(content)
+    broken = run("verify", bundle_copy)
+    assert broken.code == 2
+    assert "weight.bin is damaged" in broken.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--target", "iOS17"), "--target iOS17 is too old for a package of 5 functions, which needs iOS18 or macOS15"),
+        (("--latents", "32-256"), "latents 256 is not available: this model offers 4-64"),
+        (("--budgets", "16,18"), "latents 18 is not available"),
+        (("--shapes", "any"), "--shapes for coreml must be one of functions, enumerated, range, got any"),
+    ],
+)
+def test_bad_requests_end_in_one_line_and_leave_nothing(
+    run: Run, model: tuple[object, ...], tmp_path: Path, extra: Any, message: str
+) -> None:
+    failed = run("coreml", *model, "-o", tmp_path / "out", *extra)
+    assert failed.code == 2
+    assert message in failed.err
+    assert "Traceback" not in failed.err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,146 @@
+"""An export that is killed or runs out of disk leaves the old bundle whole; one that succeeds keeps what was there."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
+
+import elastic_targets
+from elastic_export.capture import Capture, all_budgets, capture, probe_budgets
+from elastic_export.export import destination, export
+from elastic_export.models.zoo import Request, load
+from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
+from elastic_runtime.bundle import write_manifest, writing
+
+
+@pytest.fixture
+def captured(golden: Path) -> Capture:
+    return capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+
+
+def options(**changes: Any) -> Any:
+    return elastic_targets.load("onnx").OnnxOptions(**changes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL, which only POSIX has")
+def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_write_sweeps_up(golden: Path, bundle_copy: Path) -> None:
+    before = files(bundle_copy)
+    program = """
+import os, signal, sys
+from elastic_export.cli import main
+import elastic_targets
+room = elastic_targets.load('onnx')
+def lower(graph, options, folder):
+    (folder / 'onnx' / 'denoiser.opset20.onnx').write_bytes(b'half')
+    os.kill(os.getpid(), signal.SIGKILL)
+room.lower = lower
+main(sys.argv[1:])
+"""
+    arguments = [
+        "onnx",
+        "elit-sit",
+        "--checkpoint",
+        golden / "elit-c.pt",
+        "--config",
+        golden / "elit-c.json",
+        "-o",
+        bundle_copy,
+        "--opset",
+        "20",
+    ]
+    killed = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert files(bundle_copy) == before
+    assert Bundle.open(bundle_copy, hashes=True)
+    assert len(list(bundle_copy.parent.iterdir())) == 2, "the killed run left its unfinished folder"
+    old = Bundle.open(bundle_copy)
+    with writing(bundle_copy, extend=old) as stage:
+        write_manifest(stage, old.manifest)
+    assert Bundle.open(bundle_copy, hashes=True).manifest == old.manifest
+    assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_or_an_interruption_leaves_the_old_bundle_whole(
+    error: BaseException, captured: Capture, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(bundle_copy)
+    room = elastic_targets.load("onnx")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(room, "lower", fail)
+    wanted = BundleError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted, match="no space left" if wanted is BundleError else None):
+        export(captured, "onnx", options(opset=20), bundle_copy, "again")
+    assert files(bundle_copy) == before
+    assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
+
+
+def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture, tmp_path: Path) -> None:
+    with np.errstate(all="ignore"):
+        captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")
+    with pytest.raises(VerificationError, match="fails at latents=4: values that are not finite"):
+        export(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_put_aside_by_a_killed_write_is_joined_and_not_lost(captured: Capture, bundle_copy: Path) -> None:
+    bundle_copy.rename(bundle_copy.with_name(".bundle.partial-4194999.old"))
+    assert destination(bundle_copy, overwrite=False) is not None
+    with pytest.raises(BundleError, match=r"denoiser\.onnx exists"):
+        export(captured, "onnx", options(), bundle_copy, "again")
+
+
+def test_the_manifest_tells_cost_shapes_and_origin(golden_bundle: Callable[[str], Bundle]) -> None:
+    manifest = golden_bundle("c").manifest
+    flops = [row.flops for row in manifest.cost]
+    assert [row.budget["latents"] for row in manifest.cost] == list(manifest.axis("latents").values)
+    assert flops == sorted(flops)
+    assert manifest.graphs["denoiser"].dimensions == {"B": Span(1, 4), "J": Span(1, 16)}
+    assert manifest.provenance.checkpoint == "elit-c.pt"
+    assert len(manifest.provenance.checkpoint_sha256 or "") == 64
+    assert manifest.provenance.versions.keys() >= {"python", "elastic-export", "torch", "onnx", "onnxruntime", "numpy"}
+    assert "/" not in manifest.provenance.command
+
+
+def test_an_axis_or_a_precision_that_does_not_exist_is_answered_with_those_that_do(golden: Path) -> None:
+    model = load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json"))
+    with pytest.raises(BudgetError, match="elit-sit has no axis 'loops'; it has latents"):
+        capture(model, {"loops": Span(1, 2)}, Span(1, 1))
+    with pytest.raises(UsageError, match="--dtype must be one of fp32, fp16, bf16, got int8"):
+        capture(model, {}, Span(1, 1), precision="int8")
+    with pytest.raises(BudgetError, match="--batch must start at 1 or more, got 0-4"):
+        capture(model, {}, Span(0, 4))
+
+
+def test_an_unknown_target_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no target 'abacus'; there are onnx"):
+        elastic_targets.load("abacus")
+
+
+def test_probes_walk_each_axis_with_the_others_at_their_defaults() -> None:
+    axes = tuple(
+        Axis(name=name, min=1, max=3, step=1, default=2, input=name, carrier="value")
+        for name in ("loops", "tokens")
+    )  # fmt: skip
+    assert len(all_budgets(axes)) == 9
+    probes = probe_budgets(axes)
+    assert len(probes) == len(set(probes)) == 5
+    assert all(2 in budget.values() for budget in probes)
+    assert probe_budgets(()) == [Budget()]
