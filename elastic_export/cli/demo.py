@@ -67,7 +67,8 @@ def _drawn(
         "onnx", load("onnx").OnnxOptions(), sample, folder, {axis: Span(min(values), max(values))}, Span(1, 4), "fp32",
         overwrite=True, quiet=quiet,
     )  # fmt: skip
-    columns, rows = [], []
+    columns: list[list[Any]] = []
+    rows: list[tuple[str, ...]] = []
     costs = {cost.budget[axis]: cost for cost in Bundle.open(folder).manifest.cost}
     with ElasticPipeline.from_pretrained(folder) as pipe, show.bar(quiet, f"drawing {sample}", len(DIGITS) * len(values)) as advance:
         for value in values:
