@@ -14,6 +14,7 @@ import numpy as np
 
 import elastic_targets
 from elastic_export.verify import OnRow, record, require, verify_artifact
+from elastic_runtime.axis import Span
 from elastic_runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Graph, Manifest, Provenance, entry, write_manifest, writing
 from elastic_runtime.errors import BundleError
 from elastic_runtime.reference import unpack
@@ -98,7 +99,7 @@ def destination(output: Path, overwrite: bool) -> Bundle | None:
     if not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; it is left alone. Choose another -o/--output.")
     try:
-        return Bundle.open(output)
+        return Bundle.open(output, hashes=True)  # damage must not be carried into the extended bundle
     except BundleError:
         if overwrite:
             return None
@@ -140,20 +141,19 @@ def _manifest(capture: "Capture", command: str) -> Manifest:
 
 def _conflict(old: Manifest, new: Manifest) -> str | None:
     """Why `new` cannot join the bundle of `old`, or None."""
-    for what, before, now in (
-        ("model", old.model.name, new.model.name),
-        ("weights", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256),
-        ("config", old.model, new.model),
-    ):
-        if before != now:
-            return f"its {what} differs"
-    for before_axis, axis in zip(old.axes, new.axes, strict=True):
-        if before_axis != axis:
-            return f"its {axis.name} are {before_axis.span}, not {axis.span}"
+    facts = [(name, getattr(old.model, name), getattr(new.model, name)) for name in ("name", "family", "weights", "vae")]
+    facts += [(name, old.model.config.get(name), value) for name, value in new.model.config.items()]
+    facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
+    facts += [(axis.name, str(before.span), str(axis.span)) for before, axis in zip(old.axes, new.axes, strict=False)]
+    facts += [("axes", [axis.name for axis in old.axes], [axis.name for axis in new.axes])]
     for name, graph in new.graphs.items():
-        if name not in old.graphs or old.graphs[name].dimensions != graph.dimensions:
-            return f"its {name} has other shapes"
-    return None
+        before = old.graphs[name].dimensions if name in old.graphs else None
+        facts += [(f"{name}'s dimensions", _spans(before), _spans(graph.dimensions))]
+    return next((f"its {what} is {before}, not {now}" for what, before, now in facts if before != now), None)
+
+
+def _spans(dimensions: dict[str, Span] | None) -> str | None:
+    return None if dimensions is None else ", ".join(f"{name} {span}" for name, span in dimensions.items())
 
 
 def _refuse_clobber(old: Bundle, room: ModuleType, graphs: "list[GraphCapture]", options: Any, overwrite: bool) -> None:

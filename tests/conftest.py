@@ -6,9 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from elastic_runtime import Bundle, Span
+
+# The same examples in every run, and no deadline: a test must not fail because the machine is busy.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("steady")
 
 GOLDEN = Path(__file__).parent / "golden"
 

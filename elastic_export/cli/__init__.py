@@ -8,6 +8,8 @@ from elastic_export.cli import coreml, demo, generate, inspect, models, onnx, tr
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
 app = typer.Typer(
     name="elastic-export",
     help="Compile elastic diffusion transformers once, with their compute budget still open, and prove every budget.",
@@ -28,9 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ElasticError as error:
         fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was changed")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
+            fail("interrupted; what was there before is as it was")
+        raise
 
 
 app.command(rich_help_panel="Make")(onnx.onnx)

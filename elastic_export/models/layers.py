@@ -38,17 +38,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """`mlp([cos | sin](t * 10000^(-i/128)))`, 256 sinusoids (DiT)."""
 
-    frequencies: Tensor
-
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        # On the CPU whatever the default device: a model built on `meta` loads its weights from a file, but not this.
-        steps = torch.arange(128, device="cpu") / 128
-        self.register_buffer("frequencies", torch.exp(-math.log(10000.0) * steps), persistent=False)
+        # Not a buffer: `.half()` would round it, and building on `meta` would lose it.
+        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device="cpu") / 128)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        angles = timestep[:, None].float() * self.frequencies.float()  # (B, 128)
+        angles = timestep[:, None].float() * self.frequencies.to(timestep.device)  # (B, 128)
         sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
         dtype = next(self.mlp.parameters()).dtype
         return self.mlp(sinusoids.to(dtype))  # (B, D)

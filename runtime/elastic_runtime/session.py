@@ -72,7 +72,11 @@ def batches(session: Session, size: int) -> list[slice]:
 
 
 def check_feeds(graph: Graph, feeds: Arrays) -> None:
-    """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions."""
+    """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions.
+
+    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read nothing else
+    of it, so another selection would silently be taken for a prefix.
+    """
     names = {spec.name for spec in graph.inputs}
     if names != set(feeds):
         raise InferenceError(f"the graph takes {sorted(names)}, got {sorted(feeds)}")
@@ -86,6 +90,8 @@ def check_feeds(graph: Graph, feeds: Arrays) -> None:
             for wanted, size in zip(spec.shape, array.shape, strict=True)
         ):
             raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
+        if spec.dtype == "int64" and len(spec.shape) == 1 and spec.shape != ("B",) and (array != np.arange(len(array))).any():
+            raise InferenceError(f"{spec.name} must be arange({len(array)}): kept ones are always the first, got {array[:8].tolist()}")
     for name, size in open_dimensions.items():
         if size not in graph.dimensions[name]:
             raise InferenceError(f"this graph takes {name} of {graph.dimensions[name]}, got {size}")

@@ -1,3 +1,5 @@
+import keyword
+
 import pytest
 from fakes import LATENTS
 from hypothesis import given
@@ -7,9 +9,8 @@ from elastic_runtime import Axis, Budget, BudgetError
 from elastic_runtime.bundle import key, parse_key
 
 LOOPS = Axis(name="loops", min=1, max=8, step=1, default=4, input="loops", carrier="value")
-budgets = st.dictionaries(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), st.integers(0, 4096), max_size=4).map(
-    lambda values: Budget(**values)
-)
+names = st.from_regex(r"[a-z_]{1,12}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name))
+budgets = st.dictionaries(names, st.integers(0, 4096), max_size=4).map(lambda values: Budget(**values))
 
 
 @given(budgets)
