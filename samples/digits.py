@@ -34,3 +34,14 @@ def load_digits() -> tuple[Digits, Digits]:
     held_out = np.sort(np.concatenate([order[labels[order] == digit][:150] for digit in range(10)]))
     train = np.setdiff1d(order, held_out)
     return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
+
+
+def halved(images: np.ndarray, levels: int) -> np.ndarray:
+    """Digits (N, 1, 32, 32) in [-1, 1] without their border of 2 pixels, at half the size, as grey levels int64 (N, 1, 14, 14)."""
+    small = images[:, :, 2:-2, 2:-2].reshape(-1, 1, 14, 2, 14, 2).mean((3, 5))
+    return ((small + 1) / 2 * (levels - 1)).round().astype(np.int64)
+
+
+def enlarged(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (N, 1, 14, 14) in [-1, 1] at twice the size, with the border put back: (N, 1, 32, 32)."""
+    return np.pad(pictures.repeat(2, 2).repeat(2, 3), ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-1)

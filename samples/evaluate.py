@@ -20,8 +20,11 @@ import torch
 
 from card import plot, table
 from classifier import Judge, load_judge
-from digits import Digits, load_digits
+from digits import Digits, enlarged, halved, load_digits
 from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
+from elastic_runtime.bundle import Model
+from elastic_runtime.sampling import sampler
+from elastic_runtime.schedule import CosineMask
 from record import machine, read, versions, write
 
 
@@ -34,7 +37,7 @@ class Protocol:
 
     samples: int = 1000
     steps: int = 20
-    sampler: str = "euler"
+    sampler: str | None = None
     guidance: tuple[float, ...] = (4.0, 1.0)
     guidance_budget: dict[str, int] | None = None
     seed: int = 0
@@ -63,9 +66,10 @@ def spread(axis: Axis) -> list[int]:
 def check(bundle: Bundle, protocol: Protocol) -> None:
     """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
     model = bundle.manifest.model
-    if (model.sample_shape, model.num_classes, model.vae) != ((1, 32, 32), 10, None):
+    side = 14 if model.tokens == "grey" else 32
+    if (model.sample_shape, model.num_classes, model.vae) != ((1, side, side), 10, None) or model.tokens == "code":
         raise UsageError(
-            f"the judge knows 32x32 digits of 10 classes in one channel; {bundle.folder} draws "
+            f"the judge knows 32x32 digits of 10 classes in one channel, and 14x14 ones of grey tokens; {bundle.folder} draws "
             f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
         )
     if len(set(protocol.guidance)) < len(protocol.guidance):
@@ -91,13 +95,22 @@ def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Proto
                 sampler=protocol.sampler,
                 generator=generator,
                 output_type="np",
-            ).images  # (B, 32, 32, 1) in [0, 1]
+            ).images  # (B, H, W, 1) in [0, 1]
         )
         done = min(first + batch, protocol.samples)
         left = (time.perf_counter() - begun) / done * (protocol.samples - done)
         line = f"{budget}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
         print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
-    return Digits(np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1, labels)
+    images = np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1
+    return Digits(enlarged(images) if pipe.bundle.manifest.model.tokens else images, labels)
+
+
+def as_drawn(images: np.ndarray, model: Model) -> np.ndarray:
+    """Real digits (N, 1, 32, 32) as a perfect model could draw them at best: through its tokens and back, where it has any."""
+    if not isinstance(model.schedule, CosineMask):
+        return images
+    levels = model.schedule.vocabulary
+    return enlarged(halved(images, levels) / (levels - 1) * 2 - 1)
 
 
 def evaluate(
@@ -111,13 +124,13 @@ def evaluate(
     pipe, manifest = ElasticPipeline(bundle, session), bundle.manifest
     budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
     train, held_out = load_digits()
-    features, named = judge.judge(train.images)
+    features, named = judge.judge(as_drawn(train.images, manifest.model))
     # As many real digits as pictures, since the distance of few samples is larger. The judge has learned from these.
     others = np.concatenate([np.flatnonzero(held_out.labels == digit)[: protocol.samples // 10] for digit in range(10)])
     real = {
         "pictures": len(others),
         "accuracy": float((named == train.labels).mean()),
-        "frechet_distance": frechet_distance(judge.judge(held_out.images[others])[0], features),
+        "frechet_distance": frechet_distance(judge.judge(as_drawn(held_out.images[others], manifest.model))[0], features),
     }
     flops = {Budget(**row.budget): row.flops for row in manifest.cost}
     rows: list[dict[str, Any]] = []
@@ -156,9 +169,10 @@ def evaluate(
 def main(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads or torch.get_num_threads())
     weak = None if given.guidance_budget is None else _budget(given.guidance_budget)
-    protocol = Protocol(given.samples, given.steps, given.sampler, given.guidance, weak, given.seed)
     bundle = Bundle.open(given.bundle)
     manifest = bundle.manifest
+    name, _ = sampler(manifest.model, given.sampler)
+    protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.seed)
     with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
         axis = manifest.axis(given.axis or manifest.axes[0].name)
         old = read(given.output) if given.output.exists() else {}
@@ -201,7 +215,7 @@ if __name__ == "__main__":
     options.add_argument("--budgets", type=_values, help="budgets on it, such as 16,64,256 (default: doublings over its span)")
     options.add_argument("--samples", type=int, default=1000, help="pictures at each budget (default: %(default)s)")
     options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    options.add_argument("--sampler", default="euler", choices=("euler", "heun", "sde"))
+    options.add_argument("--sampler", help="such as heun or ddim (default: the one that fits the model)")
     options.add_argument("--guidance", type=_scales, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
     options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
     options.add_argument("--seed", type=int, default=0)

@@ -23,6 +23,7 @@ from elastic_runtime.bundle import (
     entry,
     write_manifest,
 )
+from elastic_runtime.schedule import RectifiedFlow
 
 # (x, t, labels, kept) -> velocity: what a fake denoiser computes
 Field = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
@@ -38,7 +39,7 @@ def model(channels: int = CHANNELS, **changes: Any) -> Model:
         family="elit-sit",
         config={"depth": 4},
         prediction="velocity",
-        schedule="rectified_flow",
+        schedule=RectifiedFlow(),
         sample_shape=(channels, 8, 8),
         num_classes=NULL,
         null_label=NULL,

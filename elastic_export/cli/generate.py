@@ -14,23 +14,23 @@ def generate(
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture, .png; several pictures stand in a row.", show_default=False)
     ],
     classes: Annotated[str, typer.Option(help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold].")] = "0",
-    latents: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N[,N...]", help="Kept latents; one for each step makes a schedule [dim](default: all)[/dim].", show_default=False
-        ),
-    ] = None,
-    guidance_latents: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Kept latents of the weak branch: CCFG [dim](default: as --latents)[/dim].", show_default=False),
-    ] = None,
+    latents: options.LatentsEach = None,
+    guidance_latents: options.WeakLatents = None,
+    loops: options.LoopsEach = None,
+    guidance_loops: options.WeakLoops = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 2.0,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
-        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents.")
+        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents or --guidance-loops.")
     ] = False,
-    sampler: Annotated[str, typer.Option(help="euler, heun or sde.")] = "euler",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="euler, heun, sde; ddpm, ddim; maskgit [dim](default: the first that fits the model)[/dim].", show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="How freely a masked model keeps tokens [dim](default: 4.5)[/dim].", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
     backend: Annotated[
         str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)
@@ -46,6 +46,7 @@ def generate(
       elastic-export generate digits -o seven.png --classes 7 --latents 64
       elastic-export generate digits -o row.png --classes 0-9 --latents 128 --guidance-latents 16
       elastic-export generate digits -o fast.png --steps 4 --latents 16,16,64,256
+      elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
     """
     import numpy as np
 
@@ -53,12 +54,14 @@ def generate(
     from elastic_runtime.budget import Budget
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.policy import Fixed, PerStep
+    from elastic_runtime.sampling import sampler as fitting
 
     refuse_clobber(output, overwrite)
     low, high = options.interval(interval)
     labels = options.integers(classes)
-    weak = None if guidance_latents is None else Budget(latents=guidance_latents)
-    chosen = [Budget(latents=value) for value in options.integers(latents)] if latents else [Budget()]
+    chosen = options.budgets({"latents": latents, "loops": loops})
+    weak_values = {"latents": guidance_latents, "loops": guidance_loops}
+    weak = Budget(**{axis: value for axis, value in weak_values.items() if value is not None}) or None
     with ElasticPipeline.from_pretrained(bundle, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
         result = pipe(
             labels,
@@ -68,16 +71,17 @@ def generate(
             autoguidance=autoguidance,
             policy=Fixed(chosen[0], weak) if len(chosen) == 1 else PerStep(tuple(chosen), weak),
             sampler=sampler,
+            temperature=temperature,
             generator=np.random.default_rng(seed),
             callback_on_step_end=lambda *_: advance() or {},
         )
-        name, where = pipe.bundle.manifest.model.name, pipe.where
+        drawn, where = pipe.bundle.manifest.model, pipe.where
     seconds = sum(step.seconds for step in result.steps)
     facts = {
-        "model": name,
+        "model": drawn.name,
         "classes": labels,
         "seed": seed,
-        "sampler": sampler,
+        "sampler": fitting(drawn, sampler)[0],
         "guidance": guidance,
         "where": where,
         "steps": result.steps,

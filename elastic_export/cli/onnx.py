@@ -12,6 +12,7 @@ def onnx(
     output: options.Output,
     model: options.ModelName = "elit-mnist",
     latents: options.Latents = None,
+    loops: options.Loops = None,
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
     dtype: Annotated[str, typer.Option(help="fp32, or fp16 or bf16 (for TensorRT) with float32 reductions, inputs and outputs.")] = "fp32",
@@ -31,6 +32,7 @@ def onnx(
     [bold]Examples[/bold]
 
       elastic-export onnx -o digits --latents 32-256
+      elastic-export onnx elt-mnist -o looped --loops 1-8
       elastic-export onnx elit-sit --checkpoint elit.pt --config elit.json -o out
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt --vae sd-vae -o xl --dtype fp16
     """
@@ -39,7 +41,7 @@ def onnx(
 
     room = load("onnx")
     make(
-        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output, {"latents": latents}, batch, dtype,
+        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output, {"latents": latents, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

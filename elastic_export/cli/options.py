@@ -3,12 +3,14 @@
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from elastic_runtime.axis import Span
+from elastic_runtime.budget import Budget
 from elastic_runtime.errors import BudgetError
 
 
@@ -34,6 +36,17 @@ def integers(text: str) -> list[int]:
     return found
 
 
+def budgets(texts: Mapping[str, str | None]) -> list[Budget]:
+    """One budget, or one for each step, from what was typed for each axis: `64`, or `16,16,64,256` for four steps."""
+    lists = {axis: integers(text) for axis, text in texts.items() if text}
+    steps = max(map(len, lists.values()), default=1)
+    for axis, values in lists.items():
+        if len(values) not in (1, steps):
+            raise typer.BadParameter(f"--{axis} has {len(values)} values where another axis has {steps}: give one, or one for each step")
+    columns = {axis: values * steps if len(values) == 1 else values for axis, values in lists.items()}
+    return [Budget(**{axis: values[step] for axis, values in columns.items()}) for step in range(steps)]
+
+
 def interval(text: str) -> tuple[float, float]:
     """Read `0.3-0.8`."""
     match = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*", text)
@@ -54,6 +67,43 @@ Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Whe
 Latents = Annotated[
     Span | None,
     typer.Option(parser=span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
+]
+Loops = Annotated[
+    Span | None,
+    typer.Option(
+        parser=span, metavar="SPAN", help="Loops of the shared blocks, [bold]1-8[/bold] [dim](default: all)[/dim].", show_default=False
+    ),
+]
+LatentsEach = Annotated[
+    str | None,
+    typer.Option(
+        "--latents",
+        metavar="N[,N...]",
+        help="Kept latents; one for each step makes a schedule [dim](default: all)[/dim].",
+        show_default=False,
+    ),
+]
+LoopsEach = Annotated[
+    str | None,
+    typer.Option(
+        "--loops",
+        metavar="N[,N...]",
+        help="Loops, one for all or for each step [dim](default: as many as in training)[/dim].",
+        show_default=False,
+    ),
+]
+WeakLatents = Annotated[
+    int | None,
+    typer.Option(
+        "--guidance-latents",
+        metavar="N",
+        help="Kept latents of the weak branch: CCFG [dim](default: as --latents)[/dim].",
+        show_default=False,
+    ),
+]
+WeakLoops = Annotated[
+    int | None,
+    typer.Option("--guidance-loops", metavar="N", help="Loops of the weak branch [dim](default: as --loops)[/dim].", show_default=False),
 ]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Checkpoint = Annotated[

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from elastic_export.models.elit import ElitParams
+    from elastic_export.models.elt import EltParams
+    from elastic_export.models.elt_masked import EltMaskedParams
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -44,6 +46,21 @@ def elit_flops(params: "ElitParams", latents: int) -> int:
     write = cross_attention(tokens, tokens, width) + windows + feed_forward
     outer = (params.head_blocks + params.tail_blocks) * dit_block(tokens, width, params.mlp_ratio)
     return embedders(tokens, width, patch_values, patch_values) + outer + read + core * dit_block(latents, width, params.mlp_ratio) + write
+
+
+def elt_flops(params: "EltParams", loops: int) -> int:
+    """FLOPs of one ELT forward pass at batch 1: prelude, `loops` times the shared blocks, coda."""
+    values = params.patch_size**2 * params.in_channels
+    depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
+    block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
+    return embedders(params.tokens, params.hidden_size, values, values) + depth * block
+
+
+def elt_masked_flops(params: "EltMaskedParams", loops: int) -> int:
+    """FLOPs of one masked ELT forward pass at batch 1: `loops` times the shared blocks, which are DiT's without adaLN, and the logits."""
+    width, tokens = params.hidden_size, params.tokens
+    block = round(2 * tokens * (4 + 2 * params.mlp_ratio) * width**2) + attention(tokens, tokens, width)
+    return params.unique_blocks * loops * block + 2 * tokens * width * params.vocabulary
 
 
 def dit_activation_values(tokens: int, width: int, heads: int, mlp_ratio: float = 4.0) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_export.models.cost import BYTES, elit_activation_values, elit_flops
-from elastic_export.models.family import Family
+from elastic_export.models.family import Family, picture_feeds, picture_inputs
 from elastic_export.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -37,6 +37,7 @@ from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.schedule import RectifiedFlow
 
 
 @dataclass(frozen=True)
@@ -313,13 +314,7 @@ def axes(params: ElitParams) -> tuple[Axis, ...]:
 
 
 def inputs(params: ElitParams) -> tuple[TensorSpec, ...]:
-    side = params.input_size
-    return (
-        TensorSpec(name="sample", dtype="float32", shape=("B", params.in_channels, side, side)),
-        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
-        TensorSpec(name="latent_ids", dtype="int64", shape=("J",)),
-    )
+    return (*picture_inputs(params.in_channels, params.input_size), TensorSpec(name="latent_ids", dtype="int64", shape=("J",)))
 
 
 def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
@@ -328,17 +323,9 @@ def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
 
 
 def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
-    """Noise, times in (0, 1) and labels, the last of them the null label; the same for every budget."""
-    generator = np.random.default_rng(0)
-    shape = (batch, params.in_channels, params.input_size, params.input_size)
-    labels = generator.integers(0, params.num_classes, batch)
-    labels[-1:] = params.num_classes if batch > 1 else labels[-1]
-    return {
-        "sample": generator.standard_normal(shape).astype(np.float32),
-        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
-        "class_labels": labels.astype(np.int64),
-        "latent_ids": np.arange(budget["latents"] // params.groups, dtype=np.int64),
-    }
+    """Noise, times and labels, the same for every budget, and the kept latents."""
+    kept = np.arange(budget["latents"] // params.groups, dtype=np.int64)
+    return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"latent_ids": kept}
 
 
 def cost(params: ElitParams, budget: Budget, weights: int, precision: str) -> Cost:
@@ -355,7 +342,7 @@ def cost(params: ElitParams, budget: Budget, weights: int, precision: str) -> Co
 def facts(params: ElitParams) -> dict[str, Any]:
     return {
         "prediction": "velocity",
-        "schedule": "rectified_flow",
+        "schedule": RectifiedFlow(),
         "sample_shape": (params.in_channels, params.input_size, params.input_size),
         "num_classes": params.num_classes,
         "null_label": params.num_classes,

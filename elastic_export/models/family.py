@@ -73,3 +73,30 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
 
 def _required(params: type) -> list[str]:
     return [field.name for field in fields(params) if field.default is MISSING]
+
+
+def picture_inputs(channels: int, side: int) -> tuple[TensorSpec, ...]:
+    """The inputs that all denoisers of class-conditional pictures have; the axis's comes after them."""
+    return (
+        TensorSpec(name="sample", dtype="float32", shape=("B", channels, side, side)),
+        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
+    )
+
+
+def picture_feeds(channels: int, side: int, num_classes: int, batch: int) -> dict[str, np.ndarray]:
+    """Feeds of `picture_inputs`: noise, times in (0, 1) and labels; always the same."""
+    generator = np.random.default_rng(0)
+    labels = example_labels(generator, num_classes, batch)
+    return {
+        "sample": generator.standard_normal((batch, channels, side, side)).astype(np.float32),
+        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
+        "class_labels": labels,
+    }
+
+
+def example_labels(generator: np.random.Generator, num_classes: int, batch: int) -> np.ndarray:
+    """Labels (B,) int64, the last of several being the null label."""
+    labels = generator.integers(0, num_classes, batch)
+    labels[-1:] = num_classes if batch > 1 else labels[-1]
+    return labels.astype(np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_export.models import elit
+from elastic_export.models import elit, elt, elt_masked
 from elastic_export.models.checkpoint import load_weights, read_checkpoint
 from elastic_export.models.family import Family, agree
 from elastic_export.models.layers import randomize
@@ -17,7 +17,7 @@ from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Quality, sha256
 from elastic_runtime.errors import ModelError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY)}
 DEFAULT = "elit-mnist"
 _PRETRAINED = Path(__file__).parent / "pretrained"
 

@@ -19,6 +19,7 @@ import numpy as np
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import BundleError
+from elastic_runtime.schedule import Schedule
 from elastic_runtime.swap import staging
 
 SCHEMA_VERSION = 1
@@ -198,18 +199,27 @@ class Vae(_Record, frozen=True, kw_only=True):
 
 
 class Model(_Record, frozen=True, kw_only=True):
-    """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label"."""
+    """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
+
+    `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder that is not here.
+    """
 
     name: str
     family: str
     config: dict[str, Any]
-    prediction: Literal["velocity"]
-    schedule: Literal["rectified_flow"]
+    prediction: Literal["velocity", "v", "epsilon", "logits"]
+    schedule: Schedule
     sample_shape: tuple[int, int, int]
     num_classes: int
     null_label: int
     weights: Literal["checkpoint", "random"]
     vae: Vae | None = None
+    tokens: Literal["grey", "code"] | None = None
+
+    @property
+    def pixels(self) -> bool:
+        """Whether a sample is a picture as it is, with values in [-1, 1]."""
+        return self.vae is None and self.tokens is None and self.sample_shape[0] in (1, 3)
 
 
 class Cost(_Record, frozen=True, kw_only=True):

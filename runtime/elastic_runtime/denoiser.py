@@ -1,4 +1,4 @@
-"""From a session to a guided velocity: the feeds of a budget, batches, and the branches of guidance."""
+"""From a session to a guided prediction: the feeds of a budget, batches, and the branches of guidance."""
 
 from dataclasses import dataclass
 
@@ -41,9 +41,10 @@ class Denoiser:
     def __init__(self, session: Session, manifest: Manifest):
         self._session = session
         self._manifest = manifest
+        self._output = "logits" if manifest.model.tokens else "prediction"
 
     def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, choice: Choice) -> np.ndarray:
-        """Velocity of `x` (B, C, H, W) float64 at `time`, guided. One run serves both branches where their budgets agree."""
+        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where their budgets agree."""
         if not guidance.active(time):
             return self.predict(x, time, labels, choice.budget)
         weak_labels = labels if guidance.auto else np.full_like(labels, self._manifest.model.null_label)
@@ -58,13 +59,17 @@ class Denoiser:
         return weak + guidance.scale * (strong - weak)
 
     def predict(self, x: np.ndarray, time: float, labels: np.ndarray, budget: Budget) -> np.ndarray:
-        """Prediction for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span allows."""
+        """Prediction for `x` (B, C, H, W), or logits (B, T, V) for tokens, at one time and budget.
+
+        It takes as few runs as the session's batch span allows.
+        """
         parts = []
         for rows in batches(self._session, len(x)):
-            feeds = {
-                "sample": x[rows].astype(np.float32),
-                "timestep": np.full(rows.stop - rows.start, time, dtype=np.float32),
-                "class_labels": labels[rows],
-            }
-            parts.append(self._session.run(feeds | axis_feeds(self._manifest.axes, budget))["prediction"])
+            feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)
+            parts.append(self._session.run(feeds)[self._output])
         return np.concatenate(parts).astype(np.float64)
+
+    def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
+        if self._manifest.model.tokens:
+            return {"tokens": x.reshape(len(x), -1)}
+        return {"sample": x.astype(np.float32), "timestep": np.full(len(x), time, dtype=np.float32)}

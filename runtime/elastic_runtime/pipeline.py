@@ -15,7 +15,10 @@ from elastic_runtime.bundle import Bundle
 from elastic_runtime.denoiser import Denoiser, Guidance
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.policy import Choice, Fixed, Policy
-from elastic_runtime.sampler import SAMPLERS, Loop, Step
+from elastic_runtime.sampler import Loop, Step
+from elastic_runtime.sampling import sampler as fitting
+from elastic_runtime.sampling import start as beginning
+from elastic_runtime.schedule import CosineMask
 from elastic_runtime.session import Session, open_session
 
 OutputType = Literal["pil", "np", "latent"]
@@ -97,7 +100,8 @@ class ElasticPipeline:
         policy: Policy | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: bool = False,
-        sampler: str = "euler",
+        sampler: str | None = None,
+        temperature: float | None = None,
         generator: np.random.Generator | None = None,
         noise: np.ndarray | None = None,
         output_type: OutputType = "pil",
@@ -112,7 +116,8 @@ class ElasticPipeline:
             budget: a point on the bundle's axes (default: the axes' defaults); or `policy` to choose for each step.
             guidance_interval: times between which guidance acts (1 is pure noise).
             autoguidance: the weak branch keeps the label and differs by its smaller budget.
-            sampler: euler, heun or sde.
+            sampler: euler, heun or sde for rectified flow; ddpm or ddim for v and epsilon; maskgit for masked models; by default the first.
+            temperature: how freely a masked model chooses which tokens to keep; 0 keeps the surest.
             generator: source of the noise; the same seed gives the same picture.
             noise: initial noise (B, C, H, W) in place of the generator's.
             output_type: pil, np or latent.
@@ -132,6 +137,7 @@ class ElasticPipeline:
             guidance=Guidance(guidance_scale, *guidance_interval, auto=autoguidance),
             policy=_policy(policy, budget, guidance_budget),
             sampler=sampler,
+            temperature=temperature,
             generator=generator,
             noise=noise,
         )
@@ -155,23 +161,20 @@ class ElasticPipeline:
         num_inference_steps: int = 20,
         guidance: Guidance | None = None,
         policy: Policy | None = None,
-        sampler: str = "euler",
+        sampler: str | None = None,
+        temperature: float | None = None,
         generator: np.random.Generator | None = None,
         noise: np.ndarray | None = None,
     ) -> Generator[Progress, np.ndarray | None, None]:
         """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state."""
         model, axes = self.bundle.manifest.model, self.bundle.manifest.axes
         guidance, policy = guidance or Guidance(), policy or Fixed()
-        if sampler not in SAMPLERS:
-            raise UsageError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        _, run = fitting(model, sampler, temperature)
         labels = self._labels(class_labels)
-        shape = (len(labels), *model.sample_shape)
         if generator is not None and not isinstance(generator, np.random.Generator):
             raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
         source = generator or np.random.default_rng()
-        start = source.standard_normal(shape) if noise is None else np.asarray(noise)
-        if start.shape != shape:
-            raise UsageError(f"noise must have shape {shape} (one sample a label), got {start.shape}")
+        start = beginning(model, len(labels), source, noise)
         state = policy.init(axes, num_inference_steps)
         if guidance.auto and guidance.scale > 1 and policy.next(state, 0, 0.0)[0].guidance_budget == policy.next(state, 0, 0.0)[0].budget:
             raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
@@ -179,7 +182,7 @@ class ElasticPipeline:
         choices: dict[int, Choice] = {}
         guided: set[int] = set()
 
-        def velocity(x: np.ndarray, t: float, index: int) -> np.ndarray:
+        def predict(x: np.ndarray, t: float, index: int) -> np.ndarray:
             nonlocal state
             if index not in choices:
                 choices[index], state = policy.next(state, index, time.perf_counter() - begun)
@@ -187,7 +190,7 @@ class ElasticPipeline:
                 guided.add(index)
             return self._denoiser.guided(x, t, labels, guidance, choices[index])
 
-        loop: Loop = SAMPLERS[sampler](velocity, start, num_inference_steps, source.standard_normal)
+        loop: Loop = run(predict, start, num_inference_steps, source)
         last, replacement = time.perf_counter(), None
         while True:
             try:
@@ -207,10 +210,14 @@ class ElasticPipeline:
         if output_type == "latent":
             return latents
         self._need_pixels()
-        vae = self.bundle.manifest.model.vae
+        model = self.bundle.manifest.model
+        vae, schedule = model.vae, model.schedule
         if self._decoder and vae:
             scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
             decoded = np.concatenate([self._decoder.run({"latent": one[None]})["image"] for one in scaled])
+        elif isinstance(schedule, CosineMask):
+            white = schedule.vocabulary - 1
+            decoded = np.where(latents > white, 0.0, latents / white * 2 - 1)  # what is still masked is grey
         else:
             decoded = latents
         pixels = np.clip(decoded.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1).astype(np.float32)  # (B, H, W, C)
@@ -221,12 +228,15 @@ class ElasticPipeline:
 
     def _need_pixels(self) -> None:
         """Raise UsageError where latents cannot become a picture."""
-        channels = self.bundle.manifest.model.sample_shape[0]
-        if not (self._decoder and self.bundle.manifest.model.vae) and channels not in (1, 3):
-            raise UsageError(
-                f"this bundle's model draws {channels}-channel latents and it holds no decoder: "
-                "export it again with --vae DIR, or ask for output_type='latent'"
-            )
+        model = self.bundle.manifest.model
+        if model.pixels or model.tokens == "grey" or (self._decoder and model.vae):
+            return
+        if model.tokens:
+            raise UsageError("this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'")
+        raise UsageError(
+            f"this bundle's model draws {model.sample_shape[0]}-channel latents and it holds no decoder: "
+            "export it again with --vae DIR, or ask for output_type='latent'"
+        )
 
     def _labels(self, class_labels: Sequence[int] | int) -> np.ndarray:
         classes = self.bundle.manifest.model.num_classes

@@ -11,9 +11,10 @@ from itertools import pairwise
 import numpy as np
 
 from elastic_runtime.errors import UsageError
+from elastic_runtime.schedule import RectifiedFlow, whole_steps
 
-# velocity(x, t, index): velocity of x (B, C, H, W) float64 at time t in step `index`
-Velocity = Callable[[np.ndarray, float, int], np.ndarray]
+# predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
+Predict = Callable[[np.ndarray, float, int], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
@@ -32,43 +33,36 @@ class Step:
 Loop = Generator[Step, np.ndarray | None, None]
 
 
-def _after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+    """The state to go on from: the step's, or what the caller sent in its place, of the same shape and kind."""
     if replacement is None:
         return step.sample
     if np.shape(replacement) != step.sample.shape:
         raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {np.shape(replacement)}")
-    return np.asarray(replacement, dtype=np.float64)
+    return np.asarray(replacement, dtype=step.sample.dtype)
 
 
-def _times(steps: int, least: int = 1) -> np.ndarray:
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-        raise UsageError(f"steps must be a whole number, got {steps!r}")
-    if steps < least:
-        raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
-    return np.linspace(1.0, 0.0, steps + 1)
-
-
-def euler(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler's method on `steps + 1` uniform times; one evaluation a step."""
-    x, times = noise.astype(np.float64), _times(steps)
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
     for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
-def heun(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    x, times = noise.astype(np.float64), _times(steps)
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, float(t), i)
         ahead = x + (t_next - t) * v
         if i < steps - 1:
             ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
         step = Step(i, steps, float(t), float(t_next), ahead)
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
-def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
 
     Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
@@ -76,7 +70,7 @@ def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = N
     """
     if draw is None:
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
-    _times(steps, least=2)
+    whole_steps(steps, least=2)
     x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
@@ -85,7 +79,7 @@ def sde(velocity: Velocity, noise: np.ndarray, steps: int, draw: Draw | None = N
         if i < steps - 1:
             ahead = ahead + np.sqrt(w * -dt) * draw(x.shape)
         step = Step(i, steps, float(t), float(t_next), ahead)
-        x = _after(step, (yield step))
+        x = after(step, (yield step))
 
 
 SAMPLERS = {"euler": euler, "heun": heun, "sde": sde}

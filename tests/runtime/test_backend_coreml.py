@@ -24,6 +24,7 @@ from elastic_runtime.bundle import (
     entry,
     write_manifest,
 )
+from elastic_runtime.schedule import RectifiedFlow
 
 PACKAGE = "coreml/denoiser.mlpackage"
 
@@ -99,7 +100,7 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18") -> Bu
     )
     axis = Axis(name="latents", min=16, max=256, step=16, default=64, input="latent_ids", carrier="length", unit=16, dimension="J")
     model = Model(
-        name="tiny", family="elit-sit", config={}, prediction="velocity", schedule="rectified_flow", sample_shape=(1, 2, 2), num_classes=3,
+        name="tiny", family="elit-sit", config={}, prediction="velocity", schedule=RectifiedFlow(), sample_shape=(1, 2, 2), num_classes=3,
         null_label=3, weights="random",
     )  # fmt: skip
     provenance = Provenance(command="test", created="2026-11-20T00:00:00+00:00", versions={})

@@ -12,6 +12,7 @@ from classifier import load_judge
 from digits import Digits
 from elastic_runtime import Axis, BudgetError, Bundle, FakeSession, Span, UsageError
 from elastic_runtime.bundle import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.schedule import RectifiedFlow
 from evaluate import Protocol, draw, evaluate, frechet_distance, spread
 
 # An axis that is not `latents`, to prove that nothing is tied to it.
@@ -28,7 +29,7 @@ def bundle(side: int = 32) -> Bundle:
         TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
         TensorSpec(name="loops", dtype="int64", shape=()),
     )
-    facts: dict[str, Any] = {"prediction": "velocity", "schedule": "rectified_flow", "weights": "checkpoint"}
+    facts: dict[str, Any] = {"prediction": "velocity", "schedule": RectifiedFlow(), "weights": "checkpoint"}
     model = Model(name="tiny", family="elt", config={"depth": 2}, sample_shape=(1, side, side), num_classes=10, null_label=10, **facts)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
