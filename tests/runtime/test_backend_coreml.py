@@ -12,18 +12,8 @@ import pytest
 
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.backends import coreml
-from elastic_runtime.bundle import (
-    CoremlArtifact,
-    CoremlCall,
-    FileEntry,
-    Graph,
-    Manifest,
-    Model,
-    Provenance,
-    TensorSpec,
-    entry,
-    write_manifest,
-)
+from elastic_runtime.bundle import entry, write_manifest
+from elastic_runtime.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 
 PACKAGE = "coreml/denoiser.mlpackage"

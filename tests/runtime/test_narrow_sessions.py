@@ -8,7 +8,7 @@ import pytest
 from fakes import manifest, session
 
 from elastic_runtime import Budget, BundleError, Span
-from elastic_runtime.bundle import CoremlArtifact, FileEntry
+from elastic_runtime.manifest import CoremlArtifact, FileEntry
 from elastic_runtime.reference import check, pack, tolerance
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.bundle import Artifact, Bundle, Graph
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.manifest import Artifact, Graph
 from elastic_runtime.session import Arrays, Session
 
 OPENS = ("onnx",)
