@@ -60,9 +60,10 @@ def runtime(name: str, bundle: Path, model: str, threads: int) -> Run:
 
 
 def serve(pipe: Connection, *arguments: Any) -> None:
-    """A worker: answer every feeds with (output, seconds)."""
+    """A worker: answer every feeds with (output, seconds), of the second of two runs: in a picture, a step follows a step."""
     run = runtime(*arguments)
     while (arrays := pipe.recv()) is not None:
+        run(arrays)
         start = time.perf_counter()
         output = run(arrays)
         pipe.send((output, time.perf_counter() - start))
