@@ -7,13 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from elastic_export.models.cost import BYTES
 from elastic_export.models.vae import load_decoder
 from elastic_export.models.zoo import Model
-from elastic_runtime import bundle
+from elastic_runtime import manifest
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.errors import BudgetError
 from elastic_targets.capture import GraphCapture
 
 
@@ -21,24 +20,22 @@ from elastic_targets.capture import GraphCapture
 class Capture:
     """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go."""
 
-    model: bundle.Model
+    model: manifest.Model
     axes: tuple[Axis, ...]
     graphs: list[GraphCapture]
-    cost: tuple[bundle.Cost, ...]
-    quality: tuple[bundle.Quality, ...]
+    cost: tuple[manifest.Cost, ...]
+    quality: tuple[manifest.Quality, ...]
     checkpoint: Path | None
     checkpoint_sha256: str | None
     ignored: tuple[str, ...]
 
 
-def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str = "fp32", vae: Path | None = None) -> Capture:
+def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | None = None) -> Capture:
     """Capture `model` with its axes narrowed to `spans` and batches of `batch`; `vae` is a diffusers folder for the decoder.
 
     Raises: BudgetError for an axis or span that the model does not offer; ModelError for the VAE.
     """
     family, params = model.family, model.params
-    if precision not in BYTES:
-        raise UsageError(f"--dtype must be one of {', '.join(BYTES)}, got {precision}")
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
     axes = family.axes(params)
@@ -46,7 +43,7 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str
         if name not in [axis.name for axis in axes]:
             raise BudgetError(f"{model.name} has no axis {name!r}; it has {', '.join(axis.name for axis in axes)}")
     axes = tuple(axis.narrow(spans[axis.name]) if axis.name in spans else axis for axis in axes)
-    facts = bundle.Model(
+    facts = manifest.Model(
         name=model.name,
         family=family.name,
         config=asdict(params),
@@ -74,7 +71,7 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, precision: str
         model=facts,
         axes=axes,
         graphs=graphs,
-        cost=tuple(family.cost(params, budget, parameters, precision) for budget in all_budgets(axes)),
+        cost=tuple(family.cost(params, budget, parameters) for budget in all_budgets(axes)),
         quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
         checkpoint=model.checkpoint,
         checkpoint_sha256=model.checkpoint_sha256,

@@ -15,8 +15,9 @@ import numpy as np
 import elastic_targets
 from elastic_export.verify import OnRow, record, require, verify_artifact
 from elastic_runtime.axis import Span
-from elastic_runtime.bundle import MANIFEST, SCHEMA_VERSION, Bundle, Graph, Manifest, Provenance, entry, write_manifest, writing
+from elastic_runtime.bundle import MANIFEST, Bundle, entry, write_manifest, writing
 from elastic_runtime.errors import BundleError
+from elastic_runtime.manifest import SCHEMA_VERSION, Graph, Manifest, Provenance
 from elastic_runtime.reference import unpack
 from elastic_runtime.swap import recover
 

@@ -11,9 +11,10 @@ import numpy as np
 
 import elastic_targets
 from elastic_runtime import reference
-from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Artifact, Bundle, Verification, key
+from elastic_runtime.budget import Budget, key
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError, VerificationError
+from elastic_runtime.manifest import Artifact, Verification
 from elastic_runtime.session import obstacles, open_artifact
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from card import plot, table
 from classifier import Judge, load_judge
 from digits import Digits, enlarged, halved, load_digits
 from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
-from elastic_runtime.bundle import Model
+from elastic_runtime.manifest import Model
 from elastic_runtime.sampling import sampler
 from elastic_runtime.schedule import CosineMask
 from record import machine, read, versions, write

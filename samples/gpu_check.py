@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_runtime import Budget, Bundle, MissingError, Session, Span
-from elastic_runtime.bundle import Graph, Manifest, TrtArtifact, key
+from elastic_runtime.budget import key
+from elastic_runtime.manifest import Graph, Manifest, TrtArtifact
 from elastic_runtime.reference import TOLERANCE, axis_feeds
 from elastic_runtime.session import obstacles, open_artifact
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from elastic_runtime import Bundle, MissingError
 from elastic_runtime.backends.coreml import COMPUTE_UNITS, CoremlSession, obstacle
-from elastic_runtime.bundle import CoremlArtifact, key
+from elastic_runtime.budget import key
+from elastic_runtime.manifest import CoremlArtifact
 from elastic_runtime.reference import axis_feeds, check, tolerance, unpack
 
 COLUMNS = "{:<34} {:<8} {:<14} {:>9} {:>9} {:>9} {:>5}  {}"

@@ -8,21 +8,8 @@ import msgspec
 import numpy as np
 
 from elastic_runtime import Axis, FakeSession, Span
-from elastic_runtime.bundle import (
-    SCHEMA_VERSION,
-    Artifact,
-    Bundle,
-    Cost,
-    Graph,
-    Manifest,
-    Model,
-    OnnxArtifact,
-    Provenance,
-    TensorSpec,
-    Vae,
-    entry,
-    write_manifest,
-)
+from elastic_runtime.bundle import Bundle, entry, write_manifest
+from elastic_runtime.manifest import SCHEMA_VERSION, Artifact, Cost, Graph, Manifest, Model, OnnxArtifact, Provenance, TensorSpec, Vae
 from elastic_runtime.schedule import RectifiedFlow
 
 # (x, t, labels, kept) -> velocity: what a fake denoiser computes

@@ -19,7 +19,7 @@ def generate(
     loops: options.LoopsEach = None,
     guidance_loops: options.WeakLoops = None,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 2.0,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
         bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents or --guidance-loops.")

@@ -8,7 +8,8 @@ import elastic_targets
 from elastic_export.cli import show
 from elastic_export.cli.options import command_line
 from elastic_runtime.axis import Span
-from elastic_runtime.bundle import Bundle, key
+from elastic_runtime.budget import key
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import MissingError
 
 
@@ -50,7 +51,7 @@ def make(
     with show.stages(quiet) as on_stage:
         on_stage(f"loading {model}")
         loaded = load(Request(model, checkpoint, config, random_weights, overrides))
-        captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, precision, vae)
+        captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, vae)
         del loaded
         for graph in captured.graphs:
             room.requires(graph, room_options)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from elastic_export.models.elt import EltParams
     from elastic_export.models.elt_masked import EltMaskedParams
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FLOAT32 = 4  # bytes a value
 
 
 def dit_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.models.cost import BYTES, elit_activation_values, elit_flops
+from elastic_export.models.cost import FLOAT32, elit_activation_values, elit_flops
 from elastic_export.models.family import Family, picture_feeds, picture_inputs
 from elastic_export.models.layers import (
     DiTBlock,
@@ -35,8 +35,8 @@ from elastic_export.models.layers import (
 )
 from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Cost, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 
 
@@ -328,14 +328,14 @@ def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarra
     return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"latent_ids": kept}
 
 
-def cost(params: ElitParams, budget: Budget, weights: int, precision: str) -> Cost:
+def cost(params: ElitParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters."""
-    latents, size = budget["latents"], BYTES[precision]
+    latents = budget["latents"]
     return Cost(
         budget=dict(budget),
         flops=elit_flops(params, latents),
-        weight_bytes=weights * size,
-        activation_bytes=elit_activation_values(params, latents) * size,
+        weight_bytes=weights * FLOAT32,
+        activation_bytes=elit_activation_values(params, latents) * FLOAT32,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from elastic_export.models.cost import BYTES, dit_activation_values, elt_flops
+from elastic_export.models.cost import FLOAT32, dit_activation_values, elt_flops
 from elastic_export.models.family import Family, picture_feeds, picture_inputs
 from elastic_export.models.layers import (
     DiTBlock,
@@ -29,8 +29,8 @@ from elastic_export.models.layers import (
 )
 from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Cost, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow, Schedule, ShiftedCosine
 
 # Config value -> the manifest's word. `v` and `epsilon` go with the shifted cosine schedule, `flow` with straight paths.
@@ -240,13 +240,13 @@ def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray
     return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"loops": loops}
 
 
-def cost(params: EltParams, budget: Budget, weights: int, precision: str) -> Cost:
+def cost(params: EltParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
     return Cost(
         budget=dict(budget),
         flops=elt_flops(params, budget["loops"]),
-        weight_bytes=weights * BYTES[precision],
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * BYTES[precision],
+        weight_bytes=weights * FLOAT32,
+        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * FLOAT32,
     )
 
 

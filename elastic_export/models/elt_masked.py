@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from elastic_export.models.cost import BYTES, dit_activation_values, elt_masked_flops
+from elastic_export.models.cost import FLOAT32, dit_activation_values, elt_masked_flops
 from elastic_export.models.elt import axes, from_presets, looped, prefixes
 from elastic_export.models.family import Family, example_labels
 from elastic_export.models.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Cost, TensorSpec
 from elastic_runtime.schedule import CosineMask
 
 
@@ -173,13 +173,13 @@ def feeds(params: EltMaskedParams, budget: Budget, batch: int) -> dict[str, np.n
     }
 
 
-def cost(params: EltMaskedParams, budget: Budget, weights: int, precision: str) -> Cost:
+def cost(params: EltMaskedParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
     return Cost(
         budget=dict(budget),
         flops=elt_masked_flops(params, budget["loops"]),
-        weight_bytes=weights * BYTES[precision],
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * BYTES[precision],
+        weight_bytes=weights * FLOAT32,
+        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * FLOAT32,
     )
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Cost, TensorSpec
 from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Cost, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Family:
     rename_key(key): name in the module of a public checkpoint's key, None for weights that are not part of it.
     sources(weights, args): fields of P by source ("the checkpoint's shapes", ...) that must agree where they overlap.
     assumed(fields): fields of P to use where no source knows them.
-    axes(P), inputs(P), outputs(P), feeds(P, budget, batch), cost(P, budget, parameter count, precision): the denoiser graph.
+    axes(P), inputs(P), outputs(P), feeds(P, budget, batch), cost(P, budget, parameter count): the denoiser graph.
     facts(P): fields of the manifest's `Model` that the family decides.
     """
 
@@ -36,7 +36,7 @@ class Family:
     inputs: Callable[[Any], tuple[TensorSpec, ...]]
     outputs: Callable[[Any], tuple[TensorSpec, ...]]
     feeds: Callable[[Any, Budget, int], dict[str, np.ndarray]]
-    cost: Callable[[Any, Budget, int, str], Cost]
+    cost: Callable[[Any, Budget, int], Cost]
     facts: Callable[[Any], dict[str, Any]]
 
 

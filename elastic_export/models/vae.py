@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import TensorSpec, Vae
 from elastic_runtime.errors import MissingError, ModelError
+from elastic_runtime.manifest import TensorSpec, Vae
 from elastic_targets.capture import GraphCapture
 
 

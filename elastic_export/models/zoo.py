@@ -14,8 +14,9 @@ from elastic_export.models.checkpoint import load_weights, read_checkpoint
 from elastic_export.models.family import Family, agree
 from elastic_export.models.layers import randomize
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Quality, sha256
+from elastic_runtime.bundle import sha256
 from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Quality
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY)}
 DEFAULT = "elit-mnist"
@@ -159,7 +160,7 @@ def catalogue() -> list[dict[str, Any]]:
                 "family": family.name,
                 "weights": weights,
                 "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
-                "gflops": [family.cost(params, end, parameters, "fp32").flops / 1e9 for end in ends],
+                "gflops": [family.cost(params, end, parameters).flops / 1e9 for end in ends],
                 "parameters": parameters,
             }
         )

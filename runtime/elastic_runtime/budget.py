@@ -42,3 +42,13 @@ class Budget(Mapping[str, int]):
             if name not in known:
                 raise BudgetError(f"this model has no axis {name!r}; it has {', '.join(known) or 'none'}")
         return Budget(**{name: axis.check(self.get(name, axis.default)) for name, axis in known.items()})
+
+
+def key(budget: Mapping[str, int]) -> str:
+    """Text form of a budget for file and array names: `latents=64`."""
+    return ",".join(f"{name}={value}" for name, value in sorted(budget.items())) or "fixed"
+
+
+def parse_key(text: str) -> Budget:
+    """Inverse of `key`."""
+    return Budget(**{name: int(value) for name, value in (pair.split("=") for pair in text.split(",") if pair != "fixed")})

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Manifest
 from elastic_runtime.errors import UsageError
+from elastic_runtime.manifest import Manifest
 from elastic_runtime.policy import Choice
 from elastic_runtime.reference import axis_feeds
 from elastic_runtime.session import Session, batches

@@ -1,7 +1,7 @@
 """Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
 
 The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
-`<graph>/<budget>/<output>` for the outputs, with the budget written as in `bundle.key`.
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from elastic_runtime.axis import Axis
-from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Artifact, Bundle, CoremlArtifact, Verification, key, parse_key
+from elastic_runtime.budget import Budget, key, parse_key
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError
+from elastic_runtime.manifest import Artifact, CoremlArtifact, Verification
 from elastic_runtime.session import Session, batches
 
 # Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from elastic_runtime.bundle import Model
 from elastic_runtime.diffusion import ddim, ddpm
 from elastic_runtime.errors import UsageError
+from elastic_runtime.manifest import Model
 from elastic_runtime.masking import TEMPERATURE, maskgit
 from elastic_runtime.sampler import SAMPLERS, Loop, Predict
 from elastic_runtime.schedule import CosineMask, RectifiedFlow, ShiftedCosine

@@ -15,8 +15,9 @@ import numpy as np
 
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Artifact, Bundle, Graph, TensorSpec
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError
+from elastic_runtime.manifest import Artifact, Graph, TensorSpec
 
 BACKENDS = ("trt", "ort", "coreml")
 Arrays = Mapping[str, np.ndarray]

@@ -7,8 +7,9 @@ import importlib
 import logging
 from types import ModuleType
 
-from elastic_runtime.bundle import Artifact, Bundle
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import MissingError, UsageError
+from elastic_runtime.manifest import Artifact
 from elastic_runtime.session import Session
 
 # room -> (packages that it imports, extra that brings them)

@@ -8,7 +8,7 @@ import numpy as np
 
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import TensorSpec
+from elastic_runtime.manifest import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,8 @@ import pytest
 
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.backends import coreml
-from elastic_runtime.bundle import (
-    CoremlArtifact,
-    CoremlCall,
-    FileEntry,
-    Graph,
-    Manifest,
-    Model,
-    Provenance,
-    TensorSpec,
-    entry,
-    write_manifest,
-)
+from elastic_runtime.bundle import entry, write_manifest
+from elastic_runtime.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 
 PACKAGE = "coreml/denoiser.mlpackage"
@@ -84,7 +74,8 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18") -> Bu
     }[shapes]
     artifact = CoremlArtifact(
         precision="fp16", package=PACKAGE, deployment_target=target, shapes=shapes, batch=Span(1, 1), calls=calls, reductions="fp32",
-        files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()), toolchain={"coremltools": "9.0"},
+        files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()),
+        toolchain={"coremltools": "9.0"},
     )  # type: ignore[arg-type]  # fmt: skip
     shape = ("B", 1, 2, 2)
     graph = Graph(

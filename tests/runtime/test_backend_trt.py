@@ -14,8 +14,9 @@ import pytest
 from fakes import manifest, write_bundle
 
 from elastic_runtime import InferenceError, MissingError, open_session
-from elastic_runtime.bundle import Bundle, Network, Profile, Range, TrtArtifact, entry, write_manifest
+from elastic_runtime.bundle import Bundle, entry, write_manifest
 from elastic_runtime.errors import BundleError
+from elastic_runtime.manifest import Network, Profile, Range, TrtArtifact
 
 VERSION = "1.7.1.116"
 BUCKETS = ((1, 4), (5, 8), (9, 16))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Axis, Budget, BudgetError
-from elastic_runtime.bundle import key, parse_key
+from elastic_runtime.budget import key, parse_key
 
 LOOPS = Axis(name="loops", min=1, max=8, step=1, default=4, input="loops", carrier="value")
 names = st.from_regex(r"[a-z_]{1,12}", fullmatch=True).filter(lambda name: not keyword.iskeyword(name))

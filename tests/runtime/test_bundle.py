@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
-from elastic_runtime.bundle import MANIFEST, SCHEMA_VERSION, FileEntry, decode, write_manifest, writing
+from elastic_runtime.bundle import MANIFEST, write_manifest, writing
+from elastic_runtime.manifest import SCHEMA_VERSION, FileEntry, decode
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -9,7 +9,8 @@ import pytest
 from fakes import manifest, model
 
 from elastic_runtime import Axis, Budget, ElasticPipeline, FakeSession, Span, UsageError
-from elastic_runtime.bundle import Bundle, Graph, TensorSpec
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.manifest import Graph, TensorSpec
 from elastic_runtime.sampling import OFFERED, sampler, start
 from elastic_runtime.schedule import CosineMask, RectifiedFlow, ShiftedCosine
 

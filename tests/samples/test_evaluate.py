@@ -11,7 +11,7 @@ import evaluate as script
 from classifier import load_judge
 from digits import Digits
 from elastic_runtime import Axis, BudgetError, Bundle, FakeSession, Span, UsageError
-from elastic_runtime.bundle import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 from evaluate import Protocol, draw, evaluate, frechet_distance, spread
 

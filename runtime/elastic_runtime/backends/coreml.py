@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Artifact, Bundle, CoremlArtifact, CoremlCall, Graph
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
+from elastic_runtime.manifest import Artifact, CoremlArtifact, CoremlCall, Graph
 from elastic_runtime.session import Arrays, Session
 
 OPENS = ("coreml",)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from elastic_runtime.bundle import Graph
 from elastic_runtime.errors import InferenceError
+from elastic_runtime.manifest import Graph
 from elastic_runtime.session import Arrays, Session
 
 __all__ = ["FakeSession"]

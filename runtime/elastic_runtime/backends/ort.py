@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.bundle import Artifact, Bundle, Graph
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.manifest import Artifact, Graph
 from elastic_runtime.session import Arrays, Session
 
 OPENS = ("onnx",)
@@ -30,8 +31,9 @@ class OrtSession(Session):
     """An ONNX artifact in ONNX Runtime.
 
     `providers` are execution providers in order of preference, by default CUDA where it is built in, then CPU; `threads`
-    is the number of intra-op threads (0: one a physical core); `spinning` keeps waiting threads busy, which is faster only
-    when nothing else runs on the machine (measured 1.3 to 3.5 times slower beside another busy process).
+    is the number of intra-op threads (0: one a physical core); `spinning` lets waiting threads stay busy between operations.
+    On a quiet machine that makes small models 1.2 to 1.6 times faster; beside another busy process or a second session it makes them
+    1.3 to 3.5 times slower: turn it off there (docs/performance.md).
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class OrtSession(Session):
         artifact: Artifact,
         providers: Sequence[str] | None = None,
         threads: int = 0,
-        spinning: bool = False,
+        spinning: bool = True,
     ):
         super().__init__(graph)
         import onnxruntime

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime.backends.cuda import Cuda
-from elastic_runtime.bundle import Artifact, Bundle, Graph, Profile, TrtArtifact
+from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.manifest import Artifact, Graph, Profile, TrtArtifact
 from elastic_runtime.session import Arrays, Session
 
 OPENS = ("trt",)

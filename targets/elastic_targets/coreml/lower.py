@@ -18,7 +18,8 @@ import torch
 
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import CoremlArtifact, CoremlCall, entry
+from elastic_runtime.bundle import entry
+from elastic_runtime.manifest import CoremlArtifact, CoremlCall
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import Compressor
 from elastic_targets.coreml.functions import join

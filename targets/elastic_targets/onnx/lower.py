@@ -12,8 +12,9 @@ import onnxscript  # noqa: F401  torch imports it only while exporting; its abse
 import torch
 
 from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import OnnxArtifact, entry
+from elastic_runtime.bundle import entry
 from elastic_runtime.errors import UsageError
+from elastic_runtime.manifest import OnnxArtifact
 from elastic_targets.capture import GraphCapture
 
 OPSETS = (20, 23)

@@ -20,7 +20,7 @@ from coremltools.converters.mil.mil import types
 from elastic_export.capture import capture
 from elastic_export.models.zoo import Request, load
 from elastic_runtime import Budget, Span
-from elastic_runtime.bundle import CoremlArtifact, Graph
+from elastic_runtime.manifest import CoremlArtifact, Graph
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession, ensures, lower, requires
 

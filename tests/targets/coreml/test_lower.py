@@ -12,7 +12,7 @@ from torch import nn
 from elastic_export.models.elit import FAMILY, ElitParams
 from elastic_export.models.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
-from elastic_runtime.bundle import TensorSpec
+from elastic_runtime.manifest import TensorSpec
 from elastic_runtime.reference import COMPRESSED, TOLERANCE
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, path, requires

@@ -10,7 +10,8 @@ import pytest
 from fakes import manifest
 
 from elastic_runtime.axis import Span
-from elastic_runtime.bundle import Bundle, Graph, OnnxArtifact, TensorSpec, entry, write_manifest
+from elastic_runtime.bundle import Bundle, entry, write_manifest
+from elastic_runtime.manifest import Graph, OnnxArtifact, TensorSpec
 
 WIDTH = 8
 

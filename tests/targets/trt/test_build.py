@@ -14,8 +14,8 @@ import pytest
 
 from elastic_export.engines import add_engines
 from elastic_runtime import Bundle, BundleError, Span
-from elastic_runtime.bundle import Range, TensorSpec, TrtArtifact
 from elastic_runtime.errors import BudgetError, InferenceError, MissingError, UsageError
+from elastic_runtime.manifest import Range, TensorSpec, TrtArtifact
 
 Tiny = Callable[..., Bundle]
 ONE = {"latents": Span(32, 64)}

@@ -11,7 +11,7 @@ import gpu_check
 from elastic_export.engines import add_engines
 from elastic_runtime import Bundle, Span
 from elastic_runtime.backends.trt import gpu
-from elastic_runtime.bundle import TensorSpec
+from elastic_runtime.manifest import TensorSpec
 
 Tiny = Callable[..., Bundle]
 
