@@ -1,4 +1,4 @@
-"""Train a looped transformer, ELT, on digits (some 0.3 s of one CPU core a step).
+"""Train a looped transformer, ELT, on digits (some 0.3 s of one CPU core a step of 32).
 
     python samples/train_elt.py --run runs/elt-mnist --output elt-mnist.safetensors
     python samples/train_elt.py --run runs/looped --output looped.safetensors --no-ilsd
