@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint check wheel gpu-check clean
+.PHONY: demo test lint check wheel gpu-check mac-check clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -17,7 +17,7 @@ lint: .venv/.dev
 	$(BIN)/lint-imports --no-logo
 
 check: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The wheel by itself, away from the sources: torch-free tests and --help in an empty environment.
 wheel: .venv/.dev
@@ -35,6 +35,12 @@ gpu-check: .venv/.base
 	$(INSTALL) --editable '.[torch,ort,$(BUILDER)]'
 	$(BIN)/elastic-export trt -o build/gpu-check --overwrite
 	$(BIN)/python samples/gpu_check.py build/gpu-check
+
+# On a Mac: the sample's package on each compute unit, against the recorded outputs of the original.
+mac-check: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,coreml]'
+	$(BIN)/elastic-export coreml -o build/mac-check --overwrite
+	$(BIN)/python samples/mac_check.py build/mac-check
 
 clean:
 	rm -rf .venv build dist demo

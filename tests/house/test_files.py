@@ -43,7 +43,7 @@ def test_no_text_names_a_folder_of_somebodys_machine() -> None:
 
 
 def test_the_search_for_foreign_folders_finds_one() -> None:
-    assert FOREIGN.findall('open("' + "/ho" + 'me/someone/x.pt")') == ["/home/someone"]
+    assert FOREIGN.findall('open("' + "/ho" + 'me/someone/x.pt")') == ["/ho" + "me/someone"]
     assert FOREIGN.findall("https://example.org/work/it and work/it") == []
 
 
