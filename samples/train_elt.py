@@ -1,4 +1,4 @@
-"""Train the packaged sample `elt-mnist` (about 20 minutes on two CPU cores).
+"""Train a looped transformer, ELT, on digits (some 0.3 s of one CPU core a step of 32).
 
     python samples/train_elt.py --run runs/elt-mnist --output elt-mnist.safetensors
     python samples/train_elt.py --run runs/looped --output looped.safetensors --no-ilsd
@@ -87,7 +87,7 @@ def read(options: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = parser(__doc__ or "", steps=1200)
+    options = parser(__doc__ or "", steps=4000)
     options.add_argument("--no-ilsd", action="store_true", help="an ordinary looped transformer, for comparison")
     given = read(options)
     train(lambda: Elt(PARAMS), recipe(not given.no_ilsd), given, {"family": FAMILY.name, "config": asdict(PARAMS)})

@@ -1,4 +1,4 @@
-"""Train the packaged sample `elt-mnist-masked` (about 25 minutes on two CPU cores).
+"""Train the masked form of ELT on digits (some 0.7 s of one CPU core a step of 32).
 
     python samples/train_elt_masked.py --run runs/elt-mnist-masked --output elt-mnist-masked.safetensors
 
@@ -45,4 +45,4 @@ def masked_loss(model: Any, images: Tensor, labels: Tensor, progress: float) -> 
 
 if __name__ == "__main__":
     about = {"family": FAMILY.name, "config": asdict(PARAMS)}
-    train(lambda: EltMasked(PARAMS), masked_loss, read(parser(__doc__ or "", steps=1500)), about)
+    train(lambda: EltMasked(PARAMS), masked_loss, read(parser(__doc__ or "", steps=4000)), about)

@@ -32,7 +32,7 @@ def onnx(
     [bold]Examples[/bold]
 
       elastic-export onnx -o digits --latents 32-256
-      elastic-export onnx elt-mnist -o looped --loops 1-8
+      elastic-export onnx elt-4x8-256 --random-weights -o looped --loops 1-8
       elastic-export onnx elit-sit --checkpoint elit.pt --config elit.json -o out
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt --vae sd-vae -o xl --dtype fp16
     """
