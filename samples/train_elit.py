@@ -33,4 +33,4 @@ def flow_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor, prog
 
 if __name__ == "__main__":
     about = {"family": FAMILY.name, "config": asdict(PARAMS)}
-    train(lambda: Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=4000).parse_args(), about)
+    train(lambda: Elit(PARAMS), flow_loss, parser(__doc__ or "", steps=2400).parse_args(), about)

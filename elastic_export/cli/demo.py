@@ -14,7 +14,7 @@ BUDGETS = (16, 32, 64, 128, 256)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle and the picture go.")] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
     quiet: options.Quiet = False,
 ) -> None:
