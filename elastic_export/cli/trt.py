@@ -26,6 +26,7 @@ def trt(
         ),
     ] = None,
     latents: options.Latents = None,
+    loops: options.Loops = None,
     batch: BatchOrAll = None,
     buckets: Annotated[
         str,
@@ -61,6 +62,7 @@ def trt(
       elastic-export trt --latents 32-256
       elastic-export trt digits --sm 86,89 --buckets 64,128,256
       elastic-export trt elit-sit --checkpoint elit.pt --config elit.json -o out --dtype fp16
+      elastic-export trt elt-s-3x4-256 --checkpoint elt.pt -o looped --opset 20
     """
     import logging
 
@@ -72,6 +74,7 @@ def trt(
     room = load("trt")
     sms = tuple(options.integers(sm)) if sm else ()
     room.choose(builder, sms)  # its absence should not wait for the model
+    spans = {"latents": latents, "loops": loops}
     chosen: dict[str, Any] = {
         "builder": builder, "sms": sms, "precision": dtype, "refit": refit, "strip": strip,
         "weight_streaming": weight_streaming, "version_compatible": version_compatible,
@@ -80,14 +83,14 @@ def trt(
         if checkpoint or config or vae or random_weights or head_blocks is not None:
             raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
         bundle = Bundle.open(model)
-        chosen |= {"spans": {"latents": latents} if latents else {}, "batch": batch}
+        chosen |= {"spans": {name: span for name, span in spans.items() if span}, "batch": batch}
         _finish(room, bundle, chosen, buckets, output, overwrite, dry_run, json, quiet)
         return
     from elastic_export.cli.making import make
 
     output = output or Path(Path(model).name)
     exported = make(
-        "onnx", load("onnx").OnnxOptions(opset=opset, precision=dtype or "fp32"), model, output, {"latents": latents}, batch or Span(1, 4),
+        "onnx", load("onnx").OnnxOptions(opset=opset, precision=dtype or "fp32"), model, output, spans, batch or Span(1, 4),
         dtype or "fp32", checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, silent=not dry_run,
     )  # fmt: skip

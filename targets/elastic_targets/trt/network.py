@@ -53,6 +53,11 @@ def parse(builder: Builder, path: Path, opset: int) -> Parsed:
         layer.__class__ = library.IAttentionInputLayer
         layer.attention.decomposable = True
     loops = len(kinds.get("TRIP_LIMIT", []))
+    if loops and attentions:  # seen with tensorrt_rtx 1.7.1: its code generator loses the inputs of an attention inside a loop
+        raise UsageError(
+            f"{path.name} has Attention operators and a Loop, which {builder} fails to build together. "
+            "Export again with --opset 20, which spells attention out."
+        )
     return Parsed(network, Network(layers=network.num_layers, attentions=len(attentions), loops=loops), native, logger, parser)
 
 

@@ -1,6 +1,7 @@
 """Engines really built by tensorrt-rtx, on a machine that needs no GPU. None is opened: that takes one."""
 
 import errno
+import json
 import struct
 import subprocess
 import sys
@@ -123,6 +124,35 @@ def test_a_loop_with_its_condition_builds_and_its_count_stays_an_input(room: Mod
     (artifact,) = engines(made)
     assert artifact.network.loops == 1
     assert [set(profile.dimensions) for profile in artifact.profiles] == [{"B"}]
+
+
+def elt(folder: Path, opset: int) -> Bundle:
+    """A small looped transformer with random weights, as the onnx command writes it."""
+    from elastic_export.capture import capture
+    from elastic_export.export import export
+    from elastic_export.models.zoo import Request, load
+    from elastic_targets.onnx import OnnxOptions
+
+    sizes = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
+    config = folder / "elt.json"
+    config.write_text(json.dumps({"family": "elt", "unique_blocks": 2, "loops": 3, "max_loops": 4} | sizes))
+    captured = capture(load(Request("elt", config=config, random_weights=True)), {}, Span(1, 4))
+    return export(captured, "onnx", OnnxOptions(opset=opset), folder / "elt", "elastic-export onnx elt")
+
+
+def test_a_looped_transformer_builds_for_every_loop_count_at_once(room: ModuleType, tmp_path: Path) -> None:
+    made = add_engines(elt(tmp_path, opset=20), room.TrtOptions(sms=(86, 89)))
+    (artifact,) = engines(made)
+    check_header(made, artifact)
+    assert artifact.sms == (86, 89)
+    assert artifact.network.loops == 1
+    # The count is a value, so it is an ordinary input: only the batch has a profile.
+    assert [set(profile.dimensions) for profile in artifact.profiles] == [{"B"}]
+
+
+def test_attention_inside_a_loop_is_refused_with_the_opset_that_builds(room: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Attention operators and a Loop.*Export again with --opset 20"):
+        add_engines(elt(tmp_path, opset=23), room.TrtOptions(sms=(89,)))
 
 
 def test_a_loop_without_condition_is_refused_with_the_remedy(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
