@@ -92,15 +92,15 @@ def test_functions_share_their_weights(lowered: Lowered, tmp_path: Path) -> None
     assert size(budgets=(Budget(latents=16), Budget(latents=32), Budget(latents=64))) < 1.1 * size(budgets=(Budget(latents=64),))
 
 
-@pytest.mark.parametrize("compression", ["palette8", "palette6", "palette4", "int8"])
-def test_compression_is_smaller_and_within_its_bound(lowered: Lowered, error: Error, compression: str) -> None:
+@pytest.mark.parametrize(("compression", "points"), [("palette8", ENDS[1:]), ("palette6", ENDS[1:]), ("palette4", ENDS), ("int8", ENDS)])
+def test_compression_is_smaller_and_within_its_bound(lowered: Lowered, error: Error, compression: str, points: tuple[Budget, ...]) -> None:
     graph = random_elit(64)
-    plain, _ = lowered(graph, budgets=ENDS)
-    artifact, session = lowered(graph, budgets=ENDS, compression=compression)
+    artifact, session = lowered(graph, budgets=points, compression=compression)
     assert artifact.compression == compression
-    assert sum(entry.bytes for entry in artifact.files) < sum(entry.bytes for entry in plain.files)
-    worst = max(error(graph, session, end) for end in ENDS)
-    assert 1e-4 < worst < COMPRESSED[compression]
+    stored = sum(entry.bytes for entry in artifact.files if entry.path.endswith("weight.bin"))
+    halves = 2 * sum(tensor.numel() for tensor in (*graph.module.parameters(), *graph.module.buffers()))
+    assert stored < (0.9 if compression == "palette4" else 0.95) * halves  # however many functions: the tables are shared too
+    assert 1e-4 < max(error(graph, session, point) for point in points) < COMPRESSED[compression]
 
 
 def test_a_function_takes_one_batch_and_says_so(elit: Elit, lowered: Lowered) -> None:
