@@ -150,7 +150,7 @@ def _conflict(old: Manifest, new: Manifest) -> str | None:
     for name, graph in new.graphs.items():
         before = old.graphs[name].dimensions if name in old.graphs else None
         facts += [(f"{name}'s dimensions", _spans(before), _spans(graph.dimensions))]
-    return next((f"its {what} is {before}, not {now}" for what, before, now in facts if before != now), None)
+    return next((f"its {what}: {before} there, {now} here" for what, before, now in facts if before != now), None)
 
 
 def _spans(dimensions: dict[str, Span] | None) -> str | None:

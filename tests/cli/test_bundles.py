@@ -50,7 +50,7 @@ def test_generate_writes_a_picture_that_tells_how_it_was_made(run: Run, digits: 
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
         facts = json.loads(picture.text["elastic-export"])
-    assert (facts["seed"], facts["sampler"], facts["guidance"]) == (5, "euler", 4.0)
+    assert (facts["seed"], facts["sampler"], facts["guidance"]) == (5, "euler", 2.0)
     assert [path.name for path in out.parent.iterdir()] == ["row.png"]
 
 
@@ -86,7 +86,7 @@ def test_a_schedule_of_budgets(run: Run, digits: Path, tmp_path: Path) -> None:
         (["--guidance", "0.5"], "guidance_scale must be 1 (off) or more, got 0.5"),
         (["--interval", "0.8-0.3"], "the guidance interval must lie in 0 to 1 and rise"),
         (["--interval", "often"], "an interval is written 0.3-0.8, got 'often'"),
-        (["--sampler", "dpm"], "there is no sampler 'dpm'; there are euler, heun, sde"),
+        (["--sampler", "dpm"], "takes euler, heun or sde"),
         (["--sampler", "sde", "--steps", "1"], "at least 2 steps, got 1"),
         (["--autoguidance"], "autoguidance needs a guidance budget smaller than the budget"),
         (["--steps", "0"], "Invalid value for '--steps'"),
@@ -111,7 +111,7 @@ def test_a_picture_is_a_png_and_a_backend_exists(run: Run, digits: Path, tmp_pat
 def test_the_command_draws_what_the_library_draws(run: Run, digits: Path, tmp_path: Path) -> None:
     assert run("generate", digits, "-o", tmp_path / "x.png", "--classes", 3, "--steps", 4, "--seed", 9).code == 0
     with ElasticPipeline.from_pretrained(digits) as pipe:
-        (ours,) = pipe([3], num_inference_steps=4, guidance_scale=4.0, generator=np.random.default_rng(9)).images
+        (ours,) = pipe([3], num_inference_steps=4, guidance_scale=2.0, generator=np.random.default_rng(9)).images
     with Image.open(tmp_path / "x.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture.resize(ours.size, Image.Resampling.NEAREST)), np.asarray(ours))
 

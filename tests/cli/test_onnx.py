@@ -70,7 +70,7 @@ def test_a_bundle_is_not_clobbered_and_another_opset_joins_it(run: Run, elit_c: 
 
     narrower = run("onnx", *elit_c, "-o", bundle_copy, "--latents", "8-64")
     assert narrower.code == 2
-    assert "its latents are 4-64, not 8-64" in narrower.err
+    assert "its latents: 4-64 there, 8-64 here" in narrower.err
     other = run("onnx", "--random-weights", *elit_c[:1], *elit_c[3:], "-o", bundle_copy)
     assert other.code == 2
     assert "holds another export" in other.err
@@ -139,7 +139,7 @@ def test_a_dry_run_tells_the_budgets_and_writes_nothing(run: Run, elit_c: list[o
         (["--batch", "0-2"], "--batch must start at 1 or more, got 0-2"),
         (["--batch", "4-1"], "reversed: write 1-4"),
         (["--opset", "19"], "--opset must be one of 20, 23, got 19"),
-        (["--dtype", "int8"], "--dtype must be one of fp32, fp16, bf16, got int8"),
+        (["--dtype", "int8"], "--dtype for onnx must be one of fp32, fp16, bf16, got int8"),
         (["--dtype", "bf16", "--opset", "20"], "--dtype bf16 needs --opset 23, got 20"),
         (["--head-blocks", "3"], "head_blocks 3 + tail_blocks 1 must leave a core in depth 4"),
         (["--head-blocks", "-1"], "Invalid value for '--head-blocks'"),

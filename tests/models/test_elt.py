@@ -156,8 +156,8 @@ def test_cost_is_that_of_the_blocks_that_run() -> None:
     tokens, width = MASKED.tokens, MASKED.hidden_size
     linear = 2 * tokens * sum(p.numel() for p in elt_masked.Block(width, 4, 4.0).parameters() if p.ndim == 2)
     assert elt_masked_flops(MASKED, 2) - elt_masked_flops(MASKED, 1) == 2 * (linear + 4 * tokens**2 * width)
-    one, eight = (elt.cost(DIFFUSION, Budget(loops=loops), 1000, "fp16") for loops in (1, 8))
-    assert (one.weight_bytes, one.activation_bytes) == (eight.weight_bytes, eight.activation_bytes) == (2000, one.activation_bytes)
+    one, eight = (elt.cost(DIFFUSION, Budget(loops=loops), 1000) for loops in (1, 8))
+    assert (one.weight_bytes, one.activation_bytes) == (eight.weight_bytes, eight.activation_bytes) == (4000, one.activation_bytes)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("elt-masked-xl-7x4", 111), ("elt-masked-l-8x3", 101), ("elt-masked-l-12x2", 151)])
