@@ -12,6 +12,7 @@ def coreml(
     output: options.Output,
     model: options.ModelName = "elit-mnist",
     latents: options.Latents = None,
+    loops: options.Loops = None,
     budgets: Annotated[
         str | None,
         typer.Option(
@@ -47,6 +48,7 @@ def coreml(
 
       elastic-export coreml -o digits --latents 32-256
       elastic-export coreml -o digits --budgets 64,128 --dtype fp16 --compress palette8
+      elastic-export coreml elt-s-3x4-256 --checkpoint elt.pt -o looped --loops 1-5
       elastic-export coreml elit-sit --checkpoint elit.pt --config elit.json -o out --shapes range --target macOS15
     """
     from elastic_export.cli.making import make
@@ -54,11 +56,12 @@ def coreml(
     from elastic_targets import load
 
     room = load("coreml")
-    points = tuple(Budget(latents=value) for value in options.integers(budgets)) if budgets else ()
+    axis = "loops" if loops else "latents"
+    points = tuple(Budget(**{axis: value}) for value in options.integers(budgets)) if budgets else ()
     make(
         "coreml",
         room.CoremlOptions(shapes, target, dtype, reductions, compress, points),
-        model, output, {"latents": latents}, batch, dtype,
+        model, output, {"latents": latents, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

@@ -127,7 +127,7 @@ class Elt(nn.Module):
             x = block(x, c)
         return unpatchify(self.final_layer(x, c).float(), self.params.patch_size, self.params.grid)  # (B, C, H, W)
 
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, loops: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, loops: Tensor | int) -> Tensor:
         """Predict `v`, `epsilon` or the flow's velocity, as `params.prediction` says.
 
         Shapes: sample (B, C, H, W); timestep (B,) in [0, 1]; class_labels (B,) int64, `num_classes` for no label; loops () int64.
@@ -151,13 +151,13 @@ def prefixes(once: Callable[[Tensor], Tensor], x: Tensor, loops: Sequence[int]) 
         yield x
 
 
-def looped(once: Callable[[Tensor], Tensor], x: Tensor, loops: Tensor) -> Tensor:
-    """Apply `once` to `x` as often as the 0-d int64 `loops` says.
+def looped(once: Callable[[Tensor], Tensor], x: Tensor, loops: Tensor | int) -> Tensor:
+    """Apply `once` to `x` as often as the 0-d int64 `loops` says; an int is a count that the graph is made for.
 
     Exported, it is one loop that ends on its condition, so that the weights stand once in the graph and any count can be asked
     for. Elsewhere it is Python's: `while_loop` would compile, and the graph is proven against something other than itself.
     """
-    if not torch.compiler.is_exporting():
+    if isinstance(loops, int) or not torch.compiler.is_exporting():
         for _ in range(int(loops)):
             x = once(x)
         return x

@@ -99,7 +99,7 @@ class EltMasked(nn.Module):
         """Logits from the tokens of any loop."""
         return self.final_layer(layer_norm(x)).float()  # (B, T, V)
 
-    def forward(self, tokens: Tensor, class_labels: Tensor, loops: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, class_labels: Tensor, loops: Tensor | int) -> Tensor:
         """Logits of every token, masked or not.
 
         Shapes: tokens (B, T) int64, `vocabulary` for a mask; class_labels (B,) int64, `num_classes` for no label; loops () int64.

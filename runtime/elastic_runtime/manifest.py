@@ -130,7 +130,7 @@ class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
 
 
 class CoremlCall(_Record, frozen=True, kw_only=True):
-    """One call that a package takes: a function and the `sizes` of the graph's open dimensions that it takes.
+    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it takes.
 
     No sizes: one function takes every size in the graph's spans (and the artifact's batch).
     """

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
-from elastic_runtime.manifest import Artifact, CoremlArtifact, CoremlCall, Graph
+from elastic_runtime.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.session import Arrays, Session
 
 OPENS = ("coreml",)
@@ -47,6 +48,14 @@ def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: A
     return CoremlSession(bundle, graph, artifact, **options)
 
 
+def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
+    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a function has its own baked in)."""
+    lengths = {
+        letter: size for spec in specs for letter, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(letter, str)
+    }
+    return lengths | {spec.name: int(feeds[spec.name]) for spec in specs if not spec.shape}
+
+
 class PackageSession(Session):
     """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes int32.
 
@@ -61,17 +70,12 @@ class PackageSession(Session):
 
     def function(self, feeds: Arrays) -> str:
         """Name of the function that takes these feeds; raises BudgetError listing what there is."""
-        sizes = {
-            name: size
-            for spec in self.graph.inputs
-            for name, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
-            if isinstance(name, str)
-        }
+        wanted = sizes(self.graph.inputs, feeds)
         for call in self.artifact.calls:
-            if call.sizes == sizes or (not call.sizes and sizes["B"] in self.artifact.batch):
+            if call.sizes == wanted or (not call.sizes and wanted["B"] in self.artifact.batch):
                 return call.function
         raise BudgetError(
-            f"{self.artifact.package} was not compiled for {_words(sizes)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
+            f"{self.artifact.package} was not compiled for {_words(wanted)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
             "Choose one of these, or export again with --budgets."
         )
 
@@ -79,7 +83,11 @@ class PackageSession(Session):
         return f"{Budget(**call.budget)} ({_words(call.sizes)})" if call.sizes else f"every budget in batches of {self.artifact.batch}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        narrow = {name: np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array) for name, array in feeds.items()}
+        narrow = {
+            name: np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
+            for name, array in feeds.items()
+            if array.ndim
+        }
         return self._call(self.function(feeds), narrow)
 
     @abstractmethod

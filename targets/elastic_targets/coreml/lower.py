@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from elastic_runtime.axis import Span
+from elastic_runtime.backends.coreml import sizes
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import entry
 from elastic_runtime.manifest import CoremlArtifact, CoremlCall
@@ -29,6 +30,18 @@ from elastic_targets.coreml.precision import precision
 
 Points = Mapping[Budget, Mapping[str, np.ndarray]]
 _TYPES = {"float32": np.float32, "int64": np.int32}
+
+
+class Baked(torch.nn.Module):
+    """A graph's module with its 0-d inputs (a loop count) fixed: Core ML takes no scalars, and runs static programs best."""
+
+    def __init__(self, module: torch.nn.Module, values: Mapping[str, int]):
+        super().__init__()
+        self.module = module
+        self.values = dict(values)
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self.module(**inputs, **self.values)
 
 
 def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlArtifact:
@@ -54,7 +67,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
                 join(parts, package)
     shapes = options.shapes if spans else "functions"
     calls = [
-        CoremlCall(function=names[budget], budget=dict(budget), sizes=_sizes(graph, feeds) if shapes != "range" else {})
+        CoremlCall(function=names[budget], budget=dict(budget), sizes=sizes(graph.inputs, feeds) if shapes != "range" else {})
         for budget, feeds in points.items()
     ]
     return CoremlArtifact(
@@ -87,7 +100,8 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
     kinds = {"float32": ct.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT32, "int64": ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32}
     for call in artifact.calls:
         described = functions[call.function]
-        for specs, features in ((graph.inputs, described.input), (graph.outputs, described.output)):
+        inputs = [each for each in graph.inputs if each.shape]
+        for specs, features in ((inputs, described.input), (graph.outputs, described.output)):
             if [each.name for each in specs] != [feature.name for feature in features]:
                 raise RuntimeError(
                     f"{call.function} of {artifact.path} has {[f.name for f in features]}, not {[each.name for each in specs]}"
@@ -104,15 +118,15 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:
     """An ML program of the graph at one point, or open along `spans` and traced away from the ends."""
     feeds = graph.feeds(_traced(graph), graph.batch.min) if spans else next(iter(points.values()))
-    example = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    dynamic = {
-        spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if size in spans} or None for spec in graph.inputs
-    }
-    exported = torch.export.export(graph.module, (), example, dynamic_shapes=dynamic if spans else None, strict=False)
+    module = Baked(graph.module, {name: int(array) for name, array in feeds.items() if array.ndim == 0})
+    inputs = [spec for spec in graph.inputs if spec.shape]
+    example = {spec.name: torch.from_numpy(feeds[spec.name]) for spec in inputs}
+    dynamic = {spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if size in spans} or None for spec in inputs}
+    exported = torch.export.export(module, (), example, dynamic_shapes=dynamic if spans else None, strict=False)
     with mended():
         return ct.convert(
             rewrite(exported.run_decompositions({})),
-            inputs=[_tensor(graph, options, spec, feeds, points, spans) for spec in graph.inputs],
+            inputs=[_tensor(graph, options, spec, feeds, points, spans) for spec in inputs],
             outputs=[ct.TensorType(name=spec.name, dtype=_TYPES[spec.dtype]) for spec in graph.outputs],
             minimum_deployment_target=TARGETS[options.target],
             compute_precision=precision(options.precision, options.reductions),
@@ -144,12 +158,6 @@ def _tensor(
 def _traced(graph: GraphCapture) -> Budget:
     """A budget away from the ends, where exporting would take an open length for a fixed one."""
     return Budget(**{axis.name: axis.values[max(len(axis.values) // 2 - 1, 0)] for axis in graph.axes})
-
-
-def _sizes(graph: GraphCapture, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-    return {
-        name: size for spec in graph.inputs for name, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(name, str)
-    }
 
 
 @contextlib.contextmanager

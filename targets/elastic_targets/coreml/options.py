@@ -90,8 +90,8 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     ):
         if value not in choices:
             raise UsageError(f"{flag} for coreml must be one of {', '.join(filter(None, choices))}, got {value}")
-    if carried := [axis.name for axis in graph.axes if axis.carrier == "value"]:
-        raise UsageError(f"coreml carries a budget by a length; {carried[0]} is carried by a value, which it cannot lower yet. Use onnx.")
+    if options.shapes != "functions" and (carried := [axis.name for axis in graph.axes if axis.carrier == "value"]):
+        raise UsageError(f"--shapes {options.shapes} opens lengths, and {carried[0]} is carried by a value: use --shapes functions")
     points = budgets(graph, options)
     most = MOST.get(options.shapes)
     if most and len(points) > most:

@@ -184,12 +184,6 @@ def test_more_functions_than_make_sense_are_refused(elit: Elit) -> None:
     requires(graph, CoremlOptions(budgets=many, shapes="enumerated"))
 
 
-def test_an_axis_carried_by_a_value_is_refused(elit: Elit) -> None:
-    loops = Axis(name="loops", min=1, max=4, step=1, default=4, input="loops", carrier="value")
-    with pytest.raises(UsageError, match="loops is carried by a value, which it cannot lower yet"):
-        requires(replace(elit(), axes=(loops,)), CoremlOptions())
-
-
 def test_the_name_says_what_is_not_the_default() -> None:
     assert path("denoiser", CoremlOptions()) == "coreml/denoiser.mlpackage"
     assert path("decoder", CoremlOptions("range", precision="fp32")) == "coreml/decoder.range.fp32.mlpackage"
