@@ -118,7 +118,8 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:
     """An ML program of the graph at one point, or open along `spans` and traced away from the ends."""
     feeds = graph.feeds(_traced(graph), graph.batch.min) if spans else next(iter(points.values()))
-    module = Baked(graph.module, {name: int(array) for name, array in feeds.items() if array.ndim == 0})
+    values = {name: int(array) for name, array in feeds.items() if array.ndim == 0}
+    module = Baked(graph.module, values) if values else graph.module  # with a value no length is open, so the wrapper hides no names
     inputs = [spec for spec in graph.inputs if spec.shape]
     example = {spec.name: torch.from_numpy(feeds[spec.name]) for spec in inputs}
     dynamic = {spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if size in spans} or None for spec in inputs}
