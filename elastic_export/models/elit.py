@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.models.cost import FLOAT32, elit_activation_values, elit_flops
-from elastic_export.models.family import Family, picture_feeds, picture_inputs
+from elastic_export.models.cost import elit_activation_values, elit_flops
+from elastic_export.models.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -331,12 +331,7 @@ def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarra
 def cost(params: ElitParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters."""
     latents = budget["latents"]
-    return Cost(
-        budget=dict(budget),
-        flops=elit_flops(params, latents),
-        weight_bytes=weights * FLOAT32,
-        activation_bytes=elit_activation_values(params, latents) * FLOAT32,
-    )
+    return priced(budget, elit_flops(params, latents), weights, elit_activation_values(params, latents))
 
 
 def facts(params: ElitParams) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from elastic_export.models.cost import FLOAT32, dit_activation_values, elt_flops
-from elastic_export.models.family import Family, picture_feeds, picture_inputs
+from elastic_export.models.cost import dit_activation_values, elt_flops
+from elastic_export.models.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.models.layers import (
     DiTBlock,
     FinalLayer,
@@ -242,12 +242,8 @@ def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray
 
 def cost(params: EltParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
-    return Cost(
-        budget=dict(budget),
-        flops=elt_flops(params, budget["loops"]),
-        weight_bytes=weights * FLOAT32,
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * FLOAT32,
-    )
+    values = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
+    return priced(budget, elt_flops(params, budget["loops"]), weights, values)
 
 
 def facts(params: EltParams) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from elastic_export.models.cost import FLOAT32, dit_activation_values, elt_masked_flops
+from elastic_export.models.cost import dit_activation_values, elt_masked_flops
 from elastic_export.models.elt import axes, from_presets, looped, prefixes
-from elastic_export.models.family import Family, example_labels
+from elastic_export.models.family import Family, example_labels, priced
 from elastic_export.models.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import ModelError
@@ -175,12 +175,8 @@ def feeds(params: EltMaskedParams, budget: Budget, batch: int) -> dict[str, np.n
 
 def cost(params: EltMaskedParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
-    return Cost(
-        budget=dict(budget),
-        flops=elt_masked_flops(params, budget["loops"]),
-        weight_bytes=weights * FLOAT32,
-        activation_bytes=dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio) * FLOAT32,
-    )
+    values = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
+    return priced(budget, elt_masked_flops(params, budget["loops"]), weights, values)
 
 
 def facts(params: EltMaskedParams) -> dict[str, Any]:

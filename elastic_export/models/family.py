@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from elastic_export.models.cost import FLOAT32
 from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import ModelError
@@ -73,6 +74,16 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
 
 def _required(params: type) -> list[str]:
     return [field.name for field in fields(params) if field.default is MISSING]
+
+
+def priced(budget: Budget, flops: int, parameters: int, activation_values: int) -> Cost:
+    """The manifest's row of a budget: FLOPs, and float32 bytes of so many parameters and activation values."""
+    return Cost(
+        budget=dict(budget),
+        flops=flops,
+        weight_bytes=parameters * FLOAT32,
+        activation_bytes=activation_values * FLOAT32,
+    )
 
 
 def picture_inputs(channels: int, side: int) -> tuple[TensorSpec, ...]:

@@ -135,7 +135,7 @@ class TrtSession(Session):
     def _load(self, bundle: Bundle, artifact: TrtArtifact) -> Any:
         """Deserialize the engine and, where it was stripped, give it the weights of its ONNX file."""
         path = bundle.file(artifact.path)
-        self._logger = _logger(self._library)
+        self._logger = make_logger(self._library)
         self._runtime = self._library.Runtime(self._logger)  # outlives the engine
         if artifact.version_compatible:
             self._runtime.engine_host_code_allowed = True  # such an engine brings its own lean runtime
@@ -269,8 +269,8 @@ class TrtSession(Session):
             resources.close()
 
 
-def _logger(library: Any) -> Any:
-    """A TensorRT logger that keeps the errors and passes the rest on to `logging`."""
+def make_logger(library: Any) -> Any:
+    """A TensorRT logger that passes messages on to `logging` and keeps the errors in `errors`; builders use it too."""
 
     class Logger(library.ILogger):
         def __init__(self) -> None:
@@ -280,7 +280,7 @@ def _logger(library: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= library.Logger.ERROR:
                 self.errors.append(message)
-            _log.debug("%s", message)
+            _log.log(logging.INFO if severity <= library.Logger.WARNING else logging.DEBUG, "%s", message)
 
     return Logger()
 

@@ -1,7 +1,6 @@
 """The door to the two TensorRT builders: which is here, its version, and the GPU generations that it can build for."""
 
 import importlib
-import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ TURING = 75
 CHOICES = ("auto", "rtx", "tensorrt")
 _MODULES: dict[str, Name] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,19 +94,3 @@ def _open(name: str) -> Builder:
             f"the tensorrt builder builds on the GPU that will run the engine, and {why}. Run this on that machine, or use --builder rtx."
         )
     return Builder(module, library, str(library.__version__), (here,))
-
-
-def make_logger(library: Any) -> Any:
-    """A TensorRT logger that passes messages on to `logging` and keeps the errors in `errors`."""
-
-    class Logger(library.ILogger):
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= library.Logger.ERROR:
-                self.errors.append(message)
-            _log.log(logging.INFO if severity <= library.Logger.WARNING else logging.DEBUG, "%s", message)
-
-    return Logger()
