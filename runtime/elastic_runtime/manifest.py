@@ -10,7 +10,7 @@ import msgspec
 
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.errors import BundleError
-from elastic_runtime.schedule import Schedule
+from elastic_runtime.schedule import LinearBeta, Schedule, ShiftedCosine
 
 SCHEMA_VERSION = 1
 
@@ -204,6 +204,14 @@ class Model(_Record, frozen=True, kw_only=True):
     weights: Literal["checkpoint", "random"]
     vae: Vae | None = None
     tokens: Literal["grey", "code"] | None = None
+    learned_variance: bool = False
+    guided_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.learned_variance and not isinstance(self.schedule, LinearBeta | ShiftedCosine):
+            raise ValueError(f"`learned_variance` is for schedules that ddpm draws from, not {self.schedule.__struct_config__.tag}")
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= self.sample_shape[0]:
+            raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
 
     @property
     def pixels(self) -> bool:
