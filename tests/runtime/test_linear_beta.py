@@ -149,7 +149,9 @@ def test_descriptions_that_make_no_sense(changes: dict[str, Any], message: str) 
         msgspec.convert(whole, type(model()))
 
 
-@pytest.mark.parametrize("wrong", [{"num_train_timesteps": 1}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_train_timesteps": 1}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}]
+)
 def test_betas_that_make_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="0 < beta_start <= beta_end < 1"):
         LinearBeta(**wrong)
