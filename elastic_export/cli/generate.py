@@ -29,7 +29,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 2.0,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
-        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs a --guidance-... budget.")
+        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs a budget or drop of its own.")
     ] = False,
     sampler: Annotated[
         str | None,
