@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_router import LENGTH, described, graph, kept_by_hand, pipeline, probabilities, runs
+from fake_router import LENGTH, answer, described, graph, kept_by_hand, pipeline, probabilities, runs
 from fakes import manifest, session
 
-from elastic_runtime import Budget, Choice, FakeSession, Guidance, UsageError
+from elastic_runtime import Budget, Choice, ElasticPipeline, FakeSession, Guidance, UsageError
 from elastic_runtime.denoiser import Denoiser
 from elastic_runtime.slots import Routing
 
@@ -102,6 +102,16 @@ def test_a_callback_is_shown_the_picture_and_what_was_kept() -> None:
             wanted, count = kept_by_hand(probabilities(20 + label, int(step.time) * 100 + label), 0.5, 11)
             assert count == step.kept[row]
             assert set(np.flatnonzero(tensors["mask"][row]).tolist()) == set(wanted)
+
+
+def test_a_graph_that_tells_no_probabilities_is_sized_all_the_same() -> None:
+    pipe, fake = pipeline(lambda t, label: 20)
+    told = answer(lambda t, label: 20, 1)
+    pipe = ElasticPipeline(pipe.bundle, FakeSession(fake.graph, lambda feeds: {k: v for k, v in told(feeds).items() if k != "probability"}))
+    seen: list[dict[str, np.ndarray]] = []
+    result = pipe([1], num_inference_steps=2, generator=rng(), callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors) or {})
+    assert [(step.kept, step.slots) for step in result.steps] == [((20,), 32), ((20,), 24)]
+    assert [sorted(tensors) for tensors in seen] == [["denoised", "latents"]] * 2
 
 
 def test_the_record_is_plain_data() -> None:
