@@ -113,12 +113,13 @@ def generate(
         "seed": seed,
         "sampler": fitting(drawn, sampler)[0],
         "guidance": guidance,
+        "drop_fractions": [drop, drop if guidance_drop is None else guidance_drop],
         "where": where,
         "steps": result.steps,
     }
     save(grid([result.images]), output, show.text(facts))
     if show_tokens:
-        names = [f"step {index + 1}: {np.mean([mask.mean() for mask in tensors['mask']]):.0%}" for index, tensors in seen.items()]
+        names = [f"step {index + 1}: {tensors['mask'].mean():.0%}" for index, tensors in seen.items()]
         save(grid(rows, names, [str(label) for label in labels], least=128), show_tokens, show.text(facts))
     if json:
         show.as_json("generate", {"output": str(output), "seconds": seconds} | facts)
