@@ -28,7 +28,8 @@ _DEFAULT_BUDGETS = 8
 class CoremlOptions:
     """How to make the package.
 
-    shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range`.
+    shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range` (one
+    function for every budget: lengths are open, and a count that a value carries is that of a loop).
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
     compression: None, or how weights are stored. budgets: for functions and enumerated; empty for both ends and the doublings between.
     """
@@ -90,8 +91,8 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     ):
         if value not in choices:
             raise UsageError(f"{flag} for coreml must be one of {', '.join(filter(None, choices))}, got {value}")
-    if options.shapes != "functions" and (carried := [axis.name for axis in graph.axes if axis.carrier == "value"]):
-        raise UsageError(f"--shapes {options.shapes} opens lengths, and {carried[0]} is carried by a value: use --shapes functions")
+    if options.shapes == "enumerated" and (carried := [axis.name for axis in graph.axes if axis.carrier == "value"]):
+        raise UsageError(f"--shapes enumerated lists lengths, and {carried[0]} is carried by a value: use --shapes functions or range")
     points = budgets(graph, options)
     most = MOST.get(options.shapes)
     if most and len(points) > most:
@@ -107,10 +108,12 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
 
 
 def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
-    """Dimensions that one function leaves open: none for functions, and the batch never."""
+    """What one function leaves open: dimensions (never the batch), and for `range` inputs that carry a value; nothing for functions."""
     if options.shapes == "functions" or (options.shapes == "enumerated" and len(budgets(graph, options)) == 1):
         return {}
-    return {name: span for name, span in graph.dimensions.items() if name != "B" and span.min < span.max}
+    values = {axis.input: Span(axis.min, axis.max) for axis in graph.axes if axis.carrier == "value"}
+    spans = graph.dimensions | values
+    return {name: span for name, span in spans.items() if name != "B" and span.min < span.max}
 
 
 def _require(target: str, needed: str, what: str) -> None:
