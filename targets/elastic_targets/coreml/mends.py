@@ -131,19 +131,12 @@ def _keep_tail(node: torch.fx.Node) -> None:
 
 
 def _hand_over_graphs(loop: torch.fx.Node) -> None:
-    """For the translation `while_loop`: the graphs of condition and body move from the arguments into the node's `meta`.
-
-    Their names become unique: a pass that casts to fp16 takes values of one name for the same value, of the graph around the loop too.
-    """
+    """For the translation `while_loop`: the graphs of condition and body move from the arguments into the node's `meta`."""
     *named, carried, seen = loop.args
     module: Any = loop.graph.owning_module
     sources: Any = named
-    graphs = [getattr(module, source.target).graph for source in sources]
-    for part, graph in zip(("condition", "body"), graphs, strict=True):
-        for node in graph.nodes:
-            node._rename(f"{loop.name}_{part}_{node.name}")
     loop.args = (list(carried), list(seen))  # type: ignore[arg-type]
-    loop.meta[_LOOP_GRAPHS] = graphs
+    loop.meta[_LOOP_GRAPHS] = [getattr(module, source.target).graph for source in sources]
     for source in sources:
         loop.graph.erase_node(source)
 
