@@ -66,7 +66,7 @@ def test_counts_of_loops_are_budgets_and_an_open_loop_joins_them(run: Run, tmp_p
     assert [call.function for call in functions.calls] == ["loops_1", "loops_4"]
     assert [row.budget["loops"] for row in functions.verified] == [1, 4]
     assert (loop.package, [call.budget for call in loop.calls]) == ("coreml/denoiser.range.mlpackage", [{}])
-    assert {1, 3, 6} < {row.budget["loops"] for row in loop.verified}
+    assert {1, 4, 6} <= {row.budget["loops"] for row in loop.verified}  # traced at 3
     assert all(row.passed for row in (*functions.verified, *loop.verified))
 
 
