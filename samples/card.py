@@ -56,6 +56,17 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def drops(record: dict[str, Any]) -> str:
+    """What dropping tokens does, as a Markdown table, one row a fraction."""
+    lines = ["| dropped | tokens kept | GFLOPs a forward pass | as asked | Fréchet distance |", "|---:|---:|---:|---:|---:|"]
+    for row in _evaluation(record)["drops"]:
+        kept, flops = sum(row["kept"]) / len(row["kept"]), row["flops"] / 1e9
+        lines.append(
+            f"| {row['drop_fraction']:.0%} | {kept:.0f} | {flops:.2f} | {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
 def protocol(record: dict[str, Any]) -> str:
     """How the figures were made, in one paragraph."""
     evaluation = _evaluation(record)
@@ -87,6 +98,8 @@ def training(record: dict[str, Any]) -> str:
 def section(record: dict[str, Any]) -> str:
     """What stands between the markers."""
     parts = [table(record), protocol(record)] if record.get("quality") else ["Not measured yet."]
+    if record.get("quality") and record["evaluation"].get("drops"):
+        parts.insert(1, drops(record))
     return "\n\n".join(parts + ([training(record)] if "training" in record else []))
 
 

@@ -1,6 +1,7 @@
 """Grade a bundle that draws digits, at several budgets: how many are classified as asked, and their Frechet distance to real ones.
 
     python samples/evaluate.py BUNDLE --output figures.json --plot quality.png
+    python samples/evaluate.py ROUTED --output figures.json --budgets 16,32,64,128 --drops 0,0.3,0.6
 
 Pictures are drawn through the bundle's own path (`elastic_runtime`), the same classes from the same noise at each budget.
 Guidance hides part of what a budget costs: it makes digits plain enough to name whatever drew them, and less varied. So a
@@ -8,7 +9,6 @@ second series without it stands beside the first.
 """
 
 import argparse
-import itertools
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from card import plot, table
 from classifier import Judge, load_judge
 from digits import Digits, enlarged, halved, load_digits
 from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
-from elastic_runtime.manifest import Model
+from elastic_runtime.manifest import Manifest, Model
 from elastic_runtime.sampling import sampler
 from elastic_runtime.schedule import CosineMask
 from record import machine, read, versions, write
@@ -32,7 +32,8 @@ from record import machine, read, versions, write
 class Protocol:
     """How pictures are drawn: a series for each guidance scale, of which the first is the bundle's `quality`.
 
-    `guidance_budget` is the weak branch's; None is the same as the picture's.
+    `guidance_budget` is the weak branch's; None is the same as the picture's. `drops` are shares of the tokens kept by a router that are
+    dropped again, each a row at the first guidance scale with no cap on the tokens.
     """
 
     samples: int = 1000
@@ -40,6 +41,7 @@ class Protocol:
     sampler: str | None = None
     guidance: tuple[float, ...] = (4.0, 1.0)
     guidance_budget: dict[str, int] | None = None
+    drops: tuple[float, ...] = ()
     seed: int = 0
 
 
@@ -66,10 +68,11 @@ def spread(axis: Axis) -> list[int]:
 def check(bundle: Bundle, protocol: Protocol) -> None:
     """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
     model = bundle.manifest.model
-    side = 14 if model.tokens == "grey" else 32
-    if (model.sample_shape, model.num_classes, model.vae) != ((1, side, side), 10, None) or model.tokens == "code":
+    sides = (14,) if model.tokens == "grey" else (16, 32)
+    known = [((1, side, side), 10, None) for side in sides]
+    if (model.sample_shape, model.num_classes, model.vae) not in known or model.tokens == "code":
         raise UsageError(
-            f"the judge knows 32x32 digits of 10 classes in one channel, and 14x14 ones of grey tokens; {bundle.folder} draws "
+            f"the judge knows 32x32 and 16x16 digits of 10 classes in one channel, and 14x14 ones of grey tokens; {bundle.folder} draws "
             f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
         )
     if len(set(protocol.guidance)) < len(protocol.guidance):
@@ -78,38 +81,55 @@ def check(bundle: Bundle, protocol: Protocol) -> None:
         raise UsageError(f"--samples must be a multiple of the {model.num_classes} classes, 20 or more, got {protocol.samples}")
 
 
-def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Protocol, batch: int) -> Digits:
+@dataclass(frozen=True)
+class Drawn:
+    """Digits as the judge looks at them; and of a model with a router, the tokens kept at each step, a mean over the pictures."""
+
+    digits: Digits
+    kept: list[float] | None
+
+
+def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Protocol, batch: int, drop: float = 0.0) -> Drawn:
     """`protocol.samples` pictures, classes in turn; the generator starts anew, so that each budget begins from the same noise."""
     labels = np.arange(protocol.samples) % pipe.bundle.manifest.model.num_classes
     generator = np.random.default_rng(protocol.seed)
     weak = None if protocol.guidance_budget is None else Budget(**protocol.guidance_budget)
-    begun, pictures = time.perf_counter(), []
+    begun, pictures, kept = time.perf_counter(), [], []
     for first in range(0, protocol.samples, batch):
-        pictures.append(
-            pipe(
-                labels[first : first + batch].tolist(),
-                num_inference_steps=protocol.steps,
-                guidance_scale=guidance,
-                budget=budget,
-                guidance_budget=weak,
-                sampler=protocol.sampler,
-                generator=generator,
-                output_type="np",
-            ).images  # (B, H, W, 1) in [0, 1]
+        result = pipe(
+            labels[first : first + batch].tolist(),
+            num_inference_steps=protocol.steps,
+            guidance_scale=guidance,
+            budget=budget,
+            guidance_budget=weak,
+            drop_fraction=drop,
+            sampler=protocol.sampler,
+            generator=generator,
+            output_type="np",
         )
+        pictures.append(result.images)  # (B, H, W, 1) in [0, 1]
+        kept.append([step.kept or () for step in result.steps])  # (steps, B)
         done = min(first + batch, protocol.samples)
         left = (time.perf_counter() - begun) / done * (protocol.samples - done)
-        line = f"{budget}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
+        where = f"{budget}, drop {drop:g}" if drop else f"{budget}"
+        line = f"{where}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
         print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
     images = np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1
-    return Digits(enlarged(images) if pipe.bundle.manifest.model.tokens else images, labels)
+    each_step = np.concatenate(kept, axis=1)
+    return Drawn(Digits(shown(images), labels), each_step.mean(1).tolist() if each_step.size else None)
+
+
+def shown(images: np.ndarray) -> np.ndarray:
+    """Pictures (N, 1, H, W) at the size that the judge knows: those of 14 x 14, bare or in their border of one, twice enlarged."""
+    side = images.shape[-1]
+    return images if side == 32 else enlarged(images if side == 14 else images[:, :, 1:-1, 1:-1])
 
 
 def as_drawn(images: np.ndarray, model: Model) -> np.ndarray:
-    """Real digits (N, 1, 32, 32) as a perfect model could draw them at best: through its tokens and back, where it has any."""
-    if not isinstance(model.schedule, CosineMask):
+    """Real digits (N, 1, 32, 32) as a perfect model could draw them at best: at its size, through its tokens where it has any."""
+    if model.sample_shape[-1] == 32:
         return images
-    levels = model.schedule.vocabulary
+    levels = model.schedule.vocabulary if isinstance(model.schedule, CosineMask) else 256
     return enlarged(halved(images, levels) / (levels - 1) * 2 - 1)
 
 
@@ -132,32 +152,32 @@ def evaluate(
         "accuracy": float((named == train.labels).mean()),
         "frechet_distance": frechet_distance(judge.judge(as_drawn(held_out.images[others], manifest.model))[0], features),
     }
-    flops = {Budget(**row.budget): row.flops for row in manifest.cost}
     rows: list[dict[str, Any]] = []
-    for guidance, budget in itertools.product(protocol.guidance, budgets):
+    everything = Budget().on(manifest.axes)
+    plans = [(guidance, budget, None) for guidance in protocol.guidance for budget in budgets]
+    for guidance, budget, drop in [*plans, *((protocol.guidance[0], everything, drop) for drop in protocol.drops)]:
         begun = time.perf_counter()
-        drawn = draw(pipe, budget, guidance, protocol, batch)
+        drawn = draw(pipe, budget, guidance, protocol, batch, drop or 0.0)
         seconds = round(time.perf_counter() - begun, 1)
-        seen, said = judge.judge(drawn.images)
-        right = said == drawn.labels
-        rows.append(
-            {
-                "guidance": guidance,
-                "budget": dict(budget),
-                "flops": flops.get(budget),
-                "accuracy": float(right.mean()),
-                "accuracy_by_class": [float(right[drawn.labels == digit].mean()) for digit in range(10)],
-                "frechet_distance": frechet_distance(seen, features),
-                "seconds": seconds,
-            }
-        )
-    shown = ("budget", "accuracy", "frechet_distance")
-    quality = [{name: row[name] for name in shown} for row in rows[: len(budgets)]]
+        seen, said = judge.judge(drawn.digits.images)
+        right = said == drawn.digits.labels
+        row = {
+            "guidance": guidance,
+            "budget": dict(budget),
+            "flops": cost(manifest, budget, drawn.kept),
+            "accuracy": float(right.mean()),
+            "accuracy_by_class": [float(right[drawn.digits.labels == digit].mean()) for digit in range(10)],
+            "frechet_distance": frechet_distance(seen, features),
+            "seconds": seconds,
+        }
+        rows.append(row | ({} if drawn.kept is None else {"kept": drawn.kept}) | ({} if drop is None else {"drop_fraction": drop}))
+    quality = [{name: row[name] for name in ("budget", "accuracy", "frechet_distance")} for row in rows[: len(budgets)]]
     evaluation = {
         "axis": axis.name,
         "protocol": asdict(protocol),
         "real": real,
-        "rows": rows,
+        "rows": rows[: len(plans)],
+        "drops": rows[len(plans) :],
         "where": session.where,
         "weights_sha256": manifest.provenance.checkpoint_sha256,
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
@@ -166,13 +186,26 @@ def evaluate(
     return {"family": manifest.model.family, "config": manifest.model.config, "quality": quality, "evaluation": evaluation}
 
 
+def cost(manifest: Manifest, budget: Budget, kept: list[float] | None) -> float | None:
+    """FLOPs of a forward pass at `budget`; of a model with a router, at the tokens that it kept on the mean, which the budget caps.
+
+    Between two rows of the manifest's table it is the straight line. None where the table has no row to tell from.
+    """
+    flops = {Budget(**row.budget): row.flops for row in manifest.cost}
+    if kept is None or not flops:
+        return flops.get(budget)
+    (axis,) = budget
+    table = sorted((row[axis], value) for row, value in flops.items())
+    return float(np.interp(np.minimum(kept, budget[axis]), *zip(*table, strict=True)).mean())
+
+
 def main(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads or torch.get_num_threads())
     weak = None if given.guidance_budget is None else _budget(given.guidance_budget)
     bundle = Bundle.open(given.bundle)
     manifest = bundle.manifest
     name, _ = sampler(manifest.model, given.sampler)
-    protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.seed)
+    protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.drops, given.seed)
     with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
         axis = manifest.axis(given.axis or manifest.axes[0].name)
         old = read(given.output) if given.output.exists() else {}
@@ -203,11 +236,11 @@ def _values(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _scales(text: str) -> tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"guidance scales are numbers such as 4 or 4,1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"these are numbers such as 4 or 4,1, got {text!r}") from None
 
 
 if __name__ == "__main__":
@@ -221,7 +254,8 @@ if __name__ == "__main__":
     options.add_argument("--samples", type=int, default=1000, help="pictures at each budget (default: %(default)s)")
     options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     options.add_argument("--sampler", help="such as heun or ddim (default: the one that fits the model)")
-    options.add_argument("--guidance", type=_scales, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
+    options.add_argument("--guidance", type=_numbers, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
+    options.add_argument("--drops", type=_numbers, default=(), help="shares of a router's tokens to drop, such as 0,0.3,0.6")
     options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")

@@ -68,6 +68,14 @@ def test_a_model_graded_beside_it_has_columns_of_its_own(tmp_path: Path) -> None
         table(own | {"beside": {"without distillation": other | {"axis": "loops"}}})
 
 
+def test_dropped_tokens_have_a_table_of_their_own() -> None:
+    own = record()
+    row = {"drop_fraction": 0.3, "kept": [40.0, 60.0], "flops": 2.5e8, "accuracy": 0.9, "frechet_distance": 7.0}
+    with_drops = own | {"evaluation": own["evaluation"] | {"drops": [row]}}
+    assert "| 30% | 50 | 0.25 | 90.0% | 7.0 |" in section(with_drops)
+    assert "dropped" not in section(own)
+
+
 def test_a_record_without_figures_says_so() -> None:
     assert section({"quality": []}) == "Not measured yet."
     with pytest.raises(SystemExit, match=r"samples/evaluate\.py"):

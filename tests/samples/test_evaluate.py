@@ -9,8 +9,8 @@ import pytest
 
 import evaluate as script
 from classifier import load_judge
-from digits import Digits
-from elastic_runtime import Axis, BudgetError, Bundle, FakeSession, Span, UsageError
+from digits import Digits, halved
+from elastic_runtime import Axis, Budget, BudgetError, Bundle, FakeSession, Span, UsageError
 from elastic_runtime.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 from evaluate import Protocol, draw, evaluate, frechet_distance, spread
@@ -109,7 +109,7 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
 
 
 def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) -> None:
-    from elastic_runtime import Budget, ElasticPipeline
+    from elastic_runtime import ElasticPipeline
 
     starts: list[np.ndarray] = []
 
@@ -122,14 +122,31 @@ def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) 
     drawn = [draw(pipe, Budget(loops=n), 1.0, protocol, batch=8) for n in (1, 4)]
     assert len(starts) == 6
     assert all(np.array_equal(a, b) for a, b in zip(starts[:3], starts[3:], strict=True))
-    assert drawn[0].labels.tolist() == [*range(10)] * 2
-    assert drawn[0].images.shape == (20, 1, 32, 32)
+    assert drawn[0].digits.labels.tolist() == [*range(10)] * 2
+    assert drawn[0].digits.images.shape == (20, 1, 32, 32)
+
+
+def test_small_digits_are_judged_at_the_size_of_real_ones(digits: tuple[Digits, Digits]) -> None:
+    real = digits[1].images[:5]
+    model = bundle(16).manifest.model
+    small = np.pad(halved(real, 256) / 255 * 2 - 1, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-1)
+    np.testing.assert_allclose(script.shown(small), script.as_drawn(real, model), atol=1e-6)
+    assert script.shown(real) is real
+    assert script.as_drawn(real, bundle().manifest.model) is real
+
+
+def test_cost_of_a_router_is_that_of_the_tokens_it_keeps_below_the_cap() -> None:
+    manifest = bundle().manifest
+    assert script.cost(manifest, Budget(loops=4), None) == 4 * 10**9
+    assert script.cost(manifest, Budget(loops=2), None) is None
+    assert script.cost(manifest, Budget(loops=4), [1.0, 3.0, 4.0, 9.0]) == pytest.approx(3 * 10**9)  # 1, 3, 4 and, under the cap, 4
+    assert script.cost(manifest, Budget(loops=1), [3.0, 3.0]) == 10**9
 
 
 def test_what_the_judge_cannot_grade_is_refused(digits: tuple[Digits, Digits]) -> None:
     session, judge = artist(digits[1]), load_judge()
-    with pytest.raises(UsageError, match=r"judge knows 32x32 digits .* draws \(1, 16, 16\)"):
-        evaluate(bundle(16), session, judge, LOOPS, [1], PROTOCOL)
+    with pytest.raises(UsageError, match=r"judge knows 32x32 and 16x16 digits .* draws \(1, 24, 24\)"):
+        evaluate(bundle(24), session, judge, LOOPS, [1], PROTOCOL)
     with pytest.raises(UsageError, match="multiple of the 10 classes, 20 or more, got 55"):
         evaluate(bundle(), session, judge, LOOPS, [1], dataclasses.replace(PROTOCOL, samples=55))
     with pytest.raises(BudgetError, match="loops 9 is not available"):
@@ -144,7 +161,7 @@ def test_guidance_budget_is_read() -> None:
 
 def test_lists_on_the_command_line_are_read() -> None:
     assert script._values("16,64") == [16, 64]
-    assert script._scales("4,1.5") == (4, 1.5)
-    for read in (script._values, script._scales):
+    assert script._numbers("4,1.5") == (4, 1.5)
+    for read in (script._values, script._numbers):
         with pytest.raises(ArgumentTypeError, match="such as"):
             read("a,b")
