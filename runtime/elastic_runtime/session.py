@@ -19,7 +19,7 @@ from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError
 from elastic_runtime.manifest import Artifact, Graph, TensorSpec
 
-BACKENDS = ("trt", "ort", "coreml")
+BACKENDS = ("trt", "ort", "openvino", "coreml")
 Arrays = Mapping[str, np.ndarray]
 
 

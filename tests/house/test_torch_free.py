@@ -14,6 +14,7 @@ BLOCKED = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "openvino",
     "coremltools",
     "tensorrt",
     "tensorrt_rtx",

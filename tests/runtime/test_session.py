@@ -91,6 +91,7 @@ def test_a_backend_that_does_not_exist_is_answered_with_those_that_do() -> None:
 def test_a_missing_package_is_answered_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_bundle(tmp_path / "b")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     room, reasons = obstacles(bundle.manifest.graphs["denoiser"].artifacts[0])
     assert room is None
     assert "pip install 'elastic-export[ort]'" in " ".join(reasons)
