@@ -1,32 +1,18 @@
 """The record of a trained sample: one JSON file beside its weights that training begins, evaluation completes and the card quotes."""
 
 import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from elastic_runtime.bench.machine import machine as here
+from elastic_runtime.bench.machine import versions
+
+__all__ = ["machine", "read", "versions", "write"]
+
 
 def machine() -> str:
-    """This machine in a few words: cores, architecture, system, and the processor's name where the system tells it."""
-    name = platform.processor()
-    if platform.system() == "Linux":  # where platform.processor() is mostly empty
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    words = f"{os.cpu_count()}-core {platform.machine()} machine, {platform.system()}"
-    return f"{words}, {name}" if name and name != platform.machine() else words
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of those `packages` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """This machine in a few words."""
+    return str(here())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from elastic_export.cli import coreml, demo, generate, inspect, models, onnx, trt, verify
+from elastic_export.cli import bench, coreml, demo, generate, inspect, models, onnx, trt, verify
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -41,6 +41,7 @@ app.command(rich_help_panel="Make")(coreml.coreml)
 app.command(rich_help_panel="Make")(trt.trt)
 app.command(rich_help_panel="Use")(generate.generate)
 app.command(rich_help_panel="Use")(demo.demo)
+app.command(rich_help_panel="Use")(bench.bench)
 app.command(rich_help_panel="Look")(verify.verify)
 app.command(rich_help_panel="Look")(inspect.inspect)
 app.command(rich_help_panel="Look")(models.models)

@@ -17,6 +17,7 @@ from elastic_runtime.errors import (
     InferenceError,
     MissingError,
     ModelError,
+    RegressionError,
     UsageError,
     VerificationError,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "PipelineOutput",
     "Policy",
     "Progress",
+    "RegressionError",
     "Session",
     "Span",
     "StepRecord",

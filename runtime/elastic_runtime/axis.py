@@ -70,6 +70,11 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Every budget of the axis, smallest first."""
         return range(self.min, self.max + 1, self.step)
 
+    def doublings(self) -> list[int]:
+        """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of 16-256."""
+        wanted = [self.min * 2**n for n in range((self.max // self.min).bit_length())]
+        return sorted({min(self.values, key=lambda value: abs(value - want)) for want in [*wanted, self.max]})
+
     def check(self, value: int) -> int:
         """Return `value`; raise BudgetError if it is outside the span or between its steps."""
         if isinstance(value, bool) or not isinstance(value, int | np.integer):

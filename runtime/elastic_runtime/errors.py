@@ -6,6 +6,7 @@
     │   ├── ModelError           an unknown model, or a checkpoint or config that does not fit it
     │   └── BundleError          a bundle that cannot be read or written as asked
     ├── VerificationError     1  a budget missed its tolerance
+    ├── RegressionError       1  a measurement is worse than the one before
     ├── MissingError          3  a package, backend or device that is not here
     └── InferenceError        4  a backend failed while running
 
@@ -37,6 +38,12 @@ class BundleError(UsageError):
 
 class VerificationError(ElasticError):
     """An artifact differs from its reference by more than its tolerance."""
+
+    exit_code = 1
+
+
+class RegressionError(ElasticError):
+    """A measurement is worse than the one that it is held against, beyond noise and tolerance."""
 
     exit_code = 1
 

@@ -4,15 +4,16 @@ It is strict: a missing or unknown field is an error that names it, so a reader 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from elastic_runtime.axis import Axis, Span
-from elastic_runtime.errors import BundleError
+from elastic_runtime.errors import BundleError, ElasticError
 from elastic_runtime.schedule import LinearBeta, Schedule, ShiftedCosine
 
 SCHEMA_VERSION = 1
+R = TypeVar("R")
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,15 +285,21 @@ class Manifest(_Record, frozen=True, kw_only=True):
 
 def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong."""
+    return read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", "export the bundle again", BundleError)
+
+
+def read_record(text: bytes, where: str, kind: type[R], version: int, what: str, again: str, error: type[ElasticError]) -> R:
+    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`."""
+    advice = again[0].upper() + again[1:]
     try:
-        version = msgspec.json.decode(text).get("schema_version")
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{where} is not a manifest: {error}. Copy or export the bundle again.") from None
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        advice = "upgrade with: pip install -U elastic-export" if newer else "export the bundle again"
-        raise BundleError(f"{where} has schema_version {version!r}; this version reads {SCHEMA_VERSION}: {advice}")
+        found = msgspec.json.decode(text).get("schema_version")
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
+        raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
+    if found != version:
+        newer = isinstance(found, int) and found > version
+        way = "upgrade with: pip install -U elastic-export" if newer else again
+        raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")
     try:
-        return msgspec.json.decode(text, type=Manifest)
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{where} is not a valid manifest: {error}. Export the bundle again.") from None
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as reason:
+        raise error(f"{where} is not a valid {what}: {reason}. {advice}.") from None

@@ -1,0 +1,100 @@
+"""The original in torch, eager and compiled, as runtimes of a benchmark: what people compare with."""
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elastic_runtime.bench.runtimes import GRAPH, Opened
+from elastic_runtime.bundle import Bundle, sha256
+from elastic_runtime.errors import InferenceError, ModelError
+from elastic_runtime.manifest import Graph, Manifest
+from elastic_runtime.reference import TOLERANCE
+from elastic_runtime.session import Arrays, Session
+
+if TYPE_CHECKING:
+    from elastic_export.models.zoo import Request
+
+BASELINES = {"torch": False, "torch-compile": True}  # name -> whether it is compiled
+
+
+@dataclass(frozen=True)
+class TorchRuntime:
+    """`checkpoint` is the file of weights, where the model is neither a packaged sample nor one of random weights."""
+
+    name: str
+    checkpoint: Path | None = None
+    artifact: str | None = None
+    precision: str = "fp32"
+
+    def obstacle(self, bundle: Bundle) -> str | None:
+        if missing := [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]:
+            return f"{missing[0]} is not installed: pip install 'elastic-export[torch]'"
+        if BASELINES[self.name] and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            return "torch.compile needs a C++ compiler, and there is none"
+        try:
+            request(bundle.manifest, self.checkpoint)
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def open(self, bundle: Bundle, threads: int) -> Opened:
+        import torch
+
+        from elastic_export.models.zoo import load
+
+        torch.set_num_threads(threads)
+        module = load(request(bundle.manifest, self.checkpoint)).module
+        # The bound of float32, as for an artifact: eager torch wrote the recording, perhaps on another processor.
+        session = TorchSession(bundle.manifest.graphs[GRAPH], module, BASELINES[self.name])
+        return Opened(session, None, TOLERANCE["fp32"])
+
+
+class TorchSession(Session):
+    """A module as a session; compiled with dynamic shapes where `compiled`, when it first runs."""
+
+    def __init__(self, graph: Graph, module: Any, compiled: bool = False):
+        super().__init__(graph)
+        import torch
+
+        self._torch = torch
+        self._module: Any = torch.compile(module, dynamic=True) if compiled else module
+        self.where = f"torch {torch.__version__.split('+')[0]} CPU {'compiled' if compiled else 'eager'}"
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        if self._module is None:
+            raise InferenceError("this session is closed")
+        with self._torch.inference_mode():
+            result = self._module(**{name: self._torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()})
+        results = result if isinstance(result, tuple) else (result,)
+        return {spec.name: value.numpy() for spec, value in zip(self.graph.outputs, results, strict=True)}
+
+    def close(self) -> None:
+        self._module = None
+
+
+def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":
+    """How the zoo loads the very model that a bundle was made from.
+
+    Raises: ModelError where its weights are not at hand, or `checkpoint` holds other ones.
+    """
+    from elastic_export.models.zoo import FAMILIES, Request, samples
+
+    model, wanted = manifest.model, manifest.provenance.checkpoint_sha256
+    if model.name in samples() and sha256(samples()[model.name].with_suffix(".safetensors")) == wanted:
+        return Request(model.name)
+    if model.family not in FAMILIES:
+        raise ModelError(f"this version has no family {model.family!r}; it has {', '.join(FAMILIES)}")
+    if model.weights == "random":
+        return Request(model.family, random_weights=True, overrides=model.config)
+    if checkpoint is None:
+        named = f" ({manifest.provenance.checkpoint})" if manifest.provenance.checkpoint else ""
+        raise ModelError(f"the bundle does not hold the original's weights{named}: give them with --checkpoint FILE")
+    if not checkpoint.is_file():
+        raise ModelError(f"there is no file {checkpoint}")
+    if sha256(checkpoint) != wanted:
+        raise ModelError(f"{checkpoint} is not what the bundle was made from: its SHA-256 is not the manifest's")
+    return Request(model.family, checkpoint, overrides=model.config)

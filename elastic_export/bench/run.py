@@ -1,0 +1,63 @@
+"""The whole benchmark: every bundle, by every runtime that was asked for."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_export.bench.baseline import BASELINES, TorchRuntime
+from elastic_runtime.bench.drawing import Album
+from elastic_runtime.bench.energy import counters
+from elastic_runtime.bench.machine import machine, peaks
+from elastic_runtime.bench.measure import OnStage, measure, points
+from elastic_runtime.bench.process import Process
+from elastic_runtime.bench.records import SCHEMA_VERSION, Report, Settings
+from elastic_runtime.bench.runtimes import WAYS, Runtime, runtimes
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.errors import UsageError
+
+NAMES = (*WAYS, *BASELINES)
+
+
+def bench(
+    folders: Sequence[Path],
+    names: Sequence[str],
+    values: Sequence[int] | None,
+    settings: Settings,
+    command: str,
+    checkpoint: Path | None = None,
+    on_stage: OnStage = lambda what: None,
+    start: Any = Process,
+) -> tuple[Report, list[Album]]:
+    """Measure the bundles in `folders`; return the report, and each bundle's pictures.
+
+    Raises: UsageError and its kinds, before anything is measured.
+    """
+    settings.check()
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UsageError(f"there is no runtime {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if len({folder.resolve().name for folder in folders}) < len(folders):
+        raise UsageError("two bundles have the same folder name, by which the report knows them: rename one")
+    bundles = [Bundle.open(folder) for folder in folders]
+    wanted = [(bundle, points(bundle, values), _runtimes(bundle, names, checkpoint)) for bundle in bundles]
+    on_stage("measuring the processor's peaks")
+    most = peaks(threads=settings.threads)
+    sources, absent = counters()
+    found = [measure(bundle, asked, budgets, settings, start, on_stage) for bundle, budgets, asked in wanted]
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=machine(),
+        peaks=most,
+        energy=dict.fromkeys(sources, "counted") | {name: f"absent: {why}" for name, why in absent.items()},
+        settings=settings,
+        bundles=tuple(report for report, _ in found),
+    ), [album for _, album in found]
+
+
+def _runtimes(bundle: Bundle, names: Sequence[str], checkpoint: Path | None) -> list[Runtime]:
+    found: list[Runtime] = []
+    for name in names:
+        found += [TorchRuntime(name, checkpoint)] if name in BASELINES else runtimes(name, bundle)
+    return found

@@ -1,0 +1,110 @@
+"""`elastic-export bench`: runtimes and budgets side by side, time against quality."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elastic_export.cli import options, show
+
+
+def bench(
+    bundles: Annotated[list[Path] | None, typer.Argument(metavar="BUNDLE...", help="Folders of bundles.", show_default=False)] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, trt, coreml, torch, torch-compile [dim](default: all)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Budgets on the bundle's axis [dim](default: its doublings)[/dim].", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples of one step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of pictures; 1 is off.")] = 2.0,
+    duration: Annotated[float, typer.Option(help="Seconds of timing for each runtime and budget.")] = 3.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each runtime [dim](default: all)[/dim].", show_default=False)
+    ] = None,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Also draw with fewer steps and cheaper guidance, and say what is best.")
+    ] = False,
+    single_stream: Annotated[
+        bool, typer.Option("--single-stream", help="Also pictures one after another, MLPerf-style: p90 of up to 1,024.")
+    ] = False,
+    checkpoint: options.Checkpoint = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything, each sample too.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots and pictures.", show_default=False)] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD NEW", help="Measure nothing; say what changed between two --json files.", show_default=False),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="With --compare: slower by more than this share is a regression.")] = 0.05,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Time bundles in every runtime at several budgets, and what each budget is worth.
+
+    Runtimes take turns, each in its own process. Nothing is told of one whose outputs were not first held against the original's.
+    Exit code 1: a runtime was wrong, or with --compare something became slower.
+
+    [bold]Examples[/bold]
+
+      elastic-export bench digits
+      elastic-export bench digits --runtimes onnxruntime,openvino --budgets 32,128 --quality --html digits.html
+      elastic-export bench digits --json new.json
+      elastic-export bench --compare old.json new.json --tolerance 0.1
+    """
+    from elastic_runtime.errors import MissingError, RegressionError, UsageError, VerificationError
+
+    if compare:
+        if bundles:
+            raise UsageError("--compare reads two files and measures nothing: leave the bundles out")
+        from elastic_runtime.bench.compare import changes, other_machine
+        from elastic_runtime.bench.files import read
+
+        old, new = (read(path) for path in compare)
+        if different := other_machine(old, new):
+            show.note(f"these are two machines: {different}")
+        found = changes(old, new, tolerance)
+        show.changes(found, tolerance)
+        if worse := [change for change in found if change.verdict in ("slower", "lost")]:
+            raise RegressionError(f"{len(worse)} of {len(found)} rows are worse, {' '.join(worse[0].place)} the first")
+        return
+    if not bundles:
+        raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
+    from elastic_export.bench.run import NAMES
+    from elastic_export.bench.run import bench as run
+    from elastic_runtime.bench.files import refuse_clobber, write
+    from elastic_runtime.bench.machine import usable_cores
+    from elastic_runtime.bench.records import Settings, encode
+
+    if html:
+        from elastic_export.bench.page import page, require
+
+        require()  # a missing package should not wait for the measurement to end
+    for path in (json, html):
+        if path:
+            refuse_clobber(path, overwrite)
+    settings = Settings(
+        batch=batch, steps=steps, duration=duration, guidance=guidance, threads=threads or usable_cores(), quality=quality,
+        single_stream=single_stream,
+    )  # fmt: skip
+    names = [name.strip() for name in runtimes.split(",")] if runtimes else NAMES
+    values = options.integers(budgets) if budgets else None
+    with show.stages(quiet) as on_stage:
+        report, albums = run(bundles, names, values, settings, options.command_line(), checkpoint, on_stage)
+    if json:
+        write(json, encode(report))
+    if html:
+        write(html, page(report, albums).encode())
+    show.benchmark(report)
+    every = [runtime for bundle in report.bundles for runtime in bundle.runtimes]
+    if wrong := [runtime for runtime in every if runtime.failure]:
+        raise VerificationError(f"{wrong[0].runtime} has no figures: {wrong[0].failure}")
+    if not any(runtime.rows for runtime in every):
+        reasons = " ".join(dict.fromkeys(f"{runtime.runtime}: {runtime.missing}" for runtime in every))
+        raise MissingError(f"nothing here can run what was asked for. {reasons}")

@@ -1,0 +1,97 @@
+"""Pictures drawn in turns by every runtime in every way: their time, and how near they come to those of the full budget."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec.structs import replace
+
+from elastic_runtime.bench.pareto import SAME, front
+from elastic_runtime.bench.records import Settings, Trial
+from elastic_runtime.bench.subject import Drawing
+from elastic_runtime.budget import Budget
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.reference import compare
+
+if TYPE_CHECKING:
+    from elastic_runtime.bench.measure import Entry
+
+PICTURES = 4  # batches that each way draws, from noise of its own
+# pictures (N, H, W, C) by budget, from the same noise, drawn by the first runtime that can
+Album = dict[Budget, np.ndarray]
+
+
+def drawings(budgets: Sequence[Budget], settings: Settings) -> list[Drawing]:
+    """The ways to draw, the full budget first: each budget; with quality also at half and a quarter of the steps, and with the
+    smallest budget for the weak branch of guidance."""
+    smallest = budgets[0]
+    steps = sorted({max(1, settings.steps // part) for part in (1, 2, 4)}, reverse=True) if settings.quality else [settings.steps]
+    ways = []
+    for count in steps:
+        for budget in reversed(budgets):
+            ways.append(Drawing(budget, None, count))
+            if settings.quality and settings.guidance > 1 and budget != smallest:
+                ways.append(Drawing(budget, smallest, count))
+    return ways
+
+
+def trials(entries: "list[Entry]", bundle: Bundle, ways: list[Drawing], settings: Settings) -> tuple[tuple[Trial, ...], Album]:
+    """Draw in every way by every runtime that can; return trials where quality was asked for, and the album of the plain ways.
+
+    Without quality it ends, after at least one batch, when the slowest way has had its duration.
+    """
+    drawers = [entry for entry in entries if entry.subject is not None and entry.loaded is not None and entry.loaded.draws]
+    for entry in entries:
+        if entry.subject is not None and entry not in drawers:
+            entry.skipped["pictures"] = "it has no decoder here"
+    pictures: dict[tuple[str, Drawing], list[np.ndarray]] = {}
+    for way in dict.fromkeys(way._replace(steps=1) for way in ways):  # a guided batch is a new shape: the first is never timed
+        for entry in drawers:
+            if _offers(entry, way):
+                entry.ask("draw", way, 0)
+    for seed in range(PICTURES):
+        for way in ways:
+            for entry in drawers:
+                if _offers(entry, way) and (drawn := entry.ask("draw", way, seed)):
+                    entry.drawn.setdefault(way, []).append(drawn[0])
+                    pictures.setdefault((entry.runtime.name, way), []).append(drawn[1])
+        spent = max((sum(seconds) for entry in drawers for seconds in entry.drawn.values()), default=0.0)
+        if not settings.quality and spent >= settings.duration:
+            break
+    kept = [entry for entry in drawers if entry.subject is not None and entry.drawn]
+    if not kept:
+        return (), {}
+    first = kept[0]
+    album = {
+        way.budget: np.concatenate(pictures[first.runtime.name, way])
+        for way in reversed(ways)
+        if way in first.drawn and way.weak is None and way.steps == settings.steps
+    }
+    if not settings.quality or bundle.manifest.model.tokens == "code":  # the distance of two token ids means nothing
+        return (), album
+    standard = np.concatenate(pictures[first.runtime.name, next(way for way in ways if way in first.drawn)])
+    made = [
+        _trial(entry, way, np.concatenate(pictures[entry.runtime.name, way]), standard)
+        for entry in kept
+        for way in ways
+        if way in entry.drawn
+    ]
+    marks = front([(trial.seconds, min(trial.psnr_db, SAME)) for trial in made])
+    return tuple(replace(trial, front=mark) for trial, mark in zip(made, marks, strict=True)), album
+
+
+def _offers(entry: "Entry", way: Drawing) -> bool:
+    return entry.subject is not None and way.budget in entry.first and (way.weak is None or way.weak in entry.first)
+
+
+def _trial(entry: "Entry", way: Drawing, drawn: np.ndarray, standard: np.ndarray) -> Trial:
+    found = compare(drawn, standard, way.budget, 0.0, entry.runtime.name)
+    return Trial(
+        runtime=entry.runtime.name,
+        budget=dict(way.budget),
+        guidance_budget=None if way.weak is None else dict(way.weak),
+        steps=way.steps,
+        seconds=float(np.median(entry.drawn[way])),
+        psnr_db=found.psnr_db,
+        cosine=found.cosine,
+    )

@@ -1,0 +1,52 @@
+"""What is worth choosing: the front of time against quality, and a recommendation in one sentence."""
+
+from collections.abc import Sequence
+
+from elastic_runtime.bench.records import BundleReport, Settings
+from elastic_runtime.budget import Budget
+
+SAME = 60.0  # dB; above it a difference is rounding, and no reason to prefer one way to another
+NEAR = 30.0  # dB; above it pictures are taken for the same in image coding
+ALLOWANCE = 1.1  # a Frechet distance this many times the best one is taken for as good
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """For each (cost, quality) whether no other has at most its cost and at least its quality, and is better in one of them."""
+    return [not any(c <= cost and q >= quality and (c < cost or q > quality) for c, q in points) for cost, quality in points]
+
+
+def recommend(bundle: BundleReport, settings: Settings) -> str | None:
+    """The fastest way to draw that is as good as the best, in a sentence; None where no pictures were drawn.
+
+    Good is, where the card has figures for the budgets, a Frechet distance of at most 1.1 times the best; else a PSNR of 30 dB
+    or more against the full budget from the same noise. The card knows float32 and its own steps; nothing else is considered then.
+    """
+    if not bundle.trials:
+        return None
+    first = bundle.trials[0]  # the full budget of the first runtime: what the others were compared with
+    card = {Budget(**row.budget): row for row in bundle.card}
+    exact = {runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"}
+    plain = [trial for trial in bundle.trials if trial.steps == first.steps and trial.guidance_budget is None]
+    graded = [trial for trial in plain if trial.runtime in exact and Budget(**trial.budget) in card]
+    if graded:
+        best = min(card[Budget(**trial.budget)].frechet_distance for trial in graded)
+        good = [trial for trial in graded if card[Budget(**trial.budget)].frechet_distance <= ALLOWANCE * best]
+        chosen = min(good, key=lambda trial: trial.seconds)
+        figure = card[Budget(**chosen.budget)].frechet_distance
+        why = f"its Frechet distance by the card's own protocol is {figure:.1f}, where the best is {best:.1f}"
+    else:
+        near = [trial for trial in bundle.trials if trial.psnr_db >= NEAR]
+        chosen = min(near, key=lambda trial: trial.seconds)  # the full budget itself is near
+        if chosen == first:
+            why = f"nothing faster comes within {NEAR:g} dB of it"
+        else:
+            why = f"its pictures come within {chosen.psnr_db:.0f} dB of the full budget's"
+    how = f"{chosen.runtime} at {Budget(**chosen.budget)} with {chosen.steps} steps"
+    weak = f" and {Budget(**chosen.guidance_budget)} for the weak branch" if chosen.guidance_budget else ""
+    share = f"{chosen.seconds / first.seconds:.0%} of {first.runtime} at {Budget(**first.budget)}"
+    many = "a picture" if settings.batch == 1 else f"a batch of {settings.batch}"
+    return f"Use {how}{weak}: {_time(chosen.seconds)} {many}, {share}; {why}."
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
