@@ -5,19 +5,18 @@ from dataclasses import dataclass
 
 from elastic_export.bench.svg import COLORS, Point, Series, legend, plot
 from elastic_runtime.bench.figures import Figures
+from elastic_runtime.bench.pareto import SAME
 from elastic_runtime.bench.records import BundleReport, Row, Settings, Trial
 from elastic_runtime.budget import Budget
-
-SAME = 900.0  # dB and more stand for pictures without any difference
 
 
 @dataclass(frozen=True)
 class Plot:
-    """An SVG element with its title, its legend (name, colour), and a sentence on how to read it."""
+    """An SVG element with its title, the series of its legend, and a sentence on how to read it."""
 
     title: str
     svg: str
-    legend: list[tuple[str, str]]
+    legend: list[Series]
     note: str = ""
 
 
@@ -48,7 +47,7 @@ def cost_plot(bundle: BundleReport, rows: Sequence[Figures]) -> list[Plot]:
             Point(
                 100 * found.flop_share,
                 100 * found.time_share,
-                f"{runtime.runtime}, {Budget(**found.row.budget)}: {found.time_share:.0%} of the time for {found.flop_share:.0%} of the FLOPs",
+                f"{runtime.runtime}, {Budget(**found.row.budget)}: {found.time_share:.0%} of the time, {found.flop_share:.0%} of the FLOPs",
             )
             for found in rows
             if found.runtime == runtime and found.flop_share is not None
@@ -65,15 +64,13 @@ def cost_plot(bundle: BundleReport, rows: Sequence[Figures]) -> list[Plot]:
 def trial_plot(bundle: BundleReport, settings: Settings) -> Plot:
     """Time of a picture against its nearness to the full budget's, with the front."""
     shades = colors(bundle)
-    finite = [trial.psnr_db for trial in bundle.trials if trial.psnr_db < SAME]
-    top = max(finite, default=0.0) + 5
 
     def point(trial: Trial) -> Point:
         same = trial.psnr_db >= SAME
         weak = f", weak branch {Budget(**trial.guidance_budget)}" if trial.guidance_budget else ""
-        near = "the same pictures" if same else f"{trial.psnr_db:.1f} dB"
+        near = "the same pictures but for rounding" if same else f"{trial.psnr_db:.1f} dB"
         words = f"{trial.runtime}, {Budget(**trial.budget)}{weak}, {trial.steps} steps: {1e3 * trial.seconds:.1f} ms, {near}"
-        return Point(1e3 * trial.seconds, top if same else trial.psnr_db, words, hollow=not trial.front)
+        return Point(1e3 * trial.seconds, min(trial.psnr_db, SAME), words, hollow=not trial.front)
 
     front = sorted((trial for trial in bundle.trials if trial.front), key=lambda trial: trial.seconds)
     series = [Series("front", [point(trial) for trial in front], "#3b4046", dashed=True, marks=False)]
@@ -83,9 +80,8 @@ def trial_plot(bundle: BundleReport, settings: Settings) -> Plot:
     title = "Time against quality: budget, steps and the weak branch's budget"
     many = "a picture" if settings.batch == 1 else f"{settings.batch} pictures"
     svg = plot(series, f"ms for {many}", "PSNR against the full budget, dB", title, from_zero=False)
-    return Plot(
-        title, svg, legend(series), "Filled: nothing is both faster and nearer. Hollow: dominated. The top row is without any difference."
-    )
+    note = f"Filled: nothing is both faster and nearer. Hollow: dominated. {SAME:g} dB stands for every smaller difference."
+    return Plot(title, svg, legend(series), note)
 
 
 def card_plot(bundle: BundleReport) -> list[Plot]:
@@ -101,7 +97,7 @@ def card_plot(bundle: BundleReport) -> list[Plot]:
                 card[Budget(**trial.budget)].frechet_distance,
                 f"{name}, {Budget(**trial.budget)}: Fréchet distance {card[Budget(**trial.budget)].frechet_distance:.1f}, "
                 f"{card[Budget(**trial.budget)].accuracy:.1%} as asked, {1e3 * trial.seconds:.1f} ms",
-                label=str(_value(trial.budget)),
+                label="" if series else str(_value(trial.budget)),
             )
             for trial in bundle.trials
             if trial.runtime == name and trial.steps == full and trial.guidance_budget is None and Budget(**trial.budget) in card

@@ -72,9 +72,9 @@ def plot(
     return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="{INK}">{"".join(parts)}</svg>'
 
 
-def legend(series: Sequence[Series]) -> list[tuple[str, str]]:
-    """Name and colour of each series, once."""
-    return list({each.name: each.color for each in series if each.name}.items())
+def legend(series: Sequence[Series]) -> list[Series]:
+    """The series that have a name."""
+    return [each for each in series if each.name]
 
 
 def _series(each: Series, to_x: Callable[[float], float], to_y: Callable[[float], float]) -> str:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from elastic_runtime.bench.compare import Change
 from elastic_runtime.bench.figures import Figures, figures, method
+from elastic_runtime.bench.pareto import SAME
 from elastic_runtime.bench.records import BundleReport, Report
 from elastic_runtime.budget import key
 from elastic_runtime.bundle import Bundle
@@ -219,17 +220,16 @@ def benchmark(report: Report) -> None:
             table(f"{opened.name}: a step of batch {report.settings.batch}", columns, [_benchmark_row(row) for row in rows])
         _streams(opened)
         if opened.trials:
-            marked = sorted(opened.trials, key=lambda trial: trial.seconds)
+            front = sorted((trial for trial in opened.trials if trial.front), key=lambda trial: trial.seconds)
             table(
-                f"{opened.name}: time against nearness to the full budget",
-                ("runtime", "budget", "weak branch", "steps", "ms", "PSNR dB", "cosine", ""),
+                f"{opened.name}: the front of time against nearness to the full budget, of {len(opened.trials)} ways (--html has them all)",
+                ("runtime", "budget", "weak branch", "steps", "ms", "PSNR dB", "cosine"),
                 [
                     (
                         trial.runtime, key(trial.budget), key(trial.guidance_budget) if trial.guidance_budget else "the same", trial.steps,
-                        _ms(trial.seconds), "same" if trial.psnr_db > 900 else f"{trial.psnr_db:.1f}", f"{trial.cosine:.5f}",
-                        "front" if trial.front else "dominated",
+                        _ms(trial.seconds), "same" if trial.psnr_db >= SAME else f"{trial.psnr_db:.1f}", f"{trial.cosine:.5f}",
                     )
-                    for trial in marked
+                    for trial in front
                 ],
             )  # fmt: skip
         if opened.card:

@@ -1,0 +1,81 @@
+"""The original in torch as a runtime of the benchmark."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch", reason="the baselines are torch")
+pytest.importorskip("onnxruntime", reason="exporting verifies with ONNX Runtime")
+
+from elastic_export.bench.baseline import TorchRuntime, request
+from elastic_export.capture import capture
+from elastic_export.export import export
+from elastic_export.models.zoo import Request, load
+from elastic_runtime import Bundle, InferenceError, ModelError, Span
+from elastic_runtime.reference import check
+from elastic_targets import load as room
+
+SIZES = {
+    "hidden_size": 32, "num_heads": 4, "num_classes": 10, "unique_blocks": 1, "loops": 2, "max_loops": 3,
+    "grid": 4, "vocabulary": 6, "token_kind": "grey",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A masked model of random weights, whose axis is loops. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("baseline")
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    model = load(Request("elt-masked", config=folder / "config.json", random_weights=True))
+    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "masked", "elastic-export onnx")
+
+
+def test_eager_torch_gives_what_the_bundle_recorded(masked: Bundle) -> None:
+    runtime = TorchRuntime("torch")
+    assert runtime.obstacle(masked) is None
+    opened = runtime.open(masked, threads=1)
+    with opened.denoiser as session:
+        rows = list(check(masked, "denoiser", session, opened.tolerance))
+        assert session.where.endswith("CPU eager")
+    assert len(rows) == 3
+    assert all(row.passed for row in rows)
+    with pytest.raises(InferenceError, match="closed"):
+        list(check(masked, "denoiser", session, opened.tolerance))
+
+
+def test_weights_are_found_or_asked_for(masked: Bundle, golden_bundle: Callable[[str], Bundle], golden: Path, tmp_path: Path) -> None:
+    assert request(masked.manifest).random_weights
+    trained = golden_bundle("c")
+    assert TorchRuntime("torch").obstacle(trained) == (
+        "the bundle does not hold the original's weights (elit-c.pt): give them with --checkpoint FILE"
+    )
+    runtime = TorchRuntime("torch", golden / "elit-c.pt")
+    assert runtime.obstacle(trained) is None
+    opened = runtime.open(trained, threads=1)
+    assert all(row.passed for row in check(trained, "denoiser", opened.denoiser, opened.tolerance))
+    with pytest.raises(ModelError, match="is not what the bundle was made from"):
+        request(trained.manifest, golden / "elit-a.pt")
+    with pytest.raises(ModelError, match="there is no file"):
+        request(trained.manifest, tmp_path / "none.pt")
+
+
+def test_a_packaged_sample_brings_its_weights(masked: Bundle) -> None:
+    from elastic_export.models.zoo import samples
+    from elastic_runtime.bundle import sha256
+
+    model = msgspec.structs.replace(masked.manifest.model, name="elit-mnist", family="elit-sit", weights="checkpoint")
+    digest = sha256(samples()["elit-mnist"].with_suffix(".safetensors"))
+    provenance = msgspec.structs.replace(masked.manifest.provenance, checkpoint_sha256=digest)
+    assert request(msgspec.structs.replace(masked.manifest, model=model, provenance=provenance)).name == "elit-mnist"
+    unknown = msgspec.structs.replace(model, family="abacus", name="abacus")
+    with pytest.raises(ModelError, match="no family 'abacus'"):
+        request(msgspec.structs.replace(masked.manifest, model=unknown))
+
+
+def test_a_compiler_that_is_not_here_is_named(masked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert TorchRuntime("torch-compile").obstacle(masked) == "torch.compile needs a C++ compiler, and there is none"
+    assert TorchRuntime("torch").obstacle(masked) is None

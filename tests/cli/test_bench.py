@@ -1,0 +1,107 @@
+"""`elastic-export bench` from the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bench_fakes import Clock, FakeRuntime, bundle, start
+from conftest import Outcome
+
+from elastic_runtime import Bundle
+from elastic_runtime.bench.machine import machine
+from elastic_runtime.bench.measure import measure, points
+from elastic_runtime.bench.records import Peaks, Report, Settings, encode
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return bundle(tmp_path / "tiny").folder
+
+
+def report(folder: Path, path: Path, factor: float) -> Path:
+    """A file as `--json` writes it, of a runtime whose times are multiplied by `factor`."""
+    clock, settings, opened = Clock(), Settings(steps=1, duration=0.1), Bundle.open(folder)
+    runtime = FakeRuntime("one", clock, base=0.01 * factor, each=0.001 * factor)
+    found, _ = measure(opened, [runtime], points(opened), settings, start(clock))
+    peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
+    whole = Report(
+        schema_version=1, created="now", command="elastic-export bench", machine=machine(), peaks=peaks, energy={}, settings=settings,
+        bundles=(found,),
+    )  # fmt: skip
+    path.write_bytes(encode(whole))
+    return path
+
+
+def test_a_bundle_is_measured_shown_and_written(run: Run, golden_bundle: Callable[[str], Bundle], tmp_path: Path) -> None:
+    pytest.importorskip("jinja2", reason="the page needs jinja2")
+    out = tmp_path / "out"
+    done = run(
+        "bench", golden_bundle("c").folder, "--runtimes", "onnxruntime,trt", "--budgets", "64,8", "--duration", "0.02", "--steps", 2,
+        "--threads", 1, "--json", out / "r.json", "--html", out / "r.html", "-q",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "onnxruntime" in done.out
+    assert "missing: the bundle has no trt artifact: elastic-export trt makes one" in done.out
+    assert "took turns in 10 rounds" in done.out
+    told = json.loads((out / "r.json").read_text())
+    assert told["schema_version"] == 1
+    (first, second) = told["bundles"][0]["runtimes"]
+    assert [row["budget"] for row in first["rows"]] == [{"latents": 8}, {"latents": 64}]
+    assert all(row["passed"] for row in first["checked"])
+    assert first["peak_bytes"] >= first["started_bytes"] > 0
+    assert second["rows"] == []
+    assert "<svg" in (out / "r.html").read_text()
+    assert run("bench", "--compare", out / "r.json", out / "r.json").code == 0
+    again = run("bench", golden_bundle("c").folder, "--json", out / "r.json")
+    assert (again.code, "r.json exists" in again.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["BUNDLE", "--runtimes", "abacus"], 2, "there is no runtime 'abacus'; there are onnxruntime, "),
+        (["BUNDLE", "--budgets", "65"], 2, "latents 65 is not available: this model offers 4-64 in steps of 4"),
+        (["BUNDLE", "--budgets", "few"], 2, "numbers are written"),
+        (["none"], 2, "none is not a bundle: it does not exist"),
+        (["BUNDLE", "BUNDLE"], 2, "two bundles have the same folder name"),
+        (["BUNDLE", "--duration", "0"], 2, "more than 0, got 0"),
+        (["BUNDLE", "--batch", "0"], 2, "Invalid value for '--batch'"),
+        ([], 2, "give a bundle's folder"),
+        (
+            ["BUNDLE", "--runtimes", "trt,coreml", "--duration", "0.1"],
+            3,
+            "nothing here can run what was asked for. trt: the bundle has no trt",
+        ),
+        (["BUNDLE", "--compare", "a.json", "b.json"], 2, "leave the bundles out"),
+        (["--compare", "a.json", "b.json"], 2, "cannot read a.json"),
+    ],
+)
+def test_a_wrong_wish_is_answered_in_a_sentence(arguments: list[str], code: int, message: str, run: Run, tiny: Path) -> None:
+    done = run("bench", *(str(tiny) if word == "BUNDLE" else word for word in arguments), "-q")
+    assert done.code == code, done.err
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert "Traceback" not in done.err
+
+
+def test_a_runtime_that_is_wrong_ends_with_1_and_no_figures(run: Run, tiny: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the runtime that cannot open it")
+    done = run("bench", tiny, "--runtimes", "onnxruntime", "--duration", "0.1", "-q")
+    assert done.code == 1
+    assert "FAILED: ONNX Runtime cannot open" in done.out
+    assert "onnxruntime has no figures" in done.err
+    assert "GFLOP/s" not in done.out.split("peaks")[0]
+
+
+def test_a_regression_ends_with_1_and_names_the_first_row(run: Run, tiny: Path, tmp_path: Path) -> None:
+    old, new = report(tiny, tmp_path / "old.json", 1.0), report(tiny, tmp_path / "new.json", 1.2)
+    worse = run("bench", "--compare", old, new)
+    assert worse.code == 1
+    assert "slower" in worse.out
+    assert "+20.0%" in worse.out
+    assert "5 of 5 rows are worse, tiny one latents=4 the first" in worse.err
+    assert run("bench", "--compare", old, new, "--tolerance", 0.25).code == 0
+    better = run("bench", "--compare", new, old)
+    assert (better.code, "faster" in better.out) == (0, True)
