@@ -3,10 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint check wheel gpu-check mac-check clean
+.PHONY: demo bench test lint check wheel gpu-check mac-check clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
+
+# Every packaged sample in every runtime of this machine, and the README's figures from it. Nothing else should run meanwhile.
+bench: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,openvino,report]'
+	for card in elastic_export/models/pretrained/*.json; do name=$$(basename $$card .json) && \
+		$(BIN)/elastic-export onnx $$name -o build/bench/$$name --overwrite || exit 1; done
+	$(BIN)/elastic-export bench $$(ls -d build/bench/*/) --quality --overwrite --json build/bench.json --html build/bench.html
+	$(BIN)/python samples/speed.py build/bench.json README.md --plot docs/speed.svg
 
 test: lint check wheel
 

@@ -89,7 +89,7 @@ def card_plot(bundle: BundleReport) -> list[Plot]:
     shades, card = colors(bundle), {Budget(**row.budget): row for row in bundle.card}
     exact = [runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"]
     full = bundle.trials[0].steps
-    series = []
+    series: list[Series] = []
     for name in exact:
         points = [
             Point(

@@ -72,6 +72,23 @@ def plot(
     return f'{head} font-family="system-ui, sans-serif" font-size="12" fill="{INK}">{"".join(parts)}</svg>'
 
 
+def captioned(plots: Sequence[tuple[str, str, Sequence[Series]]]) -> str:
+    """One SVG document of several plots, one under the other: (title, its SVG element, the series of its legend) each."""
+    head, parts = 52, []
+    for i, (title, svg, series) in enumerate(plots):
+        y = i * (HEIGHT + head)
+        parts.append(f'<text x="{LEFT}" y="{y + 20}" font-size="15" font-weight="600">{escape(title)}</text>')
+        x = float(LEFT)
+        for each in series:
+            parts.append(f'<circle cx="{x + 4:.0f}" cy="{y + 38}" r="4.5" fill="{each.color}"/>')
+            parts.append(f'<text x="{x + 14:.0f}" y="{y + 42}" font-size="12">{escape(each.name)}</text>')
+            x += 30 + 7 * len(each.name)
+        parts.append(svg.replace("<svg ", f'<svg y="{y + head}" width="{WIDTH}" height="{HEIGHT}" ', 1))
+    size = f'viewBox="0 0 {WIDTH} {len(plots) * (HEIGHT + head)}" width="{WIDTH}"'
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif" fill="{INK}">'
+    return f'{frame}<rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
+
+
 def legend(series: Sequence[Series]) -> list[Series]:
     """The series that have a name."""
     return [each for each in series if each.name]

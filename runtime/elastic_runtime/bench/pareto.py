@@ -39,6 +39,8 @@ def recommend(bundle: BundleReport, settings: Settings) -> str | None:
         chosen = min(near, key=lambda trial: trial.seconds)  # the full budget itself is near
         if chosen == first:
             why = f"nothing faster comes within {NEAR:g} dB of it"
+        elif chosen.psnr_db >= SAME:
+            why = "its pictures are the full budget's but for rounding"
         else:
             why = f"its pictures come within {chosen.psnr_db:.0f} dB of the full budget's"
     how = f"{chosen.runtime} at {Budget(**chosen.budget)} with {chosen.steps} steps"

@@ -9,11 +9,11 @@ SCHEMA_VERSION = 1
 ROUNDS = 10  # turns that every row gets
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the report."""
 
 
-class Machine(_Record):
+class Machine(_Record, frozen=True, kw_only=True):
     """Where it ran. `versions` are of Python and of the packages that took part."""
 
     system: str
@@ -28,14 +28,14 @@ class Machine(_Record):
         return f"{words}, {self.processor}" if self.processor and self.processor != self.architecture else words
 
 
-class Peaks(_Record):
+class Peaks(_Record, frozen=True, kw_only=True):
     """What this machine's processor reaches at best: a float32 matrix product, and a copy (bytes read and bytes written)."""
 
     flops_per_second: float
     bytes_per_second: float
 
 
-class Settings(_Record):
+class Settings(_Record, frozen=True, kw_only=True):
     """How it was measured. `duration` is the timing of each row; `guidance` and `steps` are those of pictures."""
 
     batch: int = 1
@@ -57,7 +57,7 @@ class Settings(_Record):
             raise UsageError(f"guidance must be 1 (off) or more, got {self.guidance:g}")
 
 
-class Summary(_Record):
+class Summary(_Record, frozen=True, kw_only=True):
     """Of many samples: percentiles by linear interpolation. `spread` is (p75 - p25) / p50 of the rounds' medians."""
 
     count: int
@@ -71,7 +71,7 @@ class Summary(_Record):
     spread: float
 
 
-class SingleStream(_Record):
+class SingleStream(_Record, frozen=True, kw_only=True):
     """One picture after another, each asked for when the last is done. `complete`: all queries ran before the time limit."""
 
     queries: int
@@ -80,7 +80,7 @@ class SingleStream(_Record):
     complete: bool
 
 
-class Row(_Record):
+class Row(_Record, frozen=True, kw_only=True):
     """One runtime at one budget. `rounds` are the samples of each turn, of which `step` is the summary.
 
     flops, moved_bytes: of one step (one forward pass of the batch), from the manifest's cost.
@@ -102,7 +102,7 @@ class Row(_Record):
     single_stream: SingleStream | None = None
 
 
-class RuntimeReport(_Record):
+class RuntimeReport(_Record, frozen=True, kw_only=True):
     """One runtime on one bundle. Where it could not run, `missing` says what is not here; where it was wrong or broke, `failure` says how.
 
     A runtime that failed has no rows. `started_bytes` and `peak_bytes` are its process's memory before it opened the bundle and at most.
@@ -123,7 +123,7 @@ class RuntimeReport(_Record):
     skipped: dict[str, str] = {}
 
 
-class Trial(_Record):
+class Trial(_Record, frozen=True, kw_only=True):
     """Pictures drawn one way: their time (a batch of them), and how near they come to those of the full budget from the same noise.
 
     `guidance_budget` is that of the weak branch where it is another. `front`: no other trial is both as fast and as near.
@@ -139,7 +139,7 @@ class Trial(_Record):
     front: bool = False
 
 
-class BundleReport(_Record):
+class BundleReport(_Record, frozen=True, kw_only=True):
     """One bundle: its runtimes, and with quality its trials and the card's figures."""
 
     name: str
@@ -153,7 +153,7 @@ class BundleReport(_Record):
     recommendation: str | None = None
 
 
-class Report(_Record):
+class Report(_Record, frozen=True, kw_only=True):
     """The whole file. `energy` says of each source what it is or why it is absent."""
 
     schema_version: int
@@ -167,8 +167,8 @@ class Report(_Record):
 
 
 def encode(report: Report) -> bytes:
-    """The report as JSON."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
+    """The report as JSON, on one line: most of it are samples."""
+    return msgspec.json.encode(report) + b"\n"
 
 
 def decode(text: bytes, where: str) -> Report:

@@ -99,6 +99,7 @@ class Subject:
         steady = [self.step(budget)[0]]
         while sum(steady) < seconds:
             steady.append(self.step(budget)[0])
+        steady = [round(value, 9) for value in steady]  # no clock knows more, and a report holds thousands
         return Turn(entering, tuple(steady), {name: read() - before[name] for name, read in self._counters.items()})
 
     def draw(self, way: Drawing, seed: int) -> tuple[float, np.ndarray]:

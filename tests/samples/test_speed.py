@@ -1,0 +1,52 @@
+"""`samples/speed.py` on a report of stand-ins."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bench_fakes import Clock, FakeRuntime, bundle, start
+
+from elastic_runtime import UsageError
+from elastic_runtime.bench.machine import machine
+from elastic_runtime.bench.measure import measure, points
+from elastic_runtime.bench.records import Peaks, Report, Settings, encode
+from speed import main, options, section, table
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    clock, opened = Clock(), bundle(tmp_path_factory.mktemp("speed") / "tiny")
+    runtimes = [FakeRuntime("one", clock), FakeRuntime("two", clock, base=0.02), FakeRuntime("three", clock, "absent")]
+    settings = Settings(steps=2, duration=0.1, quality=True)
+    found, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
+    peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
+    return Report(
+        schema_version=1, created="now", command="elastic-export bench", machine=machine(), peaks=peaks, energy={}, settings=settings,
+        bundles=(found,),
+    )  # fmt: skip
+
+
+def test_the_table_has_a_row_a_budget_and_a_column_a_runtime(report: Report) -> None:
+    assert table(report, report.bundles[0]).splitlines() == [
+        "| latents | one ms | two ms | fastest time share | FLOP share | fastest picture ms |",
+        "|---:|---:|---:|---:|---:|---:|",
+        "| 4 | 14.00 | 24.00 | 19% | 63% | 56 |",
+        "| 64 | 74.00 | 84.00 | 100% | 100% | 300 |",
+    ]
+
+
+def test_the_page_and_the_plot_are_filled_and_checked(report: Report, tmp_path: Path) -> None:
+    json, page, plot = tmp_path / "r.json", tmp_path / "page.md", tmp_path / "speed.svg"
+    json.write_bytes(encode(report))
+    page.write_text("before\n<!-- figures speed -->\nold\n<!-- end of figures -->\nafter\n")
+    with pytest.raises(SystemExit, match=r"page\.md does not say what"):
+        main(options().parse_args([str(json), str(page), "--check"]))
+    main(options().parse_args([str(json), str(page), "--plot", str(plot)]))
+    assert page.read_text() == f"before\n<!-- figures speed -->\n{section(report)}\n<!-- end of figures -->\nafter\n"
+    assert "`make bench` on a" in section(report)
+    assert str(report.bundles[0].recommendation) in section(report)
+    drawing = ElementTree.fromstring(plot.read_text())
+    assert len(drawing.findall(".//{*}polyline")) == 2
+    main(options().parse_args([str(json), str(page), "--check"]))
+    with pytest.raises(UsageError, match="cannot read"):
+        main(options().parse_args([str(tmp_path / "none.json")]))
