@@ -1,6 +1,7 @@
 """The original in torch, eager and compiled, as runtimes of a benchmark: what people compare with."""
 
 import importlib.util
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ class TorchSession(Session):
         import torch
 
         self._torch = torch
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what the compiler thinks of a graph is not the benchmark's to tell
         self._module: Any = torch.compile(module, dynamic=True) if compiled else module
         self.where = f"torch {torch.__version__.split('+')[0]} CPU {'compiled' if compiled else 'eager'}"
 

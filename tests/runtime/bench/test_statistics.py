@@ -29,10 +29,10 @@ def test_figures_scale_with_the_unit_and_shares_do_not(samples: list[list[float]
     scaled = [[unit * value for value in each] for each in samples]
     a, b = summarize(samples), summarize(scaled)
     assert b.p90 == pytest.approx(unit * a.p90)
-    assert b.spread == pytest.approx(a.spread, abs=1e-9)
+    assert b.spread == pytest.approx(a.spread, rel=1e-9, abs=1e-9)
     assert ratio(scaled, samples) == pytest.approx(unit)
     if len(samples) > 1:
-        assert noise(scaled) == pytest.approx(noise(samples), abs=1e-9)
+        assert noise(scaled) == pytest.approx(noise(samples), rel=1e-9, abs=1e-9)
 
 
 @given(st.lists(st.tuples(seconds, st.floats(1.0, 50.0)), min_size=1, max_size=12), st.floats(0.1, 10.0))
