@@ -50,10 +50,10 @@ def elit_flops(params: "ElitParams", latents: int) -> int:
 
 def elt_flops(params: "EltParams", loops: int) -> int:
     """FLOPs of one ELT forward pass at batch 1: prelude, `loops` times the shared blocks, coda."""
-    values = params.patch_size**2 * params.in_channels
+    values, out = (params.patch_size**2 * channels for channels in (params.in_channels, params.out_channels))
     depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
     block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
-    return embedders(params.tokens, params.hidden_size, values, values) + depth * block
+    return embedders(params.tokens, params.hidden_size, values, out) + depth * block
 
 
 def elt_masked_flops(params: "EltMaskedParams", loops: int) -> int:
