@@ -121,4 +121,4 @@ if __name__ == "__main__":
     if given.plain:
         train(lambda: elt.Elt(PLAIN), recipe(plain=True), given, {"family": elt.FAMILY.name, "config": asdict(PLAIN)}, data)
     else:
-        train(lambda: dc_dit.DcDit(PARAMS), recipe(plain=False), given, {"family": "dc-dit", "config": asdict(PARAMS)}, data)
+        train(lambda: dc_dit.untrained(PARAMS), recipe(plain=False), given, {"family": dc_dit.FAMILY.name, "config": asdict(PARAMS)}, data)

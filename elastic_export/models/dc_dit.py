@@ -5,17 +5,26 @@ Convolutions lead from pixels to tokens and back at full T; a router, chunking a
 them and the core's DiT blocks, which see K tokens.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_export.models.cost import dc_dit_activation_values, dc_dit_flops
 from elastic_export.models.dc_dit_chunk import Router, count, float32, group_norm, natural, nearest, select, smooth, take
+from elastic_export.models.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.models.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
-
-ROUTER_BIAS = -1.1  # training starts from few kept tokens: sigmoid(-1.1) is 0.25, the share that the paper aims for
+from elastic_runtime.axis import Axis
+from elastic_runtime.budget import Budget
+from elastic_runtime.errors import ModelError
+from elastic_runtime.manifest import Cost, TensorSpec
+from elastic_runtime.schedule import LinearBeta
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,6 @@ class DcDit(nn.Module):
         # Not a buffer: building on `meta` would lose it.
         self.cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # (T, 2): row, column
         initialize(self, zero=(*(block.modulation for block in self.blocks), self.final_layer, self.residual_proj))
-        nn.init.constant_(self.router.residual_scorer[-1].bias, ROUTER_BIAS)
 
     def to_grid(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).unflatten(2, (self.params.input_size, -1))  # (B, D, s, s)
@@ -151,10 +159,10 @@ class DcDit(nn.Module):
         """De-chunked tokens (B, T, D) in float32, and the positions (B, K) of the tokens that went through the core."""
         p, positions = select(p, slots.shape[0])  # (B, K)
         shown = slots < kept[:, None]  # (B, K)
-        cells, visible = self.cells[positions], shown.float()  # (B, K, 2)
+        cells, visible = F.embedding(positions, self.cells), shown.float()  # (B, K, 2)
         # Attention of ONNX Runtime does not stretch a mask over the queries.
         mask = shown[:, None, None, :].expand(-1, 1, slots.shape[0], -1)
-        h = take(x, positions) + self.pos_embed[0][positions]  # (B, K, D)
+        h = take(x, positions) + F.embedding(positions, self.pos_embed[0])  # (B, K, D)
         for block in self.blocks:
             h = block(h, c, mask)
         h = smooth(self.rmsnorm(h).float(), p, cells, visible, self.params.dechunk_kernel_sigma)
@@ -192,3 +200,179 @@ class DcDit(nn.Module):
         decision = torch.where(taken, p, 1 - p)
         tokens = tokens * (1 + decision - decision.detach())[:, :, None]
         return self.decode(tokens + float32(self.residual_proj, x), c), p, natural(p)
+
+
+def untrained(params: DcDitParams) -> DcDit:
+    """A DC-DiT to train: what `DcDit` starts with, and a router that says 0.25 of every token, the share that the paper aims for."""
+    model = DcDit(params)
+    last = model.router.residual_scorer[-1]
+    nn.init.constant_(last.bias, -1.1)  # type: ignore[arg-type]
+    return model
+
+
+def upcycle(params: DcDitParams, dit: Mapping[str, Tensor]) -> tuple[DcDit, tuple[str, ...]]:
+    """An untrained DC-DiT whose core is a plain DiT's, and the names of the weights that came from there (section 4.4).
+
+    `dit` is a checkpoint in DiT's public format, of this width, with blocks and embedders as they are there; those of time and label
+    are taken too. The convolutions around the core, the router and the final layer, whose widths are others, start afresh.
+
+    Raises: ModelError where the DiT has other blocks or another width.
+    """
+    model = untrained(params)
+    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(("blocks.", "t_embedder.", "y_embedder."))}
+    given = {_renamed(key): value for key, value in dit.items()}
+    if missing := [name for name in wanted if name not in given]:
+        raise ModelError(f"the DiT to upcycle lacks {missing[0]} and {len(missing) - 1} more: it needs at least {params.depth} blocks")
+    if (blocks := _blocks(given, "blocks")) != params.depth:
+        raise ModelError(f"the DiT to upcycle has {blocks} blocks, the DC-DiT's core {params.depth}")
+    for name, value in wanted.items():
+        if given[name].shape != value.shape:
+            raise ModelError(f"the DiT to upcycle has {name} of shape {tuple(given[name].shape)}, the DC-DiT {tuple(value.shape)}")
+    model.load_state_dict({name: given[name].float() for name in wanted}, strict=False)
+    return model, tuple(wanted)
+
+
+_RENAMES = (
+    (r"^x_embedder\.proj\.", "x_embedder."),
+    (r"^hnet\.routing_module\.", "router."),
+    (r"^hnet\.main_network\.main_network\.layers\.", "blocks."),
+    (r"^hnet\.main_network\.main_network\.", ""),
+    (r"^hnet\.", ""),
+    (r"\bcond_proj\.1\.", "cond_proj."),
+    (r"\badaLN_modulation\.1\.", "modulation.linear."),
+)
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def rename_key(key: str) -> str | None:
+    """Name in this file of a public checkpoint's key."""
+    return _renamed(key)
+
+
+_XL = DcDitParams(input_size=32, in_channels=4, hidden_size=1152, depth=28, num_heads=16, num_classes=1000, dechunk_kernel_sigma=1.0)
+_SIZES = {
+    "s": replace(_XL, depth=12, hidden_size=384, num_heads=6),
+    "b": replace(_XL, depth=12, hidden_size=768, num_heads=12),
+    "l": replace(_XL, depth=24, hidden_size=1024),
+    "xl": _XL,
+}
+_SIGMA = {32: 1.0, 64: 2.0}  # grid cells, by latent side: 256 and 512 pixels
+PRESETS = {
+    f"dc-dit-{size}-{8 * side}": replace(params, input_size=side, dechunk_kernel_sigma=sigma)
+    for side, sigma in _SIGMA.items()
+    for size, params in _SIZES.items()
+}
+
+
+def _blocks(names: Any, stack: str) -> int:
+    return len({match[1] for name in names if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", name))})
+
+
+def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of DcDitParams that a checkpoint's shapes and training arguments tell.
+
+    Raises: ModelError for a checkpoint that is not a DC-DiT, or one of a kind that this file does not implement.
+    """
+    named = {_renamed(key): tuple(value.shape) for key, value in weights.items()}
+    ranks = {
+        "x_embedder.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2,
+        "router.proj.weight": 4, "final_layer.linear.weight": 2,
+    }  # fmt: skip
+    if lacking := [name for name in ranks if name not in named]:
+        raise ModelError(f"this is not a DC-DiT checkpoint: it lacks {', '.join(lacking)}")
+    if odd := [name for name, rank in ranks.items() if len(named[name]) != rank]:
+        raise ModelError(f"this is not a DC-DiT checkpoint: its {odd[0]} has shape {named[odd[0]]}, not {ranks[odd[0]]} dimensions")
+    encoders, decoders = (_blocks(named, f"{side}.layers") for side in ("encoder", "decoder"))
+    if not encoders or not decoders:
+        raise ModelError("the checkpoint has no convolution blocks in its encoder or decoder; other kinds than c1, c2, ... are not supported")
+    outer, channels, *_ = named["x_embedder.weight"]
+    width = named["pos_embed"][2]
+    shapes = {
+        "input_size": math.isqrt(named["pos_embed"][1]),
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": _blocks(named, "blocks"),
+        "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
+        "enc_dec_dim_factor": width // outer,
+        "encoder": f"c{encoders}",
+        "decoder": f"c{decoders}",
+        "learn_sigma": named["final_layer.linear.weight"][0] == 2 * channels,
+        "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
+    }
+    told = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+
+
+def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What no shape tells: heads of the published size with this depth and width, sigma of the published picture size."""
+    found: dict[str, Any] = {"dechunk_kernel_sigma": _SIGMA[known["input_size"]]} if known.get("input_size") in _SIGMA else {}
+    for preset in _SIZES.values():
+        if (known.get("depth"), known.get("hidden_size")) == (preset.depth, preset.hidden_size):
+            found["num_heads"] = preset.num_heads
+    return found
+
+
+def axes(params: DcDitParams) -> tuple[Axis, ...]:
+    """`tokens`: the cap K, carried by the length of `slots`, from about a sixteenth of the tokens to all of them in 64ths."""
+    step = max(params.tokens // 64, 1)
+    least = params.tokens - (params.tokens - max(params.tokens // 16, 1)) // step * step
+    return (
+        Axis(
+            name="tokens", min=least, max=params.tokens, step=step, default=params.tokens, input="slots", carrier="length", dimension="K"
+        ),
+    )  # fmt: skip
+
+
+def inputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
+    return (
+        *picture_inputs(params.in_channels, params.input_size),
+        TensorSpec(name="drop_fraction", dtype="float32", shape=("B",)),
+        TensorSpec(name="slots", dtype="int64", shape=("K",)),
+    )
+
+
+def outputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
+    side = params.input_size
+    return (
+        TensorSpec(name="prediction", dtype="float32", shape=("B", 2 * params.in_channels, side, side)),
+        TensorSpec(name="kept", dtype="float32", shape=("B",)),
+    )
+
+
+def feeds(params: DcDitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
+    """Noise, whole timesteps, labels and several fractions, the same for every budget, and the slots."""
+    picture = picture_feeds(params.in_channels, params.input_size, params.num_classes, batch)
+    return picture | {
+        "timestep": np.floor(picture["timestep"] * 1000),
+        "drop_fraction": np.resize(np.array([0.0, 0.3, 0.6], dtype=np.float32), batch),
+        "slots": np.arange(budget["tokens"], dtype=np.int64),
+    }
+
+
+def cost(params: DcDitParams, budget: Budget, weights: int) -> Cost:
+    """Cost of one sample's forward pass with `tokens` slots, filled or not; `weights` is the number of parameters."""
+    slots = budget["tokens"]
+    return priced(budget, dc_dit_flops(params, slots), weights, dc_dit_activation_values(params, slots))
+
+
+def facts(params: DcDitParams) -> dict[str, Any]:
+    return {
+        "prediction": "epsilon",
+        "schedule": LinearBeta(),
+        "sample_shape": (params.in_channels, params.input_size, params.input_size),
+        "num_classes": params.num_classes,
+        "null_label": params.num_classes,
+        "learned_variance": True,
+        "guided_channels": min(3, params.in_channels),  # as DiT's public code guides, of 4 latent channels
+    }
+
+
+FAMILY = Family(
+    name="dc-dit", params=DcDitParams, build=DcDit, presets=PRESETS, rename_key=rename_key, sources=sources, assumed=assumed,
+    axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+)  # fmt: skip
