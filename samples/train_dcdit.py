@@ -23,9 +23,7 @@ from elastic_export.models import dc_dit, elt
 from elastic_runtime.schedule import LinearBeta
 from training import Loss, drop_labels, parser, train
 
-PARAMS = dc_dit.DcDitParams(
-    input_size=16, in_channels=1, hidden_size=128, depth=6, num_heads=4, num_classes=10, dechunk_kernel_sigma=1.0
-)
+PARAMS = dc_dit.DcDitParams(input_size=16, in_channels=1, hidden_size=128, depth=6, num_heads=4, num_classes=10, dechunk_kernel_sigma=1.0)
 PLAIN = elt.EltParams(
     input_size=16, patch_size=2, in_channels=1, hidden_size=128, num_heads=4, num_classes=10, unique_blocks=9, loops=1, max_loops=1,
     prediction="ddpm",

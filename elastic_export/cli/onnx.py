@@ -42,7 +42,8 @@ def onnx(
 
     room = load("onnx")
     make(
-        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output, {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
+        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output,
+        {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

@@ -5,9 +5,10 @@ Convolutions lead from pixels to tokens and back at full T; a router, chunking a
 them and the core's DiT blocks, which see K tokens.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,9 @@ class DcDitParams:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
         if self.hidden_size % 32 or self.hidden_size % (32 * self.enc_dec_dim_factor):
             wanted = 32 * self.enc_dec_dim_factor
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {wanted}: GroupNorm has 32 groups")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {wanted}: GroupNorm has 32 groups"
+            )
         if not self.dechunk_kernel_sigma > 0:
             raise ValueError(f"dechunk_kernel_sigma must be above 0, got {self.dechunk_kernel_sigma}")
         for name in ("encoder", "decoder"):
@@ -112,7 +115,7 @@ class ConvStack(nn.Module):
 
     def __init__(self, widths: list[int], condition: int):
         super().__init__()
-        self.layers = nn.ModuleList(ConvBlock(i, o, condition) for i, o in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(ConvBlock(before, after, condition) for before, after in itertools.pairwise(widths))
         self.rmsnorm = RmsNorm(widths[-1])
 
     def forward(self, grid: Tensor, c: Tensor) -> Tensor:
@@ -125,6 +128,9 @@ class DcDit(nn.Module):
     """DC-DiT denoiser: `(sample, timestep, class_labels, drop_fraction, slots) -> (prediction, kept)`."""
 
     pos_embed: Tensor
+    # What leads to a decision. In a model of half precision it stays float32, since a token that is kept or dropped by a rounding
+    # error changes the picture by more than one; it is a twentieth of the arithmetic.
+    deciding = ("x_embedder", "t_embedder", "y_embedder", "encoder", "router")
 
     def __init__(self, params: DcDitParams):
         super().__init__()
@@ -146,14 +152,23 @@ class DcDit(nn.Module):
         self.cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # (T, 2): row, column
         initialize(self, zero=(*(block.modulation for block in self.blocks), self.final_layer, self.residual_proj))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DcDit":
+        def in_its_precision(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
+        for name, child in self.named_children():
+            child._apply(in_its_precision if name in self.deciding else fn)
+        return super()._apply(fn, recurse=False)
+
     def to_grid(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).unflatten(2, (self.params.input_size, -1))  # (B, D, s, s)
 
     def encode(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of every pixel (B, T, D), the condition (B, D) and the router's probabilities (B, T)."""
         c = self.t_embedder(timestep) + self.y_embedder(class_labels)
-        x = self.encoder(self.x_embedder(sample.to(c.dtype)), c)
-        return x, c, self.router(self.to_grid(x))
+        x = self.encoder(self.x_embedder(sample), c)
+        return x, c.to(self.pos_embed.dtype), self.router(self.to_grid(x))
 
     def through_core(self, x: Tensor, c: Tensor, p: Tensor, kept: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """De-chunked tokens (B, T, D) in float32, and the positions (B, K) of the tokens that went through the core."""
@@ -162,7 +177,7 @@ class DcDit(nn.Module):
         cells, visible = F.embedding(positions, self.cells), shown.float()  # (B, K, 2)
         # Attention of ONNX Runtime does not stretch a mask over the queries.
         mask = shown[:, None, None, :].expand(-1, 1, slots.shape[0], -1)
-        h = take(x, positions) + F.embedding(positions, self.pos_embed[0])  # (B, K, D)
+        h = take(x, positions).to(c.dtype) + F.embedding(positions, self.pos_embed[0])  # (B, K, D)
         for block in self.blocks:
             h = block(h, c, mask)
         h = smooth(self.rmsnorm(h).float(), p, cells, visible, self.params.dechunk_kernel_sigma)
@@ -289,7 +304,9 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         raise ModelError(f"this is not a DC-DiT checkpoint: its {odd[0]} has shape {named[odd[0]]}, not {ranks[odd[0]]} dimensions")
     encoders, decoders = (_blocks(named, f"{side}.layers") for side in ("encoder", "decoder"))
     if not encoders or not decoders:
-        raise ModelError("the checkpoint has no convolution blocks in its encoder or decoder; other kinds than c1, c2, ... are not supported")
+        raise ModelError(
+            "the checkpoint has no convolution blocks in its encoder or decoder; other kinds than c1, c2, ... are not supported"
+        )
     outer, channels, *_ = named["x_embedder.weight"]
     width = named["pos_embed"][2]
     shapes = {
