@@ -32,6 +32,10 @@ RATIO_WEIGHT, KEEP_ONE_IN, GROUP = 0.03, 4, 16
 WARM_UP = 0.2  # of the steps; then a fraction of DROPS in each
 DROPS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 LEVELS = 256
+# The paper weighs the noise's error alike at all timesteps. There the late ones, which decide what is drawn, have errors so small that
+# a run of minutes does not get to them; so where noise outweighs the picture we weigh the picture's error (arXiv 2202.00512,
+# section 4), up to a bound.
+MOST_WEIGHT = 100.0
 
 
 def small(digits: Digits) -> Digits:
@@ -57,6 +61,7 @@ class Diffusion:
         posterior = beta * (1 - before) / (1 - after)
         self.steps = schedule.num_train_timesteps
         self.alpha, self.sigma = after.sqrt().float(), (1 - after).sqrt().float()
+        self.weight = ((1 - after) / after).clamp(1.0, MOST_WEIGHT).float()
         self.log_beta = beta.log().float()
         self.log_posterior = torch.cat([posterior[1:2], posterior[1:]]).log().float()  # timestep 0 has none of its own
         # The posterior's mean is a x_0 + b x_t, so that of two means only the pictures differ.
@@ -72,7 +77,7 @@ class Diffusion:
         return table[t][:, None, None, None]
 
     def hybrid_loss(self, prediction: Tensor, images: Tensor, noisy: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Squared error of the noise, and the variational bound in bits a pixel, which only the variance learns from."""
+        """Weighted squared error of the noise, and the variational bound in bits a pixel, which only the variance learns from."""
         epsilon, place = prediction.float().chunk(2, dim=1)
         share = (place + 1) / 2
         log_variance = share * self._at(self.log_beta, t) + (1 - share) * self._at(self.log_posterior, t)
@@ -82,7 +87,7 @@ class Diffusion:
         log_posterior = self._at(self.log_posterior, t)
         divergence = 0.5 * (log_variance - log_posterior + torch.exp(log_posterior - log_variance) + off**2 * torch.exp(-log_variance) - 1)
         bound = torch.where(t[:, None, None, None] == 0, self._surprise(images, picture, log_variance), divergence)
-        return (epsilon - noise).square().mean() + bound.mean() / math.log(2)
+        return (self._at(self.weight, t) * (epsilon - noise).square()).mean() + bound.mean() / math.log(2)
 
     def _surprise(self, images: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
         """-log of the probability of each pixel's grey level under a Gaussian; at timestep 0 the mean is the predicted picture."""

@@ -73,7 +73,7 @@ def count(p: Tensor, drop_fraction: Tensor) -> Tensor:
 
 def select(p: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Probabilities and grid positions (B, K) of the natural tokens with the highest p; -1 and any token where there are no more."""
-    ranked = torch.topk(torch.where(natural(p), p, -1.0), slots, dim=1)
+    ranked = torch.topk(p.masked_fill(~natural(p), -1.0), slots, dim=1)
     return ranked.values, ranked.indices
 
 
@@ -108,5 +108,5 @@ def nearest(grid: Tensor, cells: Tensor, positions: Tensor, visible: Tensor) -> 
     up to 2048 x 2048, where one key of both is not past 32 x 32.
     """
     distance = squared_distance(grid[None], cells) + (1 - visible)[:, None, :] * HIDDEN  # (B, T, K)
-    tied = distance == distance.amin(-1, keepdim=True)
-    return torch.where(tied, positions.float()[:, None, :], float(grid.shape[0])).argmin(-1)
+    farther = (distance > distance.amin(-1, keepdim=True)).float()
+    return (positions.float()[:, None, :] + farther * grid.shape[0]).argmin(-1)
