@@ -44,6 +44,7 @@ class DcDitParams:
     decoder: str = "c2"
     learn_sigma: bool = True
     mlp_ratio: float = 4.0
+    prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "hidden_size", "depth", "num_heads", "num_classes", "enc_dec_dim_factor"):
@@ -63,6 +64,8 @@ class DcDitParams:
         for name in ("encoder", "decoder"):
             if not re.fullmatch(r"c[1-9]\d?", str(getattr(self, name))):
                 raise ValueError(f"{name} must be c1, c2, ...: so many convolution blocks; got {getattr(self, name)!r}")
+        if self.prediction not in ("epsilon", "v"):
+            raise ValueError(f"prediction must be epsilon (as in public checkpoints) or v, got {self.prediction!r}")
         if self.learn_sigma is not True:
             raise ValueError(f"learn_sigma must be true: the family predicts its variance; got {self.learn_sigma!r}")
 
@@ -125,7 +128,7 @@ class ConvStack(nn.Module):
 
 
 class DcDit(nn.Module):
-    """DC-DiT denoiser: `(sample, timestep, class_labels, drop_fraction, slots) -> (prediction, kept)`."""
+    """DC-DiT denoiser: `(sample, timestep, class_labels, drop_fraction, slots) -> (prediction, kept, probability)`."""
 
     pos_embed: Tensor
     # What leads to a decision. In a model of half precision it stays float32, since a token that is kept or dropped by a rounding
@@ -184,23 +187,24 @@ class DcDit(nn.Module):
         return take(h, nearest(self.cells, cells, positions, visible)), positions
 
     def decode(self, x: Tensor, c: Tensor) -> Tensor:
-        """`[epsilon | variance]` (B, 2C, s, s) from tokens (B, T, D)."""
+        """`[epsilon or v | variance]` (B, 2C, s, s) from tokens (B, T, D)."""
         tokens = self.decoder(self.to_grid(x.to(c.dtype)), c)  # (B, T, b)
         return self.to_grid(self.final_layer(tokens, c).float())
 
     def forward(
         self, sample: Tensor, timestep: Tensor, class_labels: Tensor, drop_fraction: Tensor, slots: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Predict the noise and how far the variance lies between its bounds; tell how many tokens were wanted.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Predict the noise (or v) and how far the variance lies between its bounds; tell which tokens were wanted.
 
         Shapes: sample (B, C, s, s); timestep (B,) in [0, 1000); class_labels (B,) int64, `num_classes` for no label; drop_fraction
         (B,) in [0, 1), of the tokens that the router keeps; slots (K,) int64, always `arange(K)`, K <= T: at most so many tokens
-        go through the core, those with the highest probabilities. kept (B,) is the count that K did not cut.
+        go through the core, those with the highest probabilities. kept (B,) is the count that K did not cut; probability (B, T) is
+        the router's of keeping each token.
         """
         x, c, p = self.encode(sample, timestep, class_labels)
         kept = count(p, drop_fraction)
         tokens, _ = self.through_core(x, c, p, kept, slots)
-        return self.decode(tokens + float32(self.residual_proj, x), c), kept
+        return self.decode(tokens + float32(self.residual_proj, x), c), kept, p
 
     def learn(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, drop_fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For training: the prediction with no cap, the router's probabilities (B, T) and what it keeps by itself (B, T).
@@ -335,9 +339,9 @@ def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axes(params: DcDitParams) -> tuple[Axis, ...]:
-    """`tokens`: the cap K, carried by the length of `slots`, from about a sixteenth of the tokens to all of them in 64ths."""
+    """`tokens`: the cap K, carried by the length of `slots`, from 16 tokens or a step to all of them in 64ths."""
     step = max(params.tokens // 64, 1)
-    least = params.tokens - (params.tokens - max(params.tokens // 16, 1)) // step * step
+    least = params.tokens - (params.tokens - min(16, max(params.tokens // 16, 1))) // step * step
     return (
         Axis(
             name="tokens", min=least, max=params.tokens, step=step, default=params.tokens, input="slots", carrier="length", dimension="K"
@@ -358,6 +362,7 @@ def outputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec(name="prediction", dtype="float32", shape=("B", 2 * params.in_channels, side, side)),
         TensorSpec(name="kept", dtype="float32", shape=("B",)),
+        TensorSpec(name="probability", dtype="float32", shape=("B", params.tokens)),
     )
 
 
@@ -379,7 +384,7 @@ def cost(params: DcDitParams, budget: Budget, weights: int) -> Cost:
 
 def facts(params: DcDitParams) -> dict[str, Any]:
     return {
-        "prediction": "epsilon",
+        "prediction": params.prediction,
         "schedule": LinearBeta(),
         "sample_shape": (params.in_channels, params.input_size, params.input_size),
         "num_classes": params.num_classes,

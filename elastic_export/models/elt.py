@@ -34,8 +34,8 @@ from elastic_runtime.manifest import Cost, TensorSpec
 from elastic_runtime.schedule import LinearBeta, RectifiedFlow, Schedule, ShiftedCosine
 
 # Config value -> the manifest's word. `v` and `epsilon` go with the shifted cosine schedule, `flow` with straight paths, `ddpm` with
-# DiT's own: linear betas, timesteps in [0, 1000) and a learned variance. One loop of it is a plain DiT.
-PREDICTIONS = {"v": "v", "epsilon": "epsilon", "flow": "velocity", "ddpm": "epsilon"}
+# DiT's own: linear betas, timesteps in [0, 1000) and a learned variance (`ddpm-v`: with v in place of the noise). One loop is a plain DiT.
+PREDICTIONS = {"v": "v", "epsilon": "epsilon", "flow": "velocity", "ddpm": "epsilon", "ddpm-v": "v"}
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,17 @@ class EltParams:
 
     @property
     def schedule(self) -> Schedule:
-        if self.prediction == "ddpm":
+        if self.learned_variance:
             return LinearBeta()
         return RectifiedFlow() if self.prediction == "flow" else ShiftedCosine.at(self.input_size)
 
     @property
     def out_channels(self) -> int:
-        return self.in_channels * (2 if self.prediction == "ddpm" else 1)
+        return self.in_channels * (2 if self.learned_variance else 1)
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.prediction in ("ddpm", "ddpm-v")
 
 
 class Elt(nn.Module):
@@ -135,7 +139,7 @@ class Elt(nn.Module):
         return unpatchify(self.final_layer(x, c).float(), self.params.patch_size, self.params.grid)  # (B, C, H, W)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, loops: Tensor | int) -> Tensor:
-        """Predict `v`, `epsilon` (of `ddpm` with the variance) or the flow's velocity, as `params.prediction` says.
+        """Predict `v`, `epsilon` (of `ddpm` and `ddpm-v` with the variance) or the flow's velocity, as `params.prediction` says.
 
         Shapes: sample (B, C, H, W); timestep (B,) in the schedule's unit; class_labels (B,) int64, `num_classes` for no label;
         loops () int64.
@@ -258,7 +262,7 @@ def facts(params: EltParams) -> dict[str, Any]:
     return {
         "prediction": PREDICTIONS[params.prediction],
         "schedule": params.schedule,
-        "learned_variance": params.prediction == "ddpm",
+        "learned_variance": params.learned_variance,
         "sample_shape": (params.in_channels, params.input_size, params.input_size),
         "num_classes": params.num_classes,
         "null_label": params.num_classes,

@@ -56,7 +56,7 @@ def feeds(arrays: Arrays, fractions: Any, slots: int) -> Arrays:
 
 def forward(module: Any, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     with torch.inference_mode():
-        prediction, kept = module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        prediction, kept, _ = module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
     return prediction.numpy(), kept.numpy()
 
 
@@ -99,6 +99,7 @@ def test_golden_outputs_through_onnx_runtime_with_all_slots_and_with_just_enough
                 got = session.run(feeds(recorded, fractions, slots))
                 assert np.abs(got["prediction"] - recorded[f"out_drop_{name}"]).max() <= 1e-5, f"drop {name}, {slots} slots"
                 assert got["kept"].tolist() == recorded[f"kept_drop_{name}"].sum(1).tolist()
+                assert np.abs(got["probability"] - recorded[f"keep_prob_drop_{name}"]).max() <= 1e-5
         for slots in (16, 100):  # below the cap: against torch
             arrays = feeds(recorded, (0.0, 0.3), slots)
             prediction, kept = forward(model.module, arrays)
@@ -212,10 +213,10 @@ def test_learning_sees_what_is_drawn_and_moves_the_router() -> None:
     )
     drop = torch.full((3,), 0.3)
     prediction, p, natural = module.learn(sample, t, labels, drop)
-    drawn, kept = module(sample, t, labels, drop, torch.arange(64))
+    drawn, kept, probability = module(sample, t, labels, drop, torch.arange(64))
     assert (prediction - drawn).abs().max() < 1e-5
     assert torch.equal(kept, natural.float().sum(1) - torch.floor(natural.float().sum(1) * 0.3))
-    assert p.min() > 0
+    assert torch.equal(p, probability)
     prediction.square().mean().backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
@@ -250,7 +251,7 @@ def test_presets_are_the_published_sizes() -> None:
     for name, params in PRESETS.items():
         at_512 = name.endswith("512")
         assert (params.input_size, params.dechunk_kernel_sigma) == ((64, 2.0) if at_512 else (32, 1.0))
-    assert FAMILY.axes(PRESETS["dc-dit-xl-512"])[0].span == Span(256, 4096)
+    assert FAMILY.axes(PRESETS["dc-dit-xl-512"])[0].span == Span(64, 4096)
     facts = FAMILY.facts(PRESETS["dc-dit-b-256"])
     assert (facts["prediction"], facts["schedule"], facts["learned_variance"], facts["guided_channels"]) == (
         "epsilon",
@@ -259,13 +260,14 @@ def test_presets_are_the_published_sizes() -> None:
         3,
     )
     assert FAMILY.facts(replace(SMALL, in_channels=1))["guided_channels"] == 1
+    assert FAMILY.facts(replace(SMALL, prediction="v"))["prediction"] == "v"
 
 
 @given(st.integers(2, 130))
 def test_every_size_has_an_axis_up_to_all_of_its_tokens(side: int) -> None:
     (axis,) = FAMILY.axes(replace(SMALL, input_size=side))
     assert axis.max == axis.default == side**2
-    assert axis.min <= max(side**2 // 8, 2)
+    assert axis.min <= max(16, axis.step * 2)
 
 
 def test_a_preset_and_shapes_tell_what_a_public_checkpoint_leaves_out(golden: Path) -> None:
@@ -297,6 +299,7 @@ def test_checkpoints_of_another_kind_are_named(golden: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"prediction": "x0"}, "prediction must be epsilon \\(as in public checkpoints\\) or v, got 'x0'"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"input_size": 1}, "input_size must be at least 2, got 1"),
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),

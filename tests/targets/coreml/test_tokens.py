@@ -43,9 +43,11 @@ def test_a_function_a_cap_agrees_with_torch_and_counts_alike(precision: str, low
     for cap in CAPS:
         feeds = graph.feeds(cap, 2)
         with torch.inference_mode():
-            prediction, kept = (each.numpy() for each in graph.module(**{name: torch.from_numpy(array) for name, array in feeds.items()}))
+            outputs = graph.module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        prediction, kept, probability = (each.numpy() for each in outputs)
         got = session.run(feeds)
         assert got["kept"].tolist() == kept.tolist()
+        assert np.abs(got["probability"] - probability).max() <= 1e-5  # in fp16 too: what decides is float32
         assert kept.min() > 16, "a cap that never bites proves nothing"
         assert np.abs(got["prediction"] - prediction).max() <= TOLERANCE[precision] * max(1, np.abs(prediction).max())
         predictions.append(prediction)
