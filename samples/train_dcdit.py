@@ -4,10 +4,12 @@
     python samples/train_dcdit.py --run runs/dit --batch 32 --output dit.safetensors --plain
 
 The recipe of arXiv 2603.06351: DDPM's loss with a learned variance, a ratio loss that holds the share of kept tokens near a
-quarter, and, after a warm-up, a fraction of them dropped in each step, so that the model learns to do with fewer. Digits are
-halved to 14 x 14 pixels in a border of one, each pixel a token. One thing is not the paper's: the model predicts v, not the noise. Where
-noise is nearly all of the sample, the noise's error says next to nothing of the picture, and a run of minutes never gets to it. With `--plain` it is an ordinary DiT of as many FLOPs as the
-DC-DiT has at that quarter: patches of 2 x 2 pixels, and 9 blocks in place of 6.
+quarter, and, after a warm-up, a fraction of them dropped in each step, so that the model learns to do with fewer. One thing is not
+the paper's: the model predicts v, not the noise. Where noise is nearly all of the sample, the noise's error says next to nothing of
+the picture, and a run of minutes never gets to it.
+
+Digits are halved to 14 x 14 pixels in a border of one, each pixel a token. With `--plain` it is an ordinary DiT of as many FLOPs as
+the DC-DiT has at that quarter: patches of 2 x 2 pixels, and 9 blocks in place of 6.
 """
 
 import math
