@@ -12,6 +12,7 @@ def coreml(
     output: options.Output,
     model: options.ModelName = "elit-mnist",
     latents: options.Latents = None,
+    tokens: options.Tokens = None,
     loops: options.Loops = None,
     budgets: Annotated[
         str | None,
@@ -62,7 +63,7 @@ def coreml(
     make(
         "coreml",
         room.CoremlOptions(shapes, target, dtype, reductions, compress, points),
-        model, output, {"latents": latents, "loops": loops}, batch, dtype,
+        model, output, {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

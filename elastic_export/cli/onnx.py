@@ -12,6 +12,7 @@ def onnx(
     output: options.Output,
     model: options.ModelName = "elit-mnist",
     latents: options.Latents = None,
+    tokens: options.Tokens = None,
     loops: options.Loops = None,
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
@@ -41,7 +42,8 @@ def onnx(
 
     room = load("onnx")
     make(
-        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output, {"latents": latents, "loops": loops}, batch, dtype,
+        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output,
+        {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

@@ -68,6 +68,12 @@ Latents = Annotated[
     Span | None,
     typer.Option(parser=span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
 ]
+Tokens = Annotated[
+    Span | None,
+    typer.Option(
+        parser=span, metavar="SPAN", help="Caps on kept tokens, [bold]16-256[/bold] [dim](default: all)[/dim].", show_default=False
+    ),
+]
 Loops = Annotated[
     Span | None,
     typer.Option(

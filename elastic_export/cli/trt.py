@@ -26,6 +26,7 @@ def trt(
         ),
     ] = None,
     latents: options.Latents = None,
+    tokens: options.Tokens = None,
     loops: options.Loops = None,
     batch: BatchOrAll = None,
     buckets: Annotated[
@@ -74,7 +75,7 @@ def trt(
     room = load("trt")
     sms = tuple(options.integers(sm)) if sm else ()
     room.choose(builder, sms)  # its absence should not wait for the model
-    spans = {"latents": latents, "loops": loops}
+    spans = {"latents": latents, "tokens": tokens, "loops": loops}
     chosen: dict[str, Any] = {
         "builder": builder, "sms": sms, "precision": dtype, "refit": refit, "strip": strip,
         "weight_streaming": weight_streaming, "version_compatible": version_compatible,

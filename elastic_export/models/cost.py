@@ -7,6 +7,7 @@ biases. For ELIT this reproduces the published table (arXiv 2603.12245) to 0.1 p
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from elastic_export.models.dc_dit import DcDitParams
     from elastic_export.models.elit import ElitParams
     from elastic_export.models.elt import EltParams
     from elastic_export.models.elt_masked import EltMaskedParams
@@ -50,10 +51,45 @@ def elit_flops(params: "ElitParams", latents: int) -> int:
 
 def elt_flops(params: "EltParams", loops: int) -> int:
     """FLOPs of one ELT forward pass at batch 1: prelude, `loops` times the shared blocks, coda."""
-    values = params.patch_size**2 * params.in_channels
+    values, out = (params.patch_size**2 * channels for channels in (params.in_channels, params.out_channels))
     depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
     block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
-    return embedders(params.tokens, params.hidden_size, values, values) + depth * block
+    return embedders(params.tokens, params.hidden_size, values, out) + depth * block
+
+
+def convolution(pixels: int, side: int, channels: int, out: int) -> int:
+    """FLOPs of a `side` x `side` convolution with stride 1."""
+    return 2 * pixels * side**2 * channels * out
+
+
+def conv_block(pixels: int, channels: int, out: int, condition: int) -> int:
+    """FLOPs of DC-DiT's convolution block: two 3x3 convolutions, the condition's projection, and a 1x1 skip where widths differ."""
+    inner = min(channels, out)
+    skip = convolution(pixels, 1, channels, out) if channels != out else 0
+    return convolution(pixels, 3, channels, inner) + convolution(pixels, 3, inner, out) + 2 * condition * inner + skip
+
+
+def dc_dit_flops(params: "DcDitParams", slots: int) -> int:
+    """FLOPs of one DC-DiT forward pass at batch 1 with `slots` token slots; all but the core and de-chunking is the same at any number."""
+    width, outer, tokens = params.hidden_size, params.outer_width, params.tokens
+    encoders, decoders = params.blocks
+    inner = width // 4
+    router = convolution(tokens, 1, width, inner) + 2 * convolution(tokens, 3, inner, inner) + convolution(tokens, 1, inner, 1)
+    last, first = conv_block(tokens, outer, width, width), conv_block(tokens, width, outer, width)
+    around = last + first + (encoders + decoders - 2) * conv_block(tokens, outer, outer, width)
+    final = 2 * (width * 2 * outer + tokens * outer * 2 * params.in_channels)
+    ends = convolution(tokens, 3, params.in_channels, outer) + 2 * (256 * width + width**2) + final
+    residual, smoothing = 2 * tokens * width**2, 2 * slots**2 * width
+    return ends + around + router + residual + smoothing + params.depth * dit_block(slots, width, params.mlp_ratio)
+
+
+def dc_dit_activation_values(params: "DcDitParams", slots: int) -> int:
+    """Most values alive at once in a DC-DiT forward pass at batch 1: in a convolution block at full width, in the core while the
+    tokens and their residual wait, or in the search for the nearest tokens."""
+    waiting = 2 * params.tokens * params.hidden_size
+    core = dit_activation_values(slots, params.hidden_size, params.num_heads, params.mlp_ratio)
+    nearest = 3 * params.tokens * slots + slots * params.hidden_size
+    return waiting + max(core, nearest, 2 * params.tokens * params.hidden_size)
 
 
 def elt_masked_flops(params: "EltMaskedParams", loops: int) -> int:

@@ -31,10 +31,11 @@ from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import ModelError
 from elastic_runtime.manifest import Cost, TensorSpec
-from elastic_runtime.schedule import RectifiedFlow, Schedule, ShiftedCosine
+from elastic_runtime.schedule import LinearBeta, RectifiedFlow, Schedule, ShiftedCosine
 
-# Config value -> the manifest's word. `v` and `epsilon` go with the shifted cosine schedule, `flow` with straight paths.
-PREDICTIONS = {"v": "v", "epsilon": "epsilon", "flow": "velocity"}
+# Config value -> the manifest's word. `v` and `epsilon` go with the shifted cosine schedule, `flow` with straight paths, `ddpm` with
+# DiT's own: linear betas, timesteps in [0, 1000) and a learned variance (`ddpm-v`: with v in place of the noise). One loop is a plain DiT.
+PREDICTIONS = {"v": "v", "epsilon": "epsilon", "flow": "velocity", "ddpm": "epsilon", "ddpm-v": "v"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,17 @@ class EltParams:
 
     @property
     def schedule(self) -> Schedule:
+        if self.learned_variance:
+            return LinearBeta()
         return RectifiedFlow() if self.prediction == "flow" else ShiftedCosine.at(self.input_size)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learned_variance else 1)
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.prediction in ("ddpm", "ddpm-v")
 
 
 class Elt(nn.Module):
@@ -100,7 +111,7 @@ class Elt(nn.Module):
         self.prelude = self._blocks(params.prelude_blocks)
         self.blocks = self._blocks(params.unique_blocks)
         self.coda = self._blocks(params.coda_blocks)
-        self.final_layer = FinalLayer(width, params.patch_size**2 * params.in_channels)
+        self.final_layer = FinalLayer(width, params.patch_size**2 * params.out_channels)
         every = [*self.prelude, *self.blocks, *self.coda]
         initialize(self, zero=(*(block.modulation for block in every), self.final_layer))
 
@@ -128,9 +139,10 @@ class Elt(nn.Module):
         return unpatchify(self.final_layer(x, c).float(), self.params.patch_size, self.params.grid)  # (B, C, H, W)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, loops: Tensor | int) -> Tensor:
-        """Predict `v`, `epsilon` or the flow's velocity, as `params.prediction` says.
+        """Predict `v`, `epsilon` (of `ddpm` and `ddpm-v` with the variance) or the flow's velocity, as `params.prediction` says.
 
-        Shapes: sample (B, C, H, W); timestep (B,) in [0, 1]; class_labels (B,) int64, `num_classes` for no label; loops () int64.
+        Shapes: sample (B, C, H, W); timestep (B,) in the schedule's unit; class_labels (B,) int64, `num_classes` for no label;
+        loops () int64.
         """
         x, c = self.embed(sample, timestep, class_labels)
         return self.head(looped(lambda x: self.once(x, c), x, loops), c)
@@ -231,7 +243,7 @@ def inputs(params: EltParams) -> tuple[TensorSpec, ...]:
 
 def outputs(params: EltParams) -> tuple[TensorSpec, ...]:
     side = params.input_size
-    return (TensorSpec(name="prediction", dtype="float32", shape=("B", params.in_channels, side, side)),)
+    return (TensorSpec(name="prediction", dtype="float32", shape=("B", params.out_channels, side, side)),)
 
 
 def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
@@ -250,6 +262,7 @@ def facts(params: EltParams) -> dict[str, Any]:
     return {
         "prediction": PREDICTIONS[params.prediction],
         "schedule": params.schedule,
+        "learned_variance": params.learned_variance,
         "sample_shape": (params.in_channels, params.input_size, params.input_size),
         "num_classes": params.num_classes,
         "null_label": params.num_classes,

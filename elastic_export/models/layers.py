@@ -108,12 +108,12 @@ class Mlp(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: `Linear(SiLU(c))` cut into `parts` vectors of the width."""
+    """adaLN: `Linear(SiLU(c))` cut into `parts` vectors of the width; `c` has that width too, or that of `condition`."""
 
-    def __init__(self, width: int, parts: int):
+    def __init__(self, width: int, parts: int, condition: int | None = None):
         super().__init__()
         self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
+        self.linear = nn.Linear(condition or width, parts * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c))[:, None, :].chunk(self.parts, dim=-1)  # parts x (B, 1, D)
@@ -137,9 +137,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN, then one linear layer to the `p*p*C` values of a patch."""
 
-    def __init__(self, width: int, out_features: int):
+    def __init__(self, width: int, out_features: int, condition: int | None = None):
         super().__init__()
-        self.modulation = Modulation(width, 2)
+        self.modulation = Modulation(width, 2, condition)
         self.linear = nn.Linear(width, out_features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_export.models import elit, elt, elt_masked
+from elastic_export.models import dc_dit, elit, elt, elt_masked
 from elastic_export.models.checkpoint import load_weights, read_checkpoint
 from elastic_export.models.family import Family, agree
 from elastic_export.models.layers import randomize
@@ -18,7 +18,7 @@ from elastic_runtime.bundle import sha256
 from elastic_runtime.errors import ModelError
 from elastic_runtime.manifest import Quality
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
 DEFAULT = "elit-mnist"
 _PRETRAINED = Path(__file__).parent / "pretrained"
 
