@@ -28,7 +28,9 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
         from scipy.optimize import minimize
         from scipy.spatial.distance import jensenshannon
     except ImportError:
-        raise MissingError("fitting a schedule needs scipy: pip install 'elastic-export[ralu]', or give the plan its shifts and z") from None
+        raise MissingError(
+            "fitting a schedule needs scipy: pip install 'elastic-export[ralu]', or give the plan its shifts and z"
+        ) from None
 
     def distance(unknown: np.ndarray) -> float:
         *shifts, z = unknown

@@ -5,6 +5,7 @@ patches with the most edges, then all of them. A plan of one stage is plain full
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -78,7 +79,7 @@ class Plan:
 
     @classmethod
     def full(cls, steps: int, shift: float = 1.0) -> "Plan":
-        """Plain sampling at full resolution; `shift` 1 spaces the steps evenly, `resolution_shift` gives FLUX.1-dev's."""
+        """Plain sampling at full resolution; `shift` 1 spaces the steps evenly; see `full` for a model's own."""
         return cls((steps,), shifts=(shift,))
 
     @property
@@ -138,10 +139,18 @@ def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, .
     return tuple(float(s) for s in shift * even / (1 + (shift - 1) * even))
 
 
-def resolution_shift(tokens: int, base: tuple[int, float] = (256, 0.5), most: tuple[int, float] = (4096, 1.15)) -> float:
-    """FLUX.1-dev's shift at full resolution: e to a line through two (tokens, exponent) points."""
-    slope = (most[1] - base[1]) / (most[0] - base[0])
-    return math.exp(base[1] + slope * (tokens - base[0]))
+def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
+    """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
+
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps evenly.
+    """
+    if not scheduler.get("use_dynamic_shifting", False):
+        return Plan.full(steps, float(scheduler.get("shift", 1.0)))
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    exponent = base + (most - base) * (tokens - low) / (high - low)
+    linear = scheduler.get("time_shift_type", "exponential") == "linear"
+    return Plan.full(steps, exponent if linear else math.exp(exponent))
 
 
 def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
@@ -181,5 +190,7 @@ PRESETS = {
 def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
-        raise UsageError(f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own")
+        raise UsageError(
+            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own"
+        )
     return PRESETS[name]

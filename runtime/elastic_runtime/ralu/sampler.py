@@ -25,7 +25,7 @@ Renoise = Callable[[tuple[int, ...], slice, float], np.ndarray]
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RaluStep(Step):
     """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
 
@@ -94,7 +94,7 @@ def _steps(
     for i in range(stage.steps):
         sigma, following = stage.sigmas[i : i + 2]
         v = velocity(x, positions, sigma, before + i, number)
-        step = RaluStep(before + i, plan.total, sigma, following, x + (following - sigma) * v, number, positions)
+        step = RaluStep(before + i, plan.total, sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
         x = after(step, (yield step))
     return x, v
 
