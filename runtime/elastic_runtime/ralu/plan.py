@@ -163,7 +163,7 @@ def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
         whole_steps(count)
     if bad := [time for time in end_times if not _is_number(time)]:
         raise UsageError(f"end times are numbers, got {bad[0]!r}")
-    if end_times[0] <= 0 or any(late <= early for early, late in pairwise(end_times)):
+    if not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
         raise UsageError(f"end times rise from above 0, got {end_times}")
     if end_times[-1] != 1:
         raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
