@@ -13,13 +13,20 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture, .png; several pictures stand in a row.", show_default=False)
     ],
-    classes: Annotated[str, typer.Option(help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold].")] = "0",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold] [dim](default: 0)[/dim].", show_default=False
+        ),
+    ] = None,
     latents: options.LatentsEach = None,
     guidance_latents: options.WeakLatents = None,
     loops: options.LoopsEach = None,
     guidance_loops: options.WeakLoops = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 2.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [dim](default: 20)[/dim].", show_default=False)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts the model's)[/dim].", show_default=False)
+    ] = None,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
         bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents or --guidance-loops.")
@@ -35,6 +42,13 @@ def generate(
     backend: Annotated[
         str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)
     ] = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    plan: options.PlanName = None,
+    true_cfg: options.TrueCfg = None,
+    cache: options.Cache = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -47,22 +61,44 @@ def generate(
       elastic-export generate digits -o row.png --classes 0-9 --latents 128 --guidance-latents 16
       elastic-export generate digits -o fast.png --steps 4 --latents 16,16,64,256
       elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
+      elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
     """
     import numpy as np
 
+    from elastic_export.cli.drawing import along_a_plan, refuse
     from elastic_export.pictures import grid, refuse_clobber, save
     from elastic_runtime.budget import Budget
+    from elastic_runtime.bundle import Bundle
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.policy import Fixed, PerStep
     from elastic_runtime.sampling import sampler as fitting
 
     refuse_clobber(output, overwrite)
     low, high = options.interval(interval)
-    labels = options.integers(classes)
+    opened = Bundle.open(bundle)
+    planned: dict[str, object] = {"plan": plan, "prompt": prompt, "negative-prompt": negative_prompt, "height": height, "width": width}
+    planned |= {"true-cfg": true_cfg, "cache": cache}
+    if opened.manifest.model.patches:
+        budgeted: dict[str, object] = {
+            "latents": latents,
+            "guidance-latents": guidance_latents,
+            "loops": loops,
+            "guidance-loops": guidance_loops,
+        }
+        refuse(opened, budgeted | {"autoguidance": autoguidance or None, "sampler": sampler, "temperature": temperature}, "along a plan")
+        along_a_plan(
+            opened, output, classes=classes, prompts=prompt, negative_prompt=negative_prompt, height=height, width=width, plan=plan,
+            steps=steps, guidance=guidance, true_cfg=true_cfg, interval=(low, high), cache=cache, seed=seed, backend=backend,
+            json=json, quiet=quiet,
+        )  # fmt: skip
+        return
+    refuse(opened, planned, "at budgets")
+    steps, guidance = 20 if steps is None else steps, 2.0 if guidance is None else guidance
+    labels = options.integers(classes or "0")
     chosen = options.budgets({"latents": latents, "loops": loops})
     weak_values = {"latents": guidance_latents, "loops": guidance_loops}
     weak = Budget(**{axis: value for axis, value in weak_values.items() if value is not None}) or None
-    with ElasticPipeline.from_pretrained(bundle, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
+    with ElasticPipeline.from_pretrained(opened, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
         result = pipe(
             labels,
             num_inference_steps=steps,

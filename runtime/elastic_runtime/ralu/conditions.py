@@ -122,7 +122,7 @@ def width(bundle: Bundle, name: str) -> int:
 
 
 def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
-    texts = [value] if isinstance(value, str) else list(value or ())
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{name} is a text or several, got {value!r}")
     return texts

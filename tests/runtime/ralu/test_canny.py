@@ -35,7 +35,9 @@ def test_it_equals_opencv_pixel_for_pixel_on_photographs(name: str) -> None:
     st.sampled_from(["noise", "flat", "binary", "steps"]),
 )  # fmt: skip
 @settings(max_examples=150)
-def test_it_equals_opencv_on_ties_borders_and_other_thresholds(seed: int, height: int, width: int, levels: tuple[int, int], kind: str) -> None:
+def test_it_equals_opencv_on_ties_borders_and_other_thresholds(
+    seed: int, height: int, width: int, levels: tuple[int, int], kind: str
+) -> None:
     cv2 = pytest.importorskip("cv2", reason="compares with OpenCV")
     source = np.random.default_rng(seed)
     picture = {

@@ -6,7 +6,7 @@ from elastic_runtime.ralu.patches import best, edge_scores, grow, order, others,
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
-def test_packing_is_undone_and_holds_a_patch_as_channels_rows_columns(batch: int, channels: int, rows: int, columns: int, size: int) -> None:
+def test_packing_is_undone_and_a_token_is_channels_rows_columns(batch: int, channels: int, rows: int, columns: int, size: int) -> None:
     latents = np.random.default_rng(0).standard_normal((batch, channels, rows * size, columns * size))
     tokens = pack(latents, size)
     assert tokens.shape == (batch, rows * columns, channels * size**2)

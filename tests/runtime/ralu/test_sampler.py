@@ -19,7 +19,9 @@ def first_ones(latents: np.ndarray, count: int) -> np.ndarray:
     return np.broadcast_to(np.arange(count), (len(latents), count))
 
 
-def run(velocity: Any, shape: tuple[int, ...] = (2, 3, 8, 16), plan: Plan = PLAN, choose: Any = first_ones, seed: int = 0) -> list[RaluStep]:
+def run(
+    velocity: Any, shape: tuple[int, ...] = (2, 3, 8, 16), plan: Plan = PLAN, choose: Any = first_ones, seed: int = 0
+) -> list[RaluStep]:
     source = np.random.default_rng(seed)
     return list(ralu(velocity, source.standard_normal(shape), plan, 2, choose, from_draws(source.standard_normal)))
 
