@@ -1,13 +1,26 @@
-"""Pictures in a row or a captioned grid, written whole or not at all."""
+"""Pictures in a row or a captioned grid, written whole or not at all; pictures with the tokens that a router kept."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from elastic_runtime.errors import UsageError
+
+KEPT = (255, 140, 0)
+
+
+def highlighted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
+    """`picture` in colour with the kept cells of its square token grid tinted; `mask` is bool (L,), in raster order."""
+    side = math.isqrt(len(mask))
+    cells = Image.fromarray(mask.reshape(side, side)).resize(picture.size, Image.Resampling.NEAREST)
+    whole = picture.convert("RGB")
+    whole.paste(Image.blend(whole, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
+    return whole
 
 
 def grid(
@@ -18,7 +31,8 @@ def grid(
     factor = max(1, -(-least // min(side)))
     width, height = side[0] * factor, side[1] * factor
     font = ImageFont.load_default(16)
-    gap, left, top = 4, 44 * bool(row_names), 28 * bool(column_names)
+    widest = max((math.ceil(font.getlength(name)) for name in row_names), default=0)
+    gap, left, top = 4, max(44, widest + 12) * bool(row_names), 28 * bool(column_names)
     shape = (left + len(rows[0]) * (width + gap) - gap, top + len(rows) * (height + gap) - gap)
     sheet = Image.new("L" if rows[0][0].mode == "L" else "RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)
@@ -33,12 +47,12 @@ def grid(
     return sheet
 
 
-def refuse_clobber(path: Path, overwrite: bool) -> None:
+def refuse_clobber(path: Path, overwrite: bool, option: str = "-o/--output") -> None:
     """Raise UsageError where a picture cannot go to `path`."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"pictures are written as .png, got {path.name!r}")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists: choose another -o/--output, or replace it with --overwrite")
+        raise UsageError(f"{path} exists: choose another {option}, or replace it with --overwrite")
 
 
 def save(picture: Image.Image, path: Path, facts: str = "") -> None:

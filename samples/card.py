@@ -20,12 +20,25 @@ LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"))
 
 
 def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each guidance scale, under its words, the bundle's `quality` first."""
-    evaluation = _evaluation(record)
-    return {
-        f"guidance {scale:g}" if scale > 1 else "no guidance": [row for row in evaluation["rows"] if row["guidance"] == scale]
-        for scale in evaluation["protocol"]["guidance"]
-    }
+    """Rows of each guidance scale, under its words, the bundle's `quality` first; then those of models graded beside it.
+
+    Raises: SystemExit where a model beside it was not graded in the same way.
+    """
+    evaluation, found = _evaluation(record), {}
+    for label, graded in {"": evaluation, **record.get("beside", {})}.items():
+        for name in ("axis", "protocol", "real"):
+            if graded[name] != evaluation[name]:
+                raise SystemExit(f"{label!r} was graded with another {name} ({graded[name]}, not {evaluation[name]}): grade it again")
+        for scale in evaluation["protocol"]["guidance"]:
+            words = _scale(scale) + f" {label}" * bool(label)
+            found[words] = [row for row in graded["rows"] if row["guidance"] == scale]
+            if [row["budget"] for row in found[words]] != [row["budget"] for row in evaluation["rows"] if row["guidance"] == scale]:
+                raise SystemExit(f"{label!r} was graded at other budgets: grade it again")
+    return found
+
+
+def _scale(scale: float) -> str:
+    return f"guidance {scale:g}" if scale > 1 else "no guidance"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -50,7 +63,7 @@ def protocol(record: dict[str, Any]) -> str:
     weak = how["guidance_budget"]
     branch = f"the weak branch at {_pairs(weak)}" if weak else "both branches at the same budget"
     minutes = sum(row["seconds"] for row in evaluation["rows"]) / 60
-    scales = " and ".join(series(record))
+    scales = " and ".join(_scale(scale) for scale in how["guidance"])
     return (
         f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
         f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({evaluation['where']}) "

@@ -176,10 +176,14 @@ def main(given: argparse.Namespace) -> None:
     with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
         axis = manifest.axis(given.axis or manifest.axes[0].name)
         old = read(given.output) if given.output.exists() else {}
-        if old and (old.get("family"), old.get("config")) != (manifest.model.family, manifest.model.config):
+        if given.beside and not old.get("evaluation"):
+            raise UsageError(f"{given.output} has no figures yet for {given.beside!r} to stand beside: grade its own model first")
+        if old and not given.beside and (old.get("family"), old.get("config")) != (manifest.model.family, manifest.model.config):
             raise UsageError(f"{given.output} is the record of another model ({old.get('family')}): give another --output")
         values = [axis.check(value) for value in given.budgets or spread(axis)]
-        record = old | evaluate(bundle, session, load_judge(), axis, values, protocol, given.batch)
+        figures = evaluate(bundle, session, load_judge(), axis, values, protocol, given.batch)
+    beside = {"beside": old.get("beside", {}) | {given.beside: figures["evaluation"]}}
+    record = old | (beside if given.beside else figures)
     write(given.output, record)
     print(table(record))
     if given.plot:
@@ -210,6 +214,7 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("bundle", type=Path, help="a bundle of an MNIST sample; export it with --batch 1-100, or it runs in small batches")
     options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds of this model is kept")
+    options.add_argument("--beside", metavar="WORDS", help="this is another model: its figures go beside the record's own under WORDS")
     options.add_argument("--plot", type=Path, help="PNG of the figures against the budget")
     options.add_argument("--axis", help="the axis to grade along (default: the bundle's first)")
     options.add_argument("--budgets", type=_values, help="budgets on it, such as 16,64,256 (default: doublings over its span)")

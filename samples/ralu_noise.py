@@ -2,10 +2,9 @@
 
     python samples/ralu_noise.py --pixels 1024
 
-The dense one builds the covariance of all tokens, factors it and multiplies, as a general sampler must; `--method svd` is numpy's
-default, `cholesky` its fastest. Times are of the processor, so that what else
-the machine does is not in them: the fastest of the rounds for the closed form, one round for the dense one. Run it on one thread
-(OMP_NUM_THREADS=1).
+The dense one builds the covariance of all tokens, factors it once for all channels and multiplies, as a general sampler must;
+`svd` is numpy's default method, `cholesky` its fastest. Times are of the processor, so that what else the machine does is not in
+them: the fastest of the rounds for the closed form, one round for the dense one. Run it on one thread (OMP_NUM_THREADS=1).
 """
 
 import argparse

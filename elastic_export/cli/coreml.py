@@ -17,11 +17,14 @@ def coreml(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Budgets to compile, [bold]32,64,128,256[/bold] [dim](default: both ends and the doublings between)[/dim].",
+            help="Budgets to compile, [bold]32,64,128,256[/bold]; counts for a looped model "
+            "[dim](default: both ends and the doublings between)[/dim].",
             show_default=False,
         ),
     ] = None,
-    shapes: Annotated[str, typer.Option(help="functions (one a budget, sharing weights), enumerated or range.")] = "functions",
+    shapes: Annotated[
+        str, typer.Option(help="functions (one a budget, sharing weights), enumerated, or range (one for all).")
+    ] = "functions",
     target: Annotated[str, typer.Option(help="The oldest system that opens it: iOS15 to iOS26, macOS12 to macOS26.")] = "iOS18",
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     dtype: Annotated[str, typer.Option(help="fp16 with float32 positions, timesteps, inputs and outputs, or fp32.")] = "fp16",
@@ -48,16 +51,14 @@ def coreml(
 
       elastic-export coreml -o digits --latents 32-256
       elastic-export coreml -o digits --budgets 64,128 --dtype fp16 --compress palette8
-      elastic-export coreml elt-s-3x4-256 --checkpoint elt.pt -o looped --loops 1-5
+      elastic-export coreml elt-s-3x4-256 --checkpoint elt.pt -o looped --loops 1-5 --shapes range
       elastic-export coreml elit-sit --checkpoint elit.pt --config elit.json -o out --shapes range --target macOS15
     """
     from elastic_export.cli.making import make
-    from elastic_runtime.budget import Budget
     from elastic_targets import load
 
     room = load("coreml")
-    axis = "loops" if loops else "latents"
-    points = tuple(Budget(**{axis: value}) for value in options.integers(budgets)) if budgets else ()
+    points = tuple(options.integers(budgets)) if budgets else ()
     make(
         "coreml",
         room.CoremlOptions(shapes, target, dtype, reductions, compress, points),

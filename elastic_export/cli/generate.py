@@ -7,6 +7,8 @@ import typer
 
 from elastic_export.cli import options, show
 
+ROWS = 10  # of --show-tokens
+
 
 def generate(
     bundle: options.BundleFolder,
@@ -23,13 +25,18 @@ def generate(
     guidance_latents: options.WeakLatents = None,
     loops: options.LoopsEach = None,
     guidance_loops: options.WeakLoops = None,
+    tokens: options.TokensEach = None,
+    guidance_tokens: options.WeakTokens = None,
+    drop: options.Drop = 0.0,
+    guidance_drop: options.WeakDrop = None,
+    show_tokens: options.ShowTokens = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [dim](default: 20)[/dim].", show_default=False)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts the model's)[/dim].", show_default=False)
     ] = None,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
-        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs --guidance-latents or --guidance-loops.")
+        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs a budget or drop of its own.")
     ] = False,
     sampler: Annotated[
         str | None,
@@ -61,19 +68,25 @@ def generate(
       elastic-export generate digits -o row.png --classes 0-9 --latents 128 --guidance-latents 16
       elastic-export generate digits -o fast.png --steps 4 --latents 16,16,64,256
       elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
+      elastic-export generate routed -o three.png --classes 3 --guidance-drop 0.9 --show-tokens kept.png
       elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
     """
     import numpy as np
 
     from elastic_export.cli.drawing import along_a_plan, refuse
-    from elastic_export.pictures import grid, refuse_clobber, save
+    from elastic_export.pictures import grid, highlighted, refuse_clobber, save
     from elastic_runtime.budget import Budget
     from elastic_runtime.bundle import Bundle
+    from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.policy import Fixed, PerStep
     from elastic_runtime.sampling import sampler as fitting
 
     refuse_clobber(output, overwrite)
+    if show_tokens:
+        refuse_clobber(show_tokens, overwrite, "--show-tokens")
+        if show_tokens.resolve() == output.resolve():
+            raise UsageError(f"-o/--output and --show-tokens are both {output}: give two names")
     low, high = options.interval(interval)
     opened = Bundle.open(bundle)
     planned: dict[str, object] = {"plan": plan, "prompt": prompt, "negative-prompt": negative_prompt, "height": height, "width": width}
@@ -84,8 +97,16 @@ def generate(
             "guidance-latents": guidance_latents,
             "loops": loops,
             "guidance-loops": guidance_loops,
+            "tokens": tokens,
+            "guidance-tokens": guidance_tokens,
+            "drop": drop or None,
+            "guidance-drop": guidance_drop,
+            "show-tokens": show_tokens,
+            "autoguidance": autoguidance or None,
+            "sampler": sampler,
+            "temperature": temperature,
         }
-        refuse(opened, budgeted | {"autoguidance": autoguidance or None, "sampler": sampler, "temperature": temperature}, "along a plan")
+        refuse(opened, budgeted, "along a plan")
         along_a_plan(
             opened, output, classes=classes, prompts=prompt, negative_prompt=negative_prompt, height=height, width=width, plan=plan,
             steps=steps, guidance=guidance, true_cfg=true_cfg, interval=(low, high), cache=cache, seed=seed, backend=backend,
@@ -95,10 +116,21 @@ def generate(
     refuse(opened, planned, "at budgets")
     steps, guidance = 20 if steps is None else steps, 2.0 if guidance is None else guidance
     labels = options.integers(classes or "0")
-    chosen = options.budgets({"latents": latents, "loops": loops})
-    weak_values = {"latents": guidance_latents, "loops": guidance_loops}
+    chosen = options.budgets({"latents": latents, "loops": loops, "tokens": tokens})
+    weak_values = {"latents": guidance_latents, "loops": guidance_loops, "tokens": guidance_tokens}
     weak = Budget(**{axis: value for axis, value in weak_values.items() if value is not None}) or None
     with ElasticPipeline.from_pretrained(opened, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
+        if show_tokens and all(spec.name != "probability" for spec in pipe.bundle.manifest.graphs["denoiser"].outputs):
+            raise UsageError(f"{bundle} keeps every token, or does not tell which: --show-tokens is for models with a router")
+        shown = np.linspace(0, steps - 1, min(steps, ROWS)).round().tolist() if show_tokens else []
+        seen: dict[int, dict[str, np.ndarray]] = {}
+
+        def after_step(_: ElasticPipeline, index: int, time: float, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            advance()
+            if index in shown:
+                seen[index] = tensors
+            return {}
+
         result = pipe(
             labels,
             num_inference_steps=steps,
@@ -109,8 +141,14 @@ def generate(
             sampler=sampler,
             temperature=temperature,
             generator=np.random.default_rng(seed),
-            callback_on_step_end=lambda *_: advance() or {},
+            drop_fraction=drop,
+            guidance_drop_fraction=guidance_drop,
+            callback_on_step_end=after_step,
         )
+        rows = [
+            [highlighted(*pair) for pair in zip(pipe.images(tensors.get("denoised", tensors["latents"])), tensors["mask"], strict=True)]
+            for tensors in seen.values()
+        ]
         drawn, where = pipe.bundle.manifest.model, pipe.where
     seconds = sum(step.seconds for step in result.steps)
     facts = {
@@ -119,12 +157,18 @@ def generate(
         "seed": seed,
         "sampler": fitting(drawn, sampler)[0],
         "guidance": guidance,
+        "drop_fractions": [drop, drop if guidance_drop is None else guidance_drop],
         "where": where,
         "steps": result.steps,
     }
     save(grid([result.images]), output, show.text(facts))
+    if show_tokens:
+        names = [f"step {index + 1}: {tensors['mask'].mean():.0%}" for index, tensors in seen.items()]
+        save(grid(rows, names, [str(label) for label in labels], least=128), show_tokens, show.text(facts))
     if json:
         show.as_json("generate", {"output": str(output), "seconds": seconds} | facts)
     else:
         budgets = ", ".join(dict.fromkeys(str(step.budget) for step in result.steps))
-        show.line(f"{output}: {len(labels)} pictures in {seconds:.2f} s, {steps} steps at {budgets}, seed {seed}, {where}")
+        counts = [count for step in result.steps for count in step.kept or ()]
+        kept = f", kept {min(counts)} to {max(counts)} tokens" if counts else ""
+        show.line(f"{output}: {len(labels)} pictures in {seconds:.2f} s, {steps} steps at {budgets}{kept}, seed {seed}, {where}")

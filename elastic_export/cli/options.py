@@ -107,6 +107,15 @@ LoopsEach = Annotated[
         show_default=False,
     ),
 ]
+TokensEach = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        metavar="N[,N...]",
+        help="Most tokens that a router may keep, one cap for all or for each step [dim](default: what the picture needs)[/dim].",
+        show_default=False,
+    ),
+]
 WeakLatents = Annotated[
     int | None,
     typer.Option(
@@ -119,6 +128,20 @@ WeakLatents = Annotated[
 WeakLoops = Annotated[
     int | None,
     typer.Option("--guidance-loops", metavar="N", help="Loops of the weak branch [dim](default: as --loops)[/dim].", show_default=False),
+]
+WeakTokens = Annotated[
+    int | None,
+    typer.Option("--guidance-tokens", metavar="N", help="Cap of the weak branch [dim](default: as --tokens)[/dim].", show_default=False),
+]
+Drop = Annotated[float, typer.Option("--drop", metavar="SHARE", help="Share of a router's kept tokens to drop, 0 to below 1.")]
+WeakDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance-drop", metavar="SHARE", help="The same for the weak branch [dim](default: as --drop)[/dim].", show_default=False
+    ),
+]
+ShowTokens = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A picture, .png, of what the router kept at some of the steps.", show_default=False)
 ]
 PLAN_PANEL = "Drawing along a plan (FLUX, SD3)"
 PlanName = Annotated[

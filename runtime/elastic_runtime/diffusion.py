@@ -4,12 +4,15 @@ They go from one time of the schedule to the next, however far apart, so a run o
 """
 
 import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 from elastic_runtime.sampler import Draw, Loop, Predict, Step, after
 from elastic_runtime.schedule import Path
+
+TINY = 1e-20  # the least variance that a logarithm is taken of
 
 # prediction -> x_0 from (x_t, the model's output, alpha, sigma)
 PICTURE: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]] = {
@@ -19,43 +22,73 @@ PICTURE: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]]
 }
 
 
-def ddim(predict: Predict, noise: np.ndarray, steps: int, draw: Draw, path: Path, prediction: str, limit: float | None = None) -> Loop:
+def ddim(
+    predict: Predict,
+    noise: np.ndarray,
+    steps: int,
+    draw: Draw,
+    path: Path,
+    prediction: str,
+    limit: float | None = None,
+    learned_variance: bool = False,
+) -> Loop:
     """DDIM without noise (arXiv 2010.02502, eta 0): the predicted picture and noise, put together again for the next time.
 
-    `limit` bounds the predicted picture's values to [-limit, limit], for models whose samples are pixels.
+    `limit` bounds the predicted picture's values to [-limit, limit], for models whose samples are pixels. A `learned_variance`
+    has no part in it.
     """
     x, times = noise.astype(np.float64), path.times(steps)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        picture, eps = _split(predict, x, float(t), i, path, prediction, limit)
+        picture, eps, _ = _split(predict, x, float(t), i, path, prediction, limit, learned_variance)
         alpha, sigma = path.alpha_sigma(float(t_next))
-        step = Step(i, steps, float(t), float(t_next), alpha * picture + sigma * eps)
+        step = Step(i, steps, float(t), float(t_next), alpha * picture + sigma * eps, picture)
         x = after(step, (yield step))
 
 
-def ddpm(predict: Predict, noise: np.ndarray, steps: int, draw: Draw, path: Path, prediction: str, limit: float | None = None) -> Loop:
+def ddpm(
+    predict: Predict,
+    noise: np.ndarray,
+    steps: int,
+    draw: Draw,
+    path: Path,
+    prediction: str,
+    limit: float | None = None,
+    learned_variance: bool = False,
+) -> Loop:
     """Ancestral sampling: each step draws from the posterior of the next state given this one and the predicted picture.
 
-    The variance is the posterior's own, the smaller of the two of DDPM (arXiv 2006.11239, section 3.2); `limit` as in `ddim`.
+    The variance is the posterior's own, the smaller of the two of DDPM (arXiv 2006.11239, section 3.2), or, with
+    `learned_variance`, between both as the second half of the prediction's channels says (arXiv 2102.09672, equation 15);
+    `limit` as in `ddim`.
     """
     x, times = noise.astype(np.float64), path.times(steps)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        picture, eps = _split(predict, x, float(t), i, path, prediction, limit)
+        picture, eps, place = _split(predict, x, float(t), i, path, prediction, limit, learned_variance)
         (alpha, sigma), (alpha_next, sigma_next) = path.alpha_sigma(float(t)), path.alpha_sigma(float(t_next))
-        # What of the noise stays, and what is drawn anew: sigma_next^2 = kept^2 + fresh^2.
-        kept = sigma_next**2 / sigma * alpha / alpha_next
-        ahead = alpha_next * picture + kept * eps
+        ahead = alpha_next * picture + sigma_next**2 / sigma * alpha / alpha_next * eps
         if i < steps - 1:
-            ahead = ahead + np.sqrt(max(sigma_next**2 - kept**2, 0.0)) * draw(x.shape)
-        step = Step(i, steps, float(t), float(t_next), ahead)
+            beta = 1 - (alpha / alpha_next) ** 2  # of the whole way from one time to the next
+            ahead = ahead + _deviation(beta, beta * (sigma_next / sigma) ** 2, place) * draw(x.shape)
+        step = Step(i, steps, float(t), float(t_next), ahead, picture)
         x = after(step, (yield step))
+
+
+def _deviation(beta: float, posterior: float, place: np.ndarray | None) -> np.ndarray | float:
+    """Standard deviation of a step: the posterior's, or at `place` between it (-1) and beta (1), on a logarithmic scale."""
+    if place is None:
+        return math.sqrt(max(posterior, 0.0))
+    share = (place + 1) / 2
+    deviation: np.ndarray = np.exp(0.5 * (share * math.log(max(beta, TINY)) + (1 - share) * math.log(max(posterior, TINY))))
+    return deviation
 
 
 def _split(
-    predict: Predict, x: np.ndarray, t: float, index: int, path: Path, prediction: str, limit: float | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted picture and noise that make up `x`."""
+    predict: Predict, x: np.ndarray, t: float, index: int, path: Path, prediction: str, limit: float | None, learned_variance: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The predicted picture and noise that make up `x`, and where the variance lies between its bounds."""
     alpha, sigma = path.alpha_sigma(t)
-    picture = PICTURE[prediction](x, predict(x, t, index), alpha, sigma)
+    output, place = np.split(predict(x, t, index), 2, axis=1) if learned_variance else (predict(x, t, index), None)
+    picture = PICTURE[prediction](x, output, alpha, sigma)
     if limit is not None:
         picture = np.clip(picture, -limit, limit)
-    return picture, (x - alpha * picture) / sigma
+    return picture, (x - alpha * picture) / sigma, place

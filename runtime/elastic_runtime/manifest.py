@@ -10,7 +10,7 @@ import msgspec
 
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.errors import BundleError
-from elastic_runtime.schedule import Schedule
+from elastic_runtime.schedule import LinearBeta, Schedule, ShiftedCosine
 
 SCHEMA_VERSION = 1
 
@@ -236,7 +236,8 @@ class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models take prompts
-    and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder that is not here.
+    and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder
+    that is not here.
     """
 
     name: str
@@ -252,6 +253,14 @@ class Model(_Record, frozen=True, kw_only=True):
     tokens: Literal["grey", "code"] | None = None
     patches: Patches | None = None
     text: Text | None = None
+    learned_variance: bool = False
+    guided_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.learned_variance and not isinstance(self.schedule, LinearBeta | ShiftedCosine):
+            raise ValueError(f"`learned_variance` is for schedules that ddpm draws from, not {self.schedule.__struct_config__.tag}")
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= self.sample_shape[0]:
+            raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
 
     @property
     def pixels(self) -> bool:

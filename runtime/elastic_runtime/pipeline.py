@@ -11,7 +11,7 @@ import numpy as np
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
-from elastic_runtime.denoiser import Denoiser, Guidance
+from elastic_runtime.denoiser import Answer, Denoiser, Guidance
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.pictures import OutputType, decode, pictures
@@ -22,13 +22,17 @@ from elastic_runtime.sampling import start as beginning
 from elastic_runtime.schedule import CosineMask
 from elastic_runtime.session import Session, open_session
 
-# callback(pipe, step_index, timestep, {"latents": state}) -> a dict that may hold other "latents"
+# callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step used: its times, the budgets of its branches (None where a branch did not run) and its seconds."""
+    """What one step used: its times, the budgets of its branches (None where a branch did not run) and its seconds.
+
+    Where a router keeps as many tokens as the picture needs (DC-DiT), `kept` are those of each picture and `slots` how many there was
+    room for, which a budget caps: where `kept` is more, the cap bit. Runs that had to be done again are counted in `reruns`.
+    """
 
     index: int
     time: float
@@ -36,6 +40,11 @@ class StepRecord:
     budget: Budget
     guidance_budget: Budget | None
     seconds: float
+    kept: tuple[int, ...] | None = None
+    slots: int | None = None
+    guidance_kept: tuple[int, ...] | None = None
+    guidance_slots: int | None = None
+    reruns: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,11 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class Progress:
-    """A step with its record, as `ElasticPipeline.iterate` yields it."""
+    """A step with its record, as `ElasticPipeline.iterate` yields it; `mask` tells which tokens a router kept, bool (B, L)."""
 
     step: Step
     record: StepRecord
+    mask: np.ndarray | None = None
 
 
 class ElasticPipeline:
@@ -100,6 +110,8 @@ class ElasticPipeline:
         budget: Budget | None = None,
         guidance_budget: Budget | None = None,
         policy: Policy | None = None,
+        drop_fraction: float = 0.0,
+        guidance_drop_fraction: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         autoguidance: bool = False,
         sampler: str | None = None,
@@ -116,6 +128,9 @@ class ElasticPipeline:
             num_inference_steps: denoising steps.
             guidance_scale: 1 is off; the weak branch runs at `guidance_budget` (default: the same as `budget`).
             budget: a point on the bundle's axes (default: the axes' defaults); or `policy` to choose for each step.
+                Tokens are a cap on what a router keeps; without it a step takes all the room that the picture needs, and no more.
+            drop_fraction: share of the tokens kept by a router to drop, those it is least sure of, 0 to below 1 (DC-DiT).
+            guidance_drop_fraction: the same for the weak branch, Lite-CFG (default: as drop_fraction).
             guidance_interval: times between which guidance acts (1 is pure noise).
             autoguidance: the weak branch keeps the label and differs by its smaller budget.
             sampler: euler, heun or sde for rectified flow; ddpm or ddim for v and epsilon; maskgit for masked models; by default the first.
@@ -123,7 +138,8 @@ class ElasticPipeline:
             generator: source of the noise; the same seed gives the same picture.
             noise: initial noise (B, C, H, W) in place of the generator's.
             output_type: pil, np or latent.
-            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": state})` after each step.
+            callback_on_step_end: called as `callback(pipe, step_index, timestep, {"latents": state})` after each step; ddpm and ddim add
+                "denoised", the picture that the model saw in the state before, and a router adds "mask", the tokens it kept, bool (B, L).
 
         Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not finite.
         """
@@ -138,6 +154,8 @@ class ElasticPipeline:
             num_inference_steps=num_inference_steps,
             guidance=Guidance(guidance_scale, *guidance_interval, auto=autoguidance),
             policy=_policy(policy, budget, guidance_budget),
+            drop_fraction=drop_fraction,
+            guidance_drop_fraction=guidance_drop_fraction,
             sampler=sampler,
             temperature=temperature,
             generator=generator,
@@ -152,7 +170,9 @@ class ElasticPipeline:
             records.append(progress.record)
             state = replacement = progress.step.sample
             if callback_on_step_end:
-                answer = callback_on_step_end(self, progress.step.index, progress.step.time, {"latents": state})
+                tensors = {"latents": state, "denoised": progress.step.denoised, "mask": progress.mask}
+                known = {name: array for name, array in tensors.items() if array is not None}
+                answer = callback_on_step_end(self, progress.step.index, progress.step.time, known)
                 state = replacement = (answer or {}).get("latents", state)
         return PipelineOutput(self.images(state, output_type), tuple(records))
 
@@ -163,6 +183,8 @@ class ElasticPipeline:
         num_inference_steps: int = 20,
         guidance: Guidance | None = None,
         policy: Policy | None = None,
+        drop_fraction: float = 0.0,
+        guidance_drop_fraction: float | None = None,
         sampler: str | None = None,
         temperature: float | None = None,
         generator: np.random.Generator | None = None,
@@ -177,20 +199,25 @@ class ElasticPipeline:
             raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
         source = generator or np.random.default_rng()
         start = beginning(model, len(labels), source, noise)
+        routing = self._denoiser.routing(drop_fraction, guidance_drop_fraction)
         state = policy.init(axes, num_inference_steps)
-        if guidance.auto and guidance.scale > 1 and policy.next(state, 0, 0.0)[0].guidance_budget == policy.next(state, 0, 0.0)[0].budget:
+        first = policy.next(state, 0, 0.0)[0] if guidance.auto and guidance.scale > 1 else None
+        if first and first.guidance_budget == first.budget and routing.guidance_drop == routing.drop:
             raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
         begun = time.perf_counter()
         choices: dict[int, Choice] = {}
         guided: set[int] = set()
+        answers: list[Answer] = []  # of one step
 
         def predict(x: np.ndarray, t: float, index: int) -> np.ndarray:
-            nonlocal state
+            nonlocal state, routing
             if index not in choices:
                 choices[index], state = policy.next(state, index, time.perf_counter() - begun)
-            if guidance.active(t):
+            if guidance.active(model.schedule.share(t)):
                 guided.add(index)
-            return self._denoiser.guided(x, t, labels, guidance, choices[index])
+            answers.append(self._denoiser.guided(x, t, labels, guidance, choices[index], routing))
+            routing = routing.after(answers[-1].routed, answers[-1].guidance_routed)
+            return answers[-1].prediction
 
         loop: Loop = run(predict, start, num_inference_steps, source)
         last, replacement = time.perf_counter(), None
@@ -203,8 +230,10 @@ class ElasticPipeline:
                 raise InferenceError(f"step {step.index} gave values that are not finite; try --dtype fp32, and verify the bundle")
             now, choice = time.perf_counter(), choices[step.index]
             weak = choice.guidance_budget if step.index in guided else None
-            record = StepRecord(step.index, step.time, step.next_time, choice.budget, weak, now - last)
-            replacement = yield Progress(step, record)
+            record = StepRecord(step.index, step.time, step.next_time, choice.budget, weak, now - last, **_routed(answers))
+            routed = answers[-1].routed
+            answers.clear()
+            replacement = yield Progress(step, record, routed.mask if routed else None)
             last = time.perf_counter()
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
@@ -247,6 +276,17 @@ def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
     if wrong := [int(label) for label in labels if not 0 <= label < model.num_classes]:
         raise UsageError(f"this model has classes 0 to {model.num_classes - 1}, got {', '.join(map(str, wrong))}")
     return labels.astype(np.int64)
+
+
+def _routed(answers: Sequence[Answer]) -> dict[str, Any]:
+    """A record's fields on what routers kept: of the last prediction of a step, and the runs repeated for any."""
+    strong = [answer.routed for answer in answers if answer.routed]
+    weak = [answer.guidance_routed for answer in answers if answer.guidance_routed]
+    fields: dict[str, Any] = {"reruns": sum(routed.reruns for routed in strong + weak)}
+    for prefix, seen in (("", strong), ("guidance_", weak)):
+        if seen:
+            fields |= {f"{prefix}kept": seen[-1].kept, f"{prefix}slots": seen[-1].slots}
+    return fields
 
 
 def _policy(policy: Policy | None, budget: Budget | None, guidance_budget: Budget | None) -> Policy:

@@ -21,13 +21,17 @@ Draw = Callable[[tuple[int, ...]], np.ndarray]
 
 @dataclass(frozen=True)
 class Step:
-    """The state after step `index` (from 0) of `steps`, which went from `time` to `next_time`."""
+    """The state after step `index` (from 0) of `steps`, which went from `time` to `next_time`.
+
+    `denoised` is the picture that the model saw in the state before, where the loop works with it.
+    """
 
     index: int
     steps: int
     time: float
     next_time: float
     sample: np.ndarray
+    denoised: np.ndarray | None = None
 
 
 Loop = Generator[Step, np.ndarray | None, None]

@@ -9,7 +9,7 @@ from elastic_runtime.errors import UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.masking import TEMPERATURE, maskgit
 from elastic_runtime.sampler import SAMPLERS, Loop, Predict
-from elastic_runtime.schedule import CosineMask, RectifiedFlow, ShiftedCosine
+from elastic_runtime.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine
 
 # run(predict, start, steps, source): a loop from `start`, drawing what it needs from `source`
 Run = Callable[[Predict, np.ndarray, int, np.random.Generator], Loop]
@@ -17,6 +17,7 @@ Run = Callable[[Predict, np.ndarray, int, np.random.Generator], Loop]
 OFFERED: dict[type, tuple[str, ...]] = {
     RectifiedFlow: tuple(SAMPLERS),
     ShiftedCosine: ("ddpm", "ddim"),
+    LinearBeta: ("ddpm", "ddim"),
     CosineMask: ("maskgit",),
 }
 
@@ -65,4 +66,6 @@ def _run(model: Model, name: str, temperature: float | None) -> Run:
         return lambda predict, x, steps, source: SAMPLERS[name](predict, x, steps, source.standard_normal)
     loop = {"ddpm": ddpm, "ddim": ddim}[name]
     limit = 1.0 if model.pixels else None
-    return lambda predict, x, steps, source: loop(predict, x, steps, source.standard_normal, schedule, model.prediction, limit)
+    return lambda predict, x, steps, source: loop(
+        predict, x, steps, source.standard_normal, schedule, model.prediction, limit, model.learned_variance
+    )

@@ -4,6 +4,8 @@ A schedule is a record of the manifest and the arithmetic that goes with it. It 
 each, in the unit that the model's `timestep` input takes; samplers need no more.
 """
 
+import functools
+import itertools
 import math
 from typing import Protocol
 
@@ -16,14 +18,14 @@ from elastic_runtime.errors import UsageError
 LEAST_LOGSNR = -15.0
 
 
-def whole_steps(steps: int, least: int = 1, most: int | None = None) -> None:
-    """Raise UsageError unless `steps` is a whole number of at least `least` and at most `most`."""
+def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str = "token") -> None:
+    """Raise UsageError unless `steps` is a whole number of at least `least` and at most `most`, one for `each`."""
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise UsageError(f"steps must be a whole number, got {steps!r}")
     if steps < least:
         raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
     if most is not None and steps > most:
-        raise UsageError(f"this sampler takes at most {most} steps, one a token, got {steps}")
+        raise UsageError(f"this sampler takes at most {most} steps, one a {each}, got {steps}")
 
 
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
@@ -33,6 +35,10 @@ class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         """The `steps + 1` times of a run, uniform from 1 to 0, float64; UsageError for fewer than one step."""
         whole_steps(steps)
         return np.linspace(1.0, 0.0, steps + 1)
+
+    def share(self, time: float) -> float:
+        """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
+        return time
 
 
 class RectifiedFlow(_Continuous, frozen=True, tag="rectified_flow"):
@@ -81,8 +87,58 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             counts.append(left)
         return counts
 
+    def share(self, time: float) -> float:
+        """How far `time` lies on the way from the picture, 0, to masks alone, 1."""
+        return time
 
-Schedule = RectifiedFlow | ShiftedCosine | CosineMask
+
+class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="linear_beta"):
+    """Discrete timesteps whose betas rise in a line (DDPM, arXiv 2006.11239, section 4); the last is all but noise, 0 all but a picture.
+
+    A run may visit some of the timesteps only. The model is told which they are, as in its training, and what lies between two of
+    them is one step: beta = 1 - (alpha / alpha_next)^2.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"needs two timesteps or more and 0 < beta_start <= beta_end < 1, got {self}")
+
+    def times(self, steps: int) -> np.ndarray:
+        """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then -1 for the picture.
+
+        They are those of the public code of improved diffusion and DiT (`space_timesteps`), rounding errors included. It would
+        draw in one step from timestep 0, which is no noise; here one step starts from the last.
+
+        Raises: UsageError for fewer than one step, or more than there are timesteps.
+        """
+        whole_steps(steps, most=self.num_train_timesteps, each="timestep")
+        last = self.num_train_timesteps - 1
+        if steps == 1:
+            return np.array([last, -1.0])
+        rising = itertools.accumulate(itertools.repeat(last / (steps - 1), steps - 1), initial=0.0)
+        return np.array([-1.0, *map(round, rising)])[::-1].copy()
+
+    def alpha_sigma(self, time: float) -> tuple[float, float]:
+        product = float(_products(self)[int(time) + 1])
+        return math.sqrt(product), math.sqrt(1.0 - product)
+
+    def share(self, time: float) -> float:
+        """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
+        return (time + 1) / self.num_train_timesteps
+
+
+@functools.lru_cache(maxsize=8)
+def _products(schedule: LinearBeta) -> np.ndarray:
+    """alpha^2 at -1, 0, 1, ...: the running product of 1 - beta."""
+    betas = np.linspace(schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps)
+    return np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+
+
+Schedule = RectifiedFlow | ShiftedCosine | CosineMask | LinearBeta
 
 
 class Path(Protocol):

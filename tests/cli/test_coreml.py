@@ -1,5 +1,6 @@
 """`elastic-export coreml` as typed, on a small checkpoint: a bundle that another target made is extended, and proven without a Mac."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,43 @@ def test_a_bundle_is_extended_verified_and_then_guarded(run: Run, model: tuple[o
     assert "weight.bin is damaged" in broken.err
 
 
+def test_counts_of_loops_are_budgets_and_an_open_loop_joins_them(run: Run, tmp_path: Path) -> None:
+    config, folder = tmp_path / "elt.json", tmp_path / "looped"
+    config.write_text(
+        json.dumps(
+            {
+                "grid": 4,
+                "vocabulary": 6,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "num_classes": 10,
+                "unique_blocks": 1,
+                "loops": 3,
+                "max_loops": 6,
+            }
+        )
+    )
+    command = ("coreml", "elt-masked", "--config", config, "--random-weights", "-o", folder)
+    for extra in (("--budgets", "1,4"), ("--shapes", "range")):
+        done = run(*command, *extra)
+        assert done.code == 0, done.err
+    functions, loop = Bundle.open(folder).manifest.graphs["denoiser"].artifacts
+    assert isinstance(functions, CoremlArtifact)
+    assert isinstance(loop, CoremlArtifact)
+    assert [call.function for call in functions.calls] == ["loops_1", "loops_4"]
+    assert [row.budget["loops"] for row in functions.verified] == [1, 4]
+    assert (loop.package, [call.budget for call in loop.calls]) == ("coreml/denoiser.range.mlpackage", [{}])
+    assert {1, 4, 6} <= {row.budget["loops"] for row in loop.verified}  # traced at 3
+    assert all(row.passed for row in (*functions.verified, *loop.verified))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (("--target", "iOS17"), "--target iOS17 is too old for a package of 5 functions, which needs iOS18 or macOS15"),
         (("--latents", "32-256"), "latents 256 is not available: this model offers 4-64"),
         (("--budgets", "16,18"), "latents 18 is not available"),
+        (("--budgets", "16", "--shapes", "range"), "--shapes range takes every budget of the span: leave --budgets out"),
         (("--shapes", "any"), "--shapes for coreml must be one of functions, enumerated, range, got any"),
     ],
 )

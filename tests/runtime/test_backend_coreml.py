@@ -62,8 +62,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     return made
 
 
-def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18") -> Bundle:
-    """A bundle whose package is a folder of two files."""
+def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops: bool = False) -> Bundle:
+    """A bundle whose package is a folder of two files; with `loops`, the graph takes a count too."""
     for name in ("Manifest.json", "Data/com.apple.CoreML/model.mlmodel"):
         path = folder / PACKAGE / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +78,13 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18") -> Bu
         toolchain={"coremltools": "9.0"},
     )  # type: ignore[arg-type]  # fmt: skip
     shape = ("B", 1, 2, 2)
+    count = (TensorSpec(name="loops", dtype="int64", shape=()),) if loops else ()
     graph = Graph(
         inputs=(
             TensorSpec(name="sample", dtype="float32", shape=shape),
             TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
             TensorSpec(name="latent_ids", dtype="int64", shape=("J",)),
+            *count,
         ),
         outputs=(TensorSpec(name="prediction", dtype="float32", shape=shape),),
         dimensions={"B": Span(1, 4), "J": Span(1, 16)},
@@ -142,6 +144,13 @@ def test_an_open_range_is_one_function_opened_by_no_name(stand_in: StandIn, tmp_
         assert session.budgets is None
         with pytest.raises(BudgetError, match="it takes every budget in batches of 1-1"):
             session.run(feeds(7, batch=2))
+
+
+def test_an_open_count_is_fed_as_a_vector_since_there_are_no_scalars(stand_in: StandIn, tmp_path: Path) -> None:
+    with open_session(bundle(tmp_path / "b", "range", loops=True)) as session:
+        session.run(feeds(2) | {"loops": np.array(3, np.int64)})
+    fed = stand_in.fed[0]["loops"]
+    assert (fed.dtype.name, fed.tolist()) == ("int32", [3])
 
 
 def test_a_package_is_compiled_once(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

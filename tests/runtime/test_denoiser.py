@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from elastic_runtime import Budget, BudgetError, Choice, Guidance, Span, UsageError
 from elastic_runtime.denoiser import Denoiser
+from elastic_runtime.slots import Routing
 
 X = np.random.default_rng(0).standard_normal((2, 4, 8, 8))
 LABELS = np.array([3, 5])
@@ -21,7 +22,7 @@ def by_label_and_budget(x: np.ndarray, t: np.ndarray, labels: np.ndarray, kept: 
 
 def guided(guidance: Guidance, choice: Choice, time: float = 0.5, batch: Span = Span(1, 4)) -> tuple[np.ndarray, list[Any]]:  # noqa: B008
     fake = session(by_label_and_budget, batch=batch)
-    return Denoiser(fake, manifest(batch=batch)).guided(X, time, LABELS, guidance, choice)[:, 0, 0, 0], fake.calls
+    return Denoiser(fake, manifest(batch=batch)).guided(X, time, LABELS, guidance, choice, Routing()).prediction[:, 0, 0, 0], fake.calls
 
 
 def test_without_guidance_there_is_one_run_at_the_budget() -> None:
@@ -63,7 +64,7 @@ def test_batches_are_split_by_the_graphs_span_and_come_back_in_order(size: int, 
     batch = Span(1, most)
     fake = session(by_label_and_budget, batch=batch)
     x, labels = np.zeros((size, 4, 8, 8)), np.arange(size) % NULL
-    value = Denoiser(fake, manifest(batch=batch)).predict(x, 0.0, labels, FULL)
+    value = Denoiser(fake, manifest(batch=batch)).guided(x, 0.0, labels, Guidance(), Choice(FULL, FULL), Routing()).prediction
     np.testing.assert_allclose(value[:, 0, 0, 0], labels + 1600)
     assert max(call["sample"][0] for call in fake.calls) <= most
     assert len(fake.calls) == -(-size // most)

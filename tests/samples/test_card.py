@@ -54,6 +54,20 @@ def test_table_and_words_quote_the_record() -> None:
     assert "4,000 steps of 64" in training(record())
 
 
+def test_a_model_graded_beside_it_has_columns_of_its_own(tmp_path: Path) -> None:
+    own = record()
+    other = own["evaluation"] | {"rows": [row | {"accuracy": row["accuracy"] / 2} for row in own["evaluation"]["rows"]]}
+    both = own | {"beside": {"without distillation": other}}
+    head, _, first, *_ = table(both).splitlines()
+    assert head.count("without distillation") == 2
+    assert first == "| 16 | 0.16 | 91.2% | 20.0 | 70.1% | 180.0 | 45.6% | 20.0 | 35.0% | 180.0 |"
+    assert "without" not in protocol(both)
+    with pytest.raises(SystemExit, match="'without distillation' was graded at other budgets"):
+        table(own | {"beside": {"without distillation": other | {"rows": other["rows"][1:]}}})
+    with pytest.raises(SystemExit, match="'without distillation' was graded with another axis"):
+        table(own | {"beside": {"without distillation": other | {"axis": "loops"}}})
+
+
 def test_a_record_without_figures_says_so() -> None:
     assert section({"quality": []}) == "Not measured yet."
     with pytest.raises(SystemExit, match=r"samples/evaluate\.py"):

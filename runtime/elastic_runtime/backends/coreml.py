@@ -49,11 +49,16 @@ def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: A
 
 
 def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
-    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a function has its own baked in)."""
+    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has its own)."""
     lengths = {
         letter: size for spec in specs for letter, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(letter, str)
     }
     return lengths | {spec.name: int(feeds[spec.name]) for spec in specs if not spec.shape}
+
+
+def taken(specs: Iterable[TensorSpec], shapes: str) -> list[TensorSpec]:
+    """Inputs that a package's functions take: a 0-d one is baked into static functions, and a vector of one value where `range` is open."""
+    return [spec for spec in specs if spec.shape or shapes == "range"]
 
 
 class PackageSession(Session):
@@ -83,11 +88,10 @@ class PackageSession(Session):
         return f"{Budget(**call.budget)} ({_words(call.sizes)})" if call.sizes else f"every budget in batches of {self.artifact.batch}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        narrow = {
-            name: np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
-            for name, array in feeds.items()
-            if array.ndim
-        }
+        narrow = {}
+        for spec in taken(self.graph.inputs, self.artifact.shapes):
+            array = np.atleast_1d(feeds[spec.name])
+            narrow[spec.name] = np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
         return self._call(self.function(feeds), narrow)
 
     @abstractmethod

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from elastic_runtime.axis import Span
-from elastic_runtime.backends.coreml import sizes
+from elastic_runtime.backends.coreml import sizes, taken
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import entry
 from elastic_runtime.manifest import CoremlArtifact, CoremlCall
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import Compressor
 from elastic_targets.coreml.functions import join
-from elastic_targets.coreml.mends import mended, rewrite
+from elastic_targets.coreml.mends import mended, rewrite, save
 from elastic_targets.coreml.options import TARGETS, CoremlOptions, budgets, opened, path
 from elastic_targets.coreml.precision import precision
 
@@ -33,7 +33,7 @@ _TYPES = {"float32": np.float32, "int64": np.int32}
 
 
 class Baked(torch.nn.Module):
-    """A graph's module with its 0-d inputs (a loop count) fixed: Core ML takes no scalars, and runs static programs best."""
+    """A graph's module with its 0-d inputs (a loop count) fixed: such a program is static, which Core ML runs best."""
 
     def __init__(self, module: torch.nn.Module, values: Mapping[str, int]):
         super().__init__()
@@ -55,7 +55,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
     compress = Compressor(options.compression)
     with _quiet(), torch.no_grad():
         if spans or len(points) == 1:
-            compress(_convert(graph, options, points, spans)).save(str(package))
+            save(compress(_convert(graph, options, points, spans)), package)
             names = dict.fromkeys(points, "main")
         else:
             names = {budget: "_".join(f"{axis}_{value}" for axis, value in budget.items()) for budget in points}
@@ -63,7 +63,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
                 parts = {}
                 for budget, feeds in points.items():
                     parts[names[budget]] = Path(work) / f"{names[budget]}.mlpackage"
-                    compress(_convert(graph, options, {budget: feeds}, {})).save(str(parts[names[budget]]))
+                    save(compress(_convert(graph, options, {budget: feeds}, {})), parts[names[budget]])
                 join(parts, package)
     shapes = options.shapes if spans else "functions"
     calls = [
@@ -100,15 +100,14 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
     kinds = {"float32": ct.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT32, "int64": ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32}
     for call in artifact.calls:
         described = functions[call.function]
-        inputs = [each for each in graph.inputs if each.shape]
-        for specs, features in ((inputs, described.input), (graph.outputs, described.output)):
+        for specs, features in ((taken(graph.inputs, artifact.shapes), described.input), (graph.outputs, described.output)):
             if [each.name for each in specs] != [feature.name for feature in features]:
                 raise RuntimeError(
                     f"{call.function} of {artifact.path} has {[f.name for f in features]}, not {[each.name for each in specs]}"
                 )
             for each, feature in zip(specs, features, strict=True):
                 array = feature.type.multiArrayType
-                wanted = [call.sizes.get(size, -1) if isinstance(size, str) else size for size in each.shape]
+                wanted = [call.sizes.get(size, -1) if isinstance(size, str) else size for size in each.shape or (1,)]
                 if array.dataType != kinds[each.dtype]:
                     raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} is not {each.dtype}")
                 if artifact.shapes == "functions" and list(array.shape) != wanted:
@@ -118,10 +117,10 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:
     """An ML program of the graph at one point, or open along `spans` and traced away from the ends."""
     feeds = graph.feeds(_traced(graph), graph.batch.min) if spans else next(iter(points.values()))
-    values = {name: int(array) for name, array in feeds.items() if array.ndim == 0}
-    module = Baked(graph.module, values) if values else graph.module  # with a value no length is open, so the wrapper hides no names
-    inputs = [spec for spec in graph.inputs if spec.shape]
+    inputs = taken(graph.inputs, options.shapes if spans else "functions")
     example = {spec.name: torch.from_numpy(feeds[spec.name]) for spec in inputs}
+    values = {name: int(array) for name, array in feeds.items() if name not in example}
+    module = Baked(graph.module, values) if values else graph.module  # with a value no length is open, so the wrapper hides no names
     dynamic = {spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if size in spans} or None for spec in inputs}
     exported = torch.export.export(module, (), example, dynamic_shapes=dynamic if spans else None, strict=False)
     with mended():
@@ -143,7 +142,7 @@ def _tensor(
     points: Points,
     spans: Mapping[str, Span],
 ) -> Any:
-    shape: Any = feeds[spec.name].shape
+    shape: Any = feeds[spec.name].shape or (1,)  # there are no scalars in Core ML
     if any(size in spans for size in spec.shape):
         if options.shapes == "enumerated":
             every = dict.fromkeys(each[spec.name].shape for each in points.values())

@@ -5,12 +5,14 @@ A test in `tests/targets/coreml/test_mends.py` fails without each of them; when 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813  its name everywhere
 from coremltools.converters.mil.frontend.torch import ops
+from coremltools.converters.mil.frontend.torch.internal_graph import InternalTorchIRNode
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
 from coremltools.converters.mil.mil import Var
 from torch.export import ExportedProgram
@@ -54,7 +56,38 @@ def alias(context: Any, node: Any) -> None:
     context.add(mb.identity(x=ops._get_inputs(context, node, expected=1)[0], name=node.name))
 
 
-TRANSLATIONS: dict[str, Callable[[Any, Any], None]] = {"gelu": gelu, "split_with_sizes": split_with_sizes, "alias": alias}
+def while_loop(context: Any, node: Any) -> None:
+    """Fault: an exported loop is refused, although MIL has one: its graphs are no tensors. `rewrite` puts them into the node's `meta`.
+
+    Weights stand outside the loop and are seen from inside, so that they are constants there too.
+    """
+    carried, seen = ops._get_inputs(context, node, expected=2)
+    condition, body = node.meta[_LOOP_GRAPHS]
+    results = mb.while_loop(
+        _cond=lambda *values: _inlined(context, condition, [*values, *seen])[0],
+        _body=lambda *values: tuple(_inlined(context, body, [*values, *seen])),
+        loop_vars=tuple(carried),
+    )
+    context.add(results, torch_name=node.name)
+
+
+def _inlined(context: Any, graph: torch.fx.Graph, values: Sequence[Var]) -> list[Var]:
+    """Translate the graph of a loop where it is called, in a frame of names of its own; values of its outputs."""
+    context.push(([node.name for node in graph.nodes if node.op == "placeholder"], values))
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            ops.convert_single_node(context, InternalTorchIRNode.from_exir_node(node))
+    results: Any = graph.output_node().args[0]
+    results = results if isinstance(results, list | tuple) else [results]  # a condition returns its one value as it is
+    translated = [context[result.name] for result in results]
+    context.pop()
+    return translated
+
+
+_LOOP_GRAPHS = "graphs of the loop"
+TRANSLATIONS: dict[str, Callable[[Any, Any], None]] = {
+    "gelu": gelu, "split_with_sizes": split_with_sizes, "alias": alias, "while_loop": while_loop,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -71,28 +104,47 @@ def mended(without: str | None = None) -> Iterator[None]:
 
 
 def rewrite(program: ExportedProgram) -> ExportedProgram:
-    """Fault: Core ML has no empty tensors, and `cat([head, x[n:]])` has an empty tail when n reaches the length of x.
-
-    With an open n the same is `x` with its first n rows overwritten by `head`, which is never empty. Changes `program` in place.
-    """
-    aten = torch.ops.aten
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is not aten.cat.default or len(node.args[0]) != 2:
-            continue
-        inputs: Any = node.args[0]
-        head, tail = inputs
-        axis: Any = node.args[1] if len(node.args) > 1 else 0
-        if not _is_open_tail(tail, axis, node):
-            continue
-        # In place, since the program's signature knows its outputs by their nodes' names.
-        node.target = aten.slice_scatter.default
-        node.args = (tail.args[0], head, axis, 0, tail.args[2])
-        if not tail.users:
-            graph.erase_node(tail)
-    graph.lint()
+    """Change what no translation can reach: empty tails, and the graphs of loops. In place, since a program's signature names its nodes."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.cat.default and len(node.args[0]) == 2:
+            _keep_tail(node)
+        elif node.target is torch.ops.higher_order.while_loop:
+            _hand_over_graphs(node)
+    program.graph.lint()
     program.graph_module.recompile()
     return program
+
+
+def _keep_tail(node: torch.fx.Node) -> None:
+    """Fault: Core ML has no empty tensors, and `cat([head, x[n:]])` has an empty tail when n reaches the length of x.
+
+    With an open n the same is `x` with its first n rows overwritten by `head`, which is never empty.
+    """
+    inputs: Any = node.args[0]
+    head, tail = inputs
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    if _is_open_tail(tail, axis, node):
+        node.target = torch.ops.aten.slice_scatter.default
+        node.args = (tail.args[0], head, axis, 0, tail.args[2])
+        if not tail.users:
+            node.graph.erase_node(tail)
+
+
+def _hand_over_graphs(loop: torch.fx.Node) -> None:
+    """For the translation `while_loop`: the graphs of condition and body move from the arguments into the node's `meta`."""
+    *named, carried, seen = loop.args
+    module: Any = loop.graph.owning_module
+    sources: Any = named
+    loop.args = (list(carried), list(seen))  # type: ignore[arg-type]
+    loop.meta[_LOOP_GRAPHS] = [getattr(module, source.target).graph for source in sources]
+    for source in sources:
+        loop.graph.erase_node(source)
+
+
+def save(model: Any, package: Path) -> None:
+    """Fault: saving lists the operations of each ExecuTorch debug handle, which fails on a loop; our graphs have no handles to list."""
+    model._mil_program = None
+    model.save(str(package))
 
 
 def _is_open_tail(tail: Any, axis: int, joined: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import coremltools as ct
 import numpy as np
 
-from elastic_runtime.axis import Span
+from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
@@ -28,9 +28,11 @@ _DEFAULT_BUDGETS = 8
 class CoremlOptions:
     """How to make the package.
 
-    shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range`.
+    shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range` (one
+    function for every budget: lengths are open, and a count that a value carries is that of a loop).
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
-    compression: None, or how weights are stored. budgets: for functions and enumerated; empty for both ends and the doublings between.
+    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis; empty
+    for both ends and the doublings between.
     """
 
     shapes: str = "functions"
@@ -38,7 +40,7 @@ class CoremlOptions:
     precision: str = "fp16"
     reductions: str = "fp32"
     compression: str | None = None
-    budgets: tuple[Budget, ...] = ()
+    budgets: tuple[Budget | int, ...] = ()
 
 
 def path(graph: str, options: CoremlOptions) -> str:
@@ -63,7 +65,7 @@ def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
     if not graph.axes:  # a decoder
         return [Budget()]
     if options.budgets:
-        return sorted({budget.on(graph.axes) for budget in options.budgets}, key=lambda budget: tuple(budget.values()))
+        return sorted({_point(budget, graph.axes).on(graph.axes) for budget in options.budgets}, key=lambda budget: tuple(budget.values()))
     grids = []
     for axis in graph.axes:
         wanted = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
@@ -90,8 +92,10 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     ):
         if value not in choices:
             raise UsageError(f"{flag} for coreml must be one of {', '.join(filter(None, choices))}, got {value}")
-    if options.shapes != "functions" and (carried := [axis.name for axis in graph.axes if axis.carrier == "value"]):
-        raise UsageError(f"--shapes {options.shapes} opens lengths, and {carried[0]} is carried by a value: use --shapes functions")
+    if options.shapes == "enumerated" and (carried := [axis.name for axis in graph.axes if axis.carrier == "value"]):
+        raise UsageError(f"--shapes enumerated lists lengths, and {carried[0]} is carried by a value: use --shapes functions or range")
+    if options.shapes == "range" and options.budgets and graph.axes:
+        raise UsageError("--shapes range takes every budget of the span: leave --budgets out, or choose --shapes functions")
     points = budgets(graph, options)
     most = MOST.get(options.shapes)
     if most and len(points) > most:
@@ -107,10 +111,21 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
 
 
 def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
-    """Dimensions that one function leaves open: none for functions, and the batch never."""
+    """What one function leaves open: dimensions (never the batch), and for `range` inputs that carry a value; nothing for functions."""
     if options.shapes == "functions" or (options.shapes == "enumerated" and len(budgets(graph, options)) == 1):
         return {}
-    return {name: span for name, span in graph.dimensions.items() if name != "B" and span.min < span.max}
+    values = {axis.input: Span(axis.min, axis.max) for axis in graph.axes if axis.carrier == "value"}
+    spans = graph.dimensions | values
+    return {name: span for name, span in spans.items() if name != "B" and span.min < span.max}
+
+
+def _point(budget: Budget | int, axes: tuple[Axis, ...]) -> Budget:
+    if isinstance(budget, Budget):
+        return budget
+    if len(axes) != 1:
+        names = " and ".join(axis.name for axis in axes)
+        raise UsageError(f"--budgets takes values of one axis, and this model has {names}: leave it out for the ends of each and between")
+    return Budget(**{axes[0].name: budget})
 
 
 def _require(target: str, needed: str, what: str) -> None:

@@ -12,6 +12,8 @@ from fakes import manifest as elit_manifest
 
 from elastic_runtime import Bundle, Caching, ElasticPipeline, InferenceError, MissingError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import FileEntry, Graph, OnnxArtifact
+from elastic_runtime.ralu import Subject
+from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
@@ -261,3 +263,16 @@ def test_a_bundle_that_nothing_here_can_run_is_refused_at_once() -> None:
     with pytest.raises(MissingError, match="nothing here can run 'denoiser' of nowhere"):
         RaluPipeline.from_pretrained(opened, "ort")
     assert repr(RaluPipeline(opened, lambda graph: pytest.fail(graph))) == "RaluPipeline.from_pretrained('nowhere')"
+
+
+def test_the_loop_itself_can_be_watched_and_stopped() -> None:
+    pipe, opener = pipeline()
+    drawing = pipe.drawing(TINY, height=32, width=64)
+    assert drawing.size == (4, 8)
+    steps = pipe.iterate(Subject(**EMBEDS), drawing, generator=seeded(0))
+    progress = next(steps)
+    assert progress.record.tokens == 8
+    preview = pipe.decode(unpack(progress.step.sample, 2, 4, 2))
+    assert preview.shape == (1, 3, 16, 32)
+    steps.close()
+    assert len(opener.calls("denoiser")) == 1

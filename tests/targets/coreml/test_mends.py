@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
 
 from elastic_runtime import InferenceError
 from elastic_targets.coreml import Evaluator
-from elastic_targets.coreml.mends import mended, rewrite
+from elastic_targets.coreml.mends import mended, rewrite, save
 
 OPEN = torch.export.Dim.DYNAMIC
 Convert = Callable[..., Callable[..., Any]]
@@ -37,7 +38,7 @@ def quiet() -> Iterator[None]:
 def convert(tmp_path: Path) -> Convert:
     """Convert a module, `without` one mend, and return what runs the saved program. An input of integers has an open length."""
 
-    def make(module: nn.Module, *example: Tensor, without: str | None = None) -> Callable[..., Any]:
+    def make(module: nn.Module, *example: Tensor, without: str | None = None, half: bool = False) -> Callable[..., Any]:
         names = [f"x{i}" for i in range(len(example))]
         lengths = tuple(None if tensor.is_floating_point() else {0: OPEN} for tensor in example)
         inputs = [
@@ -53,10 +54,14 @@ def convert(tmp_path: Path) -> Convert:
                 exported if without == "rewrite" else rewrite(exported),
                 inputs=inputs,
                 minimum_deployment_target=ct.target.iOS18,
-                compute_precision=ct.precision.FLOAT32,
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
                 skip_model_load=True,
             )
-            model.save(str(tmp_path / "mended.mlpackage"))
+            package = tmp_path / "mended.mlpackage"
+            if without == "save":
+                model.save(str(package))
+            else:
+                save(model, package)
             del model
         evaluator = Evaluator(tmp_path / "mended.mlpackage")
 
@@ -89,6 +94,19 @@ class Prefix(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         x, ids = tensors
         return torch.cat([x[:, : ids.shape[0]].tanh(), x[:, ids.shape[0] :]], dim=1)
+
+
+class Loop(nn.Module):
+    """Values of equal names, each used twice, inside the loop and around it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = x.tanh()
+
+        def body(i: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            within = (x * 3).tanh()
+            return i + 1, within * around + within - around * 2
+
+        return while_loop(lambda i, x: i < 3, body, (torch.zeros((), dtype=torch.int64), x))[1] * around
 
 
 X = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0)) * 2
@@ -140,6 +158,23 @@ def test_only_a_tail_that_fits_its_head_is_rewritten(convert: Convert) -> None:
 
     run = convert(Longer(), X, torch.arange(5))
     np.testing.assert_allclose(run(X, torch.arange(7)), Longer()(X, torch.arange(7)).numpy())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_loop_converts_and_its_names_are_its_own(convert: Convert, half: bool) -> None:
+    around, wanted = X.tanh(), X
+    for _ in range(3):
+        within = (wanted * 3).tanh()
+        wanted = within * around + within - around * 2
+    np.testing.assert_allclose(convert(Loop(), X, half=half)(X), (wanted * around).numpy(), atol=1e-2 if half else 1e-6)
+
+
+def test_a_loop_is_refused_without_each_of_its_mends(convert: Convert) -> None:
+    for without, message in (
+        ("rewrite", "Only torch.Tensor attr handled"), ("while_loop", "kind while_loop"), ("save", "Multi-block case"),
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match=message):
+            convert(Loop(), X, without=without)
 
 
 def test_the_mends_are_lent_and_taken_back() -> None:
