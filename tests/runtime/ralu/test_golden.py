@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_flux import denoiser_graph, spec
 
-from elastic_runtime import FakeSession, Session, Span
+from elastic_runtime import FakeSession, Session, Span, open_session
 from elastic_runtime.denoiser import Guidance
 from elastic_runtime.manifest import Graph, Patches, Vae
 from elastic_runtime.pictures import decode
@@ -21,7 +21,7 @@ from elastic_runtime.ralu.sampler import RaluStep, ralu
 PATCHES = Patches(size=2, positions="img_ids", guidance_embeds=True)
 VAE = Vae(scaling_factor=0.3611, shift_factor=0.1159, upscale=8)
 SIDE = 32
-# Opens (denoiser, decoder) over the golden folder.
+# (denoiser, decoder) of the golden folder
 Opened = tuple[Session, Session]
 
 
@@ -51,12 +51,29 @@ def through_torch(folder: Path) -> Opened:
     return FakeSession(whole, predict), FakeSession(decoder, image)
 
 
-BACKENDS: dict[str, Callable[[Path], Opened]] = {"torch": through_torch}
+def through_onnxruntime(folder: Path, bundle: Path) -> Opened:
+    components = pytest.importorskip("elastic_export.components", reason="makes a bundle of the golden folder")
+    pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
+    pytest.importorskip("onnxruntime", reason="runs the golden model in ONNX Runtime")
+    from elastic_export.export import export
+    from elastic_targets import load
+
+    captured = components.capture_folder(folder, ("transformer", "vae"), Span(512, 512), Span(1, 1))
+    made = export(captured, "onnx", load("onnx").OnnxOptions(), bundle, "elastic-export onnx")
+    assert made.manifest.model.patches == PATCHES
+    assert made.manifest.model.vae == VAE
+    return open_session(made, "denoiser", "ort", threads=1), open_session(made, "decoder", "ort", threads=1)
+
+
+BACKENDS: dict[str, Callable[[Path, Path], Opened]] = {
+    "torch": lambda folder, bundle: through_torch(folder),
+    "onnxruntime": through_onnxruntime,
+}
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def opened(request: pytest.FixtureRequest, golden: Path) -> Opened:
-    return BACKENDS[request.param](golden / "ralu-flux")
+def opened(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return BACKENDS[request.param](golden / "ralu-flux", tmp_path_factory.mktemp("golden") / "bundle")
 
 
 class Run:
