@@ -15,7 +15,12 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The picture, .png; several pictures stand in a row.", show_default=False)
     ],
-    classes: Annotated[str, typer.Option(help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold].")] = "0",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Class labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold] [dim](default: 0)[/dim].", show_default=False
+        ),
+    ] = None,
     latents: options.LatentsEach = None,
     guidance_latents: options.WeakLatents = None,
     loops: options.LoopsEach = None,
@@ -25,8 +30,10 @@ def generate(
     drop: options.Drop = 0.0,
     guidance_drop: options.WeakDrop = None,
     show_tokens: options.ShowTokens = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 2.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [dim](default: 20)[/dim].", show_default=False)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts the model's)[/dim].", show_default=False)
+    ] = None,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[
         bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs a budget or drop of its own.")
@@ -42,6 +49,13 @@ def generate(
     backend: Annotated[
         str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)
     ] = None,
+    prompt: options.Prompt = None,
+    negative_prompt: options.NegativePrompt = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    plan: options.PlanName = None,
+    true_cfg: options.TrueCfg = None,
+    cache: options.Cache = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -55,11 +69,14 @@ def generate(
       elastic-export generate digits -o fast.png --steps 4 --latents 16,16,64,256
       elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
       elastic-export generate routed -o three.png --classes 3 --guidance-drop 0.9 --show-tokens kept.png
+      elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
     """
     import numpy as np
 
+    from elastic_export.cli.drawing import along_a_plan, refuse
     from elastic_export.pictures import grid, highlighted, refuse_clobber, save
     from elastic_runtime.budget import Budget
+    from elastic_runtime.bundle import Bundle
     from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.policy import Fixed, PerStep
@@ -71,11 +88,38 @@ def generate(
         if show_tokens.resolve() == output.resolve():
             raise UsageError(f"-o/--output and --show-tokens are both {output}: give two names")
     low, high = options.interval(interval)
-    labels = options.integers(classes)
+    opened = Bundle.open(bundle)
+    planned: dict[str, object] = {"plan": plan, "prompt": prompt, "negative-prompt": negative_prompt, "height": height, "width": width}
+    planned |= {"true-cfg": true_cfg, "cache": cache}
+    if opened.manifest.model.patches:
+        budgeted: dict[str, object] = {
+            "latents": latents,
+            "guidance-latents": guidance_latents,
+            "loops": loops,
+            "guidance-loops": guidance_loops,
+            "tokens": tokens,
+            "guidance-tokens": guidance_tokens,
+            "drop": drop or None,
+            "guidance-drop": guidance_drop,
+            "show-tokens": show_tokens,
+            "autoguidance": autoguidance or None,
+            "sampler": sampler,
+            "temperature": temperature,
+        }
+        refuse(opened, budgeted, "along a plan")
+        along_a_plan(
+            opened, output, classes=classes, prompts=prompt, negative_prompt=negative_prompt, height=height, width=width, plan=plan,
+            steps=steps, guidance=guidance, true_cfg=true_cfg, interval=(low, high), cache=cache, seed=seed, backend=backend,
+            json=json, quiet=quiet,
+        )  # fmt: skip
+        return
+    refuse(opened, planned, "at budgets")
+    steps, guidance = 20 if steps is None else steps, 2.0 if guidance is None else guidance
+    labels = options.integers(classes or "0")
     chosen = options.budgets({"latents": latents, "loops": loops, "tokens": tokens})
     weak_values = {"latents": guidance_latents, "loops": guidance_loops, "tokens": guidance_tokens}
     weak = Budget(**{axis: value for axis, value in weak_values.items() if value is not None}) or None
-    with ElasticPipeline.from_pretrained(bundle, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
+    with ElasticPipeline.from_pretrained(opened, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
         if show_tokens and all(spec.name != "probability" for spec in pipe.bundle.manifest.graphs["denoiser"].outputs):
             raise UsageError(f"{bundle} keeps every token, or does not tell which: --show-tokens is for models with a router")
         shown = np.linspace(0, steps - 1, min(steps, ROWS)).round().tolist() if show_tokens else []

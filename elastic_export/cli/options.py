@@ -12,6 +12,7 @@ import typer
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import BudgetError
+from elastic_runtime.ralu import Plan, fit_plan
 
 
 def span(text: str | Span) -> Span:
@@ -53,6 +54,20 @@ def interval(text: str) -> tuple[float, float]:
     if not match:
         raise typer.BadParameter(f"an interval is written 0.3-0.8, got {text!r}")
     return float(match[1]), float(match[2])
+
+
+def plan(text: str) -> Plan | str:
+    """Read `4x`, `7x` or `full`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows, with a fitted schedule."""
+    if "/" not in text:
+        return text
+    match = re.fullmatch(r"(\d+),(\d+),(\d+)/([\d.]+),([\d.]+),([\d.]+)/([\d.]+)", text.replace(" ", ""))
+    try:
+        first, second, third, low, mixed, end, ratio = match.groups() if match else ()
+        steps, end_times = (int(first), int(second), int(third)), (float(low), float(mixed), float(end))
+        share = float(ratio)
+    except ValueError:
+        raise typer.BadParameter(f"a plan is 4x, 7x, full, or steps/end times/share as in 3,4,5/0.25,0.4,1/0.3, got {text!r}") from None
+    return fit_plan(steps, end_times, share)
 
 
 def command_line() -> str:
@@ -133,6 +148,45 @@ WeakDrop = Annotated[
 ]
 ShowTokens = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A picture, .png, of what the router kept at some of the steps.", show_default=False)
+]
+PLAN_PANEL = "Drawing along a plan (FLUX, SD3)"
+PlanName = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        metavar="PLAN",
+        help="[bold]4x[/bold], [bold]7x[/bold], [bold]full[/bold], or steps/end times/share [dim](default: 4x)[/dim].",
+        rich_help_panel=PLAN_PANEL,
+        show_default=False,
+    ),
+]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompt", metavar="TEXT", help="What to draw; again for another picture.", rich_help_panel=PLAN_PANEL, show_default=False
+    ),
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What guidance leads away from.", rich_help_panel=PLAN_PANEL, show_default=False),
+]
+Height = Annotated[int | None, typer.Option(help="Height in pixels.", rich_help_panel=PLAN_PANEL, show_default=False)]
+Width = Annotated[int | None, typer.Option(help="Width in pixels.", rich_help_panel=PLAN_PANEL, show_default=False)]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option(
+        "--true-cfg", help="Classifier-free guidance where --guidance is distilled.", rich_help_panel=PLAN_PANEL, show_default=False
+    ),
+]
+Cache = Annotated[
+    int | None,
+    typer.Option(
+        "--cache",
+        metavar="N",
+        help="Run the network on every N-th step only, and extrapolate between [dim](default: on all)[/dim].",
+        rich_help_panel=PLAN_PANEL,
+        show_default=False,
+    ),
 ]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Checkpoint = Annotated[

@@ -23,6 +23,7 @@ from elastic_runtime.errors import (
 )
 from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
 from elastic_runtime.policy import Choice, Fixed, PerStep, Policy
+from elastic_runtime.ralu import Caching, Plan, RaluOutput, RaluPipeline, RaluProgress, RaluRecord, fit_plan
 from elastic_runtime.session import Session, open_session
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "BudgetError",
     "Bundle",
     "BundleError",
+    "Caching",
     "Choice",
     "ElasticError",
     "ElasticPipeline",
@@ -42,13 +44,19 @@ __all__ = [
     "ModelError",
     "PerStep",
     "PipelineOutput",
+    "Plan",
     "Policy",
     "Progress",
     "RegressionError",
+    "RaluOutput",
+    "RaluPipeline",
+    "RaluProgress",
+    "RaluRecord",
     "Session",
     "Span",
     "StepRecord",
     "UsageError",
     "VerificationError",
+    "fit_plan",
     "open_session",
 ]

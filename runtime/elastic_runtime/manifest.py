@@ -188,10 +188,57 @@ class Vae(_Record, frozen=True, kw_only=True):
     upscale: int
 
 
+class Patches(_Record, frozen=True, kw_only=True):
+    """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and out alike.
+
+    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are; `pos_ids`
+    (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred. A row or a column is
+    one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
+    """
+
+    size: int
+    positions: Literal["img_ids", "pos_ids"]
+    table: int | None = None
+    guidance_embeds: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.positions == "pos_ids") != (self.table is not None):
+            raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
+
+
+class TextEncoder(_Record, frozen=True, kw_only=True):
+    """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
+
+    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see `Text`.
+    """
+
+    graph: str
+    tokenizer: FileEntry
+    max_length: int
+    pad_token_id: int
+    gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state"], ...]
+
+
+class Text(_Record, frozen=True, kw_only=True):
+    """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B, `pooled`).
+
+    In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by features too and
+    padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks to `length` are zeros.
+    Without encoders the embeddings come from elsewhere.
+    """
+
+    encoders: tuple[TextEncoder, ...]
+    length: int
+    width: int
+    pooled: int
+
+
 class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
-    `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder that is not here.
+    Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models take prompts
+    and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder
+    that is not here.
     """
 
     name: str
@@ -205,6 +252,8 @@ class Model(_Record, frozen=True, kw_only=True):
     weights: Literal["checkpoint", "random"]
     vae: Vae | None = None
     tokens: Literal["grey", "code"] | None = None
+    patches: Patches | None = None
+    text: Text | None = None
     learned_variance: bool = False
     guided_channels: int | None = None
 
@@ -260,11 +309,20 @@ class Manifest(_Record, frozen=True, kw_only=True):
     quality: tuple[Quality, ...] = ()
     reference: FileEntry | None = None
 
+    def __post_init__(self) -> None:
+        for encoder in self.model.text.encoders if self.model.text else ():
+            graph = self.graphs.get(encoder.graph)
+            if graph is None or {spec.name for spec in graph.outputs} != set(encoder.gives):
+                raise ValueError(f"the text encoder {encoder.graph!r} gives {', '.join(encoder.gives)}, but no graph of that name does")
+
     def files(self) -> Iterator[FileEntry]:
         """Every file that the manifest lists."""
         for graph in self.graphs.values():
             for artifact in graph.artifacts:
                 yield from artifact.files
+        if self.model.text:
+            for encoder in self.model.text.encoders:
+                yield encoder.tokenizer
         if self.reference:
             yield self.reference
 

@@ -5,15 +5,16 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.denoiser import Answer, Denoiser, Guidance
 from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.manifest import Model
+from elastic_runtime.pictures import OutputType, decode, pictures
 from elastic_runtime.policy import Choice, Fixed, Policy
 from elastic_runtime.sampler import Loop, Step
 from elastic_runtime.sampling import sampler as fitting
@@ -21,7 +22,6 @@ from elastic_runtime.sampling import start as beginning
 from elastic_runtime.schedule import CosineMask
 from elastic_runtime.session import Session, open_session
 
-OutputType = Literal["pil", "np", "latent"]
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -81,6 +81,8 @@ class ElasticPipeline:
         Raises: BundleError, MissingError.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if opened.manifest.model.patches:
+            raise UsageError(f"{opened.manifest.model.name} draws along a plan: open it with RaluPipeline.from_pretrained")
         denoiser = open_session(opened, "denoiser", backend, **options)
         has_decoder = "decoder" in opened.manifest.graphs
         return cls(opened, denoiser, open_session(opened, "decoder", backend, **options) if has_decoder else None)
@@ -192,7 +194,7 @@ class ElasticPipeline:
         model, axes = self.bundle.manifest.model, self.bundle.manifest.axes
         guidance, policy = guidance or Guidance(), policy or Fixed()
         _, run = fitting(model, sampler, temperature)
-        labels = self._labels(class_labels)
+        labels = whole_labels(model, class_labels)
         if generator is not None and not isinstance(generator, np.random.Generator):
             raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
         source = generator or np.random.default_rng()
@@ -242,18 +244,13 @@ class ElasticPipeline:
         model = self.bundle.manifest.model
         vae, schedule = model.vae, model.schedule
         if self._decoder and vae:
-            scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
-            decoded = np.concatenate([self._decoder.run({"latent": one[None]})["image"] for one in scaled])
+            decoded = decode(self._decoder, vae, latents)
         elif isinstance(schedule, CosineMask):
             white = schedule.vocabulary - 1
             decoded = np.where(latents > white, 0.0, latents / white * 2 - 1)  # what is still masked is grey
         else:
             decoded = latents
-        pixels = np.clip(decoded.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1).astype(np.float32)  # (B, H, W, C)
-        if output_type == "np":
-            return pixels
-        quantized = (pixels * 255).round().astype(np.uint8)
-        return [Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture) for picture in quantized]
+        return pictures(decoded, output_type)
 
     def _need_pixels(self) -> None:
         """Raise UsageError where latents cannot become a picture."""
@@ -267,17 +264,18 @@ class ElasticPipeline:
             "export it again with --vae DIR, or ask for output_type='latent'"
         )
 
-    def _labels(self, class_labels: Sequence[int] | int) -> np.ndarray:
-        classes = self.bundle.manifest.model.num_classes
-        try:
-            labels = np.atleast_1d(np.asarray(class_labels))
-        except ValueError:  # a ragged list
-            labels = np.empty(0)
-        if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
-            raise UsageError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
-        if wrong := [int(label) for label in labels if not 0 <= label < classes]:
-            raise UsageError(f"this model has classes 0 to {classes - 1}, got {', '.join(map(str, wrong))}")
-        return labels.astype(np.int64)
+
+def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
+    """Class labels of a model as int64 (B,); raises UsageError where they are none of its classes."""
+    try:
+        labels = np.atleast_1d(np.asarray(class_labels))
+    except ValueError:  # a ragged list
+        labels = np.empty(0)
+    if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+        raise UsageError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
+    if wrong := [int(label) for label in labels if not 0 <= label < model.num_classes]:
+        raise UsageError(f"this model has classes 0 to {model.num_classes - 1}, got {', '.join(map(str, wrong))}")
+    return labels.astype(np.int64)
 
 
 def _routed(answers: Sequence[Answer]) -> dict[str, Any]:

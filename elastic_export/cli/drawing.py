@@ -1,0 +1,117 @@
+"""Drawing along a plan, for `elastic-export generate` on a bundle of FLUX or SD3."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import typer
+
+from elastic_export.cli import options, show
+from elastic_export.pictures import grid, save
+from elastic_runtime.bundle import Bundle
+from elastic_runtime.ralu import Caching, Plan, RaluPipeline
+from elastic_runtime.ralu.cost import STEP, plan_flops
+
+# Plain steps that the paper compares with.
+USUAL = 50
+
+
+def refuse(bundle: Bundle, given: Mapping[str, object], how: str) -> None:
+    """Raise BadParameter for an option that does not fit the bundle's kind of model."""
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise typer.BadParameter(f"--{wrong[0]} does not fit {bundle.manifest.model.name}, which draws {how}")
+
+
+def along_a_plan(
+    bundle: Bundle,
+    output: Path,
+    *,
+    classes: str | None,
+    prompts: list[str] | None,
+    negative_prompt: str | None,
+    height: int | None,
+    width: int | None,
+    plan: str | None,
+    steps: int | None,
+    guidance: float | None,
+    true_cfg: float | None,
+    interval: tuple[float, float],
+    cache: int | None,
+    seed: int,
+    backend: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Draw, save and say what it took."""
+    model = bundle.manifest.model
+    labels = options.integers(classes or "0") if model.num_classes and not prompts else None
+    if classes and not model.num_classes:
+        raise typer.BadParameter(f"--classes does not fit {model.name}, which draws from prompts: give --prompt")
+    if not model.num_classes and not prompts:
+        raise typer.BadParameter(f"{model.name} draws from prompts: give --prompt")
+    if steps is not None and plan != "full":
+        raise typer.BadParameter(f"--steps is for --plan full; plan {plan or '4x'} has steps of its own")
+    count = len(labels or prompts or ())
+    with RaluPipeline.from_pretrained(bundle, backend) as pipe:
+        drawing = pipe.drawing(options.plan(plan or "4x"), steps, height, width)
+        caching = Caching.every(drawing.plan, cache) if cache else None
+        with show.bar(quiet, f"drawing {count}", drawing.plan.total) as advance, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            result = pipe(
+                prompts,
+                negative_prompt=negative_prompt,
+                class_labels=labels,
+                height=height,
+                width=width,
+                plan=drawing.plan,
+                guidance_scale=guidance,
+                true_cfg_scale=true_cfg,
+                guidance_interval=interval,
+                caching=caching,
+                generator=[np.random.default_rng([seed, index]) for index in range(count)],
+                callback_on_step_end=lambda *_: advance() or {},
+            )
+        where = pipe.where
+    for warning in told:
+        show.note(str(warning.message))
+    name = plan or "4x"
+    seconds = sum(step.seconds for step in result.steps)
+    spent = cost(bundle, result.plan, drawing.size, caching.skip if caching else frozenset())
+    facts = {
+        "model": model.name,
+        **({"classes": labels} if labels else {"prompts": prompts, "negative_prompt": negative_prompt}),
+        "seed": seed,
+        "plan": name,
+        "schedule": result.plan,
+        "guidance": guidance,
+        "where": where,
+        "flops": spent,
+        "steps": result.steps,
+    }
+    save(grid([result.images]), output, show.text(facts))
+    if json:
+        show.as_json("generate", {"output": str(output), "seconds": seconds} | facts)
+        return
+    tokens = "/".join(map(str, result.plan.tokens(*drawing.size)))
+    show.line(
+        f"{output}: {count} pictures in {seconds:.2f} s, plan {name}, {result.plan.total} steps at {tokens} tokens, seed {seed}, {where}"
+    )
+    if spent:
+        show.line(
+            f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "
+            f"{result.plan.total} steps at full resolution, {spent['usual'] / spent['plan']:.2f}x less than {USUAL}"
+        )
+
+
+def cost(bundle: Bundle, plan: Plan, size: tuple[int, int], skipped: frozenset[int]) -> dict[str, int] | None:
+    """FLOPs of the plan, of as many steps at full resolution, and of the usual number; None for a family without a count."""
+    model = bundle.manifest.model
+    if model.family not in STEP:
+        return None
+    text = model.text.length if model.text else 1
+
+    def flops(each: Plan, without: frozenset[int] = frozenset()) -> int:
+        return plan_flops(model.family, model.config, each, *size, text, without)
+
+    return {"plan": flops(plan, skipped), "same_steps": flops(Plan.full(plan.total)), "usual": flops(Plan.full(USUAL))}

@@ -1,0 +1,83 @@
+"""Step caching: on chosen steps the prediction is reused or extrapolated from earlier ones, and the network does not run.
+
+The paper combines RALU with TaylorSeer (arXiv 2503.06923), which extrapolates features inside the network. A compiled graph keeps
+these to itself, so here it is the network's output that is extrapolated, in sigma.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+
+from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.plan import Plan
+from elastic_runtime.ralu.sampler import Velocity
+
+
+@dataclass(frozen=True)
+class Caching:
+    """Steps (numbered from 0 over the whole plan) on which the network does not run.
+
+    `order` 0 repeats the stage's last prediction; 1 continues the line through its last two, the first-order Taylor expansion
+    with a finite difference. A stage has tokens of its own, so its first step, or first two, cannot be skipped.
+    """
+
+    skip: frozenset[int]
+    order: Literal[0, 1] = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", frozenset(self.skip))
+        if self.order not in (0, 1):
+            raise UsageError(f"caching has order 0 (reuse) or 1 (extrapolate), got {self.order!r}")
+
+    @classmethod
+    def every(cls, plan: Plan, interval: int, order: Literal[0, 1] = 1) -> Self:
+        """Run the network on the first `order + 1` steps of each stage and then on every `interval`-th."""
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
+            raise UsageError(f"the network runs on every 2nd step or more rarely, got an interval of {interval!r}")
+        skip, begin = set(), 0
+        for steps in plan.steps:
+            free = range(begin + order + 1, begin + steps)
+            skip |= {step for step in free if (step - free.start) % interval != interval - 1}
+            begin += steps
+        return cls(frozenset(skip), order)
+
+    def check(self, plan: Plan) -> None:
+        """Raise UsageError for a step that the plan lacks, or that has too few computed ones before it in its stage."""
+        if odd := sorted(step for step in self.skip if step not in range(plan.total)):
+            raise UsageError(f"caching skips step {odd[0]}, but the plan's steps are 0 to {plan.total - 1}")
+        begin = 0
+        for steps in plan.steps:
+            computed = 0
+            for step in range(begin, begin + steps):
+                if step not in self.skip:
+                    computed += 1
+                elif computed <= self.order:
+                    needs = "two computed steps" if self.order else "a computed step"
+                    raise UsageError(
+                        f"caching of order {self.order} needs {needs} before step {step} in its stage, which begins at {begin}"
+                    )
+            begin += steps
+
+    def apply(self, velocity: Velocity, plan: Plan) -> Velocity:
+        """`velocity` of one run along `plan`, not computed on the skipped steps."""
+        self.check(plan)
+        known: list[tuple[float, np.ndarray]] = []  # (sigma, prediction) of the stage's last computed steps, at most two
+        last_stage = -1
+
+        def cached(x: np.ndarray, positions: np.ndarray, sigma: float, index: int, stage: int) -> np.ndarray:
+            nonlocal last_stage
+            if stage != last_stage:
+                known.clear()
+                last_stage = stage
+            if index not in self.skip:
+                known.append((sigma, velocity(x, positions, sigma, index, stage)))
+                del known[:-2]
+                return known[-1][1]
+            late, v = known[-1]
+            if self.order == 0:
+                return v
+            early, before = known[-2]
+            return v + (sigma - late) / (late - early) * (v - before)
+
+        return cached

@@ -1,0 +1,196 @@
+"""A RALU plan: how many steps at which resolution, between which times (arXiv 2507.08422).
+
+Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width, then grows the
+patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.errors import UsageError
+from elastic_runtime.schedule import whole_steps
+
+STAGES = 3
+# Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.
+LEAST_Z = 2.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
+
+    On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is nothing.
+    """
+
+    start: float
+    end: float
+    sigmas: tuple[float, ...]
+    alpha: float
+    beta: float
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages of a drawing: for each its `steps`, the time at which it ends, and its schedule's `shifts`.
+
+    Args:
+        steps: three numbers (low, mixed, full resolution), or one (full resolution).
+        end_times: rising, the last is 1.
+        shifts: how much each stage dwells on noise; 1 is evenly.
+        z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
+        up_ratio: share of the low-resolution patches that grow in the mixed stage, between 0 and 1.
+
+    Raises: UsageError naming the value that is wrong.
+    """
+
+    steps: tuple[int, ...]
+    end_times: tuple[float, ...] = (1.0,)
+    shifts: tuple[float, ...] = (1.0,)
+    z: float | None = None
+    up_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "end_times", "shifts"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                raise UsageError(f"a plan's {name} are a tuple, one value a stage, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        check_outline(self.steps, self.end_times)
+        if len(self.shifts) != len(self.steps):
+            raise UsageError(f"a plan has a shift for each of its {len(self.steps)} stages, got {self.shifts}")
+        if bad := [shift for shift in self.shifts if not (_is_number(shift) and 0 < shift < math.inf)]:
+            raise UsageError(f"a plan's shifts are above 0, got {bad[0]!r}")
+        if self.plain:
+            if self.z is not None or self.up_ratio is not None:
+                raise UsageError("a plan of one stage has no z and no up_ratio: nothing grows in it")
+            return
+        if self.z is None or not _is_number(self.z) or not LEAST_Z <= self.z < math.inf:
+            raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
+        check_ratio(self.up_ratio)
+
+    @classmethod
+    def full(cls, steps: int, shift: float = 1.0) -> "Plan":
+        """Plain sampling at full resolution; `shift` 1 spaces the steps evenly; see `full` for a model's own."""
+        return cls((steps,), shifts=(shift,))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one stage at full resolution."""
+        return len(self.steps) == 1
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return sum(self.steps)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in order, with the sigmas that each visits."""
+        stages, start, alpha, beta = [], 0.0, 0.0, 1.0
+        for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
+            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta))
+            if self.z is not None:
+                start, alpha, beta = restart(end, self.z)
+        return tuple(stages)
+
+    def grown(self, patches: int) -> int:
+        """How many of `patches` low-resolution patches grow in the mixed stage.
+
+        Raises: UsageError where the ratio leaves none, or all, of so few.
+        """
+        if self.up_ratio is None:
+            return 0
+        count = int(patches * self.up_ratio)
+        if not 0 < count < patches:
+            raise UsageError(f"up_ratio {self.up_ratio:g} of {patches} patches grows {count}: take a larger picture or another ratio")
+        return count
+
+    def tokens(self, height: int, width: int) -> tuple[int, ...]:
+        """Image tokens of each stage for a picture of `height` x `width` full-resolution tokens."""
+        if self.plain:
+            return (height * width,)
+        low = height * width // 4
+        return low, low + 3 * self.grown(low), height * width
+
+    def step_tokens(self, height: int, width: int) -> tuple[int, ...]:
+        """Image tokens of each step."""
+        return tuple(count for count, steps in zip(self.tokens(height, width), self.steps, strict=True) for _ in range(steps))
+
+
+def restart(end: float, z: float) -> tuple[float, float, float]:
+    """Where the stage after one that ended at time `end` starts, and the (alpha, beta) of its renoising (section 3.3)."""
+    whole = z * (1 - end) + end
+    start = end / whole
+    return start, 1 - start, 1 / whole
+
+
+def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, ...]:
+    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1) s)`."""
+    high, low = (s / (shift - (shift - 1) * s) for s in (1 - start, 1 - end))
+    even = np.linspace(high, low, steps + 1)
+    return tuple(float(s) for s in shift * even / (1 + (shift - 1) * even))
+
+
+def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
+    """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
+
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps evenly.
+    """
+    if not scheduler.get("use_dynamic_shifting", False):
+        return Plan.full(steps, float(scheduler.get("shift", 1.0)))
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    exponent = base + (most - base) * (tokens - low) / (high - low)
+    linear = scheduler.get("time_shift_type", "exponential") == "linear"
+    return Plan.full(steps, exponent if linear else math.exp(exponent))
+
+
+def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
+    """Raise UsageError unless these are steps and end times of a plan."""
+    if len(steps) not in (1, STAGES):
+        raise UsageError(f"a plan has {STAGES} stages, or 1 at full resolution; got steps for {len(steps)}: {steps}")
+    if len(end_times) != len(steps):
+        raise UsageError(f"a plan has an end time for each of its {len(steps)} stages, got {end_times}")
+    for count in steps:
+        whole_steps(count)
+    if bad := [time for time in end_times if not _is_number(time)]:
+        raise UsageError(f"end times are numbers, got {bad[0]!r}")
+    if not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
+        raise UsageError(f"end times rise from above 0, got {end_times}")
+    if end_times[-1] != 1:
+        raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
+
+
+def check_ratio(up_ratio: Any) -> None:
+    """Raise UsageError unless it is a share strictly between nothing and everything."""
+    if not _is_number(up_ratio) or not 0 < up_ratio < 1:
+        edges = {0: " (with 0 the mixed stage would be the low one again)", 1: " (with 1 nothing is left to grow in the last stage)"}
+        raise UsageError(f"up_ratio lies between 0 and 1, got {up_ratio!r}{edges.get(up_ratio, '') if _is_number(up_ratio) else ''}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+# The authors' plans for FLUX.1-dev, named for how much less they compute than 50 plain steps.
+PRESETS = {
+    "4x": Plan((5, 6, 7), (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317, 0.3),
+    "7x": Plan((2, 3, 5), (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261, 0.1),
+}
+
+
+def preset(name: str) -> Plan:
+    """The plan of that name; raises UsageError listing those that exist."""
+    if name not in PRESETS:
+        raise UsageError(
+            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own"
+        )
+    return PRESETS[name]

@@ -1,0 +1,139 @@
+"""Drawing along a plan from the command line, over sessions that need no backend."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Outcome
+from fake_flux import SCHNELL, Opener, manifest, to_zero
+from fake_prompts import flux as with_text
+from fakes import write_bundle
+from PIL import Image
+
+from elastic_runtime import Bundle, RaluPipeline
+from elastic_runtime.bundle import entry, write_manifest
+from elastic_runtime.manifest import Manifest
+
+Run = Callable[..., Outcome]
+CONFIG = {
+    "attention_head_dim": 8, "num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1, "guidance_embeds": False,
+    "in_channels": 16, "out_channels": None, "pooled_projection_dim": 5, "joint_attention_dim": 6,
+}  # fmt: skip
+
+
+def opened(monkeypatch: pytest.MonkeyPatch, folder: Path, opener: Opener) -> Path:
+    """Write the opener's manifest and let the pipeline of any folder open its sessions."""
+    import msgspec
+
+    whole: Manifest = opener.bundle.manifest
+    model = msgspec.structs.replace(whole.model, config=CONFIG)
+    if model.text:
+        encoders = tuple(msgspec.structs.replace(one, tokenizer=entry(folder, folder / one.tokenizer.path)) for one in model.text.encoders)
+        model = msgspec.structs.replace(model, text=msgspec.structs.replace(model.text, encoders=encoders))
+    folder.mkdir(exist_ok=True)
+    write_manifest(folder, msgspec.structs.replace(whole, model=model))
+    monkeypatch.setattr(RaluPipeline, "from_pretrained", lambda bundle, backend=None: RaluPipeline(bundle, opener))
+    opener.bundle = Bundle.open(folder)
+    return folder
+
+
+@pytest.fixture
+def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A bundle of a model of five classes."""
+    return opened(monkeypatch, tmp_path / "digits", Opener(manifest(SCHNELL, classes=5), to_zero))
+
+
+def test_classes_are_drawn_along_a_plan_and_the_saving_is_said_both_ways(run: Run, digits: Path, tmp_path: Path) -> None:
+    done = run("generate", digits, "-o", tmp_path / "a.png", "--classes", "0-2", "--plan", "7x", "--guidance", "2", "-q")
+    assert done.code == 0, done.err
+    assert "plan 7x, 10 steps at 16/19/64 tokens" in done.out
+    assert "x less than 10 steps at full resolution" in done.out
+    assert "x less than 50" in done.out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * 64 + 2 * 4, 64)
+        assert json.loads(picture.info["elastic-export"])["plan"] == "7x"
+
+
+def test_json_tells_the_plan_the_steps_and_what_they_cost(run: Run, digits: Path, tmp_path: Path) -> None:
+    done = run(
+        "generate", digits, "-o", tmp_path / "a.png", "--plan", "full", "--steps", "4", "--cache", "2", "--width", "32", "--json", "-q"
+    )
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert told["schema"].startswith("elastic-export/generate/")
+    assert told["schedule"]["steps"] == [4]
+    assert [step["computed"] for step in told["steps"]] == [True, True, False, True]
+    assert [step["tokens"] for step in told["steps"]] == [32] * 4
+    assert told["flops"]["plan"] == told["flops"]["same_steps"] * 3 // 4
+    assert told["classes"] == [0]
+
+
+def test_a_plan_of_one_s_own_gets_a_fitted_schedule(run: Run, digits: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="fitting needs scipy")
+    done = run("generate", digits, "-o", tmp_path / "a.png", "--plan", "2,3,5/0.2,0.3,1/0.25", "--json", "-q")
+    assert done.code == 0, done.err
+    schedule = json.loads(done.out)["schedule"]
+    assert (schedule["steps"], schedule["up_ratio"]) == ([2, 3, 5], 0.25)
+    assert schedule["z"] == pytest.approx(6.261, abs=1e-3)
+
+
+def test_prompts_are_drawn_and_a_cut_one_is_noted(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opener = with_text(tmp_path / "flux")
+    folder = opened(monkeypatch, tmp_path / "flux", opener)
+    words: list[Any] = ["--prompt", "a red cat a blue dog", "--prompt", "a cat", "--negative-prompt", "blue", "--true-cfg", "2"]
+    done = run("generate", folder, "-o", tmp_path / "a.png", *words, "--height", "32", "--width", "64", "-q")
+    assert done.code == 0, done.err
+    assert "text_encoder sees the first 5 of 7 tokens" in done.err
+    assert "2 pictures in" in done.out
+    assert opener.calls("text_encoder") == [{"input_ids": (3, 5)}]
+    missing = run("generate", folder, "-o", tmp_path / "b.png", "-q")
+    assert (missing.code, "draws from prompts: give --prompt" in missing.err) == (2, True)
+    classes = run("generate", folder, "-o", tmp_path / "b.png", "--prompt", "a", "--classes", "1", "-q")
+    assert (classes.code, "--classes does not fit tiny" in classes.err) == (2, True)
+
+
+def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1)):
+        assert run("generate", digits, "-o", tmp_path / f"{name}.png", "--seed", seed, "-q").code == 0
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"]
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "5x"], "there is no plan '5x'; there are 4x, 7x, full"),
+        (["--plan", "3,4/0.2,1/0.3"], "a plan is 4x, 7x, full, or steps/end times/share"),
+        (["--plan", "3,4,5/0.4,0.3,1/0.3"], "end times rise"),
+        (["--plan", "3,4,5/0.3,0.4,0.9/0.3"], "the last end time is 1"),
+        (["--plan", "3,0,5/0.3,0.4,1/0.3"], "at least 1 step, got 0"),
+        (["--plan", "3,4,5/0.3,0.4,1/1"], "up_ratio lies between 0 and 1"),
+        (["--steps", "5"], "--steps is for --plan full; plan 4x has steps of its own"),
+        (["--height", "50"], "height is a multiple of 16 px for this plan, got 50"),
+        (["--width", "0"], "width is a multiple of 16 px for this plan, got 0"),
+        (["--cache", "1"], "got an interval of 1"),
+        (["--latents", "4"], "--latents does not fit tiny, which draws along a plan"),
+        (["--sampler", "heun"], "--sampler does not fit tiny"),
+        (["--autoguidance"], "--autoguidance does not fit tiny"),
+        (["--prompt", "a cat"], "tiny draws from class_labels, got prompt"),
+        (["--negative-prompt", "a cat"], "negative_prompt acts through classifier-free guidance, which is off: give guidance_scale"),
+        (["--true-cfg", "2"], "true_cfg_scale is for models with distilled guidance"),
+        (["--classes", "7"], "this model has classes 0 to 4, got 7"),
+    ],
+)
+def test_wrong_options_end_in_one_line(run: Run, digits: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run("generate", digits, "-o", tmp_path / "a.png", *arguments, "-q")
+    assert done.code == 2
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_plan_does_not_fit_a_model_of_budgets(run: Run, tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "elit", channels=1).folder
+    done = run("generate", folder, "-o", tmp_path / "a.png", "--plan", "4x")
+    assert done.code == 2
+    assert "--plan does not fit tiny, which draws at budgets" in " ".join(done.err.replace("│", " ").split())

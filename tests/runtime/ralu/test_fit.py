@@ -1,0 +1,42 @@
+import sys
+
+import pytest
+
+from elastic_runtime import MissingError, UsageError, fit_plan
+
+PAPER = [
+    ((5, 6, 7), (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317),
+    ((2, 3, 5), (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261),
+    ((3, 4, 5), (0.25, 0.4, 1.0), (5.948, 2.654, 2.202), 5.231),
+]
+
+
+@pytest.mark.parametrize(("steps", "end_times", "shifts", "z"), PAPER)
+def test_the_published_schedules_are_found_again(
+    steps: tuple[int, int, int], end_times: tuple[float, float, float], shifts: tuple[float, ...], z: float
+) -> None:
+    pytest.importorskip("scipy", reason="fitting needs scipy")
+    plan = fit_plan(steps, end_times, 0.3)
+    assert plan.shifts == pytest.approx(shifts, abs=2e-3)  # the minimum is flat: the third digit is the optimizer's
+    assert plan.z == pytest.approx(z, abs=1e-3)
+    assert (plan.steps, plan.end_times, plan.up_ratio) == (steps, end_times, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((5, 6), (0.3, 1.0), 0.3), "plans of 3 stages, got steps for 2"),
+        (((5, 6, 7), (0.5, 0.45, 1.0), 0.3), "end times rise"),
+        (((5, 6, 7), (0.3, 0.45, 1.0), 1.0), "up_ratio lies between 0 and 1"),
+        (((5, 6, 7), (0.3, 0.45, 1.0), 0.3, 0.0), "base_shift is above 0"),
+    ],
+)
+def test_what_no_plan_can_have_is_refused_before_fitting(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        fit_plan(*arguments)  # type: ignore[arg-type]
+
+
+def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(MissingError, match=r"pip install 'elastic-export\[ralu\]'"):
+        fit_plan((5, 6, 7), (0.3, 0.45, 1.0), 0.3)

@@ -1,0 +1,278 @@
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from fake_flux import SCHNELL, SD3, Opener, manifest, to_zero
+from fake_prompts import flux as with_text
+from fakes import manifest as elit_manifest
+
+from elastic_runtime import Bundle, Caching, ElasticPipeline, InferenceError, MissingError, Plan, RaluPipeline, UsageError
+from elastic_runtime.manifest import FileEntry, Graph, OnnxArtifact
+from elastic_runtime.ralu import Subject
+from elastic_runtime.ralu.patches import unpack
+from elastic_runtime.ralu.plan import PRESETS
+
+EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
+NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prompt_embeds": np.zeros((1, 5))}
+TINY = Plan((1, 1, 2), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
+
+
+def pipeline(whole: Any = None, field: Any = to_zero) -> tuple[RaluPipeline, Opener]:
+    opener = Opener(whole or manifest(), field)
+    return RaluPipeline(opener.bundle, opener), opener
+
+
+def seeded(*seeds: int) -> Any:
+    made = [np.random.default_rng(seed) for seed in seeds]
+    return made if len(made) > 1 else made[0]
+
+
+@pytest.mark.parametrize("plan", ["4x", "7x", "full", TINY, Plan.full(3, 2.0)])
+def test_a_picture_is_drawn_along_any_plan(plan: Any) -> None:
+    pipe, opener = pipeline()
+    with pipe:
+        result = pipe(**EMBEDS, plan=plan, generator=seeded(0))
+        assert pipe.where == "fake"
+    assert [picture.size for picture in result.images] == [(64, 64)]
+    assert np.unique(np.asarray(result.images[0])).tolist() == [191], "latent 0, plus the shift of 0.5, is three quarters grey"
+    assert [record.tokens for record in result.steps] == list(result.plan.step_tokens(8, 8))
+    assert [record.index for record in result.steps] == list(range(result.plan.total))
+    assert all(session.closed for _, session in opener.opened)
+    decoded = [call["latent"][2:] for call in opener.calls("decoder")]
+    assert decoded == ([] if result.plan.plain else [(8, 8)]) + [(16, 16)]
+
+
+def test_full_follows_the_bundle_s_scheduler_and_its_number_of_steps() -> None:
+    pipe, _ = pipeline()
+    assert pipe(**EMBEDS, plan="full", num_inference_steps=7, output_type="latent").plan == Plan.full(7, 3.0)
+    with pytest.raises(UsageError, match="num_inference_steps is for plan 'full'; plan '4x' has steps of its own"):
+        pipe(**EMBEDS, num_inference_steps=7)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 96), (64, 48), (None, 32)])
+def test_pictures_need_not_be_square(height: int | None, width: int) -> None:
+    pipe, opener = pipeline()
+    (picture,) = pipe(**EMBEDS, plan=TINY, height=height, width=width).images
+    assert picture.size == (width, height or 64)
+    assert opener.calls("denoiser")[-1]["hidden_states"] == (1, (height or 64) * width // 64, 16)
+
+
+def test_the_output_can_be_arrays_or_latents() -> None:
+    pipe, _ = pipeline()
+    arrays = pipe(**EMBEDS, plan=TINY, output_type="np").images
+    assert (arrays.shape, arrays.dtype) == ((1, 64, 64, 3), np.float32)
+    latents = pipe(**EMBEDS, plan=TINY, output_type="latent").images
+    assert latents.shape == (1, 4, 16, 16)
+    with pytest.raises(UsageError, match="output_type must be pil, np or latent, got 'torch'"):
+        pipe(**EMBEDS, output_type="torch")  # type: ignore[arg-type]
+
+
+def curl(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A velocity that depends on places, so that choices of patches matter."""
+    return np.sin(3 * feeds["hidden_states"] + feeds["img_ids"].sum(axis=1)[None, :, None])
+
+
+def test_a_seed_gives_its_picture_alone_and_in_any_batch() -> None:
+    pipe, opener = pipeline(field=curl)
+    alone = [pipe(**EMBEDS, plan=TINY, generator=seeded(seed), output_type="latent").images for seed in (5, 6)]
+    assert np.abs(alone[0] - alone[1]).max() > 0.1
+    np.testing.assert_array_equal(pipe(**EMBEDS, plan=TINY, generator=seeded(5), output_type="latent").images, alone[0])
+    before = len(opener.calls("denoiser"))
+    both = pipe(**EMBEDS, num_images_per_prompt=2, plan=TINY, generator=seeded(5, 6), output_type="latent").images
+    np.testing.assert_allclose(both, np.concatenate(alone), atol=1e-6)
+    # the mixed stage has other tokens in each picture, so each runs by itself
+    assert [call["hidden_states"][0] for call in opener.calls("denoiser")[before:]] == [2, 1, 1, 2, 2]
+    with pytest.raises(UsageError, match="or 2 of them"):
+        pipe(**EMBEDS, num_images_per_prompt=2, plan=TINY, generator=seeded(5, 6, 7))
+    with pytest.raises(UsageError, match="generator is a numpy"):
+        pipe(**EMBEDS, plan=TINY, generator=5)  # type: ignore[arg-type]
+
+
+def test_noise_may_be_given() -> None:
+    pipe, _ = pipeline()
+    noise = np.random.default_rng(0).standard_normal((1, 4, 16, 16))
+    seen: list[np.ndarray] = []
+    pipe(**EMBEDS, plan=Plan.full(2), noise=noise, callback_on_step_end=lambda p, i, s, kept: seen.append(kept["latents"]) or {})
+    np.testing.assert_allclose(np.sort(seen[0].ravel()), np.sort(noise.ravel()) / 2, rtol=1e-6)
+    with pytest.raises(UsageError, match=re.escape("noise must have shape (1, 4, 16, 16), one sample a picture, got (1, 4, 8, 8)")):
+        pipe(**EMBEDS, noise=noise[:, :, ::2, ::2])
+
+
+def test_a_callback_sees_tokens_and_may_replace_them() -> None:
+    pipe, _ = pipeline(field=lambda feeds: np.zeros_like(feeds["hidden_states"]))
+    steps: list[tuple[int, tuple[int, ...]]] = []
+
+    def callback(given: RaluPipeline, index: int, sigma: float, kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        steps.append((index, kept["latents"].shape))
+        return {"latents": np.full_like(kept["latents"], 0.25)} if index == 3 else {}
+
+    result = pipe(**EMBEDS, plan=TINY, callback_on_step_end=callback, output_type="latent")
+    assert steps == [(0, (1, 16, 16)), (1, (1, 28, 16)), (2, (1, 64, 16)), (3, (1, 64, 16))]
+    np.testing.assert_array_equal(result.images, 0.25)
+
+
+def test_cached_steps_do_not_run_and_say_so() -> None:
+    pipe, opener = pipeline()
+    caching = Caching.every(PRESETS["4x"], 2)
+    result = pipe(**EMBEDS, caching=caching, generator=seeded(0))
+    assert {record.index for record in result.steps if not record.computed} == caching.skip
+    assert len(opener.calls("denoiser")) == 18 - len(caching.skip)
+    with pytest.raises(UsageError, match="needs two computed steps before step 1"):
+        pipe(**EMBEDS, caching=Caching(frozenset({1})))
+
+
+def fed(name: str, value: list[Any]) -> Any:
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        value.append(feeds[name].tolist())
+        return to_zero(feeds)
+
+    return field
+
+
+def test_distilled_guidance_goes_into_the_model_and_true_cfg_acts_on_top() -> None:
+    scales: list[Any] = []
+    pipe, _ = pipeline(field=fed("guidance", scales))
+    pipe(**EMBEDS, plan=TINY)
+    assert scales[0] == [3.5]
+    pipe(**EMBEDS, **NEGATIVE, plan=TINY, guidance_scale=2.0, true_cfg_scale=4.0)
+    assert scales[-1] == [2.0, 2.0]
+    pipe(**EMBEDS, **NEGATIVE, plan=TINY, true_cfg_scale=4.0, guidance_interval=(0.0, 0.1))
+    assert len(scales[-1]) == 1, "outside its interval guidance costs nothing"
+    for wrong in ({"guidance_scale": -1}, {"true_cfg_scale": 0.5}, {"guidance_interval": (0.5,)}, {"guidance_interval": (0.5, 0.1)}):
+        with pytest.raises(UsageError, match=r"must be|pair of sigmas|must lie"):
+            pipe(**EMBEDS, **NEGATIVE, plan=TINY, **wrong)  # type: ignore[arg-type]
+
+
+def test_without_distilled_guidance_the_scale_is_classifier_free() -> None:
+    pooled: list[Any] = []
+    pipe, _ = pipeline(manifest(SCHNELL, classes=5), fed("pooled_projections", pooled))
+    pipe(class_labels=[2, 4], plan=TINY)
+    assert pooled[0] == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    pipe(class_labels=2, plan=TINY, guidance_scale=3.0)
+    assert pooled[-1] == [[0, 0, 1, 0, 0], [0] * 5]
+    with pytest.raises(UsageError, match="true_cfg_scale is for models with distilled guidance"):
+        pipe(class_labels=2, true_cfg_scale=3.0)
+
+
+def test_guidance_is_the_usual_combination() -> None:
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.broadcast_to(feeds["pooled_projections"][:, 1:2, None] + 1, feeds["hidden_states"].shape)
+
+    pipe, _ = pipeline(manifest(SCHNELL, classes=5), field)
+    noise = np.zeros((1, 4, 16, 16))
+    found = pipe(class_labels=1, plan=Plan.full(3), guidance_scale=4.0, noise=noise, output_type="latent").images
+    np.testing.assert_allclose(found, -(1 + 4.0 * (2 - 1)))
+
+
+def test_sd3_is_drawn_with_places_of_its_table() -> None:
+    places: list[Any] = []
+    pipe, _ = pipeline(manifest(SD3), fed("pos_ids", places))
+    pipe(**EMBEDS, plan=TINY)
+    assert places[0][0] == [10, 10], "a small picture in the middle of 24 places"
+    assert places[-1][0] == [8, 8]
+    assert {round(row % 1, 1) for row, _ in places[1]} == {0.0, 0.5}
+    with pytest.raises(UsageError, match="at most 192 px a side, got 224 x 64"):
+        pipe(**EMBEDS, height=224)
+
+
+def test_prompts_are_read_before_the_denoiser_is_opened(tmp_path: Path) -> None:
+    opener = with_text(tmp_path)
+    with RaluPipeline(opener.bundle, opener) as pipe:
+        result = pipe(["a cat", "a dog"], negative_prompt="blue", plan=TINY, true_cfg_scale=2.0, num_images_per_prompt=2)
+    assert len(result.images) == 4
+    assert [name for name, _ in opener.opened] == ["text_encoder", "text_encoder_2", "denoiser", "decoder"]
+    assert opener.beside[2] == (), "what read the prompts is gone"
+    assert opener.calls("text_encoder") == [{"input_ids": (3, 5)}], "the negative prompt is read with the others, once"
+
+
+def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
+    opener = with_text(tmp_path)
+    pooled: list[Any] = []
+    opener._functions["denoiser"] = lambda feeds: {"prediction": fed("pooled_projections", pooled)(feeds).astype(np.float32)}
+    pipe = RaluPipeline(opener.bundle, opener)
+    pipe("a cat", plan=TINY, true_cfg_scale=2.0)
+    assert pooled[0] == [[2, 3, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "tiny draws from prompt or prompt_embeds, got neither"),
+        ({"class_labels": [1]}, "tiny draws from prompt or prompt_embeds, got class_labels"),
+        (EMBEDS | {"prompt": "a cat"}, "got prompt and prompt_embeds"),
+        ({"prompt": "a cat"}, "has no text encoders in this bundle"),
+        ({"prompt": [""] * 0}, "prompt is a text or several, got []"),
+        ({"prompt": 7}, "prompt is a text or several, got 7"),
+        ({"prompt_embeds": np.ones((1, 3, 6))}, "prompt_embeds and pooled_prompt_embeds go together: give both"),
+        ({"prompt": "a", "pooled_prompt_embeds": np.ones((1, 5))}, "pooled_prompt_embeds does not go with prompt"),
+        (EMBEDS | {"prompt_embeds": np.ones((1, 3, 7))}, "must be (B, T, 6) and (B, 5), got (1, 3, 7) and (1, 5)"),
+        (EMBEDS | {"pooled_prompt_embeds": np.ones((2, 5))}, "got (1, 3, 6) and (2, 5)"),
+        (EMBEDS | {"negative_prompt": "blue"}, "negative_prompt acts through classifier-free guidance, which is off: give true_cfg_scale"),
+        (EMBEDS | {"negative_prompt": "blue", "true_cfg_scale": 2.0}, "negative_prompt does not go with prompt_embeds"),
+        (EMBEDS | {"true_cfg_scale": 2.0}, "negative_prompt_embeds and negative_pooled_prompt_embeds go together"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "negative_prompt_embeds": np.ones((1, 2, 6))}, "must have the shape of prompt_embeds"),
+        (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
+        (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),
+        (EMBEDS | {"height": 50}, "height is a multiple of 16 px for this plan, got 50"),
+        (EMBEDS | {"width": 24}, "width is a multiple of 16 px for this plan, got 24"),
+        (EMBEDS | {"width": 20, "plan": "full"}, "width is a multiple of 8 px, got 20"),
+        (EMBEDS | {"height": 0}, "height is a multiple of 16 px for this plan, got 0"),
+        (EMBEDS | {"height": 64.0}, "height is a multiple of 16 px for this plan, got 64.0"),
+        (EMBEDS | {"height": 16, "width": 32}, "up_ratio 0.3 of 2 patches grows 0"),
+        (EMBEDS | {"height": 512, "width": 512}, "takes 1-1024 image tokens, and a picture of 512 x 512 px needs 1945 in a stage"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_opened(arguments: dict[str, Any], message: str) -> None:
+    pipe, opener = pipeline()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        pipe(**arguments)
+    assert not opener.opened
+
+
+def test_without_a_decoder_only_latents_of_a_plain_plan_can_be_drawn() -> None:
+    pipe, _ = pipeline(manifest(decoder=False))
+    assert pipe(**EMBEDS, plan="full", output_type="latent").images.shape == (1, 4, 16, 16)
+    for arguments in ({"plan": "full"}, {"plan": "4x", "output_type": "latent"}):
+        with pytest.raises(UsageError, match="holds no decoder, without which there is no picture and no preview"):
+            pipe(**EMBEDS, **arguments)  # type: ignore[arg-type]
+
+
+def test_values_that_are_not_finite_are_an_error() -> None:
+    pipe, _ = pipeline(field=lambda feeds: np.full_like(feeds["hidden_states"], np.nan))
+    with pytest.raises(InferenceError, match="step 0 gave values that are not finite"):
+        pipe(**EMBEDS)
+
+
+def test_each_pipeline_opens_its_own_kind_of_bundle() -> None:
+    with pytest.raises(UsageError, match=r"open it with ElasticPipeline\.from_pretrained"):
+        RaluPipeline(Bundle(Path("nowhere"), elit_manifest()), lambda graph: pytest.fail(graph))
+    with pytest.raises(UsageError, match=r"open it with RaluPipeline\.from_pretrained"):
+        ElasticPipeline.from_pretrained(Bundle(Path("nowhere"), manifest()))
+
+
+def test_a_bundle_that_nothing_here_can_run_is_refused_at_once() -> None:
+    whole = manifest()
+    file = FileEntry(path="onnx/denoiser.onnx", bytes=1, sha256="")
+    artifact = OnnxArtifact(precision="bf16", files=(file,), toolchain={}, opset=23)
+    graph: Graph = msgspec.structs.replace(whole.graphs["denoiser"], artifacts=(artifact,))
+    opened = Bundle(Path("nowhere"), msgspec.structs.replace(whole, graphs=whole.graphs | {"denoiser": graph}))
+    with pytest.raises(MissingError, match="nothing here can run 'denoiser' of nowhere"):
+        RaluPipeline.from_pretrained(opened, "ort")
+    assert repr(RaluPipeline(opened, lambda graph: pytest.fail(graph))) == "RaluPipeline.from_pretrained('nowhere')"
+
+
+def test_the_loop_itself_can_be_watched_and_stopped() -> None:
+    pipe, opener = pipeline()
+    drawing = pipe.drawing(TINY, height=32, width=64)
+    assert drawing.size == (4, 8)
+    steps = pipe.iterate(Subject(**EMBEDS), drawing, generator=seeded(0))
+    progress = next(steps)
+    assert progress.record.tokens == 8
+    preview = pipe.decode(unpack(progress.step.sample, 2, 4, 2))
+    assert preview.shape == (1, 3, 16, 32)
+    steps.close()
+    assert len(opener.calls("denoiser")) == 1

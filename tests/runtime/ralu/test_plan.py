@@ -1,0 +1,129 @@
+import math
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_runtime import Plan, UsageError
+from elastic_runtime.ralu.plan import PRESETS, full, preset, restart, sigmas
+
+GOOD: dict[str, Any] = {"steps": (5, 6, 7), "end_times": (0.3, 0.45, 1.0), "shifts": (5.0, 2.6, 2.2), "z": 6.3, "up_ratio": 0.3}
+
+plans = st.builds(
+    lambda steps, ends, shifts, z, ratio: Plan(tuple(steps), (*sorted(ends), 1.0), tuple(shifts), z, ratio),
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.lists(st.floats(0.01, 0.99), min_size=2, max_size=2, unique_by=lambda end: round(end, 3)),
+    st.lists(st.floats(0.5, 10), min_size=3, max_size=3),
+    st.floats(2, 100),
+    st.floats(0.01, 0.99),
+)
+
+
+@given(plans)
+def test_stages_meet_at_a_step_back_in_time_and_sigmas_fall(plan: Plan) -> None:
+    stages = plan.stages()
+    assert [stage.steps for stage in stages] == list(plan.steps)
+    assert (stages[0].sigmas[0], stages[-1].sigmas[-1]) == (1.0, 0.0)
+    for stage in stages:
+        assert stage.sigmas[0] == pytest.approx(1 - stage.start)
+        assert stage.sigmas[-1] == pytest.approx(1 - stage.end)
+        assert all(late < early for early, late in pairwise(stage.sigmas))
+    for before, after in pairwise(stages):
+        assert 0 < after.start < before.end
+
+
+@given(st.floats(0.01, 0.99), st.floats(2, 100))
+def test_renoising_gives_the_noise_and_the_picture_that_the_time_has(end: float, z: float) -> None:
+    """A grown block of four equal tokens holds `end x_0 + (1 - end) eps`; after it, noise of the next time, white but for the slack."""
+    start, alpha, beta = restart(end, z)
+    assert beta * end == pytest.approx(start)
+    covariance = beta**2 * (1 - end) ** 2 * np.ones((4, 4)) + alpha**2 * (np.eye(4) - np.ones((4, 4)) / z**2)
+    np.testing.assert_allclose(covariance, (1 - start) ** 2 * np.eye(4), atol=1e-12)
+
+
+def test_sigmas_by_hand() -> None:
+    assert sigmas(0.0, 1.0, 4, 1.0) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    # shifted by 3: 3s / (1 + 2s) of the even ones
+    assert sigmas(0.0, 1.0, 4, 3.0) == pytest.approx((1.0, 0.9, 0.75, 0.5, 0.0))
+    # from sigma 0.9 to 0.5 with shift 3: even from 0.75 to 0.25
+    assert sigmas(0.1, 0.5, 2, 3.0) == pytest.approx((0.9, 0.75, 0.5))
+
+
+def test_the_presets_grow_what_the_paper_grows_at_1024_px() -> None:
+    assert PRESETS["4x"].tokens(64, 64) == (1024, 1945, 4096)
+    assert PRESETS["7x"].tokens(64, 64) == (1024, 1330, 4096)
+    assert PRESETS["7x"].step_tokens(64, 64) == (1024,) * 2 + (1330,) * 3 + (4096,) * 5
+    assert preset("4x").total == 18
+    with pytest.raises(UsageError, match=r"no plan '5x'; there are 4x, 7x, full"):
+        preset("5x")
+
+
+def test_full_sampling_follows_the_model_s_scheduler() -> None:
+    assert full(4, 4096, {}).stages()[0].sigmas == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert full(28, 4096, {"shift": 3.0}).shifts == (3.0,)
+    flux = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+    assert [full(28, tokens, flux).shifts[0] for tokens in (256, 4096)] == pytest.approx([math.exp(0.5), math.exp(1.15)])
+    assert full(28, 4096, flux | {"time_shift_type": "linear"}).shifts == pytest.approx((1.15,))
+    assert full(7, 64, {}).tokens(8, 8) == (64,)
+    assert full(7, 64, {}).plain
+
+
+@pytest.mark.parametrize("size", [256, 1024, 4096])
+def test_full_sampling_visits_diffusers_own_sigmas(size: int) -> None:
+    """FLUX's pipeline gives its scheduler evenly spaced sigmas, which it shifts by the size."""
+    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers' scheduler")
+    config = {"use_dynamic_shifting": True, "shift": 3.0, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    steps, exponent = 9, 0.5 + (1.15 - 0.5) * (size - 256) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=exponent)
+    np.testing.assert_allclose(full(steps, size, config).stages()[0].sigmas, scheduler.sigmas.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end_times": (0.45, 0.3, 1.0)}, "end times rise from above 0, got (0.45, 0.3, 1.0)"),
+        ({"end_times": (0.3, 0.3, 1.0)}, "end times rise"),
+        ({"end_times": (0.0, 0.3, 1.0)}, "end times rise from above 0"),
+        ({"end_times": (0.3, 0.45, 0.9)}, "the last end time is 1, the finished picture, got 0.9"),
+        ({"end_times": (0.3, 0.45, 1.1)}, "the last end time is 1, the finished picture, got 1.1"),
+        ({"end_times": (0.3, 1.0)}, "an end time for each of its 3 stages"),
+        ({"end_times": (0.3, "a", 1.0)}, "end times are numbers, got 'a'"),
+        ({"end_times": (float("nan"), 0.4, 1.0)}, "end times rise"),
+        ({"steps": (5, 0, 7)}, "at least 1 step, got 0"),
+        ({"steps": (5, 6)}, "3 stages, or 1 at full resolution; got steps for 2"),
+        ({"steps": (5, 6.5, 7)}, "whole number, got 6.5"),
+        ({"steps": 18}, "steps are a tuple, one value a stage, got 18"),
+        ({"shifts": (5.0, 2.6)}, "a shift for each of its 3 stages"),
+        ({"shifts": (5.0, 0.0, 2.2)}, "shifts are above 0, got 0.0"),
+        ({"z": 1.9}, "needs z of 2 or more, got 1.9"),
+        ({"z": None}, "needs z of 2 or more, got None"),
+        ({"up_ratio": 0}, "up_ratio lies between 0 and 1, got 0 (with 0 the mixed stage would be the low one again)"),
+        ({"up_ratio": 1.0}, "got 1.0 (with 1 nothing is left to grow in the last stage)"),
+        ({"up_ratio": -0.1}, "up_ratio lies between 0 and 1, got -0.1"),
+        ({"up_ratio": None}, "up_ratio lies between 0 and 1, got None"),
+        ({"steps": (9,), "end_times": (1.0,), "shifts": (1.0,)}, "a plan of one stage has no z and no up_ratio"),
+    ],
+)
+def test_a_wrong_plan_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Plan(**GOOD | changes)
+
+
+@given(st.integers(4, 4096), st.floats(0.001, 0.999))
+def test_as_many_patches_grow_as_the_ratio_says_or_it_is_refused(patches: int, ratio: float) -> None:
+    plan = Plan(**GOOD | {"up_ratio": ratio})
+    if int(patches * ratio) == 0:
+        with pytest.raises(UsageError, match="grows 0: take a larger picture"):
+            plan.grown(patches)
+    else:
+        assert plan.grown(patches) == int(patches * ratio) < patches
+
+
+def test_a_plan_is_written_as_code() -> None:
+    assert eval(repr(PRESETS["4x"])) == PRESETS["4x"]
+    assert Plan([3, 4, 5], [0.2, 0.4, 1], [3, 3, 3], 4, 0.5).steps == (3, 4, 5)  # type: ignore[arg-type]
