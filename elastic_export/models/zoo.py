@@ -54,6 +54,14 @@ def samples() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_PRETRAINED.glob("*.json"))}
 
 
+def locate(name: str) -> Path | None:
+    """The diffusers folder that a name stands for: a packaged sample's, or a path; None for a model of the zoo's own."""
+    if name in samples():
+        packaged = samples()[name].with_suffix("")
+        return packaged if packaged.is_dir() else None
+    return Path(name) if Path(name).is_dir() else None
+
+
 def names() -> list[str]:
     """Everything that may stand as MODEL."""
     presets = [name for family in FAMILIES.values() for name in family.presets]
