@@ -11,6 +11,7 @@ from elastic_export.models.cost import dit_activation_values, peak_bytes
 from elastic_export.models.family import priced
 from elastic_export.models.folder import Folder, diffusers_class
 from elastic_export.models.text_encoders import GIVES, kind, read_tokenizer, text_encoder
+from elastic_export.models.text_encoders import sizes as sizes_of
 from elastic_export.models.tokens import TokenFamily
 from elastic_export.models.vae import decoder, read_vae
 from elastic_runtime import manifest
@@ -172,26 +173,39 @@ def _denoiser(
 def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str]) -> tuple[manifest.Text, dict[str, bytes]]:
     """How prompts become embeddings, and the tokenizers' files; without encoders, what the transformer takes."""
     found, files = [], {}
-    lengths = {"side": 0, "after": 0}
+    beside, after, pooled, kinds = 0, 0, 0, set()
     for component in encoders:
         tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
+        kinds |= set(gives)
+        widths = dict(zip(("pooled", "hidden"), sizes_of(folder, component), strict=True))
         if "last_hidden_state" in gives:
             most = min(family.text_length(config), tokenizer.max_length)
-            lengths["after"] += most
+            after += most
+            if widths["hidden"] != config["joint_attention_dim"]:
+                raise ModelError(
+                    f"{folder.path / component} gives {widths['hidden']} values a token where the transformer takes "
+                    f"{config['joint_attention_dim']}: is it another model's?"
+                )
         else:
             most = min(int(folder.config(component).get("max_position_embeddings", 77)), tokenizer.max_length)
-            lengths["side"] = max(lengths["side"], most if "penultimate_hidden_state" in gives else 0)
+            beside = max(beside, most if "penultimate_hidden_state" in gives else 0)
+            pooled += widths["pooled"]
         path = f"tokenizer/{component}/tokenizer.json"
         files[path] = tokenizer.content
         entry = manifest.FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
         found.append(
             manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
         )
-    if lengths["side"] and not lengths["after"]:
-        lengths["after"] = lengths["side"]  # without its T5, SD3's pipeline has as many tokens of zeros in its place
-    length = sum(lengths.values()) or family.beside + family.text_length(config)
-    width, pooled = config["joint_attention_dim"], config["pooled_projection_dim"]
-    return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=pooled), files
+    if encoders and (pooled != config["pooled_projection_dim"] or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
+        raise ModelError(
+            f"{folder.path} has {', '.join(encoders)}, which pool to {pooled} values where the transformer takes "
+            f"{config['pooled_projection_dim']}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
+            "model's. Download the folder again, or leave them out with --components transformer,vae"
+        )
+    # Without its T5, SD3's pipeline has as many tokens of zeros in its place.
+    length = beside + (after or beside) or family.beside + family.text_length(config)
+    width = config["joint_attention_dim"]
+    return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=config["pooled_projection_dim"]), files
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
