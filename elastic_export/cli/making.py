@@ -56,16 +56,13 @@ def make(
         if folder := locate(model):
             from elastic_export.components import capture_folder
 
-            options = {
-                **given,
-                "checkpoint": checkpoint,
-                "config": config,
-                "vae": vae,
-                "head-blocks": head_blocks,
-                "random-weights": random_weights,
-            }
-            if wrong := [f"--{name}" for name, value in options.items() if value]:
-                raise UsageError(f"{model} is a diffusers folder with its own sizes and weights: {', '.join(wrong)} does not go with it")
+            options = {f"--{name}": span for name, span in given.items()} | {"--checkpoint": checkpoint, "--config": config, "--vae": vae}
+            options |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}
+            if wrong := [name for name, value in options.items() if value]:
+                verb = "does" if len(wrong) == 1 else "do"
+                raise UsageError(
+                    f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it"
+                )
             captured = capture_folder(folder, words(components) if components else None, size, batch, Path(model).name)
         else:
             if components or size:

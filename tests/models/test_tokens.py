@@ -54,7 +54,12 @@ def test_flux_predicts_what_diffusers_does(guided: bool, tmp_path: Path) -> None
 def test_sd3_predicts_what_diffusers_does(changes: dict[str, Any], tmp_path: Path) -> None:
     own = folders.sd3(**changes)
     folders.write(tmp_path / "f", own, decoder=False)
-    latents, text, pooled, sigma = normal(2, 4, 12, 20), normal(2, 5, folders.WIDTH), normal(2, 2 * folders.POOLED), torch.tensor([0.9, 0.2])
+    latents, text, pooled, sigma = (
+        normal(2, 4, 12, 20),
+        normal(2, 5, folders.WIDTH),
+        normal(2, 2 * folders.POOLED),
+        torch.tensor([0.9, 0.2]),
+    )
     wanted = own(latents, text, pooled, sigma * 1000, return_dict=False)[0]
     ours = Sd3(Folder.open(tmp_path / "f").load("transformer", SD3Transformer2DModel))
     rows, columns = torch.meshgrid(torch.arange(6) + 3.0, torch.arange(10) + 1.0, indexing="ij")  # centred among 12 x 12 places
