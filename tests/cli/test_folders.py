@@ -38,7 +38,7 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "out", hashes=True)
     manifest = bundle.manifest
     assert list(manifest.graphs) == ["denoiser", "decoder", "text_encoder", "text_encoder_2"]
-    assert rows(bundle, "denoiser") == [(4, 1), (25, 4), (34, 4), (25, 4), (64, 6)]
+    assert rows(bundle, "denoiser") == [(4, 1), (25, 4), (34, 4), (64, 6)]  # the middle of 1 to 6 is off the track, too
     assert rows(bundle, "decoder") == [(4, 4), (9, 9), (10, 9), (9, 10), (16, 16)]
     assert len(rows(bundle, "text_encoder")) == len(rows(bundle, "text_encoder_2")) == 1
     assert (
@@ -74,7 +74,8 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
 )
 def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name: str, transformer: Callable[[], Any]) -> None:
     folders.write(tmp_path / name, transformer(), decoder=name == "sd3")
-    done = run("onnx", tmp_path / name, "-o", tmp_path / "out", "--components", "transformer", "--size", "16-24", "--batch", "1-2")
+    size = "16-24" if name == "sd3" else "32-64"  # without a VAE, latents are taken for an eighth
+    done = run("onnx", tmp_path / name, "-o", tmp_path / "out", "--components", "transformer", "--size", size, "--batch", "1-2")
     assert done.code == 0, done.err
     bundle = Bundle.open(tmp_path / "out")
     assert list(bundle.manifest.graphs) == ["denoiser"]
