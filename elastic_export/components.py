@@ -52,12 +52,15 @@ class Sizes:
         return [low, *(low + 3 * int(low * share) for share in GROWN), self.tokens.max]
 
 
-def capture_folder(path: Path, components: tuple[str, ...] | None, size: Span | None, batch: Span, name: str | None = None) -> Capture:
+def capture_folder(
+    path: Path, components: tuple[str, ...] | None, size: Span | None, batch: Span, name: str | None = None, digest: bool = True
+) -> Capture:
     """Capture a diffusers folder of FLUX or SD3; no weights are read before a graph is asked for.
 
     Args:
         components: of transformer, vae and text; None for all that the folder lists.
         size: sides of pictures in pixels; None for the model's usual one and down to half of it.
+        name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
         BudgetError for sides that do not divide into patches.
@@ -118,7 +121,7 @@ def capture_folder(path: Path, components: tuple[str, ...] | None, size: Span | 
         cost=(priced(Budget(), flops, parameters["transformer"], values),),
         quality=(),
         checkpoint=path.resolve(),
-        checkpoint_sha256=folder.sha256("transformer"),
+        checkpoint_sha256=folder.sha256("transformer") if digest else None,
         ignored=(),
         files=files,
         peaks=peaks,

@@ -63,7 +63,7 @@ def make(
                 raise UsageError(
                     f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it"
                 )
-            captured = capture_folder(folder, words(components) if components else None, size, batch, Path(model).name)
+            captured = capture_folder(folder, words(components) if components else None, size, batch, Path(model).name, not dry_run)
         else:
             if components or size:
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")

@@ -130,3 +130,20 @@ def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: 
     assert message in " ".join(done.err.split())
     other = run("onnx", "elit-sit", "--random-weights", "-o", tmp_path / "out", "--components", "vae")
     assert "--components and --size are for a diffusers folder, and elit-sit is none" in other.err
+
+
+def test_a_packaged_folder_is_a_sample_by_its_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastic_export.models import zoo
+
+    folder = folders.write(tmp_path / "tiny-digits", folders.flux(guidance_embeds=False))
+    labels = {"id2label": {str(label): str(label) for label in range(folders.POOLED)}}
+    listed = {name: ["diffusers", name] for name in ("transformer", "vae")}
+    (folder / "model_index.json").write_text(json.dumps(labels | listed))
+    (tmp_path / "tiny-digits.json").write_text(json.dumps({"family": "flux", "quality": []}))
+    monkeypatch.setattr(zoo, "_PRETRAINED", tmp_path)
+    told = json.loads(run("models", "--json").out)["models"][0]
+    assert (told["name"], told["family"], told["weights"], told["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 16-64")
+    assert 0 < told["gflops"][0] < told["gflops"][1]
+    done = run("onnx", "tiny-digits", "-o", tmp_path / "out", "--dry-run", "--json")
+    model = json.loads(done.out)["model"]
+    assert (model["name"], model["num_classes"], model["text"]) == ("tiny-digits", folders.POOLED, None)
