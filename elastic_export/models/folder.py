@@ -68,7 +68,7 @@ class Folder:
                 raise ModelError(f"{self.path} has no {word}; it has {', '.join(self.listed)}")
             for name in here:
                 if not (self.path / name / "config.json").is_file():
-                    others = ",".join(each for each in COMPONENTS if each != word)
+                    others = ",".join(each for each, parts in COMPONENTS.items() if each != word and set(parts) & set(self.listed))
                     kind = f" ({self.listed[name]})" if self.listed[name] else ""
                     raise ModelError(
                         f"{self.path} lacks its component {name}{kind}: there is no {name}/config.json. Download the folder again, "

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic_export.components import Sizes, capture_folder
 from elastic_export.models.folder import Folder
-from elastic_runtime import BudgetError, ModelError, Span
+from elastic_runtime import Budget, BudgetError, ModelError, Span
 
 ONE = Span(1, 1)
 
@@ -61,6 +61,22 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
     assert set(captured.peaks) == {graph.name for graph in captured.graphs}
     assert captured.cost[0].flops > 0
     assert set(captured.files) == {"tokenizer/text_encoder/tokenizer.json", "tokenizer/text_encoder_2/tokenizer.json"}
+
+
+def test_sizes_of_a_graph_are_filled_in_checked_and_traced_away_from_the_ends(whole: Path) -> None:
+    graph = capture_folder(whole, ("transformer",), None, ONE).graphs[0]
+    assert graph.at(Budget(S=20)) == Budget(S=20, T=6)
+    with pytest.raises(BudgetError, match="S 3 is not available: denoiser takes 4-64"):
+        graph.at(Budget(S=3))
+    with pytest.raises(BudgetError, match="no axis 'latents'"):
+        graph.at(Budget(latents=4))
+    assert all(span.min < graph.traced[name] < span.max for name, span in graph.open_dimensions.items())
+    large, small = graph.feeds(Budget(), 2), graph.feeds(Budget(S=5, T=2), 2)
+    assert (small["hidden_states"] == large["hidden_states"][:, :5]).all()
+    assert (small["img_ids"] == large["img_ids"][:5]).all()
+    assert (small["encoder_hidden_states"] == large["encoder_hidden_states"][:, :2]).all()
+    assert small["txt_ids"].shape == (2, 3)
+    assert (small["timestep"] == large["timestep"]).all()
 
 
 def test_peaks_count_the_weights_in_the_files(whole: Path) -> None:
