@@ -64,7 +64,7 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
 
 
 def test_sizes_of_a_graph_are_filled_in_checked_and_traced_away_from_the_ends(whole: Path) -> None:
-    graph = capture_folder(whole, ("transformer",), None, ONE).graphs[0]
+    graph = capture_folder(whole, None, None, ONE).graphs[0]
     assert graph.at(Budget(S=20)) == Budget(S=20, T=6)
     with pytest.raises(BudgetError, match="S 3 is not available: denoiser takes 4-64"):
         graph.at(Budget(S=3))
