@@ -9,7 +9,7 @@ from elastic_export.capture import Capture
 from elastic_export.models import flux, sd3, tokens
 from elastic_export.models.cost import dit_activation_values, peak_bytes
 from elastic_export.models.family import priced
-from elastic_export.models.folder import Folder, diffusers_class
+from elastic_export.models.folder import Folder, diffusers_class, read_json
 from elastic_export.models.text_encoders import GIVES, kind, read_tokenizer, text_encoder
 from elastic_export.models.text_encoders import sizes as sizes_of
 from elastic_export.models.tokens import TokenFamily
@@ -105,7 +105,7 @@ def capture_folder(
         model=manifest.Model(
             name=name or path.resolve().name,
             family=family.name,
-            config=_plain(config),
+            config=_plain(config) | {"scheduler": _scheduler(folder)},
             prediction="velocity",
             schedule=RectifiedFlow(),
             sample_shape=(channels, side, side),
@@ -209,6 +209,20 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
     length = beside + (after or beside) or family.beside + family.text_length(config)
     width = config["joint_attention_dim"]
     return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=config["pooled_projection_dim"]), files
+
+
+def _scheduler(folder: Folder) -> dict[str, Any]:
+    """What the folder's scheduler says of its shift; empty where there is none.
+
+    Raises: ModelError for one that does not draw along a flow.
+    """
+    path = folder.path / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    if not (name := str(config.get("_class_name", "FlowMatch"))).startswith("FlowMatch"):
+        raise ModelError(f"{path} is of a {name}; FLUX and SD3 are drawn along a flow, by FlowMatchEulerDiscreteScheduler")
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

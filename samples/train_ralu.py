@@ -171,7 +171,7 @@ def train_transformer(options: argparse.Namespace, data: Digits | None = None) -
     options.output = root / "transformer" / WEIGHTS
     model = train(transformer, flow_loss, options, {}, Digits(tokens.numpy(), digits.labels))
     configure(model, root / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_config(root / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_config(root / "scheduler")
     index = {
         "_class_name": "FluxPipeline",
         "id2label": {str(digit): str(digit) for digit in range(CLASSES)},

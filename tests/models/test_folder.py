@@ -53,6 +53,7 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
         ("text_encoder", 12, 1, ("pooled",)), ("text_encoder_2", 6, 0, ("last_hidden_state",)),
     ]  # fmt: skip
     assert model.vae is not None
+    assert model.config["scheduler"]["shift"] == 1.0
     assert (model.vae.scaling_factor, model.vae.shift_factor, model.vae.upscale) == (0.5, 0.1, 2)
     denoiser, decoder = captured.graphs[:2]
     assert denoiser.dimensions == {"B": Span(1, 2), "S": Span(4, 64), "T": Span(1, 6)}
@@ -173,6 +174,12 @@ def test_weights_that_do_not_fit_are_named(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         Folder.open(copy).load("transformer", FluxTransformer2DModel)
+
+
+def test_a_scheduler_that_follows_no_flow_is_refused(copy: Path) -> None:
+    (copy / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    with pytest.raises(ModelError, match="is of a DDIMScheduler; FLUX and SD3 are drawn along a flow"):
+        capture_folder(copy, None, None, ONE)
 
 
 def test_what_is_no_such_folder_is_said_to_be_none(copy: Path, tmp_path: Path) -> None:
