@@ -2,15 +2,15 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from elastic_export.models.vae import load_decoder
+from elastic_export.models.vae import decoder, read_vae
 from elastic_export.models.zoo import Model
 from elastic_runtime import manifest
-from elastic_runtime.axis import Axis, Span
+from elastic_runtime.axis import Axis, Span, probes
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import BudgetError
 from elastic_targets.capture import GraphCapture
@@ -18,7 +18,10 @@ from elastic_targets.capture import GraphCapture
 
 @dataclass
 class Capture:
-    """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go."""
+    """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go.
+
+    `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph.
+    """
 
     model: manifest.Model
     axes: tuple[Axis, ...]
@@ -28,6 +31,8 @@ class Capture:
     checkpoint: Path | None
     checkpoint_sha256: str | None
     ignored: tuple[str, ...]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    peaks: Mapping[str, int] = field(default_factory=dict)
 
 
 def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | None = None) -> Capture:
@@ -62,10 +67,12 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         )
     ]
     if vae:
+        channels, height, width = facts.sample_shape
+        facts = msgspec.structs.replace(facts, vae=read_vae(vae, channels))
+        assert facts.vae is not None
         # It decodes one picture at a time, however many the denoiser is asked for at least.
-        decoder, vae_facts = load_decoder(vae, facts.sample_shape, Span(1, batch.max))
-        facts = msgspec.structs.replace(facts, vae=vae_facts)
-        graphs.append(decoder)
+        whole = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
+        graphs.append(whole.loaded())  # a folder that does not fit should not be found out after the denoiser's export
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     return Capture(
         model=facts,
@@ -85,8 +92,18 @@ def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
     return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*(axis.values for axis in axes))]
 
 
-def probe_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
-    """The budgets to prove: along each axis its probes, the other axes at their defaults."""
+def probe_budgets(axes: tuple[Axis, ...], open_dimensions: Mapping[str, Span] | None = None) -> list[Budget]:
+    """The budgets to prove: along each axis its probes, the other axes at their defaults.
+
+    Sizes of open dimensions go together where there are no axes: all at the same end, all off the beaten track, and each in turn
+    at its middle while the others are off the track.
+    """
     defaults = {axis.name: axis.default for axis in axes}
     points = [Budget(**defaults | {axis.name: value}) for axis in axes for value in axis.probes()]
+    if not axes and open_dimensions:
+        sizes = {name: range(span.min, span.max + 1) for name, span in open_dimensions.items()}
+        odd = {name: (found := probes(values))[min(1, len(found) - 1)] for name, values in sizes.items()}
+        turns = [odd | {name: values[len(values) // 2]} for name, values in sizes.items()]
+        ends = [{name: values[end] for name, values in sizes.items()} for end in (0, -1)]
+        points = [Budget(**point) for point in (ends[0], odd, *turns, ends[1])]
     return list(dict.fromkeys(points)) or [Budget()]

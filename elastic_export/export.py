@@ -64,9 +64,13 @@ def export(
         old = None
     with writing(output, extend=old) as stage:
         arrays = old.reference() if old and old.manifest.reference else {}
+        for path, content in capture.files.items():
+            if not (stage / path).exists():  # else it came with the old bundle
+                (stage / path).parent.mkdir(parents=True, exist_ok=True)
+                (stage / path).write_bytes(content)
         while capture.graphs:
-            graph = capture.graphs.pop(0)
-            on_stage(f"running the original {graph.name}")
+            on_stage(f"running the original {capture.graphs[0].name}")
+            graph = capture.graphs.pop(0).loaded()  # one in memory at a time
             arrays |= _reference(graph, room, options, arrays)
             _save(stage / REFERENCE, arrays)
             manifest = msgspec.structs.replace(manifest, reference=entry(stage, stage / REFERENCE))
@@ -170,7 +174,7 @@ def _reference(graph: "GraphCapture", room: ModuleType, options: Any, known: dic
     """The original's outputs at the budgets that must be proven and are not yet recorded."""
     from elastic_export.capture import probe_budgets
 
-    wanted = dict.fromkeys([*probe_budgets(graph.axes), *room.proves(graph, options)])
+    wanted = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
     missing = [budget for budget in wanted if budget not in unpack(graph.name, known)[1]]
     return record(graph, missing) if missing else {}
 

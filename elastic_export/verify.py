@@ -25,21 +25,24 @@ OnRow = Callable[[str, Artifact, Verification], None]
 
 
 def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray]:
-    """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file."""
+    """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file.
+
+    The feeds are those of the largest open dimensions, of which each budget takes its first rows.
+    """
     import torch
 
-    feeds: dict[str, np.ndarray] = {}
     outputs = {}
     carriers = {axis.input for axis in graph.axes}
     size = min(max(2, graph.batch.min), graph.batch.max)
     with torch.inference_mode():
         for budget in budgets:
             arrays = graph.feeds(budget, size)
-            feeds = {name: array for name, array in arrays.items() if name not in carriers}
             result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
             results = result if isinstance(result, tuple) else (result,)
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
-    return reference.pack(graph.name, feeds, outputs)
+    largest = {name: span.max for name, span in graph.open_dimensions.items()}
+    whole = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
+    return reference.pack(graph.name, {name: array for name, array in whole.items() if name not in carriers}, outputs)
 
 
 def verify(

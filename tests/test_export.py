@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
@@ -142,3 +144,16 @@ def test_probes_walk_each_axis_with_the_others_at_their_defaults() -> None:
     assert len(probes) == len(set(probes)) == 5
     assert all(2 in budget.values() for budget in probes)
     assert probe_budgets(()) == [Budget()]
+
+
+@given(st.dictionaries(st.sampled_from("STh"), st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1))
+def test_probes_of_open_sizes_are_both_ends_and_each_middle_off_the_track_of_the_others(ends: dict[str, tuple[int, int]]) -> None:
+    spans = {name: Span(low, low + more) for name, (low, more) in ends.items()}
+    probes = probe_budgets((), spans)
+    assert probes[0] == Budget(**{name: span.min for name, span in spans.items()})
+    assert Budget(**{name: span.max for name, span in spans.items()}) in probes
+    assert len(probes) == len(set(probes)) <= 3 + len(spans)
+    assert all(probe[name] in span for probe in probes for name, span in spans.items())
+    for name, span in spans.items():
+        assert (span.min + span.max + 1) // 2 in [probe[name] for probe in probes]
+        assert len({probe[name] for probe in probes}) >= min(3, span.max - span.min + 1)

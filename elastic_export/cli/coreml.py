@@ -18,8 +18,8 @@ def coreml(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Budgets to compile, [bold]32,64,128,256[/bold]; counts for a looped model "
-            "[dim](default: both ends and the doublings between)[/dim].",
+            help="Budgets to compile, [bold]32,64,128,256[/bold]; counts for a looped model, tokens for a diffusers folder "
+            "[dim](default: both ends and the doublings between, or the stages of RALU)[/dim].",
             show_default=False,
         ),
     ] = None,
@@ -36,6 +36,8 @@ def coreml(
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
     vae: options.Vae = None,
+    components: options.Components = None,
+    size: options.Size = None,
     head_blocks: options.HeadBlocks = None,
     random_weights: options.RandomWeights = False,
     overwrite: options.Overwrite = False,
@@ -64,6 +66,7 @@ def coreml(
         "coreml",
         room.CoremlOptions(shapes, target, dtype, reductions, compress, points),
         model, output, {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
-        checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
+        checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
+        head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

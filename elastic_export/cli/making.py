@@ -6,11 +6,11 @@ from typing import Any
 
 import elastic_targets
 from elastic_export.cli import show
-from elastic_export.cli.options import command_line
+from elastic_export.cli.options import command_line, words
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import key
 from elastic_runtime.bundle import Bundle
-from elastic_runtime.errors import MissingError
+from elastic_runtime.errors import MissingError, UsageError
 
 
 def make(
@@ -25,6 +25,8 @@ def make(
     checkpoint: Path | None = None,
     config: Path | None = None,
     vae: Path | None = None,
+    components: str | None = None,
+    size: Span | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
     overwrite: bool = False,
@@ -42,7 +44,7 @@ def make(
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture import capture, probe_budgets
     from elastic_export.export import destination, export
-    from elastic_export.models.zoo import Request, load
+    from elastic_export.models.zoo import Request, load, locate
 
     room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -50,9 +52,22 @@ def make(
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
     with show.stages(quiet) as on_stage:
         on_stage(f"loading {model}")
-        loaded = load(Request(model, checkpoint, config, random_weights, overrides))
-        captured = capture(loaded, {name: span for name, span in spans.items() if span}, batch, vae)
-        del loaded
+        given = {name: span for name, span in spans.items() if span}
+        if folder := locate(model):
+            from elastic_export.components import capture_folder
+
+            options = {f"--{name}": span for name, span in given.items()} | {"--checkpoint": checkpoint, "--config": config, "--vae": vae}
+            options |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}
+            if wrong := [name for name, value in options.items() if value]:
+                verb = "does" if len(wrong) == 1 else "do"
+                raise UsageError(
+                    f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it"
+                )
+            captured = capture_folder(folder, words(components) if components else None, size, batch, Path(model).name, not dry_run)
+        else:
+            if components or size:
+                raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")
+            captured = capture(load(Request(model, checkpoint, config, random_weights, overrides)), given, batch, vae)
         for graph in captured.graphs:
             room.requires(graph, room_options)
         del graph  # the export lets each graph's weights go when it is lowered
@@ -62,13 +77,17 @@ def make(
     if captured.model.weights == "random":
         show.note("the weights are random: fit to measure speed, not to draw")
     if bundle is None:
-        budgets = [key(budget) for budget in probe_budgets(captured.axes)]
+        graphs = captured.graphs if captured.peaks else captured.graphs[:1]  # a folder's have sizes of their own
+        points = {graph.name: [key(budget) for budget in probe_budgets(graph.axes, graph.open_dimensions)] for graph in graphs}
+        budgets = next(iter(points.values()))
         plan = {"output": str(output), "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
+        plan |= {"peak_bytes": captured.peaks} if captured.peaks else {}
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)
         else:
             what = f"{captured.model.name} for {target}, {precision}, batch {batch}"
             show.line(f"would write {output}: {what}, verified at {', '.join(budgets)}")
+            show.peaks(captured.peaks, points)
     elif not silent and json:
         show.as_json(target, {"bundle": str(bundle.folder), "manifest": bundle.manifest})
     elif not silent:

@@ -32,4 +32,6 @@ def models(json: options.Json = False) -> None:
             for row in rows
         ],
     )
-    show.line(f"Any other size: name a family ({', '.join(zoo.FAMILIES)}) with --checkpoint and --config.")
+    show.line(
+        f"Any other size: name a family ({', '.join(zoo.FAMILIES)}) with --checkpoint and --config. FLUX and SD3: a diffusers folder."
+    )

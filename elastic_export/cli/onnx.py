@@ -20,6 +20,8 @@ def onnx(
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
     vae: options.Vae = None,
+    components: options.Components = None,
+    size: options.Size = None,
     head_blocks: options.HeadBlocks = None,
     random_weights: options.RandomWeights = False,
     overwrite: options.Overwrite = False,
@@ -36,6 +38,7 @@ def onnx(
       elastic-export onnx elt-4x8-256 --random-weights -o looped --loops 1-8
       elastic-export onnx elit-sit --checkpoint elit.pt --config elit.json -o out
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt --vae sd-vae -o xl --dtype fp16
+      elastic-export onnx path/to/FLUX.1-dev -o flux --size 512-1024 --components transformer,vae
     """
     from elastic_export.cli.making import make
     from elastic_targets import load
@@ -44,6 +47,7 @@ def onnx(
     make(
         "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output,
         {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
-        checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
+        checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
+        head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose,
     )  # fmt: skip

@@ -75,7 +75,12 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-MODEL_HELP = "A packaged sample, a family or a preset: see [bold]elastic-export models[/bold]."
+def words(text: str) -> tuple[str, ...]:
+    """Read `transformer,vae`."""
+    return tuple(word.strip() for word in text.split(","))
+
+
+MODEL_HELP = "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX or SD3."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=True)]
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
@@ -194,6 +199,23 @@ Checkpoint = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Sizes that the checkpoint does not tell, as JSON.", show_default=False)]
 Vae = Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers AutoencoderKL folder: adds the decoder.", show_default=False)]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Of a diffusers folder: transformer, vae, text [dim](default: all that it lists)[/dim].",
+        show_default=False,
+    ),
+]
+Size = Annotated[
+    Span | None,
+    typer.Option(
+        parser=span,
+        metavar="SPAN",
+        help="Of a diffusers folder: sides of pictures in pixels, [bold]512-1024[/bold] [dim](default: half to all of its own)[/dim].",
+        show_default=False,
+    ),
+]
 HeadBlocks = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False)
 ]

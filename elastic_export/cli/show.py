@@ -154,6 +154,12 @@ def engine(graph: str, artifact: TrtArtifact) -> None:
     profiles(artifact.profiles)
 
 
+def peaks(sizes: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
+    """What exporting each graph of a folder is likely to take of memory, one at a time, and the sizes that it is proven at."""
+    for graph, size in sizes.items():
+        line(f"{graph}: about {size / 1e9:.1f} GB of memory at most while exporting, verified at {', '.join(points[graph])}")
+
+
 def profiles(rows: Iterable[Profile]) -> None:
     """TensorRT's profiles: the sizes that each takes, and the ones it is tuned for."""
     for i, profile in enumerate(rows):

@@ -48,6 +48,8 @@ def trt(
     checkpoint: options.Checkpoint = None,
     config: options.Config = None,
     vae: options.Vae = None,
+    components: options.Components = None,
+    size: options.Size = None,
     head_blocks: options.HeadBlocks = None,
     random_weights: options.RandomWeights = False,
     overwrite: options.Overwrite = False,
@@ -81,7 +83,7 @@ def trt(
         "weight_streaming": weight_streaming, "version_compatible": version_compatible,
     }  # fmt: skip
     if (Path(model) / MANIFEST).is_file():
-        if checkpoint or config or vae or random_weights or head_blocks is not None:
+        if checkpoint or config or vae or components or size or random_weights or head_blocks is not None:
             raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
         bundle = Bundle.open(model)
         chosen |= {"spans": {name: span for name, span in spans.items() if span}, "batch": batch}
@@ -92,7 +94,8 @@ def trt(
     output = output or Path(Path(model).name)
     exported = make(
         "onnx", load("onnx").OnnxOptions(opset=opset, precision=dtype or "fp32"), model, output, spans, batch or Span(1, 4),
-        dtype or "fp32", checkpoint=checkpoint, config=config, vae=vae, head_blocks=head_blocks, random_weights=random_weights,
+        dtype or "fp32", checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
+        head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, silent=not dry_run,
     )  # fmt: skip
     if exported:

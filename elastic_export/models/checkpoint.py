@@ -85,6 +85,15 @@ def load_weights(module: nn.Module, family: Family, checkpoint: Checkpoint) -> t
             ignored.append(key)
         else:
             weights[name] = value.float()
+    fit(module, weights, str(checkpoint.path), family.name)
+    return tuple(ignored)
+
+
+def fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, what: str) -> None:
+    """Put weights by name into `module` (which may be on `meta`) without copying them.
+
+    Raises: ModelError naming missing, unexpected and misshapen weights of `where`, which should hold a `what`.
+    """
     wanted = module.state_dict()
     faults = []
     if missing := [name for name in wanted if name not in weights]:
@@ -95,9 +104,8 @@ def load_weights(module: nn.Module, family: Family, checkpoint: Checkpoint) -> t
         if wanted[name].shape != weights[name].shape:
             faults.append(f"has {name} of shape {tuple(weights[name].shape)} where the model has {tuple(wanted[name].shape)}")
     if faults:
-        raise ModelError(f"{checkpoint.path} does not fit {family.name}: it {'; it '.join(sorted(faults)[:6])}")
+        raise ModelError(f"{where} does not fit {what}: it {'; it '.join(sorted(faults)[:6])}")
     module.load_state_dict(weights, assign=True)
-    return tuple(ignored)
 
 
 def _few(names: Any) -> str:

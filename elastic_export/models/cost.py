@@ -111,3 +111,13 @@ def elit_activation_values(params: "ElitParams", latents: int) -> int:
     core = dit_activation_values(latents, params.hidden_size, params.num_heads, params.mlp_ratio)
     waiting = 2 * params.tokens * params.hidden_size
     return max(outer if params.head_blocks + params.tail_blocks else 0, core + waiting)
+
+
+def peak_bytes(parameters: int, activation_values: int) -> int:
+    """About the most memory that exporting a graph takes: weights in float32, what the exporter adds to them, and activations.
+
+    Weights past 2 GB are written one by one, and 1.2 times their size was measured; smaller graphs are built in memory once more
+    and serialised. Half precision takes half of the weights on top.
+    """
+    weights = parameters * FLOAT32
+    return round(weights * (1.2 if weights >= 2e9 else 3.0)) + activation_values * FLOAT32

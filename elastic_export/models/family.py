@@ -111,3 +111,10 @@ def example_labels(generator: np.random.Generator, num_classes: int, batch: int)
     labels = generator.integers(0, num_classes, batch)
     labels[-1:] = num_classes if batch > 1 else labels[-1]
     return labels.astype(np.int64)
+
+
+def random_rows(generator: np.random.Generator, spec: TensorSpec, largest: Mapping[str, int], sizes: Mapping[str, int]) -> np.ndarray:
+    """Normal values for an input of open dimensions: drawn for the `largest` sizes and cut to `sizes`, so that rows stay the same."""
+    shape = [largest[size] if isinstance(size, str) else size for size in spec.shape]
+    cut = tuple(slice(sizes[size]) if isinstance(size, str) else slice(None) for size in spec.shape)
+    return np.ascontiguousarray(generator.standard_normal(shape).astype(np.float32)[cut])

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from elastic_export.models.family import random_rows
+from elastic_export.models.folder import diffusers_class, read_json
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.errors import MissingError, ModelError
+from elastic_runtime.errors import ModelError
 from elastic_runtime.manifest import TensorSpec, Vae
 from elastic_targets.capture import GraphCapture
 
@@ -25,40 +27,63 @@ class Decoder(nn.Module):
         return image.float()
 
 
-def load_decoder(folder: Path, shape: tuple[int, int, int], batch: Span) -> tuple[GraphCapture, Vae]:
-    """Capture the decoder of a diffusers VAE folder for latents of `shape` (C, h, w).
+def read_vae(folder: Path, channels: int) -> Vae:
+    """The facts of a diffusers VAE folder that decodes latents of so many channels.
 
-    Raises: MissingError without diffusers; ModelError for a folder that is not an AutoencoderKL or has other channels.
+    Raises: ModelError for a folder that is not an AutoencoderKL or has other channels.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise MissingError(f"--vae needs diffusers ({error}): pip install 'elastic-export[flux]'") from error
     if not (folder / "config.json").is_file():
         raise ModelError(f"--vae {folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
-    try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"--vae {folder} is not a diffusers AutoencoderKL: {str(error).splitlines()[0]}") from None
-    channels, height, width = shape
-    if vae.config.latent_channels != channels:
-        raise ModelError(f"--vae {folder} decodes {vae.config.latent_channels} channels, but the model draws {channels}")
-    facts = Vae(
-        scaling_factor=float(vae.config.scaling_factor),
-        shift_factor=float(vae.config.shift_factor or 0.0),
-        upscale=2 ** (len(vae.config.block_out_channels) - 1),
+    config = read_json(folder / "config.json")
+    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ModelError(f"--vae {folder} is not a diffusers AutoencoderKL: it is a {kind}")
+    if (has := config.get("latent_channels", 4)) != channels:
+        raise ModelError(f"--vae {folder} decodes {has} channels, but the model draws {channels}")
+    return Vae(
+        scaling_factor=float(config.get("scaling_factor", 0.18215)),
+        shift_factor=float(config.get("shift_factor") or 0.0),
+        upscale=2 ** (len(config.get("block_out_channels", (64,))) - 1),
     )
 
-    def feeds(budget: Budget, size: int) -> dict[str, np.ndarray]:
-        return {"latent": np.random.default_rng(0).standard_normal((size, channels, height, width)).astype(np.float32)}
 
-    graph = GraphCapture(
+def load_vae(folder: Path) -> Decoder:
+    """Raises: MissingError without diffusers; ModelError for a folder that is not an AutoencoderKL."""
+    autoencoder: Any = diffusers_class("AutoencoderKL")
+    try:
+        # Its other way of loading needs one more package, and says so; a VAE is small.
+        vae = autoencoder.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"--vae {folder} is not a diffusers AutoencoderKL: {str(error).splitlines()[0]}") from None
+    return Decoder(vae.float().eval().requires_grad_(False))
+
+
+def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, batch: Span) -> GraphCapture:
+    """Capture the decoder of a diffusers VAE folder for latents of these sides; a span of more than one size stays open.
+
+    It is loaded when it is asked for. Raises: MissingError without diffusers.
+    """
+    diffusers_class("AutoencoderKL")  # its absence should not wait for the other graphs
+    spans = {name: span for name, span in (("h", height), ("w", width)) if span.min < span.max}
+    sides = ["h" if "h" in spans else height.max, "w" if "w" in spans else width.max]
+    latent = TensorSpec(name="latent", dtype="float32", shape=("B", channels, *sides))
+    image = [f"{facts.upscale}*{side}" if isinstance(side, str) else side * facts.upscale for side in sides]
+
+    def feeds(budget: Budget, size: int) -> dict[str, np.ndarray]:
+        largest = {"B": size} | {name: span.max for name, span in spans.items()}
+        chosen = largest | {name: value for name, value in budget.items() if name in spans}
+        return {"latent": random_rows(np.random.default_rng(0), latent, largest, chosen)}
+
+    ends = ((height.min, width.min), (height.max, width.max))  # a preview and a picture
+    stages = [Budget(**{name: value for name, value in zip("hw", end, strict=True) if name in spans}) for end in ends]
+    return GraphCapture(
         name="decoder",
-        module=Decoder(vae),
-        inputs=(TensorSpec(name="latent", dtype="float32", shape=("B", channels, height, width)),),
-        outputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, height * facts.upscale, width * facts.upscale)),),
+        module=None,
+        load=lambda: load_vae(folder),
+        inputs=(latent,),
+        outputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, *image)),),
         axes=(),
         batch=batch,
         feeds=feeds,
+        open_dimensions=spans,
+        stages=tuple(dict.fromkeys(stages)) if spans else (),
     )
-    return graph, facts

@@ -12,11 +12,14 @@ from torch import nn
 from elastic_export.models import dc_dit, elit, elt, elt_masked
 from elastic_export.models.checkpoint import load_weights, read_checkpoint
 from elastic_export.models.family import Family, agree
+from elastic_export.models.flux import PACKED
+from elastic_export.models.folder import Folder
 from elastic_export.models.layers import randomize
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import sha256
 from elastic_runtime.errors import ModelError
 from elastic_runtime.manifest import Quality
+from elastic_runtime.ralu.cost import STEP
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
 DEFAULT = "elit-mnist"
@@ -54,6 +57,17 @@ def samples() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_PRETRAINED.glob("*.json"))}
 
 
+def locate(name: str) -> Path | None:
+    """The diffusers folder that a name stands for: a packaged sample's, or a path; None for a model of the zoo's own.
+
+    The zoo's names come first: a bundle that was made of one often stands in a folder of the same name.
+    """
+    if name in samples():
+        packaged = samples()[name].with_suffix("")
+        return packaged if packaged.is_dir() else None
+    return Path(name) if name not in names() and Path(name).is_dir() else None
+
+
 def names() -> list[str]:
     """Everything that may stand as MODEL."""
     presets = [name for family in FAMILIES.values() for name in family.presets]
@@ -67,6 +81,8 @@ def load(request: Request) -> Model:
     """
     if request.checkpoint and request.random_weights:
         raise ModelError("give --checkpoint or --random-weights, not both")
+    if folder := locate(request.name):
+        raise ModelError(f"{folder} is a diffusers folder of several components: see elastic_export.components.capture_folder")
     if request.name in samples():
         return _sample(request)
     family, preset = _find(request.name)
@@ -140,12 +156,30 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
     return config
 
 
+def _folder_row(name: str, path: Path, family: str) -> dict[str, Any]:
+    """The row of a packaged diffusers folder: its axis is the count of tokens, from a quarter to all of its usual picture's."""
+    folder = Folder.open(path)
+    config, vae = folder.config("transformer"), folder.config("vae")
+    tokens = (int(vae["sample_size"]) // 2 ** (len(vae["block_out_channels"]) - 1) // PACKED) ** 2
+    return {
+        "name": name,
+        "family": family,
+        "weights": "packaged",
+        "axes": f"tokens {tokens // 4}-{tokens}",
+        "gflops": [STEP[family](config, count, 1) / 1e9 for count in (tokens // 4, tokens)],
+        "parameters": folder.parameters("transformer"),
+    }
+
+
 def catalogue() -> list[dict[str, Any]]:
     """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
     rows = []
     cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
     listed = []
     for name, card in cards.items():
+        if folder := locate(name):
+            rows.append(_folder_row(name, folder, card["family"]))
+            continue
         family = FAMILIES[card["family"]]
         listed.append((name, family, family.params(**card["config"]), "packaged"))
     listed += [(name, family, params, "--checkpoint") for family in FAMILIES.values() for name, params in family.presets.items()]

@@ -104,7 +104,12 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return np.array(value, dtype=np.int64)
 
     def probes(self) -> list[int]:
-        """Budgets worth proving: both ends, the middle, and one off the beaten track (an odd step a third of the way)."""
-        steps = len(self.values)
-        odd = (steps // 3) | 1
-        return [self.values[i] for i in sorted({0, min(odd, steps - 1), steps // 2, steps - 1})]
+        """Budgets worth proving: see `probes`."""
+        return probes(self.values)
+
+
+def probes(values: range) -> list[int]:
+    """Both ends of `values`, the middle, and one off the beaten track (an odd step a third of the way)."""
+    steps = len(values)
+    odd = (steps // 3) | 1
+    return [values[i] for i in sorted({0, min(odd, steps - 1), steps // 2, steps - 1})]

@@ -29,11 +29,21 @@ class FileEntry(_Record, frozen=True, kw_only=True):
 
 
 class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`)."""
+    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one (`8*h`)."""
 
     name: str
     dtype: Literal["float32", "int64"]
     shape: tuple[int | str, ...]
+
+
+def dimension(size: str) -> str:
+    """The open dimension in `h` or `8*h`."""
+    return size.rpartition("*")[2]
+
+
+def measure(size: int | str, sizes: Mapping[str, int]) -> int:
+    """A shape's entry as a number, where the open dimensions have `sizes`."""
+    return size if isinstance(size, int) else int(size.rpartition("*")[0] or 1) * sizes[dimension(size)]
 
 
 class Verification(_Record, frozen=True, kw_only=True):
@@ -100,7 +110,8 @@ class Profile(_Record, frozen=True, kw_only=True):
 
     def shape(self, spec: TensorSpec, end: Literal["min", "opt", "max"]) -> tuple[int, ...]:
         """Shape of an input or output at one end of the profile."""
-        return tuple(getattr(self.dimensions[size], end) if isinstance(size, str) else size for size in spec.shape)
+        sizes = {name: getattr(size, end) for name, size in self.dimensions.items()}
+        return tuple(measure(size, sizes) for size in spec.shape)
 
 
 class Network(_Record, frozen=True, kw_only=True):
@@ -170,7 +181,7 @@ class Graph(_Record, frozen=True, kw_only=True):
     artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
 
     def __post_init__(self) -> None:
-        letters = {size for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
+        letters = {dimension(size) for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
         if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
             raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
 

@@ -1,10 +1,11 @@
 """Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
 
 The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
-`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`.
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open dimensions that no
+axis explains, a budget names their sizes (`S=64,T=8`), and it is fed the first rows of the feeds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from elastic_runtime.axis import Axis
 from elastic_runtime.budget import Budget, key, parse_key
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.errors import BundleError
-from elastic_runtime.manifest import Artifact, CoremlArtifact, Verification
+from elastic_runtime.manifest import Artifact, CoremlArtifact, TensorSpec, Verification
 from elastic_runtime.session import Session, batches
 
 # Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
@@ -51,6 +52,15 @@ def unpack(graph: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.n
 def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
     """The inputs that carry a budget."""
     return {axis.input: axis.feed(budget[axis.name]) for axis in axes}
+
+
+def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
+    """The first rows of `feeds`, as many along each open dimension as `budget` names."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    return {
+        name: array[tuple(slice(budget.get(size) if isinstance(size, str) else None) for size in shapes[name])]
+        for name, array in feeds.items()
+    }
 
 
 def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: float, where: str) -> Verification:
@@ -93,7 +103,7 @@ def check(
         if session.budgets is not None and budget not in session.budgets:
             continue
         axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        whole = feeds | axis_feeds(axes, budget)
+        whole = cut(session.graph.inputs, feeds, budget) | axis_feeds(axes, budget)
         runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
         got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
         found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]

@@ -1,14 +1,15 @@
 """What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 
 from elastic_runtime.axis import Axis, Span
 from elastic_runtime.budget import Budget
-from elastic_runtime.manifest import TensorSpec
+from elastic_runtime.errors import BudgetError
+from elastic_runtime.manifest import TensorSpec, dimension, measure
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,10 @@ class GraphCapture:
     """One graph: a `torch.nn.Module` whose forward takes the inputs by name and in order.
 
     `feeds(budget, batch)` gives numpy arrays for every input; the same arguments give the same arrays. `open_dimensions`
-    are those that neither the batch nor an axis explains (S and T of FLUX, a decoder's h and w).
+    are those that neither the batch nor an axis explains (S and T of FLUX, a decoder's h and w): a budget names sizes for them
+    as it names values for axes, the largest ones where it is silent, and smaller feeds are the first rows of larger ones.
+    `stages` are budgets with a static function of their own where a target keeps no dimension open. A large model's module
+    comes late: see `loaded`.
     """
 
     name: str
@@ -27,6 +31,12 @@ class GraphCapture:
     batch: Span
     feeds: Callable[[Budget, int], dict[str, np.ndarray]]
     open_dimensions: dict[str, Span] = field(default_factory=dict)
+    stages: tuple[Budget, ...] = ()
+    load: Callable[[], Any] | None = None
+
+    def loaded(self) -> Self:
+        """This graph with its module in memory."""
+        return replace(self, module=self.load(), load=None) if self.load else self
 
     @property
     def dimensions(self) -> dict[str, Span]:
@@ -37,13 +47,36 @@ class GraphCapture:
     def dynamic(self, spec: TensorSpec) -> dict[int, str]:
         """Open dimensions of an input by position; a dimension with a single value is not open."""
         spans = self.dimensions
-        return {i: size for i, size in enumerate(spec.shape) if isinstance(size, str) and spans[size].min < spans[size].max}
+        named = {i: (size, spans[dimension(size)]) for i, size in enumerate(spec.shape) if isinstance(size, str)}
+        return {i: size for i, (size, span) in named.items() if span.min < span.max}
 
     def fixed(self, size: int | str) -> int:
         """Size of a dimension that is not open: itself, or the single value of its span."""
-        return self.dimensions[size].min if isinstance(size, str) else size
+        return measure(size, {name: span.min for name, span in self.dimensions.items()})
+
+    def at(self, budget: Budget) -> Budget:
+        """`budget` with every axis and every open dimension filled in and checked.
+
+        Raises: BudgetError for a name that is neither, or a value that is not offered.
+        """
+        sizes = {name: size for name, size in budget.items() if name in self.open_dimensions}
+        for name, size in sizes.items():
+            if size not in self.open_dimensions[name]:
+                raise BudgetError(f"{name} {size} is not available: {self.name} takes {self.open_dimensions[name]}")
+        point = Budget(**{name: value for name, value in budget.items() if name not in sizes}).on(self.axes)
+        return Budget(**point, **{name: span.max for name, span in self.open_dimensions.items()} | sizes)
+
+    @property
+    def traced(self) -> Budget:
+        """A budget to trace at: away from the ends, where exporting would take an open length for a fixed one, and from 0 and 1."""
+        spans = {axis.name: axis.values for axis in self.axes}
+        sizes = {name: range(span.min, span.max + 1) for name, span in self.open_dimensions.items()}
+        # Each open dimension is a little off the others' middle, so that no two are taken for one.
+        return Budget(
+            **{name: values[max(len(values) // 2 - 1, 0)] for name, values in spans.items()},
+            **{name: values[min(max(len(values) // 2 - 1 + i, 0), len(values) - 1)] for i, (name, values) in enumerate(sizes.items())},
+        )
 
     def example(self) -> dict[str, np.ndarray]:
-        """Feeds to trace with: no open dimension is at 0, 1 or an end of its span where it can be avoided."""
-        budget = Budget(**{axis.name: axis.values[max(len(axis.values) // 2 - 1, 0)] for axis in self.axes})
-        return self.feeds(budget, min(max(2, self.batch.min), self.batch.max))
+        """Feeds to trace with."""
+        return self.feeds(self.traced, min(max(2, self.batch.min), self.batch.max))

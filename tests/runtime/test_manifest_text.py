@@ -9,7 +9,7 @@ from fakes import manifest, write_bundle
 
 from elastic_runtime import Bundle, BundleError, Span
 from elastic_runtime.bundle import MANIFEST, entry, write_manifest
-from elastic_runtime.manifest import Graph, Manifest, Patches, TensorSpec, Text, TextEncoder, decode
+from elastic_runtime.manifest import Graph, Manifest, Patches, Profile, Range, TensorSpec, Text, TextEncoder, decode, dimension, measure
 
 
 def encoder_graph(*outputs: TensorSpec) -> Graph:
@@ -66,3 +66,16 @@ def test_an_encoder_must_give_what_its_graph_gives(tmp_path: Path) -> None:
 def test_only_pos_ids_have_a_table(positions: Any, table: int | None) -> None:
     with pytest.raises(ValueError, match="table"):
         Patches(size=2, positions=positions, table=table)
+
+
+def test_a_shape_may_be_a_multiple_of_an_open_dimension() -> None:
+    image = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
+    latent = TensorSpec(name="latent", dtype="float32", shape=("B", 4, "h", "w"))
+    sizes = {"B": Range(1, 1, 2), "h": Range(4, 8, 16), "w": Range(4, 8, 32)}
+    assert Profile(dimensions=sizes).shape(image, "max") == (2, 3, 128, 256)
+    assert [dimension(size) for size in ("h", "8*h")] == ["h", "h"]
+    assert [measure(size, {"h": 5}) for size in (7, "h", "8*h")] == [7, 5, 40]
+    spans = {"B": Span(1, 1), "h": Span(4, 16), "w": Span(4, 32)}
+    assert Graph(inputs=(latent,), outputs=(image,), dimensions=spans, artifacts=()).dimensions == spans
+    with pytest.raises(ValueError, match="`dimensions` lacks w"):
+        Graph(inputs=(latent,), outputs=(image,), dimensions={"B": Span(1, 1), "h": Span(4, 16)}, artifacts=())

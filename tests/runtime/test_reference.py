@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
 from elastic_runtime import Budget, Bundle
-from elastic_runtime.reference import axis_feeds, check, compare, pack, unpack
+from elastic_runtime.manifest import TensorSpec
+from elastic_runtime.reference import axis_feeds, check, compare, cut, pack, unpack
 
 AT = Budget(latents=64)
 REFERENCE = np.linspace(-2, 2, 50, dtype=np.float32)
@@ -87,3 +88,12 @@ def test_check_runs_every_recorded_budget_in_runs_that_the_session_takes(tmp_pat
     assert [(row.budget["latents"], row.passed) for row in rows] == [(4, True), (12, True), (64, False)]
     assert rows[-1].max_abs == pytest.approx(0.5, rel=1e-4)
     assert {call["sample"][0] for call in fake.calls} == {1, 2}
+
+
+def test_open_sizes_take_the_first_rows_of_the_feeds() -> None:
+    specs = (TensorSpec(name="x", dtype="float32", shape=("B", "S", 3)), TensorSpec(name="ids", dtype="float32", shape=("S", 2)))
+    feeds = {"x": np.arange(30).reshape(2, 5, 3), "ids": np.arange(10).reshape(5, 2)}
+    small = cut(specs, feeds, Budget(S=2))
+    assert (small["x"] == feeds["x"][:, :2]).all()
+    assert (small["ids"] == feeds["ids"][:2]).all()
+    assert {name: array.shape for name, array in cut(specs, feeds, Budget(latents=4)).items()} == {"x": (2, 5, 3), "ids": (5, 2)}

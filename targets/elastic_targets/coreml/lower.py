@@ -20,7 +20,7 @@ from elastic_runtime.axis import Span
 from elastic_runtime.backends.coreml import sizes, taken
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import entry
-from elastic_runtime.manifest import CoremlArtifact, CoremlCall
+from elastic_runtime.manifest import CoremlArtifact, CoremlCall, measure
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import Compressor
 from elastic_targets.coreml.functions import join
@@ -107,7 +107,7 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
                 )
             for each, feature in zip(specs, features, strict=True):
                 array = feature.type.multiArrayType
-                wanted = [call.sizes.get(size, -1) if isinstance(size, str) else size for size in each.shape or (1,)]
+                wanted = [measure(size, call.sizes) for size in each.shape or (1,)] if call.sizes else []
                 if array.dataType != kinds[each.dtype]:
                     raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} is not {each.dtype}")
                 if artifact.shapes == "functions" and list(array.shape) != wanted:
@@ -116,7 +116,7 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
 
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:
     """An ML program of the graph at one point, or open along `spans` and traced away from the ends."""
-    feeds = graph.feeds(_traced(graph), graph.batch.min) if spans else next(iter(points.values()))
+    feeds = graph.feeds(graph.traced, graph.batch.min) if spans else next(iter(points.values()))
     inputs = taken(graph.inputs, options.shapes if spans else "functions")
     example = {spec.name: torch.from_numpy(feeds[spec.name]) for spec in inputs}
     values = {name: int(array) for name, array in feeds.items() if name not in example}
@@ -153,11 +153,6 @@ def _tensor(
                 for size, length in zip(spec.shape, shape, strict=True)
             ]
     return ct.TensorType(name=spec.name, shape=shape, dtype=_TYPES[spec.dtype])
-
-
-def _traced(graph: GraphCapture) -> Budget:
-    """A budget away from the ends, where exporting would take an open length for a fixed one."""
-    return Budget(**{axis.name: axis.values[max(len(axis.values) // 2 - 1, 0)] for axis in graph.axes})
 
 
 @contextlib.contextmanager

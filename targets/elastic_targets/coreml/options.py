@@ -22,6 +22,8 @@ DEFAULT_TARGET = "iOS18"
 # Each function takes memory when loaded and time when compiled; the list of sizes is Core ML's own limit.
 MOST = {"functions": 16, "enumerated": 128}
 _DEFAULT_BUDGETS = 8
+# The open dimension that a number in `--budgets` means where a model has no axis.
+TOKENS = "S"
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class CoremlOptions:
     shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range` (one
     function for every budget: lengths are open, and a count that a value carries is that of a loop).
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
-    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis; empty
-    for both ends and the doublings between.
+    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis, or a
+    count of tokens where it has none; empty for both ends and the doublings between, or a graph's stages.
     """
 
     shapes: str = "functions"
@@ -62,8 +64,10 @@ def path(graph: str, options: CoremlOptions) -> str:
 
 def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
     """Budgets that the package is made for; every one of them for an open range."""
-    if not graph.axes:  # a decoder
-        return [Budget()]
+    if not graph.axes:  # sizes alone are open, and budgets that name others are another graph's
+        named = [budget if isinstance(budget, Budget) else Budget(**{TOKENS: budget}) for budget in options.budgets]
+        asked = [graph.at(budget) for budget in named if set(budget) <= set(graph.open_dimensions)]
+        return list(dict.fromkeys(asked)) or list(graph.stages) or [graph.at(Budget())]
     if options.budgets:
         return sorted({_point(budget, graph.axes).on(graph.axes) for budget in options.budgets}, key=lambda budget: tuple(budget.values()))
     grids = []
@@ -115,8 +119,12 @@ def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
     if options.shapes == "functions" or (options.shapes == "enumerated" and len(budgets(graph, options)) == 1):
         return {}
     values = {axis.input: Span(axis.min, axis.max) for axis in graph.axes if axis.carrier == "value"}
-    spans = graph.dimensions | values
-    return {name: span for name, span in spans.items() if name != "B" and span.min < span.max}
+    spans = {name: span for name, span in (graph.dimensions | values).items() if name != "B" and span.min < span.max}
+    if options.shapes == "range":
+        return spans
+    points = budgets(graph, options)
+    same = {name for name in graph.open_dimensions if len({point.get(name) for point in points}) == 1}
+    return {name: span for name, span in spans.items() if name not in same}
 
 
 def _point(budget: Budget | int, axes: tuple[Axis, ...]) -> Budget:

@@ -1,0 +1,152 @@
+"""Diffusers folders through `elastic-export onnx`: every component at every size, through ONNX Runtime."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("diffusers", reason="the folders are diffusers'")
+pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
+pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
+
+import folders
+import onnx
+import torch
+from conftest import Outcome
+from diffusers import FluxTransformer2DModel
+
+from elastic_runtime import Bundle, open_session
+
+Run = Callable[..., Outcome]
+
+
+def rows(bundle: Bundle, graph: str) -> list[tuple[int, ...]]:
+    """Sizes that a graph was proven at."""
+    (artifact,) = bundle.manifest.graphs[graph].artifacts
+    assert all(row.passed and row.max_abs <= row.tolerance for row in artifact.verified)
+    assert artifact.precision == "fp16" or artifact.verified[0].tolerance == 1e-5
+    return [tuple(row.budget.values()) for row in artifact.verified]
+
+
+def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
+    folders.write(tmp_path / "tiny-flux", folders.flux(), text=True)
+    done = run("onnx", tmp_path / "tiny-flux", "-o", tmp_path / "out", "--batch", "1-2", "--json")
+    assert done.code == 0, done.err
+    bundle = Bundle.open(tmp_path / "out", hashes=True)
+    manifest = bundle.manifest
+    assert list(manifest.graphs) == ["denoiser", "decoder", "text_encoder", "text_encoder_2"]
+    assert rows(bundle, "denoiser") == [(4, 1), (25, 4), (34, 4), (64, 6)]  # the middle of 1 to 6 is off the track, too
+    assert rows(bundle, "decoder") == [(4, 4), (9, 9), (10, 9), (9, 10), (16, 16)]
+    assert len(rows(bundle, "text_encoder")) == len(rows(bundle, "text_encoder_2")) == 1
+    assert (
+        bundle.file("tokenizer/text_encoder_2/tokenizer.json").read_bytes()
+        == (tmp_path / "tiny-flux" / "tokenizer_2" / "tokenizer.json").read_bytes()
+    )
+    assert manifest.provenance.checkpoint == "tiny-flux"
+    assert json.loads(done.out)["manifest"]["model"]["patches"] == {
+        "size": 2, "positions": "img_ids", "table": None, "guidance_embeds": True,
+    }  # fmt: skip
+    model = onnx.load(bundle.file("onnx/denoiser.onnx"))
+    assert {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.input} == {
+        "hidden_states": ["B", "S", 16], "encoder_hidden_states": ["B", "T", 16], "pooled_projections": ["B", 8], "timestep": ["B"],
+        "img_ids": ["S", 3], "txt_ids": ["T", 3], "guidance": ["B"],
+    }  # fmt: skip
+    doubles = [value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.DOUBLE]
+    assert not doubles
+    shape = [
+        dim.dim_param or dim.dim_value for dim in onnx.load(bundle.file("onnx/decoder.onnx")).graph.output[0].type.tensor_type.shape.dim
+    ]
+    assert shape == ["B", 3, "2*h", "2*w"]
+    with open_session(bundle, "decoder") as session:
+        assert session.run({"latent": np.zeros((1, 4, 5, 13), np.float32)})["image"].shape == (1, 3, 10, 26)
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "dtype"),
+    [
+        ("schnell", lambda: folders.flux(guidance_embeds=False), "fp16"),
+        ("sd3", lambda: folders.sd3(), "fp32"),
+        ("sd3.5", lambda: folders.sd3(**folders.SD35), "fp32"),
+    ],
+    ids=["schnell", "sd3", "sd3.5"],
+)
+def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name: str, transformer: Callable[[], Any], dtype: str) -> None:
+    folders.write(tmp_path / name, transformer(), decoder=name == "sd3")
+    size = "16-24" if name == "sd3" else "32-64"  # without a VAE, latents are taken for an eighth
+    options = ["--components", "transformer", "--size", size, "--batch", "1-2", "--dtype", dtype]
+    done = run("onnx", tmp_path / name, "-o", tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    bundle = Bundle.open(tmp_path / "out")
+    assert list(bundle.manifest.graphs) == ["denoiser"]
+    assert len(set(rows(bundle, "denoiser"))) == 5
+    inputs = {spec.name for spec in bundle.manifest.graphs["denoiser"].inputs}
+    assert ("guidance" in inputs, "pos_ids" in inputs) == (False, name != "schnell")
+    assert bundle.manifest.model.text is not None
+    assert bundle.manifest.model.text.encoders == ()
+
+
+def test_the_golden_flux_agrees_at_every_stage(run: Run, golden: Path, tmp_path: Path) -> None:
+    """Recorded inputs of the stages of both presets, through ONNX Runtime, against diffusers' own transformer."""
+    done = run("onnx", golden / "ralu-flux", "-o", tmp_path / "out", "--components", "transformer", "--size", "512", "--batch", "1")
+    assert done.code == 0, done.err
+    recorded = np.load(golden / "ralu-flux" / "io.npz")
+    original = FluxTransformer2DModel.from_pretrained(golden / "ralu-flux" / "transformer", low_cpu_mem_usage=False).eval()
+    shared = {"encoder_hidden_states": recorded["prompt_embeds"], "pooled_projections": recorded["pooled"]}
+    shared |= {"txt_ids": np.zeros((24, 3), np.float32), "guidance": np.array([3.5], np.float32)}
+    with open_session(Bundle.open(tmp_path / "out")) as session, torch.inference_mode():
+        for preset, tokens in (("preset4", 256), ("preset4", 484), ("preset4", 1024), ("preset7", 331)):
+            step = int(np.flatnonzero(recorded[f"{preset}.tokens"] == tokens)[0])
+            feeds = shared | {
+                "hidden_states": recorded[f"{preset}.stage_input_{tokens}"][None],
+                "img_ids": recorded[f"{preset}.ids_{tokens}"],
+                "timestep": recorded[f"{preset}.timesteps"][step : step + 1].astype(np.float32),
+            }
+            wanted = original(**{name: torch.from_numpy(array) for name, array in feeds.items()}, return_dict=False)[0].numpy()
+            assert np.abs(session.run(feeds)["prediction"] - wanted).max() < 1e-5 * max(1, np.abs(wanted).max())
+
+
+def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux(), text=True)
+    done = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--dry-run", "--json")
+    told = json.loads(done.out)
+    assert set(told["peak_bytes"]) == {"denoiser", "decoder", "text_encoder", "text_encoder_2"}
+    shown = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--dry-run", "-q").out
+    assert "decoder: about 0.0 GB of memory at most while exporting, verified at h=4,w=4, " in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--latents", "4-8", "--vae", "x"], "has its own sizes and weights: --latents, --vae do not go with it"),
+        (["--components", "vae,unet"], "--components are transformer, vae, text, got unet"),
+    ],
+)
+def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
+    folders.write(tmp_path / "f", folders.flux())
+    done = run("onnx", tmp_path / "f", "-o", tmp_path / "out", *options)
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
+    other = run("onnx", "elit-sit", "--random-weights", "-o", tmp_path / "out", "--components", "vae")
+    assert "--components and --size are for a diffusers folder, and elit-sit is none" in other.err
+
+
+def test_a_packaged_folder_is_a_sample_by_its_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastic_export.models import zoo
+
+    folder = folders.write(tmp_path / "tiny-digits", folders.flux(guidance_embeds=False))
+    labels = {"id2label": {str(label): str(label) for label in range(folders.POOLED)}}
+    listed = {name: ["diffusers", name] for name in ("transformer", "vae")}
+    (folder / "model_index.json").write_text(json.dumps(labels | listed))
+    (tmp_path / "tiny-digits.json").write_text(json.dumps({"family": "flux", "quality": []}))
+    monkeypatch.setattr(zoo, "_PRETRAINED", tmp_path)
+    told = json.loads(run("models", "--json").out)["models"][0]
+    assert (told["name"], told["family"], told["weights"], told["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 16-64")
+    assert 0 < told["gflops"][0] < told["gflops"][1]
+    done = run("onnx", "tiny-digits", "-o", tmp_path / "out", "--dry-run", "--json")
+    model = json.loads(done.out)["model"]
+    assert (model["name"], model["num_classes"], model["text"]) == ("tiny-digits", folders.POOLED, None)

@@ -1,0 +1,110 @@
+"""Diffusers folders of small random models, written as diffusers and transformers write them. Import this where those are installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.utils import logging
+
+SIDE = 32  # pixels; a latent has half of them, a token has 2 x 2 latent pixels of 4 channels
+WORDS = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "digit", "seven", "cat"]
+WIDTH, POOLED = 16, 8
+
+
+def flux(**changes: Any) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "pooled_projection_dim": POOLED, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True,
+    }  # fmt: skip
+    return FluxTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+def sd3(**changes: Any) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "sample_size": SIDE // 2, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 4, "joint_attention_dim": WIDTH, "caption_projection_dim": 32, "pooled_projection_dim": 2 * POOLED,
+        "pos_embed_max_size": 12,
+    }  # fmt: skip
+    return SD3Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
+
+
+def vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIDE, scaling_factor=0.5,
+        shift_factor=0.1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def clip(kind: type = CLIPTextModel) -> Any:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=9, hidden_size=POOLED, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
+        projection_dim=POOLED, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def t5() -> T5EncoderModel:
+    torch.manual_seed(0)
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def write_t5_tokenizer(folder: Path, length: int = 6) -> None:
+    """A `tokenizer.json`."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    ).save_pretrained(folder)
+
+
+def write_clip_tokenizer(folder: Path) -> None:
+    """The older form: `vocab.json` and `merges.txt`."""
+    folder.mkdir(parents=True)
+    tokens = ["<|startoftext|>", "<|endoftext|>", "c", "a", "t", "c</w>", "a</w>", "t</w>", "ca"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\n")
+    special = {"bos_token": tokens[0], "eos_token": tokens[1], "unk_token": tokens[1], "pad_token": tokens[1]}
+    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 12}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool = True, index: bool = True, **saving: Any) -> Path:
+    """A folder of `transformer` (`saving` goes to its save_pretrained), a VAE, and the encoders that its pipeline has."""
+    logging.disable_progress_bar()
+    is_flux = isinstance(transformer, FluxTransformer2DModel)
+    parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    parts |= {"vae": vae()} if decoder else {}
+    if text and is_flux:
+        parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
+    elif text:
+        parts |= {"text_encoder": clip(CLIPTextModelWithProjection), "text_encoder_2": clip(CLIPTextModelWithProjection)}
+        parts |= {"text_encoder_3": t5()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name, **(saving if name == "transformer" else {}))
+        if name.startswith("text_encoder"):
+            writer = write_t5_tokenizer if isinstance(part, T5EncoderModel) else write_clip_tokenizer
+            writer(folder / name.replace("text_encoder", "tokenizer"))
+    if index:
+        classes = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
+        listed = {"_class_name": "FluxPipeline" if is_flux else "StableDiffusion3Pipeline", "image_encoder": [None, None]} | classes
+        (folder / "model_index.json").write_text(json.dumps(listed))
+    return folder

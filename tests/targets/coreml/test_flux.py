@@ -1,0 +1,59 @@
+"""FLUX, SD3 and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("diffusers", reason="the folders are diffusers'")
+pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
+
+import folders
+
+from elastic_export.components import capture_folder
+from elastic_runtime import Budget, BudgetError, Span
+from elastic_runtime.reference import TOLERANCE
+from elastic_targets.capture import GraphCapture
+from elastic_targets.coreml import CoremlOptions, budgets, requires
+
+Lowered = Callable[..., Any]
+Error = Callable[..., float]
+
+
+@pytest.fixture
+def graphs(tmp_path: Path) -> Callable[..., list[GraphCapture]]:
+    def make(transformer: Any) -> list[GraphCapture]:
+        folders.write(tmp_path / "f", transformer)
+        return capture_folder(tmp_path / "f", None, None, Span(1, 2)).graphs
+
+    return make
+
+
+def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    graph = graphs(folders.flux())[0].loaded()
+    assert [point["S"] for point in budgets(graph, CoremlOptions())] == [16, 19, 28, 64]
+    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(S=16, T=5), Budget(S=28, T=5)))
+    assert [call.function for call in artifact.calls] == ["S_16_T_5", "S_28_T_5"]
+    assert session.budgets == (Budget(S=16, T=5), Budget(S=28, T=5))
+    assert max(error(graph, session, point) for point in session.budgets) < TOLERANCE["fp32"]
+
+
+def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    graph = graphs(folders.sd3(**folders.SD35))[0].loaded()
+    _, session = lowered(graph, precision="fp32", shapes="range")
+    assert max(error(graph, session, Budget(S=count, T=text)) for count, text in ((4, 1), (29, 7), (64, 9))) < TOLERANCE["fp32"]
+
+
+def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
+    graphs: Callable[..., Any], lowered: Lowered, error: Error
+) -> None:
+    graph = graphs(folders.flux())[1].loaded()
+    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(S=16),))  # which says nothing about a decoder
+    assert [call.budget for call in artifact.calls] == [{"h": 4, "w": 4}, {"h": 16, "w": 16}]
+    assert max(error(graph, session, point) for point in session.budgets) < TOLERANCE["fp32"]
+
+
+def test_a_size_beyond_the_span_is_refused(graphs: Callable[..., Any]) -> None:
+    with pytest.raises(BudgetError, match="S 65 is not available: denoiser takes 4-64"):
+        requires(graphs(folders.flux())[0], CoremlOptions(budgets=(Budget(S=65),)))

@@ -1,0 +1,34 @@
+"""Engines of a FLUX denoiser, with a profile a stage, and of a decoder whose sides are open."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("diffusers", reason="the folders are diffusers'")
+pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
+
+import folders
+
+from elastic_export.components import capture_folder
+from elastic_export.engines import add_engines
+from elastic_export.export import export
+from elastic_runtime import Span
+from elastic_runtime.manifest import Range, TrtArtifact
+from elastic_targets import load
+
+
+def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux())
+    captured = capture_folder(tmp_path / "f", None, None, Span(1, 2))
+    bundle = export(captured, "onnx", load("onnx").OnnxOptions(), tmp_path / "out", "elastic-export onnx f")
+    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets={"S": (16, 28, 64)}))
+    engines = {
+        name: artifact for name, graph in made.manifest.graphs.items() for artifact in graph.artifacts if isinstance(artifact, TrtArtifact)
+    }
+    assert [profile.dimensions["S"] for profile in engines["denoiser"].profiles] == [Range(4, 16, 16), Range(17, 28, 28), Range(29, 64, 64)]
+    assert engines["denoiser"].network.attentions == 2
+    (decoding,) = engines["decoder"].profiles
+    assert decoding.dimensions["h"] == Range(4, 16, 16)
+    assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
