@@ -6,6 +6,7 @@
     │   ├── ModelError           an unknown model, or a checkpoint or config that does not fit it
     │   └── BundleError          a bundle that cannot be read or written as asked
     ├── VerificationError     1  a budget missed its tolerance
+    ├── UnreachableError      1  a time or memory that no budget keeps here
     ├── MissingError          3  a package, backend or device that is not here
     └── InferenceError        4  a backend failed while running
 
@@ -37,6 +38,12 @@ class BundleError(UsageError):
 
 class VerificationError(ElasticError):
     """An artifact differs from its reference by more than its tolerance."""
+
+    exit_code = 1
+
+
+class UnreachableError(ElasticError):
+    """A time or memory that no budget keeps here; the message names the nearest that one does."""
 
     exit_code = 1
 

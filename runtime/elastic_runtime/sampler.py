@@ -1,7 +1,8 @@
 """Denoising loops for rectified flow, as generators: the caller owns progress, previews and stopping.
 
 The path is `x_t = (1-t) x_0 + t eps` and a model predicts the velocity `v = eps - x_0`, so sampling runs t from 1 to 0.
-The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state.
+The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state. A loop may `begin` at a
+later time, from the state that another has left there: what is left of a run, on another number of steps.
 """
 
 from collections.abc import Callable, Generator
@@ -34,6 +35,7 @@ class Step:
     denoised: np.ndarray | None = None
 
 
+SDE_LAST = 0.04  # the last time at which `sde` draws noise
 Loop = Generator[Step, np.ndarray | None, None]
 
 
@@ -46,17 +48,17 @@ def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
     return np.asarray(replacement, dtype=step.sample.dtype)
 
 
-def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
-    """Euler's method on `steps + 1` uniform times; one evaluation a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+    """Euler's method on `steps + 1` uniform times from `begin`; one evaluation a step."""
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
         x = after(step, (yield step))
 
 
-def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, float(t), i)
         ahead = x + (t_next - t) * v
@@ -66,7 +68,15 @@ def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = N
         x = after(step, (yield step))
 
 
-def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def sde_times(steps: int, begin: float = 1.0) -> np.ndarray:
+    """Times of `sde`: uniform from `begin` to 0.04, then 0; what is left of a run may go to 0 in one step."""
+    if begin < 1.0 and (steps == 1 or begin <= SDE_LAST):
+        return RectifiedFlow().times(steps, begin)
+    whole_steps(steps, least=2)
+    return np.append(np.linspace(begin, SDE_LAST, steps), 0.0)
+
+
+def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
     """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
 
     Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
@@ -74,8 +84,7 @@ def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = No
     """
     if draw is None:
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
-    whole_steps(steps, least=2)
-    x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
+    x, times = noise.astype(np.float64), sde_times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
         score = -((1 - t) * v + x) / t

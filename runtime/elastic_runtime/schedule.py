@@ -7,6 +7,7 @@ each, in the unit that the model's `timestep` input takes; samplers need no more
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -31,10 +32,10 @@ def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str =
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """A schedule over times from 1 (noise) to 0 (picture)."""
 
-    def times(self, steps: int) -> np.ndarray:
-        """The `steps + 1` times of a run, uniform from 1 to 0, float64; UsageError for fewer than one step."""
+    def times(self, steps: int, begin: float = 1.0) -> np.ndarray:
+        """The `steps + 1` times of a run, uniform from `begin` to 0, float64; UsageError for fewer than one step."""
         whole_steps(steps)
-        return np.linspace(1.0, 0.0, steps + 1)
+        return np.linspace(begin, 0.0, steps + 1)
 
     def share(self, time: float) -> float:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
@@ -74,15 +75,17 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     vocabulary: int
 
-    def masked(self, tokens: int, steps: int) -> list[int]:
+    def masked(self, tokens: int, steps: int, begin: float = 1.0, left: int | None = None) -> list[int]:
         """How many of `tokens` are masked after each step, falling by at least one a step to 0.
 
-        Raises: UsageError for more steps than tokens, or none.
+        What is left of a run starts at time `begin` with `left` still masked.
+
+        Raises: UsageError for more steps than masked tokens, or none.
         """
-        whole_steps(steps, most=tokens)
-        left, counts = tokens, []
+        left, counts = tokens if left is None else left, []
+        whole_steps(steps, most=left)
         for step in range(1, steps + 1):
-            wanted = int(tokens * math.cos(math.pi / 2 * step / steps))
+            wanted = int(tokens * math.cos(math.pi / 2 * (1.0 - begin + begin * step / steps)))
             left = max(min(wanted, left - 1), steps - step)
             counts.append(left)
         return counts
@@ -147,3 +150,17 @@ class Path(Protocol):
     def times(self, steps: int) -> np.ndarray: ...
 
     def alpha_sigma(self, time: float) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True)
+class Onward:
+    """A schedule from a time on: for what is left of a run."""
+
+    schedule: ShiftedCosine
+    begin: float
+
+    def times(self, steps: int) -> np.ndarray:
+        return self.schedule.times(steps, self.begin)
+
+    def alpha_sigma(self, time: float) -> tuple[float, float]:
+        return self.schedule.alpha_sigma(time)
