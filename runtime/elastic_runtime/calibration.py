@@ -20,15 +20,17 @@ from elastic_runtime import cache
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.cost import Costs, Point, Rates
-from elastic_runtime.denoiser import Denoiser
+from elastic_runtime.denoiser import Denoiser, Guidance
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.manifest import Manifest
+from elastic_runtime.policy import Choice
 from elastic_runtime.session import Session, candidates, open_artifact
 
 VERSION = 1
 SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+QUARTILE = 0.25  # of the rounds: what a run takes by itself, where something else is busy now and then; the pace tells of that
 UNTOUCHED = 1 << 20  # bytes; a process that has grown by more since the session was opened has run it, and hides what a run adds
 _log = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ def points(
     def run(budget: Budget, batch: int) -> None:
         sample = (batch, *manifest.model.sample_shape)
         x = np.zeros(sample, dtype=np.int64) if manifest.model.tokens else source.standard_normal(sample)
-        denoiser.predict(x, time, np.zeros(batch, dtype=np.int64), budget)
+        denoiser.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Choice(budget, budget), denoiser.routing())
 
     before = peak_bytes()
     fresh = opened is not None and before is not None and before - opened < UNTOUCHED
@@ -141,7 +143,7 @@ def points(
         if round_ >= LEAST_ROUNDS and clock() - begun >= seconds:
             break
     return tuple(
-        Point(budget=dict(budget), batch=batch, seconds=float(np.median(values)), growth=growth[budget, batch])
+        Point(budget=dict(budget), batch=batch, seconds=float(np.quantile(values, QUARTILE)), growth=growth[budget, batch])
         for (budget, batch), values in times.items()
     )
 
@@ -172,7 +174,7 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
         except ElasticError as error:
             _log.warning("%s is left out: %s", artifact.path, error)
     if not times:
-        raise MissingError(f"none of {', '.join(artifact.path for _, artifact in found)} can be opened here: see the log, or name a backend")
+        raise MissingError(f"none of {', '.join(artifact.path for _, artifact in found)} opens here: see the log, or name a backend")
     best = min(times, key=times.__getitem__)
     milliseconds = {f"{name}: {path}": 1e3 * value for (name, path), value in times.items()}
     _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")

@@ -9,12 +9,12 @@ CRAMPED = 1 << 30  # bytes; below it even a small model's process is a tight fit
 
 def runtimes(device: Device) -> dict[str, str]:
     """Runtimes that can open a bundle's artifacts here, each with its version."""
-    found = {name: device.backends[name] for name in ("onnxruntime", "openvino") if name in device.backends}
+    usable = ["onnxruntime", "openvino"]
     if nvidia(device) and "cuda-bindings" in device.backends:
-        found |= {name: device.backends[name] for name in ("tensorrt", "tensorrt-rtx") if name in device.backends}
-    if device.system == "Darwin" and "coremltools" in device.backends:
-        found["coremltools"] = device.backends["coremltools"]
-    return found
+        usable += ["tensorrt", "tensorrt-rtx"]
+    if device.system == "Darwin":
+        usable.append("coremltools")
+    return {name: device.backends[name] for name in usable if name in device.backends}
 
 
 def advice(device: Device) -> Iterator[str]:
