@@ -27,7 +27,8 @@ class _Option:
     plain: float
 
     def over(self, evaluations: Sequence[tuple[int, int]]) -> float:
-        return sum(guided * self.guided + plain * self.plain for guided, plain in evaluations)
+        """Predicted seconds of steps with so many guided and other evaluations each."""
+        return sum(guided for guided, _ in evaluations) * self.guided + sum(plain for _, plain in evaluations) * self.plain
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,11 @@ class Underway:
 
     @property
     def pace(self) -> float:
-        """Seconds over prediction: the median of the last steps, or the mean of the last two where that is slower.
+        """Seconds over prediction: the median of the last steps, or the last one where that was slower.
 
-        One hiccup is felt for two steps and a machine that has slowed down is believed after two.
+        A slower machine is believed at once, since late is worse than poor; a faster one when most of the last steps were.
         """
-        if not self.ratios:
-            return 1.0
-        return max(statistics.median(self.ratios), statistics.fmean(self.ratios[-2:]))
+        return max(statistics.median(self.ratios), self.ratios[-1]) if self.ratios else 1.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Deadline:
 
     seconds: float
     guidance_budget: Budget | None = None
-    margin: float = 0.06
+    margin: float = 0.08
     least_steps: int = 4
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ class Gauge:
 
 def clipped(predicted: float, seconds: float) -> float:
     """`seconds` over `predicted`, within what a pace can be; a clock that went backwards counts as no news."""
-    if seconds < 0 or predicted <= 0:
+    if not (seconds >= 0 and predicted > 0):  # nan, too
         return 1.0
     return min(max(seconds / predicted, 1 / CLIP), CLIP)
 
@@ -151,7 +151,7 @@ class Outlook:
     @property
     def resumable(self) -> bool:
         """Whether the number of steps may change after the first."""
-        return resumable(self.gauge.manifest.model)
+        return resumable(self.gauge.manifest.model, self.sampler)
 
     @property
     def finish(self) -> float:

@@ -1,8 +1,8 @@
 """Denoising loops for rectified flow, as generators: the caller owns progress, previews and stopping.
 
 The path is `x_t = (1-t) x_0 + t eps` and a model predicts the velocity `v = eps - x_0`, so sampling runs t from 1 to 0.
-The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state. A loop may `begin` at a
-later time, from the state that another has left there: what is left of a run, on another number of steps.
+The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state. Those of the ODE
+may `begin` at a later time, from the state that another has left there: what is left of a run, on another number of steps.
 """
 
 from collections.abc import Callable, Generator
@@ -35,7 +35,6 @@ class Step:
     denoised: np.ndarray | None = None
 
 
-SDE_LAST = 0.04  # the last time at which `sde` draws noise
 Loop = Generator[Step, np.ndarray | None, None]
 
 
@@ -68,15 +67,13 @@ def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = N
         x = after(step, (yield step))
 
 
-def sde_times(steps: int, begin: float = 1.0) -> np.ndarray:
-    """Times of `sde`: uniform from `begin` to 0.04, then 0; what is left of a run may go to 0 in one step."""
-    if begin < 1.0 and (steps == 1 or begin <= SDE_LAST):
-        return RectifiedFlow().times(steps, begin)
+def sde_times(steps: int) -> np.ndarray:
+    """Times of `sde`: uniform from 1 to 0.04, then 0."""
     whole_steps(steps, least=2)
-    return np.append(np.linspace(begin, SDE_LAST, steps), 0.0)
+    return np.append(np.linspace(1.0, 0.04, steps), 0.0)
 
 
-def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
     """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
 
     Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
@@ -84,7 +81,7 @@ def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = No
     """
     if draw is None:
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
-    x, times = noise.astype(np.float64), sde_times(steps, begin)
+    x, times = noise.astype(np.float64), sde_times(steps)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
         score = -((1 - t) * v + x) / t

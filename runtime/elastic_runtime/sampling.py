@@ -67,13 +67,13 @@ def times(model: Model, name: str, steps: int, begin: float | None = None) -> np
     if isinstance(model.schedule, CosineMask):
         return first * (1 - np.arange(steps + 1) / steps)
     if name == "sde":
-        return sde_times(steps, first)
+        return sde_times(steps)
     return model.schedule.times(steps) if begin is None else model.schedule.times(steps, begin)
 
 
-def resumable(model: Model) -> bool:
-    """Whether a run can go on from any of its times on another number of steps."""
-    return isinstance(model.schedule, RectifiedFlow | ShiftedCosine | CosineMask)
+def resumable(model: Model, name: str) -> bool:
+    """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
+    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | CosineMask)
 
 
 def _run(model: Model, name: str, temperature: float | None) -> Run:
@@ -87,7 +87,7 @@ def _run(model: Model, name: str, temperature: float | None) -> Run:
         )
     if isinstance(schedule, RectifiedFlow):
         return lambda predict, start, steps, source, begin=None: SAMPLERS[name](
-            predict, start, steps, source.standard_normal, 1.0 if begin is None else begin
+            predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
         )
     loop = {"ddpm": ddpm, "ddim": ddim}[name]
     limit = 1.0 if model.pixels else None
