@@ -96,7 +96,7 @@ def run(pipe: ElasticPipeline, policies: list[Policy], seconds: list[float], bus
 
 
 def judged(pipe: ElasticPipeline, results: dict[str, Result]) -> None:
-    """Fill in how many pictures are named as asked, where the judge knows what is drawn. torch comes last: its threads would be in the way."""
+    """Fill in how many pictures are named as asked, where the judge knows what is drawn. torch comes last: its threads would disturb."""
     if pipe.bundle.manifest.model.sample_shape != (1, 32, 32):
         return
     from classifier import load_judge
@@ -117,9 +117,8 @@ def report(results: dict[str, Result], given: argparse.Namespace, where: str) ->
         table.add_row(name, f"{means[0]:.0%}", f"{means[1]:.1%}", f"{means[2]:.1f}", f"{means[3]:.4f}", accuracy)
     console = Console(width=120)
     console.print(table)
-    console.print(
-        f"{machine()}; {', '.join(f'{name} {version}' for name, version in versions('onnxruntime', 'openvino', 'numpy').items())}"
-    )
+    told = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
+    console.print(f"{machine()}; {told}")
     ours, fixed = results["Deadline"], {name: result for name, result in results.items() if name != "Deadline"}
     punctual = {name: result for name, result in fixed.items() if np.mean(result.arrived) >= np.mean(ours.arrived)}
     if not punctual:
@@ -151,8 +150,6 @@ if __name__ == "__main__":
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: one a core")
-    parser.add_argument(
-        "--spinning", action=argparse.BooleanOptionalAction, default=False, help="busy-waiting threads suffer most beside others"
-    )
+    parser.add_argument("--spinning", action=argparse.BooleanOptionalAction, default=False, help="waiting threads stay busy")
     parser.add_argument("--rest", type=float, default=0.02, help="seconds between pictures (default: %(default)s)")
     main(parser.parse_args())

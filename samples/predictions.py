@@ -81,9 +81,8 @@ def report(folder: Path, options: argparse.Namespace) -> None:
             table.add_row(key(budget), *cells)
     console = Console(width=140)
     console.print(table)
-    console.print(
-        f"calibrated at {', '.join(sorted({key(budget) for budget in known}))}; {machine()}; {versions('onnxruntime', 'openvino')}"
-    )
+    told = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
+    console.print(f"calibrated at {', '.join(sorted(map(key, known)))}; {machine()}; {told}")
     if errors:
         console.print(f"time: median error {statistics.median(errors):.1%}, largest {max(errors):.1%} (goal: median 10 %)")
     if memory_errors:

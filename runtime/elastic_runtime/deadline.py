@@ -54,6 +54,13 @@ class Underway:
         """
         return max(statistics.median(self.ratios), self.ratios[-1]) if self.ratios else 1.0
 
+    @property
+    def hiccup(self) -> float:
+        """Seconds by which one more step like the worst of late would exceed the pace: what must stay in hand until the end."""
+        if not self.ratios or len(self.times) < 2:
+            return 0.0
+        return (max(self.ratios) - self.pace) * self.options[0].over(self.outlook.evaluations(self.times[:2]))
+
 
 @dataclass(frozen=True)
 class Deadline:
@@ -98,6 +105,7 @@ class Deadline:
     def next(self, state: Underway, index: int, seconds: float) -> tuple[Choice, Underway]:
         state = self._measured(state, seconds)
         left = self.seconds * (1 - self.margin) - state.elapsed - state.outlook.finish * state.pace
+        left -= state.hiccup
         times = self._replanned(state, index, left)
         evaluations = state.outlook.evaluations(times)
         fitting = [option for option in state.options if state.pace * option.over(evaluations) <= left]
