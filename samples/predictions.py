@@ -22,7 +22,7 @@ from rich.table import Table
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline
 from elastic_runtime.budget import key, parse_key
-from elastic_runtime.calibration import peak_bytes
+from elastic_runtime.calibration import evaluate, peak_bytes
 from elastic_runtime.denoiser import Denoiser
 from elastic_runtime.sampling import sampler, times
 from record import machine, versions
@@ -30,11 +30,9 @@ from record import machine, versions
 
 def run(pipe: ElasticPipeline, budget: Budget, batch: int) -> None:
     """One evaluation of `batch` samples, as a step makes it."""
-    model = pipe.bundle.manifest.model
-    shape, source = (batch, *model.sample_shape), np.random.default_rng(0)
-    x = np.full(shape, model.schedule.vocabulary) if model.tokens else source.standard_normal(shape)
-    middle = float(times(model, sampler(model)[0], 2)[1])
-    Denoiser(pipe.gauge.session, pipe.bundle.manifest).predict(x, middle, np.zeros(batch, dtype=np.int64), budget)
+    manifest = pipe.bundle.manifest
+    middle = float(times(manifest.model, sampler(manifest.model)[0], 2)[1])
+    evaluate(Denoiser(pipe.gauge.session, manifest), manifest, budget, batch, middle, np.random.default_rng(0))
 
 
 def measured_times(pipe: ElasticPipeline, budgets: list[Budget], batch: int, rounds: int) -> dict[Budget, float]:

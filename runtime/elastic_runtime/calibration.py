@@ -104,6 +104,13 @@ def calibrate(who: Identity, measure: Callable[[], tuple[tuple[Point, ...], floa
     return found
 
 
+def evaluate(denoiser: Denoiser, manifest: Manifest, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+    """Run a denoiser once on `batch` samples of noise, as an unguided step does."""
+    shape = (batch, *manifest.model.sample_shape)
+    x = np.zeros(shape, dtype=np.int64) if manifest.model.tokens else source.standard_normal(shape)
+    denoiser.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Choice(budget, budget), denoiser.routing())
+
+
 def points(
     session: Session, manifest: Manifest, budgets: Sequence[Budget], clock: Clock, time: float = 0.5, opened: int | None = None,
     seconds: float = SECONDS,
@@ -121,9 +128,7 @@ def points(
     places.sort(key=lambda place: costs.work(place[0]).flops * place[1])  # rising, so that peak memory tells what each one adds
 
     def run(budget: Budget, batch: int) -> None:
-        sample = (batch, *manifest.model.sample_shape)
-        x = np.zeros(sample, dtype=np.int64) if manifest.model.tokens else source.standard_normal(sample)
-        denoiser.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Choice(budget, budget), denoiser.routing())
+        evaluate(denoiser, manifest, budget, batch, time, source)
 
     before = peak_bytes()
     fresh = opened is not None and before is not None and before - opened < UNTOUCHED

@@ -21,7 +21,7 @@ from elastic_runtime.policy import Fixed, Policy
 from elastic_runtime.sampler import Loop, Step, after
 from elastic_runtime.sampling import sampler as fitting
 from elastic_runtime.sampling import start as beginning
-from elastic_runtime.schedule import CosineMask
+from elastic_runtime.schedule import CosineMask, whole_steps
 from elastic_runtime.session import Session, open_artifact, open_session
 
 OutputType = Literal["pil", "np", "latent"]
@@ -221,6 +221,7 @@ class ElasticPipeline:
         model, axes = self.bundle.manifest.model, self.bundle.manifest.axes
         guidance, policy = guidance or Guidance(), policy or Fixed()
         name, run = fitting(model, sampler, temperature)
+        whole_steps(num_inference_steps)
         labels = self._labels(class_labels)
         if generator is not None and not isinstance(generator, np.random.Generator):
             raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
@@ -247,7 +248,7 @@ class ElasticPipeline:
         left = choice.steps or num_inference_steps
         loop: Loop = run(predict, start, left, source)
         last, index, replacement = self._clock(), 0, None
-        while left:
+        while True:
             guided = False
             step = loop.send(replacement)
             if not np.isfinite(step.sample).all():
