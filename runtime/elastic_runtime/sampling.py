@@ -73,7 +73,7 @@ def times(model: Model, name: str, steps: int, begin: float | None = None) -> np
 
 def resumable(model: Model, name: str) -> bool:
     """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
-    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | CosineMask)
+    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | LinearBeta | CosineMask)
 
 
 def _run(model: Model, name: str, temperature: float | None) -> Run:

@@ -110,16 +110,18 @@ class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"needs two timesteps or more and 0 < beta_start <= beta_end < 1, got {self}")
 
-    def times(self, steps: int) -> np.ndarray:
+    def times(self, steps: int, begin: float | None = None) -> np.ndarray:
         """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then -1 for the picture.
+
+        What is left of a run starts at timestep `begin`.
 
         They are those of the public code of improved diffusion and DiT (`space_timesteps`), rounding errors included. It would
         draw in one step from timestep 0, which is no noise; here one step starts from the last.
 
         Raises: UsageError for fewer than one step, or more than there are timesteps.
         """
-        whole_steps(steps, most=self.num_train_timesteps, each="timestep")
-        last = self.num_train_timesteps - 1
+        last = self.num_train_timesteps - 1 if begin is None else int(begin)
+        whole_steps(steps, most=last + 1, each="timestep")
         if steps == 1:
             return np.array([last, -1.0])
         rising = itertools.accumulate(itertools.repeat(last / (steps - 1), steps - 1), initial=0.0)
@@ -156,7 +158,7 @@ class Path(Protocol):
 class Onward:
     """A schedule from a time on: for what is left of a run."""
 
-    schedule: ShiftedCosine
+    schedule: ShiftedCosine | LinearBeta
     begin: float
 
     def times(self, steps: int) -> np.ndarray:

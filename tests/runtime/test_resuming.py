@@ -9,7 +9,7 @@ from fakes import model
 from elastic_runtime.masking import maskgit
 from elastic_runtime.sampler import Loop, Step
 from elastic_runtime.sampling import sampler, times
-from elastic_runtime.schedule import CosineMask, RectifiedFlow, ShiftedCosine
+from elastic_runtime.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine
 
 NOISE = np.random.default_rng(0).standard_normal((1, 1, 8, 8))
 PICTURE = np.random.default_rng(1).uniform(-1, 1, (1, 1, 8, 8))
@@ -75,3 +75,10 @@ def test_masks_that_are_left_are_filled_in_fewer_steps() -> None:
 
 def test_the_counts_of_a_whole_run_are_what_they_were() -> None:
     assert CosineMask(vocabulary=16).masked(196, 8) == [192, 181, 162, 138, 108, 75, 38, 0]
+
+
+def test_the_timesteps_that_are_left_of_a_discrete_schedule() -> None:
+    schedule = LinearBeta()
+    whole = schedule.times(10)
+    assert schedule.times(3, whole[5]).tolist() == [whole[5], 222, 0, -1]
+    assert schedule.times(1, whole[5]).tolist() == [whole[5], -1]
