@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from elastic_export.cli import bench, coreml, demo, generate, inspect, models, onnx, trt, verify
+from elastic_export.cli import bench, coreml, demo, devices, doctor, generate, inspect, models, onnx, trt, verify
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -45,3 +45,5 @@ app.command(rich_help_panel="Use")(bench.bench)
 app.command(rich_help_panel="Look")(verify.verify)
 app.command(rich_help_panel="Look")(inspect.inspect)
 app.command(rich_help_panel="Look")(models.models)
+app.command(rich_help_panel="Look")(devices.devices)
+app.command(rich_help_panel="Look")(doctor.doctor)

@@ -58,6 +58,7 @@ def bench(
       elastic-export bench digits --json new.json
       elastic-export bench --compare old.json new.json --tolerance 0.1
     """
+    from elastic_export.cli.show import benchmark as shown
     from elastic_runtime.errors import MissingError, RegressionError, UsageError, VerificationError
 
     if compare:
@@ -70,7 +71,7 @@ def bench(
         if different := other_machine(old, new):
             show.note(f"these are two machines: {different}")
         found = changes(old, new, tolerance)
-        show.changes(found, tolerance)
+        shown.changes(found, tolerance)
         if worse := [change for change in found if change.verdict in ("slower", "lost")]:
             raise RegressionError(f"{len(worse)} of {len(found)} rows are worse, {' '.join(worse[0].place)} the first")
         return
@@ -101,7 +102,7 @@ def bench(
         write(json, encode(report))
     if html:
         write(html, page(report, albums).encode())
-    show.benchmark(report)
+    shown.benchmark(report)
     every = [runtime for bundle in report.bundles for runtime in bundle.runtimes]
     if wrong := [runtime for runtime in every if runtime.failure]:
         raise VerificationError(f"{wrong[0].runtime} has no figures: {wrong[0].failure}")

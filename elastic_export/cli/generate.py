@@ -8,6 +8,7 @@ import typer
 from elastic_export.cli import options, show
 
 ROWS = 10  # of --show-tokens
+NOTICEABLE = 0.5  # seconds
 
 
 def generate(
@@ -30,6 +31,10 @@ def generate(
     drop: options.Drop = 0.0,
     guidance_drop: options.WeakDrop = None,
     show_tokens: options.ShowTokens = None,
+    budget: options.AutoBudget = None,
+    target_ms: options.TargetMs = None,
+    max_memory: options.MaxMemory = None,
+    quality: options.QualityFloor = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [dim](default: 20)[/dim].", show_default=False)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts the model's)[/dim].", show_default=False)
@@ -60,13 +65,14 @@ def generate(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw pictures with a bundle; no torch is needed.
+    """Draw pictures with a bundle; no torch is needed. Where no budget is given, it is chosen to suit this machine.
 
     [bold]Examples[/bold]
 
       elastic-export generate digits -o seven.png --classes 7 --latents 64
       elastic-export generate digits -o row.png --classes 0-9 --latents 128 --guidance-latents 16
       elastic-export generate digits -o fast.png --steps 4 --latents 16,16,64,256
+      elastic-export generate digits -o soon.png --target-ms 300
       elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
       elastic-export generate routed -o three.png --classes 3 --guidance-drop 0.9 --show-tokens kept.png
       elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
@@ -79,7 +85,6 @@ def generate(
     from elastic_runtime.bundle import Bundle
     from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
-    from elastic_runtime.policy import Fixed, PerStep
     from elastic_runtime.sampling import sampler as fitting
 
     refuse_clobber(output, overwrite)
@@ -102,6 +107,10 @@ def generate(
             "drop": drop or None,
             "guidance-drop": guidance_drop,
             "show-tokens": show_tokens,
+            "budget": budget,
+            "target-ms": target_ms,
+            "max-memory": max_memory,
+            "quality": quality,
             "autoguidance": autoguidance or None,
             "sampler": sampler,
             "temperature": temperature,
@@ -119,6 +128,7 @@ def generate(
     chosen = options.budgets({"latents": latents, "loops": loops, "tokens": tokens})
     weak_values = {"latents": guidance_latents, "loops": guidance_loops, "tokens": guidance_tokens}
     weak = Budget(**{axis: value for axis, value in weak_values.items() if value is not None}) or None
+    policy = options.policy(chosen, weak, budget, target_ms, max_memory, quality)
     with ElasticPipeline.from_pretrained(opened, backend) as pipe, show.bar(quiet, f"drawing {len(labels)}", steps) as advance:
         if show_tokens and all(spec.name != "probability" for spec in pipe.bundle.manifest.graphs["denoiser"].outputs):
             raise UsageError(f"{bundle} keeps every token, or does not tell which: --show-tokens is for models with a router")
@@ -137,7 +147,7 @@ def generate(
             guidance_scale=guidance,
             guidance_interval=(low, high),
             autoguidance=autoguidance,
-            policy=Fixed(chosen[0], weak) if len(chosen) == 1 else PerStep(tuple(chosen), weak),
+            policy=policy,
             sampler=sampler,
             temperature=temperature,
             generator=np.random.default_rng(seed),
@@ -149,7 +159,7 @@ def generate(
             [highlighted(*pair) for pair in zip(pipe.images(tensors.get("denoised", tensors["latents"])), tensors["mask"], strict=True)]
             for tensors in seen.values()
         ]
-        drawn, where = pipe.bundle.manifest.model, pipe.where
+        drawn, where, measuring = pipe.bundle.manifest.model, pipe.where, pipe.gauge.spent
     seconds = sum(step.seconds for step in result.steps)
     facts = {
         "model": drawn.name,
@@ -159,6 +169,8 @@ def generate(
         "guidance": guidance,
         "drop_fractions": [drop, drop if guidance_drop is None else guidance_drop],
         "where": where,
+        "policy": repr(policy),
+        "total_seconds": result.seconds,
         "steps": result.steps,
     }
     save(grid([result.images]), output, show.text(facts))
@@ -171,4 +183,10 @@ def generate(
         budgets = ", ".join(dict.fromkeys(str(step.budget) for step in result.steps))
         counts = [count for step in result.steps for count in step.kept or ()]
         kept = f", kept {min(counts)} to {max(counts)} tokens" if counts else ""
-        show.line(f"{output}: {len(labels)} pictures in {seconds:.2f} s, {steps} steps at {budgets}{kept}, seed {seed}, {where}")
+        taken = len(result.steps)
+        show.line(f"{output}: {len(labels)} pictures in {seconds:.2f} s, {taken} steps at {budgets}{kept}, seed {seed}, {where}")
+        show.line(f"chosen: {result.steps[0].reason}")
+    if measuring > NOTICEABLE and not quiet:
+        show.note(f"measuring this machine took {measuring:.1f} s; that is kept for the next time")
+    if target_ms is not None and result.seconds > target_ms / 1000:
+        show.note(f"late by {1e3 * result.seconds - target_ms:.0f} ms: the machine slowed down more than fewer steps could make up for")

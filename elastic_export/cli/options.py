@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +46,48 @@ def budgets(texts: Mapping[str, str | None]) -> list[Budget]:
             raise typer.BadParameter(f"--{axis} has {len(values)} values where another axis has {steps}: give one, or one for each step")
     columns = {axis: values * steps if len(values) == 1 else values for axis, values in lists.items()}
     return [Budget(**{axis: values[step] for axis, values in columns.items()}) for step in range(steps)]
+
+
+def memory(text: str | float) -> float:
+    """Read `2GB`, `1.5 GiB`, `800MB` or bytes."""
+    if isinstance(text, float):
+        return text
+    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    if not match or match[2] not in units:
+        raise typer.BadParameter(f"memory is written 2GB, 1.5GiB or 800MB, got {text!r}")
+    return float(match[1]) * units[match[2]]
+
+
+def policy(
+    chosen: list[Budget],
+    weak: Budget | None,
+    budget: str | None = None,
+    target_ms: float | None = None,
+    max_memory: float | None = None,
+    quality: float | None = None,
+) -> Any:
+    """What chooses budgets: the ones that were named, or the one goal that was given; with neither, what suits this machine."""
+    from elastic_runtime.deadline import Deadline
+    from elastic_runtime.goals import Auto, FitMemory, Quality
+    from elastic_runtime.policy import Fixed, PerStep
+
+    goals = {"--budget": budget, "--target-ms": target_ms, "--max-memory": max_memory, "--quality": quality}
+    given = [name for name, value in goals.items() if value is not None]
+    named = len(chosen) > 1 or bool(chosen[0])
+    if len(given) > 1 or (given and named):
+        raise typer.BadParameter(f"{' and '.join(given)}{' and a budget of an axis' * named} choose budgets twice: give one of them")
+    if budget not in (None, "auto"):
+        raise typer.BadParameter(f"--budget takes auto, got {budget!r}; a budget itself is given by its axis, such as --latents 64")
+    if target_ms is not None:
+        return Deadline(target_ms / 1000, weak)
+    if max_memory is not None:
+        return FitMemory(max_memory, weak)
+    if quality is not None:
+        return Quality(quality, weak)
+    if not named:
+        return Auto(guidance_budget=weak)
+    return Fixed(chosen[0], weak) if len(chosen) == 1 else PerStep(tuple(chosen), weak)
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -192,6 +234,25 @@ Cache = Annotated[
         rich_help_panel=PLAN_PANEL,
         show_default=False,
     ),
+]
+AutoBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="auto", help="What suits this machine [dim](the default where nothing else is given)[/dim].", show_default=False
+    ),
+]
+TargetMs = Annotated[
+    float | None, typer.Option("--target-ms", metavar="MS", help="Be done in this time, at the best budgets that are.", show_default=False)
+]
+MaxMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--max-memory", parser=memory, metavar="SIZE", help="The best budget within this memory, [bold]2GB[/bold].", show_default=False
+    ),
+]
+QualityFloor = Annotated[
+    float | None,
+    typer.Option("--quality", metavar="SHARE", help="The cheapest budget that keeps this share of the best accuracy.", show_default=False),
 ]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Checkpoint = Annotated[

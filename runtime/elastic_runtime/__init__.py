@@ -9,7 +9,9 @@ from elastic_runtime.axis import Axis, Span
 from elastic_runtime.backends.fake import FakeSession
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
+from elastic_runtime.deadline import Deadline
 from elastic_runtime.denoiser import Guidance
+from elastic_runtime.device import Device, probe
 from elastic_runtime.errors import (
     BudgetError,
     BundleError,
@@ -18,15 +20,19 @@ from elastic_runtime.errors import (
     MissingError,
     ModelError,
     RegressionError,
+    UnreachableError,
     UsageError,
     VerificationError,
 )
+from elastic_runtime.goals import Auto, FitLatency, FitMemory, Quality
+from elastic_runtime.outlook import Gauge, Outlook
 from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
 from elastic_runtime.policy import Choice, Fixed, PerStep, Policy
 from elastic_runtime.ralu import Caching, Plan, RaluOutput, RaluPipeline, RaluProgress, RaluRecord, fit_plan
 from elastic_runtime.session import Session, open_session
 
 __all__ = [
+    "Auto",
     "Axis",
     "Budget",
     "BudgetError",
@@ -34,29 +40,38 @@ __all__ = [
     "BundleError",
     "Caching",
     "Choice",
+    "Deadline",
+    "Device",
     "ElasticError",
     "ElasticPipeline",
     "FakeSession",
+    "FitLatency",
+    "FitMemory",
     "Fixed",
+    "Gauge",
     "Guidance",
     "InferenceError",
     "MissingError",
     "ModelError",
+    "Outlook",
     "PerStep",
     "PipelineOutput",
     "Plan",
     "Policy",
     "Progress",
-    "RegressionError",
+    "Quality",
     "RaluOutput",
     "RaluPipeline",
     "RaluProgress",
     "RaluRecord",
+    "RegressionError",
     "Session",
     "Span",
     "StepRecord",
+    "UnreachableError",
     "UsageError",
     "VerificationError",
     "fit_plan",
     "open_session",
+    "probe",
 ]

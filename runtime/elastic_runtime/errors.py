@@ -7,6 +7,7 @@
     │   └── BundleError          a bundle that cannot be read or written as asked
     ├── VerificationError     1  a budget missed its tolerance
     ├── RegressionError       1  a measurement is worse than the one before
+    ├── UnreachableError      1  a time or memory that no budget keeps here
     ├── MissingError          3  a package, backend or device that is not here
     └── InferenceError        4  a backend failed while running
 
@@ -44,6 +45,12 @@ class VerificationError(ElasticError):
 
 class RegressionError(ElasticError):
     """A measurement is worse than the one that it is held against, beyond noise and tolerance."""
+
+    exit_code = 1
+
+
+class UnreachableError(ElasticError):
+    """A time or memory that no budget keeps here; the message names the nearest that one does."""
 
     exit_code = 1
 

@@ -12,17 +12,24 @@ TEMPERATURE = 4.5  # MaskGIT's for 8 to 12 steps
 
 
 def maskgit(
-    predict: Predict, start: np.ndarray, steps: int, source: np.random.Generator, schedule: CosineMask, temperature: float = TEMPERATURE
+    predict: Predict,
+    start: np.ndarray,
+    steps: int,
+    source: np.random.Generator,
+    schedule: CosineMask,
+    temperature: float = TEMPERATURE,
+    begin: float = 1.0,
 ) -> Loop:
     """Draw every masked token, keep the surest, mask the others again; fewer stay masked after each step, none after the last.
 
     `predict` gives logits (B, T, V). A token's sureness is its log probability plus Gumbel noise, scaled by `temperature` and
-    fading over the steps: with none, the surest are kept and pictures are alike. The step's time is the share of steps to come.
+    fading over the steps: with none, the surest are kept and pictures are alike. The step's time is the share of steps to come; what is
+    left of a run `begin`s at a later one.
     """
     state = start.astype(np.int64)
-    counts = schedule.masked(state[0].size, steps)
+    counts = schedule.masked(state[0].size, steps, begin, int((state[0] == schedule.vocabulary).sum()))
     for i, count in enumerate(counts):
-        time, next_time = 1 - i / steps, 1 - (i + 1) / steps
+        time, next_time = begin * (1 - i / steps), begin * (1 - (i + 1) / steps)
         logits = predict(state, time, i)  # (B, T, V)
         drawn = (logits + source.gumbel(size=logits.shape)).argmax(-1)  # (B, T)
         log_probability = np.take_along_axis(_log_softmax(logits), drawn[..., None], -1)[..., 0]

@@ -11,16 +11,19 @@ import numpy as np
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
+from elastic_runtime.calibration import Clock, fastest, peak_bytes
 from elastic_runtime.denoiser import Answer, Denoiser, Guidance
+from elastic_runtime.device import probe
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.manifest import Model
+from elastic_runtime.outlook import Gauge, Outlook
 from elastic_runtime.pictures import OutputType, decode, pictures
-from elastic_runtime.policy import Choice, Fixed, Policy
-from elastic_runtime.sampler import Loop, Step
+from elastic_runtime.policy import Fixed, Policy
+from elastic_runtime.sampler import Loop, Step, after
 from elastic_runtime.sampling import sampler as fitting
 from elastic_runtime.sampling import start as beginning
-from elastic_runtime.schedule import CosineMask
-from elastic_runtime.session import Session, open_session
+from elastic_runtime.schedule import CosineMask, whole_steps
+from elastic_runtime.session import Session, open_artifact, open_session
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -32,6 +35,8 @@ class StepRecord:
 
     Where a router keeps as many tokens as the picture needs (DC-DiT), `kept` are those of each picture and `slots` how many there was
     room for, which a budget caps: where `kept` is more, the cap bit. Runs that had to be done again are counted in `reruns`.
+
+    `predicted` is what the cost model gave it, where the policy asked; `reason` is why the policy chose these budgets.
     """
 
     index: int
@@ -40,6 +45,8 @@ class StepRecord:
     budget: Budget
     guidance_budget: Budget | None
     seconds: float
+    predicted: float | None = None
+    reason: str = ""
     kept: tuple[int, ...] | None = None
     slots: int | None = None
     guidance_kept: tuple[int, ...] | None = None
@@ -49,10 +56,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W); `steps` tells what was spent."""
+    """`images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W); `steps` tells what was spent.
+
+    `seconds` is the time from the call to the pictures, without what a first call takes to calibrate.
+    """
 
     images: Any
     steps: tuple[StepRecord, ...]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,23 +78,33 @@ class Progress:
 class ElasticPipeline:
     """Pictures from a bundle. Close it, or use it in a `with` block."""
 
-    def __init__(self, bundle: Bundle, denoiser: Session, decoder: Session | None = None):
+    def __init__(self, bundle: Bundle, denoiser: Session, decoder: Session | None = None, clock: Clock = time.perf_counter):
         self.bundle = bundle
+        self._clock = clock
         self._sessions = [denoiser] + ([decoder] if decoder else [])
         self._denoiser = Denoiser(denoiser, bundle.manifest)
         self._decoder = decoder
         self.where = denoiser.where
+        finish = self._finish if self._obstacle() is None else None
+        self.gauge = Gauge(denoiser, bundle.manifest, finish, clock, opened=peak_bytes())
 
     @classmethod
     def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
         """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
+
+        Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is taken.
 
         Raises: BundleError, MissingError.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if opened.manifest.model.patches:
             raise UsageError(f"{opened.manifest.model.name} draws along a plan: open it with RaluPipeline.from_pretrained")
-        denoiser = open_session(opened, "denoiser", backend, **options)
+        picked = None if backend or options else fastest(opened, "denoiser", probe, time.perf_counter)
+        if picked:
+            (artifact,) = (each for each in opened.manifest.graphs["denoiser"].artifacts if each.path == picked[1])
+            denoiser = open_artifact(opened, "denoiser", artifact, picked[0])
+        else:
+            denoiser = open_session(opened, "denoiser", backend, **options)
         has_decoder = "decoder" in opened.manifest.graphs
         return cls(opened, denoiser, open_session(opened, "decoder", backend, **options) if has_decoder else None)
 
@@ -149,6 +170,7 @@ class ElasticPipeline:
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {guidance_interval!r}")
         if output_type != "latent":
             self._need_pixels()  # not after minutes of denoising
+        begun, spent = self._clock(), self.gauge.spent
         steps = self.iterate(
             class_labels,
             num_inference_steps=num_inference_steps,
@@ -160,6 +182,7 @@ class ElasticPipeline:
             temperature=temperature,
             generator=generator,
             noise=noise,
+            decode=output_type != "latent",
         )
         records, replacement = [], None
         while True:
@@ -174,7 +197,8 @@ class ElasticPipeline:
                 known = {name: array for name, array in tensors.items() if array is not None}
                 answer = callback_on_step_end(self, progress.step.index, progress.step.time, known)
                 state = replacement = (answer or {}).get("latents", state)
-        return PipelineOutput(self.images(state, output_type), tuple(records))
+        images = self.images(state, output_type)
+        return PipelineOutput(images, tuple(records), self._clock() - begun - (self.gauge.spent - spent))
 
     def iterate(
         self,
@@ -189,52 +213,67 @@ class ElasticPipeline:
         temperature: float | None = None,
         generator: np.random.Generator | None = None,
         noise: np.ndarray | None = None,
+        decode: bool = True,
     ) -> Generator[Progress, np.ndarray | None, None]:
-        """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state."""
+        """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state.
+
+        `decode` tells a policy that keeps to a time whether the last state is to become pictures, which takes some of it.
+        """
+        begun, spent = self._clock(), self.gauge.spent
         model, axes = self.bundle.manifest.model, self.bundle.manifest.axes
         guidance, policy = guidance or Guidance(), policy or Fixed()
-        _, run = fitting(model, sampler, temperature)
+        name, run = fitting(model, sampler, temperature)
+        whole_steps(num_inference_steps)
         labels = whole_labels(model, class_labels)
         if generator is not None and not isinstance(generator, np.random.Generator):
             raise UsageError(f"generator is a numpy.random.Generator, np.random.default_rng(seed), got {generator!r}")
         source = generator or np.random.default_rng()
         start = beginning(model, len(labels), source, noise)
         routing = self._denoiser.routing(drop_fraction, guidance_drop_fraction)
-        state = policy.init(axes, num_inference_steps)
-        first = policy.next(state, 0, 0.0)[0] if guidance.auto and guidance.scale > 1 else None
-        if first and first.guidance_budget == first.budget and routing.guidance_drop == routing.drop:
+        outlook = Outlook(self.gauge, len(labels), guidance, name, finishes=decode)
+        state = policy.init(axes, num_inference_steps, outlook)
+        begun += self.gauge.spent - spent  # measuring is no part of this picture
+        choice, state = policy.next(state, 0, self._clock() - begun)
+        same = choice.guidance_budget == choice.budget and routing.guidance_drop == routing.drop
+        if guidance.auto and guidance.scale > 1 and same:
             raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
-        begun = time.perf_counter()
-        choices: dict[int, Choice] = {}
-        guided: set[int] = set()
+        guided = False
         answers: list[Answer] = []  # of one step
 
         def predict(x: np.ndarray, t: float, index: int) -> np.ndarray:
-            nonlocal state, routing
-            if index not in choices:
-                choices[index], state = policy.next(state, index, time.perf_counter() - begun)
-            if guidance.active(model.schedule.share(t)):
-                guided.add(index)
-            answers.append(self._denoiser.guided(x, t, labels, guidance, choices[index], routing))
+            nonlocal guided, routing
+            guided = guided or guidance.active(model.schedule.share(t))
+            answers.append(self._denoiser.guided(x, t, labels, guidance, choice, routing))
             routing = routing.after(answers[-1].routed, answers[-1].guidance_routed)
             return answers[-1].prediction
 
-        loop: Loop = run(predict, start, num_inference_steps, source)
-        last, replacement = time.perf_counter(), None
+        left = choice.steps or num_inference_steps
+        loop: Loop = run(predict, start, left, source)
+        last, index, replacement = self._clock(), 0, None
         while True:
-            try:
-                step = loop.send(replacement)
-            except StopIteration:
-                return
+            guided = False
+            step = loop.send(replacement)
             if not np.isfinite(step.sample).all():
-                raise InferenceError(f"step {step.index} gave values that are not finite; try --dtype fp32, and verify the bundle")
-            now, choice = time.perf_counter(), choices[step.index]
-            weak = choice.guidance_budget if step.index in guided else None
-            record = StepRecord(step.index, step.time, step.next_time, choice.budget, weak, now - last, **_routed(answers))
+                raise InferenceError(f"step {index} gave values that are not finite; try --dtype fp32, and verify the bundle")
+            seconds, left = self._clock() - last, left - 1
+            step = replace(step, index=index, steps=index + 1 + left)
+            weak = choice.guidance_budget if guided else None
+            if choice.predicted is not None:
+                self.gauge.observe(choice.predicted, seconds)
+            told = {"predicted": choice.predicted, "reason": choice.reason} | _routed(answers)
+            record = StepRecord(index, step.time, step.next_time, choice.budget, weak, seconds, **told)
             routed = answers[-1].routed
             answers.clear()
             replacement = yield Progress(step, record, routed.mask if routed else None)
-            last = time.perf_counter()
+            last, index = self._clock(), index + 1
+            if not left:
+                after(step, replacement)  # refuses a last state of another shape, too
+                return
+            choice, state = policy.next(state, index, last - begun)
+            if choice.steps not in (None, left):
+                left, begin = choice.steps, step.next_time
+                loop.close()
+                loop, replacement = run(predict, after(step, replacement), left, source, begin), None
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
         """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the pixels."""
@@ -252,14 +291,22 @@ class ElasticPipeline:
             decoded = latents
         return pictures(decoded, output_type)
 
+    def _finish(self) -> None:
+        """Make one picture of nothing: what a picture takes after its last step."""
+        self.images(np.zeros((1, *self.bundle.manifest.model.sample_shape)))
+
     def _need_pixels(self) -> None:
         """Raise UsageError where latents cannot become a picture."""
+        if obstacle := self._obstacle():
+            raise UsageError(obstacle)
+
+    def _obstacle(self) -> str | None:
         model = self.bundle.manifest.model
         if model.pixels or model.tokens == "grey" or (self._decoder and model.vae):
-            return
+            return None
         if model.tokens:
-            raise UsageError("this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'")
-        raise UsageError(
+            return "this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'"
+        return (
             f"this bundle's model draws {model.sample_shape[0]}-channel latents and it holds no decoder: "
             "export it again with --vae DIR, or ask for output_type='latent'"
         )

@@ -1,7 +1,8 @@
 """Denoising loops for rectified flow, as generators: the caller owns progress, previews and stopping.
 
 The path is `x_t = (1-t) x_0 + t eps` and a model predicts the velocity `v = eps - x_0`, so sampling runs t from 1 to 0.
-The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state.
+The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state. Those of the ODE
+may `begin` at a later time, from the state that another has left there: what is left of a run, on another number of steps.
 """
 
 from collections.abc import Callable, Generator
@@ -46,17 +47,17 @@ def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
     return np.asarray(replacement, dtype=step.sample.dtype)
 
 
-def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
-    """Euler's method on `steps + 1` uniform times; one evaluation a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+    """Euler's method on `steps + 1` uniform times from `begin`; one evaluation a step."""
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
         x = after(step, (yield step))
 
 
-def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps)
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v = velocity(x, float(t), i)
         ahead = x + (t_next - t) * v
@@ -64,6 +65,12 @@ def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = N
             ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
         step = Step(i, steps, float(t), float(t_next), ahead)
         x = after(step, (yield step))
+
+
+def sde_times(steps: int) -> np.ndarray:
+    """Times of `sde`: uniform from 1 to 0.04, then 0."""
+    whole_steps(steps, least=2)
+    return np.append(np.linspace(1.0, 0.04, steps), 0.0)
 
 
 def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
@@ -74,8 +81,7 @@ def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = No
     """
     if draw is None:
         raise UsageError("the SDE sampler draws noise at each step: give it a generator")
-    whole_steps(steps, least=2)
-    x, times = noise.astype(np.float64), np.append(np.linspace(1.0, 0.04, steps), 0.0)
+    x, times = noise.astype(np.float64), sde_times(steps)
     for i, (t, t_next) in enumerate(pairwise(times)):
         v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
         score = -((1 - t) * v + x) / t

@@ -1,6 +1,6 @@
 """Which samplers go with which schedule: the first is the one to use where none is asked for."""
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -8,11 +8,17 @@ from elastic_runtime.diffusion import ddim, ddpm
 from elastic_runtime.errors import UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.masking import TEMPERATURE, maskgit
-from elastic_runtime.sampler import SAMPLERS, Loop, Predict
-from elastic_runtime.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine
+from elastic_runtime.sampler import SAMPLERS, Loop, Predict, sde_times
+from elastic_runtime.schedule import CosineMask, LinearBeta, Onward, RectifiedFlow, ShiftedCosine
 
-# run(predict, start, steps, source): a loop from `start`, drawing what it needs from `source`
-Run = Callable[[Predict, np.ndarray, int, np.random.Generator], Loop]
+
+class Run(Protocol):
+    """A loop from `start`, drawing what it needs from `source`; with `begin`, what is left of a run from that time on."""
+
+    def __call__(
+        self, predict: Predict, start: np.ndarray, steps: int, source: np.random.Generator, begin: float | None = None
+    ) -> Loop: ...
+
 
 OFFERED: dict[type, tuple[str, ...]] = {
     RectifiedFlow: tuple(SAMPLERS),
@@ -55,17 +61,43 @@ def start(model: Model, count: int, source: np.random.Generator, noise: np.ndarr
     return begun
 
 
+def times(model: Model, name: str, steps: int, begin: float | None = None) -> np.ndarray:
+    """The `steps + 1` times that sampler `name` visits, of a whole run or of what is left from `begin` on."""
+    first = 1.0 if begin is None else begin
+    if isinstance(model.schedule, CosineMask):
+        return first * (1 - np.arange(steps + 1) / steps)
+    if name == "sde":
+        return sde_times(steps)
+    return model.schedule.times(steps) if begin is None else model.schedule.times(steps, begin)
+
+
+def resumable(model: Model, name: str) -> bool:
+    """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
+    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | LinearBeta | CosineMask)
+
+
 def _run(model: Model, name: str, temperature: float | None) -> Run:
     schedule = model.schedule
     if isinstance(schedule, CosineMask):
         heat = TEMPERATURE if temperature is None else temperature
         if not 0 <= heat < float("inf"):
             raise UsageError(f"temperature must be 0 or more, got {heat}")
-        return lambda predict, x, steps, source: maskgit(predict, x, steps, source, schedule, heat)
+        return lambda predict, start, steps, source, begin=None: maskgit(
+            predict, start, steps, source, schedule, heat, 1.0 if begin is None else begin
+        )
     if isinstance(schedule, RectifiedFlow):
-        return lambda predict, x, steps, source: SAMPLERS[name](predict, x, steps, source.standard_normal)
+        return lambda predict, start, steps, source, begin=None: SAMPLERS[name](
+            predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
+        )
     loop = {"ddpm": ddpm, "ddim": ddim}[name]
     limit = 1.0 if model.pixels else None
-    return lambda predict, x, steps, source: loop(
-        predict, x, steps, source.standard_normal, schedule, model.prediction, limit, model.learned_variance
+    return lambda predict, start, steps, source, begin=None: loop(
+        predict,
+        start,
+        steps,
+        source.standard_normal,
+        schedule if begin is None else Onward(schedule, begin),
+        model.prediction,
+        limit,
+        model.learned_variance,
     )

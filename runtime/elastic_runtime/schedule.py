@@ -7,6 +7,7 @@ each, in the unit that the model's `timestep` input takes; samplers need no more
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -31,10 +32,10 @@ def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str =
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """A schedule over times from 1 (noise) to 0 (picture)."""
 
-    def times(self, steps: int) -> np.ndarray:
-        """The `steps + 1` times of a run, uniform from 1 to 0, float64; UsageError for fewer than one step."""
+    def times(self, steps: int, begin: float = 1.0) -> np.ndarray:
+        """The `steps + 1` times of a run, uniform from `begin` to 0, float64; UsageError for fewer than one step."""
         whole_steps(steps)
-        return np.linspace(1.0, 0.0, steps + 1)
+        return np.linspace(begin, 0.0, steps + 1)
 
     def share(self, time: float) -> float:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
@@ -74,15 +75,17 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     vocabulary: int
 
-    def masked(self, tokens: int, steps: int) -> list[int]:
+    def masked(self, tokens: int, steps: int, begin: float = 1.0, left: int | None = None) -> list[int]:
         """How many of `tokens` are masked after each step, falling by at least one a step to 0.
 
-        Raises: UsageError for more steps than tokens, or none.
+        What is left of a run starts at time `begin` with `left` still masked.
+
+        Raises: UsageError for more steps than masked tokens, or none.
         """
-        whole_steps(steps, most=tokens)
-        left, counts = tokens, []
+        left, counts = tokens if left is None else left, []
+        whole_steps(steps, most=left)
         for step in range(1, steps + 1):
-            wanted = int(tokens * math.cos(math.pi / 2 * step / steps))
+            wanted = int(tokens * math.cos(math.pi / 2 * (1.0 - begin + begin * step / steps)))
             left = max(min(wanted, left - 1), steps - step)
             counts.append(left)
         return counts
@@ -107,16 +110,18 @@ class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"needs two timesteps or more and 0 < beta_start <= beta_end < 1, got {self}")
 
-    def times(self, steps: int) -> np.ndarray:
+    def times(self, steps: int, begin: float | None = None) -> np.ndarray:
         """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then -1 for the picture.
+
+        What is left of a run starts at timestep `begin`.
 
         They are those of the public code of improved diffusion and DiT (`space_timesteps`), rounding errors included. It would
         draw in one step from timestep 0, which is no noise; here one step starts from the last.
 
         Raises: UsageError for fewer than one step, or more than there are timesteps.
         """
-        whole_steps(steps, most=self.num_train_timesteps, each="timestep")
-        last = self.num_train_timesteps - 1
+        last = self.num_train_timesteps - 1 if begin is None else int(begin)
+        whole_steps(steps, most=last + 1, each="timestep")
         if steps == 1:
             return np.array([last, -1.0])
         rising = itertools.accumulate(itertools.repeat(last / (steps - 1), steps - 1), initial=0.0)
@@ -147,3 +152,17 @@ class Path(Protocol):
     def times(self, steps: int) -> np.ndarray: ...
 
     def alpha_sigma(self, time: float) -> tuple[float, float]: ...
+
+
+@dataclass(frozen=True)
+class Onward:
+    """A schedule from a time on: for what is left of a run."""
+
+    schedule: ShiftedCosine | LinearBeta
+    begin: float
+
+    def times(self, steps: int) -> np.ndarray:
+        return self.schedule.times(steps, self.begin)
+
+    def alpha_sigma(self, time: float) -> tuple[float, float]:
+        return self.schedule.alpha_sigma(time)

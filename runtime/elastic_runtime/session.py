@@ -8,6 +8,7 @@ import importlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Self
 
@@ -23,14 +24,25 @@ BACKENDS = ("trt", "ort", "openvino", "coreml")
 Arrays = Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a session was opened from: the artifact, the backend's name, and the options that were given."""
+
+    artifact: Artifact
+    backend: str
+    options: Mapping[str, object]
+
+
 class Session(ABC):
     """An open artifact. Close it, or use it in a `with` block.
 
     A subclass implements `_run` and `close`, and says in `where` what it runs on. An artifact may offer less than its graph:
-    `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget of the axes).
+    `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget of the axes). `origin` is
+    None for a session that no artifact was opened for.
     """
 
     where: str
+    origin: Origin | None = None
 
     def __init__(self, graph: Graph, batch: Span | None = None, budgets: tuple[Budget, ...] | None = None):
         self.graph = graph
@@ -135,6 +147,7 @@ def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | No
     if room is None:
         raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
     session: Session = room.open_artifact(bundle, bundle.manifest.graphs[graph], artifact, **options)
+    session.origin = Origin(artifact, room.__name__.rpartition(".")[2], options)
     return session
 
 
@@ -145,9 +158,22 @@ def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = Non
 
     Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run it.
     """
+    found, reasons = candidates(bundle, graph, name)
+    if not found:
+        raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. {' '.join(reasons)}")
+    backend_name, artifact = found[0]
+    return open_artifact(bundle, graph, artifact, backend_name, **options)
+
+
+def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[list[tuple[str, Artifact]], list[str]]:
+    """Every (backend, artifact) that can run `graph` here, in the order of `BACKENDS`, and why the others cannot.
+
+    Raises: BundleError if the bundle has no such graph.
+    """
     if graph not in bundle.manifest.graphs:
         raise BundleError(f"{bundle.folder} has no graph {graph!r}; it has {', '.join(bundle.manifest.graphs)}")
     artifacts = bundle.manifest.graphs[graph].artifacts
+    found: list[tuple[str, Artifact]] = []
     reasons: list[str] = []
     for candidate in [name] if name else BACKENDS:
         opens = backend(candidate).OPENS
@@ -155,8 +181,8 @@ def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = Non
             if artifact.target in opens:
                 room, why = obstacles(artifact, candidate)
                 if room:
-                    return open_artifact(bundle, graph, artifact, candidate, **options)
+                    found.append((candidate, artifact))
                 reasons += why
         if not any(artifact.target in opens for artifact in artifacts):
             reasons.append(f"{candidate}: the bundle has no artifact for it")
-    raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. {' '.join(dict.fromkeys(reasons))}")
+    return found, list(dict.fromkeys(reasons))

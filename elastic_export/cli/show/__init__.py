@@ -1,4 +1,4 @@
-"""The only file that prints: results on stdout, progress and messages on stderr."""
+"""The only folder that prints: results on stdout, progress and messages on stderr."""
 
 import dataclasses
 import json
@@ -22,10 +22,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from elastic_runtime.bench.compare import Change
-from elastic_runtime.bench.figures import Figures, figures, method
-from elastic_runtime.bench.pareto import SAME
-from elastic_runtime.bench.records import BundleReport, Report
 from elastic_runtime.budget import key
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.manifest import Artifact, Cost, Profile, TrtArtifact, Verification
@@ -211,107 +207,3 @@ def bundle(opened: Bundle) -> None:
 def _thin(rows: tuple[Cost, ...], most: int = 9) -> list[Cost]:
     stride = -(-len(rows) // most)
     return [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1]
-
-
-def benchmark(report: Report) -> None:
-    """What a benchmark found, and how."""
-    for opened in report.bundles:
-        _runtimes(opened)
-        rows = list(figures(opened, report.settings, report.peaks))
-        if rows:
-            columns = (
-                "runtime", "budget", "step ms", "p90", "p95", "p99", "spread", "times faster", "first ms", "switch ms", "time share",
-                "FLOP share", "GFLOP/s", "of peak", "GB/s", "of peak", "picture ms", "images/s", *sorted(rows[0].row.joules),
-            )  # fmt: skip
-            table(f"{opened.name}: a step of batch {report.settings.batch}", columns, [_benchmark_row(row) for row in rows])
-        _streams(opened)
-        if opened.trials:
-            front = sorted((trial for trial in opened.trials if trial.front), key=lambda trial: trial.seconds)
-            table(
-                f"{opened.name}: the front of time against nearness to the full budget, of {len(opened.trials)} ways (--html has them all)",
-                ("runtime", "budget", "weak branch", "steps", "ms", "PSNR dB", "cosine"),
-                [
-                    (
-                        trial.runtime, key(trial.budget), key(trial.guidance_budget) if trial.guidance_budget else "the same", trial.steps,
-                        _ms(trial.seconds), "same" if trial.psnr_db >= SAME else f"{trial.psnr_db:.1f}", f"{trial.cosine:.5f}",
-                    )
-                    for trial in front
-                ],
-            )  # fmt: skip
-        if opened.card:
-            rows_ = [(key(row.budget), f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in opened.card]
-            table(f"{opened.name}: quality, from the model card", ("budget", "accuracy", "Frechet distance"), rows_)
-        if opened.recommendation:
-            line(opened.recommendation)
-    most = report.peaks
-    line(f"{report.machine}: peaks {most.flops_per_second / 1e9:.0f} GFLOP/s, {most.bytes_per_second / 1e9:.1f} GB/s")
-    line("energy: " + "; ".join(f"{name} {what}" for name, what in report.energy.items()))
-    line(method(report.settings))
-
-
-def _runtimes(opened: BundleReport) -> None:
-    rows = []
-    for runtime in opened.runtimes:
-        if runtime.missing or runtime.failure:
-            told = f"missing: {runtime.missing}" if runtime.missing else f"FAILED: {runtime.failure}"
-            rows.append((runtime.runtime, runtime.precision, "-", "-", "-", told))
-            continue
-        worst = max(runtime.checked, key=lambda row: row.max_abs)
-        said = "; ".join([str(runtime.where), *(f"{what}: {why}" for what, why in runtime.skipped.items())])
-        error = f"{worst.max_abs:.1e} of {worst.tolerance:.0e}"
-        rows.append((runtime.runtime, runtime.precision, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), said))
-    table(f"{opened.name}: {opened.model}", ("runtime", "precision", "checked, max abs", "load s", "peak MB", ""), rows)
-
-
-def _benchmark_row(found: Figures) -> tuple[object, ...]:
-    row, step = found.row, found.row.step
-    return (
-        found.runtime.runtime, key(row.budget), _ms(step.p50), _ms(step.p90), _ms(step.p95), _ms(step.p99), f"{step.spread:.1%}",
-        _figure(found.speedup, ".2f"), _ms(row.first_seconds), _ms(row.switch_seconds), f"{found.time_share:.0%}",
-        _figure(found.flop_share, ".0%"), _figure(found.flops_per_second, ".0f", 1e9), _figure(found.compute_share, ".0%"),
-        _figure(found.bytes_per_second, ".1f", 1e9), _figure(found.bandwidth_share, ".0%"), _ms(found.picture),
-        _figure(found.images_per_second, ".2f"), *(f"{row.joules[name]:.3g} J" for name in sorted(row.joules)),
-    )  # fmt: skip
-
-
-def _streams(opened: BundleReport) -> None:
-    rows = [
-        (
-            runtime.runtime,
-            key(row.budget),
-            stream.queries,
-            _ms(stream.p90),
-            f"{stream.seconds:.0f}",
-            "" if stream.complete else "time limit",
-        )
-        for runtime in opened.runtimes
-        for row in runtime.rows
-        if (stream := row.single_stream)
-    ]
-    if rows:
-        columns = ("runtime", "budget", "queries", "p90 ms", "seconds", "")
-        table(f"{opened.name}: single stream (MLPerf-style, not MLPerf), a query is a picture", columns, rows)
-
-
-def changes(found: Iterable[Change], tolerance: float) -> None:
-    """What a comparison of two benchmarks found."""
-    rows = [
-        (
-            " ".join(change.place), _ms(change.before), _ms(change.after), _figure(change.ratio and change.ratio - 1, "+.1%"),
-            _figure(change.noise, ".1%"), change.verdict, change.why,
-        )
-        for change in found
-    ]  # fmt: skip
-    table(f"a step before and now; tolerance {tolerance:.0%}", ("row", "before ms", "now ms", "change", "noise", "", ""), rows)
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.{0 if abs(seconds) >= 1 else 1 if abs(seconds) >= 0.1 else 2}f}"
-
-
-def _mb(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.0f}"
-
-
-def _figure(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else format(value / unit, form)

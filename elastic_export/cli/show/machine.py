@@ -1,0 +1,56 @@
+"""What `doctor` and `devices` print."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from elastic_export.cli.show import line, note, table
+from elastic_runtime.device import Device, Entry, Peak
+
+
+def device(found: Device, peaks: Mapping[str, Peak], runtimes: Mapping[str, str], todo: Iterable[str], calibrations: str) -> None:
+    """What was found on this machine, and what is missing."""
+    cpu, memory = found.cpu, found.memory
+    caches = ", ".join(f"{name} {size / 2**10:.0f} KiB" for name, size in cpu.caches.items())
+    clock = f" at {cpu.mhz:.0f} MHz" if cpu.mhz else ""
+    line(f"{found.system} {found.machine}{f', {found.board}' if found.board else ''}")
+    line(f"processor: {cpu.model}, {cpu.cores} cores ({cpu.usable:g} usable){clock}, {cpu.vector or 'vector unit unknown'}")
+    if caches:
+        line(f"caches of a core: {caches}")
+    if memory.total is not None:
+        whose = " (the container's limit)" if memory.limit is not None else ""
+        free = f", {memory.available / 1e9:.1f} GB free" if memory.available is not None else ""
+        line(f"memory: {memory.total / 1e9:.1f} GB{whose}{free}")
+    for gpu in found.gpus:
+        own = f", {gpu.memory_total / 1e9:.1f} GB" if gpu.memory_total else ", shares the memory" if gpu.integrated else ""
+        free = f" ({gpu.memory_free / 1e9:.1f} GB free)" if gpu.memory_free else ""
+        capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
+        line(f"GPU: {gpu.name}{own}{free}{capability}{f', driver {gpu.driver}' if gpu.driver else ''}")
+    if found.power_mode:
+        line(f"power mode: {found.power_mode}")
+    for name, peak in peaks.items():
+        rates = ", ".join(f"{precision} {rate / 1e12:.3g}" for precision, rate in peak.flops.items())
+        line(f"peak of the {name}: {rates} TFLOP/s, {peak.bandwidth / 1e9:.0f} GB/s ({peak.origin})")
+    line(f"runs bundles with: {', '.join(f'{name} {version}' for name, version in runtimes.items()) or 'nothing'}")
+    line(f"calibrations: {calibrations}")
+    for each in (*found.notes, *todo):
+        note(each)
+
+
+def devices(entries: Iterable[Entry], here: str | None, forecasts: Mapping[str, Mapping[str, Any]]) -> None:
+    """The catalogue, this machine marked, and what a bundle's step would take at best on each."""
+    ends = list(next(iter(forecasts.values()))["seconds"]) if forecasts else []
+    rows = []
+    for entry in entries:
+        told = forecasts.get(entry.id)
+        times = [f"{1e3 * told['seconds'][end]:.3f}" for end in ends] if told else []
+        figures = ((entry.memory, "g"), (entry.bandwidth, "g"), (entry.fp16 or entry.fp32, "g"), (entry.fp8, "g"), (entry.int8, "g"))
+        marked = f"{entry.id} <- this machine" if entry.id == here else entry.id
+        cells = [f"{figure.value:{form}}" if figure else "-" for figure, form in figures]
+        rows.append((marked, *cells, *times, *((told["knee"], f"{told['tokens']:.0f}") if told else ())))
+    extra = [*(f"ms at {end}" for end in ends), "knee", "K*"] if forecasts else []
+    table("devices", ("id", "memory GB", "GB/s", "fp16 TFLOP/s", "fp8", "int8 TOPS", *extra), rows)
+    if forecasts:
+        line("ms a step of one sample in fp16 by peak rates alone; up to the knee a larger budget takes no longer.")
+        line("K*: tokens below which a block's weights take longer to read than its arithmetic takes, in any model.")
+    if here is None:
+        line("this machine is not listed; elastic-export doctor estimates its peaks")

@@ -1,0 +1,29 @@
+"""The device: what is here, and what it can do at best. Nothing in this folder imports a backend's library."""
+
+from elastic_runtime.device.advice import advice, runtimes
+from elastic_runtime.device.catalogue import Entry, Figure, Peak, catalogue, listed_peak, matched, peak
+from elastic_runtime.device.nvml import Reading
+from elastic_runtime.device.probe import probe
+from elastic_runtime.device.record import Cpu, Device, Gpu, Memory
+from elastic_runtime.device.sources import Recording, Sources, System
+
+__all__ = [
+    "Cpu",
+    "Device",
+    "Entry",
+    "Figure",
+    "Gpu",
+    "Memory",
+    "Peak",
+    "Reading",
+    "Recording",
+    "Sources",
+    "System",
+    "advice",
+    "catalogue",
+    "listed_peak",
+    "matched",
+    "peak",
+    "probe",
+    "runtimes",
+]

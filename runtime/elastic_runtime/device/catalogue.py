@@ -1,0 +1,116 @@
+"""Peak figures of the device that was found: from `devices.toml` where it is listed, else estimated, and which of both."""
+
+import re
+import tomllib
+from importlib.resources import files
+from typing import Literal
+
+import msgspec
+
+from elastic_runtime.device.record import Cpu, Device, Gpu
+
+GB, TERA = 1e9, 1e12
+# Where nothing tells a CPU's clock or a machine's memory bandwidth: values that few machines fall short of.
+LEAST_MHZ = 2000.0
+TWO_CHANNELS = 51.2e9  # DDR4-3200
+# Tensor cores of a GPU that is not listed: at least twice the rate of its other cores since Turing (GeForce); data-centre ones give more.
+TENSOR_CORES = 2
+
+
+class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A number with its source and how far to trust it."""
+
+    value: float
+    source: str
+    confidence: Literal["high", "medium", "low"]
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A device of the catalogue, in its units (see the head of `devices.toml`)."""
+
+    id: str
+    name: str
+    kind: Literal["gpu", "jetson", "apple", "cpu"]
+    match: str
+    runtime: str
+    memory: Figure
+    bandwidth: Figure
+    power_mode: str | None = None
+    compute_capability: str | None = None
+    fp32: Figure | None = None
+    fp16: Figure | None = None
+    fp8: Figure | None = None
+    int8: Figure | None = None
+    neural_engine: Figure | None = None
+    power: Figure | None = None
+
+
+class Peak(msgspec.Struct, frozen=True, kw_only=True):
+    """What a processor could do at best: FLOP/s by precision, and bytes a second. `origin` says where the figures come from."""
+
+    name: str
+    flops: dict[str, float]
+    bandwidth: float
+    origin: str
+    listed: str | None = None
+
+
+def catalogue() -> tuple[Entry, ...]:
+    """Every listed device."""
+    text = files("elastic_runtime.device").joinpath("devices.toml").read_text(encoding="utf-8")
+    return tuple(msgspec.convert(row, Entry) for row in tomllib.loads(text)["device"])
+
+
+def matched(device: Device) -> Entry | None:
+    """The catalogue's entry for the processor that backends would use here, or None where it is not listed."""
+    gpu = device.gpus[0] if device.gpus else None
+    name = device.board or (gpu.name if gpu else device.cpu.model)
+    memory = (gpu.memory_total if gpu else None) or device.memory.total
+    fitting = [entry for entry in catalogue() if re.search(entry.match, name)]
+    modes = [entry for entry in fitting if entry.power_mode and re.search(entry.power_mode, device.power_mode or "", re.IGNORECASE)]
+    fitting = modes or [entry for entry in fitting if not entry.power_mode] or fitting[:1]
+    return min(fitting, key=lambda entry: abs(entry.memory.value * GB - (memory or 0)), default=None)
+
+
+def listed_peak(entry: Entry) -> Peak:
+    """An entry's figures in FLOP/s and bytes a second. Where it has no rate for fp32, half of fp16's stands in."""
+    fp16 = entry.fp16.value if entry.fp16 else (entry.fp32.value if entry.fp32 else 0.0)
+    fp32 = entry.fp32.value if entry.fp32 else fp16 / 2
+    flops = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "bf16": fp16 * TERA}
+    return Peak(name=entry.name, flops=flops, bandwidth=entry.bandwidth.value * GB, origin="the catalogue", listed=entry.id)
+
+
+def peak(device: Device, processor: Literal["cpu", "gpu"]) -> Peak:
+    """Peak figures of the CPU or the first GPU of `device`, listed or estimated."""
+    entry = matched(device)
+    if entry and (entry.kind == "cpu") == (processor == "cpu"):
+        return listed_peak(entry)
+    if processor == "gpu" and device.gpus:
+        return _gpu(device.gpus[0])
+    return _cpu(device.cpu)
+
+
+def _cpu(cpu: Cpu) -> Peak:
+    mhz = cpu.mhz or LEAST_MHZ
+    rate = cpu.usable * cpu.flops_per_clock * mhz * 1e6
+    clock = f"{mhz:.0f} MHz" if cpu.mhz else f"{mhz:.0f} MHz (assumed)"
+    origin = f"estimated from {cpu.usable:g} cores x {cpu.flops_per_clock} operations a clock ({cpu.vector or 'no vector unit'}) x {clock}"
+    return Peak(
+        name=cpu.model, flops=dict.fromkeys(("fp32", "fp16", "bf16"), rate), bandwidth=TWO_CHANNELS,
+        origin=f"{origin}; memory taken for two channels of DDR4-3200",
+    )  # fmt: skip
+
+
+def _gpu(gpu: Gpu) -> Peak:
+    fp32 = gpu.fp32_flops or 5 * TERA
+    tensor = fp32 * TENSOR_CORES
+    told = "its cores, clocks and bus" if gpu.fp32_flops and gpu.bandwidth else "little: the driver does not tell its cores or bus"
+    return Peak(
+        name=gpu.name,
+        flops={"fp32": fp32, "fp16": tensor, "bf16": tensor},
+        bandwidth=gpu.bandwidth or 200 * GB,
+        origin=f"estimated from {told}",
+    )

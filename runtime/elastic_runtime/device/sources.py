@@ -1,0 +1,114 @@
+"""Where a probe reads from: files, commands, installed packages, the GPU driver. `Recording` replays another machine."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from elastic_runtime.device.nvml import Reading, read_gpus
+
+SECONDS = 5  # a command that takes longer is taken for absent
+
+
+class Sources(Protocol):
+    """Everything that `probe` reads. A method answers None where there is nothing to read."""
+
+    @property
+    def system(self) -> str:
+        """Linux, Darwin or Windows."""
+
+    @property
+    def machine(self) -> str:
+        """x86_64, aarch64, arm64 or AMD64."""
+
+    @property
+    def processor(self) -> str:
+        """The processor's name as Python knows it, often empty."""
+
+    def text(self, path: str) -> str | None:
+        """Content of a text file."""
+
+    def output(self, *command: str) -> str | None:
+        """What a command printed."""
+
+    def version(self, package: str) -> str | None:
+        """Version of an installed distribution, found without importing it."""
+
+    def cpus(self) -> int | None:
+        """Logical processors that this process may run on."""
+
+    def nvml(self) -> tuple[Reading, ...] | str:
+        """What the NVIDIA driver says of each GPU, or why it says nothing."""
+
+
+class System:
+    """This machine."""
+
+    @property
+    def system(self) -> str:
+        return platform.system()
+
+    @property
+    def machine(self) -> str:
+        return platform.machine()
+
+    @property
+    def processor(self) -> str:
+        return platform.processor()
+
+    def text(self, path: str) -> str | None:
+        with contextlib.suppress(OSError):
+            return Path(path).read_text(errors="replace")
+        return None
+
+    def output(self, *command: str) -> str | None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            return done.stdout if done.returncode == 0 else None
+        return None
+
+    def version(self, package: str) -> str | None:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+        return None
+
+    def cpus(self) -> int | None:
+        if hasattr(os, "sched_getaffinity"):
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count()
+
+    def nvml(self) -> tuple[Reading, ...] | str:
+        return read_gpus()
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True):
+    """Another machine, replayed: what its files, commands and packages said. `commands` are keyed by their words."""
+
+    system: str
+    machine: str
+    processor: str = ""
+    files: dict[str, str] = {}
+    commands: dict[str, str] = {}
+    packages: dict[str, str] = {}
+    cpu_count: int | None = None
+    gpus: tuple[Reading, ...] | str = "there is no NVIDIA driver"
+
+    def text(self, path: str) -> str | None:
+        return self.files.get(path)
+
+    def output(self, *command: str) -> str | None:
+        return self.commands.get(" ".join(command))
+
+    def version(self, package: str) -> str | None:
+        return self.packages.get(package)
+
+    def cpus(self) -> int | None:
+        return self.cpu_count
+
+    def nvml(self) -> tuple[Reading, ...] | str:
+        return self.gpus

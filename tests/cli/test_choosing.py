@@ -1,0 +1,126 @@
+"""doctor, devices, and generate where it chooses the budget."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+from fakes import write_bundle
+from PIL import Image
+from recordings import MACHINES
+
+from elastic_runtime import Bundle
+from elastic_runtime.device import catalogue, probe
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Be on a recorded machine."""
+
+    def machine(name: str) -> None:
+        monkeypatch.setattr("elastic_runtime.device.probe", lambda: probe(MACHINES[name]))
+
+    return machine
+
+
+def test_doctor_tells_what_is_here(run: Run, on: Callable[[str], None]) -> None:
+    on("orin-nano-super")
+    done = run("doctor")
+    assert done.code == 0, done.err
+    for told in ("Jetson Orin Nano", "power mode: MAXN_SUPER", "tensorrt 10.3.0", "102 GB/s (the catalogue)"):
+        assert told in done.out
+    told = json.loads(run("doctor", "--json").out)
+    assert (told["schema"], told["listed"], told["device"]["cpu"]["cores"]) == ("elastic-export/doctor/1", "jetson-orin-nano-8-super", 6)
+    assert any("elastic-export[torch]" in line for line in told["advice"])
+
+
+def test_doctor_fails_where_nothing_can_run_a_bundle(run: Run, on: Callable[[str], None]) -> None:
+    on("laptop")
+    done = run("doctor")
+    assert done.code == 3
+    assert "pip install 'elastic-export[ort]'" in done.err
+
+
+def test_devices_marks_this_machine_and_forecasts_a_bundle(run: Run, on: Callable[[str], None], tmp_path: Path) -> None:
+    on("rtx-4090")
+    assert "rtx-4090 <- this machine" in run("devices").out
+    bundle = write_bundle(tmp_path / "bundle").folder
+    told = json.loads(run("devices", bundle, "--json").out)
+    assert told["here"] == "rtx-4090"
+    assert told["forecasts"].keys() == {entry.id for entry in catalogue()}
+    assert told["devices"][0]["bandwidth"] == {"value": 68, "source": "datasheet", "confidence": "high"}
+    assert "K*" in run("devices", bundle).out
+    on("zen5")
+    assert "not listed" in run("devices").out
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that draws one-channel pictures, with random weights."""
+    pytest.importorskip("torch", reason="exporting needs torch")
+    pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
+    from elastic_export.capture import capture
+    from elastic_export.export import export
+    from elastic_export.models.zoo import Request, load
+    from elastic_runtime import Span
+    from elastic_targets import load as room
+
+    folder = tmp_path_factory.mktemp("drawing")
+    config = {
+        "input_size": 16, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2,
+        "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
+    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "bundle", "elastic-export onnx").folder
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "reason"),
+    [
+        ((), "Auto(", "is the default"),
+        (("--budget", "auto"), "Auto(", "is the default"),
+        (("--target-ms", 60000), "Deadline(seconds=60.0", "ms left for 2 steps"),
+        (("--max-memory", "200GB"), "FitMemory(limit=200000000000.0", "of the 200000 MB allowed"),
+        (("--latents", 16), "Fixed(", "as asked"),
+    ],
+)
+def test_the_picture_says_what_was_chosen_and_why(
+    run: Run, drawing: Path, tmp_path: Path, options: tuple[object, ...], policy: str, reason: str
+) -> None:
+    out = tmp_path / "one.png"
+    done = run("generate", drawing, "-o", out, "--steps", 2, "--json", *options)
+    assert done.code == 0, done.err
+    with Image.open(out) as picture:
+        facts = json.loads(picture.text["elastic-export"])
+    for told in (json.loads(done.out), facts):
+        assert told["policy"].startswith(policy)
+        assert reason in told["steps"][0]["reason"]
+        assert told["total_seconds"] > 0
+    assert Bundle.open(drawing).manifest.axis("latents").max >= facts["steps"][0]["budget"]["latents"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--target-ms", 0.0001), 1, "the nearest that is reachable is"),
+        (("--max-memory", "1MB"), 1, "no budget stays within 1 MB"),
+        (("--target-ms", -5), 2, "above zero"),
+        (("--max-memory", "lots"), 2, "memory is written 2GB"),
+        (("--quality", 0.9), 2, "no quality table"),
+        (("--quality", 7), 2, "above 0 and at most 1"),
+        (("--budget", "huge"), 2, "--budget takes auto"),
+        (("--budget", "auto", "--latents", 16), 2, "choose budgets twice"),
+        (("--target-ms", 100, "--quality", 0.9), 2, "choose budgets twice"),
+    ],
+)
+def test_goals_that_cannot_be_kept_draw_nothing(
+    run: Run, drawing: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    done = run("generate", drawing, "-o", tmp_path / "none.png", "--steps", 2, *options)
+    assert done.code == code
+    assert message in " ".join(done.err.replace("│", " ").split())
+    assert not (tmp_path / "none.png").exists()
