@@ -62,6 +62,7 @@ def forward(module: Any, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
 
 def made(params: DcDitParams) -> DcDit:
     """A module whose router keeps about half of the tokens, none by a hair."""
+    torch.manual_seed(0)  # convolutions draw their own biases
     module = DcDit(params)
     randomize(module, seed=0)
     with torch.no_grad():
@@ -135,9 +136,9 @@ def test_hidden_slots_and_the_rest_of_the_batch_change_nothing(seed: int, fracti
     }
     whole, kept = forward(module, feeds(arrays, (fraction, 0), 64))
     tight, _ = forward(module, feeds(arrays, (fraction, 0), int(kept.max())))
-    assert np.abs(whole - tight).max() <= 5e-6 * max(1, np.abs(whole).max())
+    assert np.abs(whole - tight).max() <= 2e-5 * max(1, np.abs(whole).max())
     alone, _ = forward(module, feeds({name: array[:1] for name, array in arrays.items()}, (fraction,), int(kept[0])))
-    assert np.abs(whole[:1] - alone).max() <= 5e-6 * max(1, np.abs(whole).max())
+    assert np.abs(whole[:1] - alone).max() <= 2e-5 * max(1, np.abs(whole).max())
 
 
 def test_the_count_is_taken_in_float32() -> None:
@@ -267,7 +268,7 @@ def test_presets_are_the_published_sizes() -> None:
 def test_every_size_has_an_axis_up_to_all_of_its_tokens(side: int) -> None:
     (axis,) = FAMILY.axes(replace(SMALL, input_size=side))
     assert axis.max == axis.default == side**2
-    assert axis.min <= max(16, axis.step * 2)
+    assert axis.min < 16 + axis.step
 
 
 def test_a_preset_and_shapes_tell_what_a_public_checkpoint_leaves_out(golden: Path) -> None:
