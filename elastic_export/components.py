@@ -75,7 +75,8 @@ def capture_folder(
         raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
     family = FAMILIES[class_name]
     transformer: Any = diffusers_class(class_name)
-    config = {key: value for key, value in folder.build("transformer", transformer).config.items() if not key.startswith("_")}
+    built: Any = folder.build("transformer", transformer)
+    config = {key: value for key, value in built.config.items() if not key.startswith("_")}
     patches, channels = family.patches(config), family.channels(config)
     has_vae = "vae" in folder.listed and (path / "vae" / "config.json").is_file()
     vae = read_vae(path / "vae", channels) if has_vae else None

@@ -56,7 +56,7 @@ def make(
         if folder := locate(model):
             from elastic_export.components import capture_folder
 
-            options = {f"--{name}": span for name, span in given.items()} | {"--checkpoint": checkpoint, "--config": config, "--vae": vae}
+            options: dict[str, object] = {f"--{name}": span for name, span in given.items()} | {"--checkpoint": checkpoint, "--config": config, "--vae": vae}
             options |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}
             if wrong := [name for name, value in options.items() if value]:
                 verb = "does" if len(wrong) == 1 else "do"
@@ -80,7 +80,7 @@ def make(
         graphs = captured.graphs if captured.peaks else captured.graphs[:1]  # a folder's have sizes of their own
         points = {graph.name: [key(budget) for budget in probe_budgets(graph.axes, graph.open_dimensions)] for graph in graphs}
         budgets = next(iter(points.values()))
-        plan = {"output": str(output), "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
+        plan: dict[str, object] = {"output": str(output), "target": target, "axes": captured.axes, "batch": str(batch), "verify": budgets}
         plan |= {"peak_bytes": captured.peaks} if captured.peaks else {}
         if json:
             show.as_json(target, {"dry_run": True, "model": captured.model} | plan)

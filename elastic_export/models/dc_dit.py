@@ -153,7 +153,8 @@ class DcDit(nn.Module):
         side = torch.arange(params.input_size, device="cpu", dtype=torch.float32)
         # Not a buffer: building on `meta` would lose it.
         self.cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # (T, 2): row, column
-        initialize(self, zero=(*(block.modulation for block in self.blocks), self.final_layer, self.residual_proj))
+        gates: list[Any] = [block.modulation for block in self.blocks]
+        initialize(self, zero=(*gates, self.final_layer, self.residual_proj))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DcDit":
         def in_its_precision(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def float32(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
     with full_precision(x):
         if isinstance(layer, nn.Linear):
             return F.linear(x.float(), weight, bias)
-        return F.conv2d(x.float(), weight, bias, padding=layer.padding)  # type: ignore[arg-type]
+        return F.conv2d(x.float(), weight, bias, padding=layer.padding)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -51,6 +51,7 @@ class Router(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """Keep probabilities (B, T) of tokens on their grid (B, D, s, s) in float32; 1 for the first and the last token."""
         first, norm, _, last = self.residual_scorer
+        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(last, nn.Conv2d)
         z = float32(self.proj, grid)  # (B, D/4, s, s)
         surprise = float32(first, z - float32(self.context_predictor, z))
         p = torch.sigmoid(float32(last, F.silu(group_norm(norm, surprise)))).flatten(1)  # (B, T)
