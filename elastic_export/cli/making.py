@@ -56,7 +56,11 @@ def make(
         if folder := locate(model):
             from elastic_export.components import capture_folder
 
-            options: dict[str, object] = {f"--{name}": span for name, span in given.items()} | {"--checkpoint": checkpoint, "--config": config, "--vae": vae}
+            options: dict[str, object] = {f"--{name}": span for name, span in given.items()} | {
+                "--checkpoint": checkpoint,
+                "--config": config,
+                "--vae": vae,
+            }
             options |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}
             if wrong := [name for name, value in options.items() if value]:
                 verb = "does" if len(wrong) == 1 else "do"
