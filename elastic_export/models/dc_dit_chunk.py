@@ -51,7 +51,9 @@ class Router(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         """Keep probabilities (B, T) of tokens on their grid (B, D, s, s) in float32; 1 for the first and the last token."""
         first, norm, _, last = self.residual_scorer
-        assert isinstance(first, nn.Conv2d) and isinstance(norm, nn.GroupNorm) and isinstance(last, nn.Conv2d)
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(norm, nn.GroupNorm)
+        assert isinstance(last, nn.Conv2d)
         z = float32(self.proj, grid)  # (B, D/4, s, s)
         surprise = float32(first, z - float32(self.context_predictor, z))
         p = torch.sigmoid(float32(last, F.silu(group_norm(norm, surprise)))).flatten(1)  # (B, T)
