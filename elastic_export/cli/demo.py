@@ -12,6 +12,7 @@ from elastic_runtime.axis import Span
 SAMPLES = {
     "elit-mnist": ("K", "latents", (16, 32, 64, 128, 256)),
     "elt-mnist": ("L", "loops", (1, 2, 4, 6, 8)),
+    "dcdit-mnist": ("T", "tokens", (16, 32, 48, 64, 256)),
 }
 DIGITS = range(10)
 
@@ -41,7 +42,7 @@ def demo(
         wheres.append(where)
     save(grid(list(zip(*columns, strict=True)), [str(digit) for digit in DIGITS], names), picture)
     show.table(
-        f"{steps} steps, guidance {guidance:g} (two branches in one run), medians over ten pictures, {wheres[0]}",
+        f"{steps} steps, guidance {guidance:g} (two branches), medians over ten pictures, {wheres[0]}",
         ("budget", "ms a step", "ms a picture", "GFLOPs a branch", "share"),
         rows,
     )
