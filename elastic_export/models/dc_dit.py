@@ -150,8 +150,7 @@ class DcDit(nn.Module):
         self.rmsnorm = RmsNorm(width)
         self.decoder = ConvStack([width] + [outer] * decoders, width)
         self.final_layer = FinalLayer(outer, 2 * params.in_channels, width)
-        side = torch.arange(params.input_size, device="cpu", dtype=torch.float32)
-        # Not a buffer: building on `meta` would lose it.
+        side = torch.arange(params.input_size, device="cpu", dtype=torch.float32)  # no buffer: building on `meta` would lose it
         self.cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # (T, 2): row, column
         gates: list[Any] = [block.modulation for block in self.blocks]
         initialize(self, zero=(*gates, self.final_layer, self.residual_proj))

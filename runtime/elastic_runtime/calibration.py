@@ -22,7 +22,7 @@ from elastic_runtime.bundle import Bundle
 from elastic_runtime.cost import Costs, Point, Rates
 from elastic_runtime.denoiser import Denoiser, Guidance
 from elastic_runtime.device import Device, peak
-from elastic_runtime.errors import ElasticError, MissingError
+from elastic_runtime.errors import ElasticError
 from elastic_runtime.manifest import Manifest
 from elastic_runtime.policy import Choice
 from elastic_runtime.session import Session, candidates, open_artifact
@@ -171,6 +171,7 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
     if kept := _load(who, "fastest-", Chosen):
         return kept.backend, kept.artifact
     times: dict[tuple[str, str], float] = {}
+    failures: list[ElasticError] = []
     for name, artifact in found:
         try:
             with open_artifact(bundle, graph, artifact, name) as session:
@@ -178,9 +179,10 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
                 rows = points(session, bundle.manifest, [largest], clock, seconds=SECONDS / 2)
                 times[name, artifact.path] = min(row.seconds / row.batch for row in rows)
         except ElasticError as error:
-            _log.warning("%s is left out: %s", artifact.path, error)
+            _log.warning("%s is left out by %s: %s", artifact.path, name, error)
+            failures.append(error)
     if not times:
-        raise MissingError(f"none of {', '.join(artifact.path for _, artifact in found)} opens here: see the log, or name a backend")
+        raise failures[0]
     best = min(times, key=times.__getitem__)
     milliseconds = {f"{name}: {path}": 1e3 * value for (name, path), value in times.items()}
     _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")

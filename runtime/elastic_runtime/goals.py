@@ -145,7 +145,7 @@ class Auto(_Settled):
     def _wanted(self, axes: Sequence[Axis], choices: list[Choice], outlook: "Outlook") -> tuple[Choice, str]:
         keeping = [choice for choice in choices if outlook.quality(choice.budget) >= self.floor]
         if any(axis.input == "slots" for axis in axes):  # a router sizes its own steps, and a cap would only cut into them
-            whole = max(choices, key=lambda choice: outlook.gauge.peak.work(choice.budget).flops)
+            whole = max(choices, key=lambda choice: sum(choice.budget.values()))
             return whole, "leaves the number of tokens to the router"
         if outlook.graded and keeping:
             return keeping[0], f"keeps {outlook.quality(keeping[0].budget):.1%} of the best accuracy"

@@ -30,6 +30,7 @@ def routed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def opened(bundle: Bundle, *_: Any, **__: Any) -> FakeSession:
         return FakeSession(graph, answer(lambda t, label: round(LENGTH * (0.5 - 0.3 * t / 999)), 1))
 
+    monkeypatch.setattr("elastic_runtime.pipeline.fastest", lambda *_: None)
     monkeypatch.setattr("elastic_runtime.pipeline.open_session", opened)
     return bundle.folder
 
@@ -125,6 +126,7 @@ def test_two_pictures_have_two_names(run: Run, routed: Path, tmp_path: Path) -> 
 
 def test_a_bundle_without_a_router_shows_no_tokens(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_bundle(tmp_path / "plain", channels=1)
+    monkeypatch.setattr("elastic_runtime.pipeline.fastest", lambda *_: None)
     monkeypatch.setattr(
         "elastic_runtime.pipeline.open_session", lambda *_, **__: FakeSession(bundle.manifest.graphs["denoiser"], lambda feeds: {})
     )

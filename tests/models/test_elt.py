@@ -18,7 +18,7 @@ from elastic_export.models.family import agree  # noqa: E402
 from elastic_export.models.layers import DiTBlock, randomize  # noqa: E402
 from elastic_export.models.zoo import Model  # noqa: E402
 from elastic_runtime import Budget, BudgetError, Bundle, ModelError, Span, open_session  # noqa: E402
-from elastic_runtime.schedule import CosineMask, RectifiedFlow, ShiftedCosine  # noqa: E402
+from elastic_runtime.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine  # noqa: E402
 from elastic_targets import load as room  # noqa: E402
 
 DIFFUSION = elt.EltParams(
@@ -121,7 +121,7 @@ def test_checkpoint_keys_are_those_of_the_specification() -> None:
     [
         ({"max_loops": 2}, "max_loops 2 is fewer than the 3 loops"),
         ({"loops": 0}, "loops must be at least 1, got 0"),
-        ({"prediction": "score"}, "prediction must be v, epsilon, flow, got 'score'"),
+        ({"prediction": "score"}, "prediction must be v, epsilon, flow, ddpm, ddpm-v, got 'score'"),
         ({"prelude_blocks": -1}, "must be 0 or more, got -1 and 1"),
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
     ],
@@ -134,7 +134,7 @@ def test_sizes_that_make_no_model(change: dict[str, Any], message: str) -> None:
 def test_prediction_decides_the_schedule() -> None:
     said = {prediction: elt.facts(replace(DIFFUSION, prediction=prediction)) for prediction in elt.PREDICTIONS}
     assert [(facts["prediction"], type(facts["schedule"])) for facts in said.values()] == [
-        ("v", ShiftedCosine), ("epsilon", ShiftedCosine), ("velocity", RectifiedFlow),
+        ("v", ShiftedCosine), ("epsilon", ShiftedCosine), ("velocity", RectifiedFlow), ("epsilon", LinearBeta), ("v", LinearBeta),
     ]  # fmt: skip
     assert said["v"]["schedule"] == ShiftedCosine.at(8)
     assert elt_masked.facts(MASKED)["schedule"] == CosineMask(vocabulary=6)
