@@ -20,21 +20,30 @@ LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"))
 
 
 def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each guidance scale, under its words, the bundle's `quality` first; then those of models graded beside it.
+    """Rows of each guidance scale, under its words, the bundle's `quality` first; then those of models graded beside it on its axis.
 
     Raises: SystemExit where a model beside it was not graded in the same way.
     """
     evaluation, found = _evaluation(record), {}
-    for label, graded in {"": evaluation, **record.get("beside", {})}.items():
-        for name in ("axis", "protocol", "real"):
-            if graded[name] != evaluation[name]:
-                raise SystemExit(f"{label!r} was graded with another {name} ({graded[name]}, not {evaluation[name]}): grade it again")
+    for label, graded in {"": evaluation, **_beside(record)}.items():
+        if graded["axis"] != evaluation["axis"]:
+            continue
         for scale in evaluation["protocol"]["guidance"]:
             words = _scale(scale) + f" {label}" * bool(label)
             found[words] = [row for row in graded["rows"] if row["guidance"] == scale]
             if [row["budget"] for row in found[words]] != [row["budget"] for row in evaluation["rows"] if row["guidance"] == scale]:
                 raise SystemExit(f"{label!r} was graded at other budgets: grade it again")
     return found
+
+
+def _beside(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Evaluations of models graded beside the record's own, which must have been graded alike."""
+    beside: dict[str, dict[str, Any]] = record.get("beside", {})
+    for label, graded in beside.items():
+        for name in ("protocol", "real"):
+            if {**graded[name], "drops": ()} != {**record["evaluation"][name], "drops": ()}:
+                raise SystemExit(f"{label!r} was graded with another {name} ({graded[name]}): grade it again")
+    return beside
 
 
 def _scale(scale: float) -> str:
@@ -52,6 +61,11 @@ def table(record: dict[str, Any]) -> str:
         flops = f"{rows[0]['flops'] / 1e9:.2f}" if rows[0]["flops"] else "-"
         figures = "".join(f" {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |" for row in rows)
         lines.append(f"| {rows[0]['budget'][axis]} | {flops} |{figures}")
+    for label, graded in _beside(record).items():
+        if graded["axis"] != axis:  # a model without this axis has a row of its own
+            flops = f"{graded['rows'][-1]['flops'] / 1e9:.2f}" if graded["rows"][-1]["flops"] else "-"
+            figures = "".join(f" {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |" for row in graded["rows"])
+            lines.append(f"| {label} | {flops} |{figures}")
     lines.append("| real digits | |" + f" {real['accuracy']:.1%} | {real['frechet_distance']:.1f} |" * len(columns))
     return "\n".join(lines)
 
@@ -65,6 +79,13 @@ def drops(record: dict[str, Any]) -> str:
             f"| {row['drop_fraction']:.0%} | {kept:.0f} | {flops:.2f} | {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |"
         )  # fmt: skip
     return "\n".join(lines)
+
+
+def kept(record: dict[str, Any]) -> str:
+    """How many tokens the router keeps from step to step, in one sentence."""
+    row = _evaluation(record)["drops"][0]
+    counts = ", ".join(f"{count:.0f}" for count in row["kept"])
+    return f"Tokens that the router keeps with {row['drop_fraction']:.0%} dropped, from the first step, pure noise, to the last: {counts}."
 
 
 def protocol(record: dict[str, Any]) -> str:
@@ -99,7 +120,7 @@ def section(record: dict[str, Any]) -> str:
     """What stands between the markers."""
     parts = [table(record), protocol(record)] if record.get("quality") else ["Not measured yet."]
     if record.get("quality") and record["evaluation"].get("drops"):
-        parts.insert(1, drops(record))
+        parts[1:1] = [drops(record), kept(record)]
     return "\n\n".join(parts + ([training(record)] if "training" in record else []))
 
 

@@ -64,8 +64,15 @@ def test_a_model_graded_beside_it_has_columns_of_its_own(tmp_path: Path) -> None
     assert "without" not in protocol(both)
     with pytest.raises(SystemExit, match="'without distillation' was graded at other budgets"):
         table(own | {"beside": {"without distillation": other | {"rows": other["rows"][1:]}}})
-    with pytest.raises(SystemExit, match="'without distillation' was graded with another axis"):
-        table(own | {"beside": {"without distillation": other | {"axis": "loops"}}})
+    with pytest.raises(SystemExit, match="'without distillation' was graded with another protocol"):
+        table(own | {"beside": {"without distillation": other | {"protocol": other["protocol"] | {"steps": 5}}}})
+
+
+def test_a_model_without_the_axis_has_a_row() -> None:
+    own = record()
+    plain = [row | {"budget": {"loops": 1}, "accuracy": 0.5} for row in own["evaluation"]["rows"][::2]]
+    beside = {"plain": own["evaluation"] | {"axis": "loops", "rows": plain}}
+    assert table(own | {"beside": beside}).splitlines()[-2] == "| plain | 0.16 | 50.0% | 20.0 | 50.0% | 180.0 |"
 
 
 def test_dropped_tokens_have_a_table_of_their_own() -> None:
@@ -73,6 +80,7 @@ def test_dropped_tokens_have_a_table_of_their_own() -> None:
     row = {"drop_fraction": 0.3, "kept": [40.0, 60.0], "flops": 2.5e8, "accuracy": 0.9, "frechet_distance": 7.0}
     with_drops = own | {"evaluation": own["evaluation"] | {"drops": [row]}}
     assert "| 30% | 50 | 0.25 | 90.0% | 7.0 |" in section(with_drops)
+    assert "with 30% dropped, from the first step, pure noise, to the last: 40, 60." in section(with_drops)
     assert "dropped" not in section(own)
 
 
