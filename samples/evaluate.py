@@ -215,6 +215,7 @@ def main(given: argparse.Namespace) -> None:
     beside = {"beside": old.get("beside", {}) | {given.beside: figures["evaluation"]}}
     record = old | (beside if given.beside else figures)
     write(given.output, record)
+    record = read(given.output)  # as a card will see it
     print(table(record))
     if given.plot:
         plot(record, given.plot)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from fakes import manifest, write_bundle
 
-from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, UsageError, open_session
+from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.bundle import entry, write_manifest
-from elastic_runtime.manifest import OnnxArtifact
+from elastic_runtime.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.reference import TOLERANCE, check
 
 # Not importorskip: importing OpenVINO is the backend's affair.
@@ -68,6 +69,25 @@ def test_every_size_runs_and_outputs_are_the_callers_own(tiny: Bundle) -> None:
         assert session.where.endswith("CPU f32")
     with pytest.raises(InferenceError, match="closed"):
         session.run(feeds(1, 16))
+
+
+def test_a_count_of_no_dimensions_stays_one(tmp_path: Path) -> None:
+    """`loops` is 0-d in graphs of looped models."""
+    onnx = pytest.importorskip("onnx", reason="writing the graph needs onnx")
+    from onnx import TensorProto, helper
+
+    loops = TensorSpec(name="loops", dtype="int64", shape=())
+    tripled = TensorSpec(name="prediction", dtype="int64", shape=())
+    path = tmp_path / "denoiser.onnx"
+    ends = [helper.make_tensor_value_info(spec.name, TensorProto.INT64, []) for spec in (loops, tripled)]
+    three = helper.make_tensor("three", TensorProto.INT64, [], [3])
+    graph = helper.make_graph([helper.make_node("Mul", ["loops", "three"], ["prediction"])], "tripled", ends[:1], ends[1:], [three])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    artifact = OnnxArtifact(precision="fp32", files=(entry(tmp_path, path),), toolchain={}, opset=20)
+    counted = Graph(inputs=(loops,), outputs=(tripled,), dimensions={"B": Span(1, 1)}, artifacts=(artifact,))
+    write_manifest(tmp_path, msgspec.structs.replace(manifest(artifacts=(artifact,)), graphs={"denoiser": counted}))
+    with open_session(Bundle.open(tmp_path), name="openvino", threads=1) as session:
+        assert session.run({"loops": np.array(4)})["prediction"] == 12
 
 
 def test_it_draws_pictures_as_any_backend_does(tiny: Bundle) -> None:

@@ -60,7 +60,7 @@ class OpenvinoSession(Session):
             raise InferenceError("this session is closed")
         try:
             # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
-            found = self._request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()}, share_inputs=True)
+            found = self._request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
         except Exception as error:  # RuntimeError, whatever went wrong
             raise InferenceError(f"OpenVINO failed: {error}") from error
         return {spec.name: found[spec.name] for spec in self.graph.outputs}
