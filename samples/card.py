@@ -157,7 +157,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 values = [unit * row[figure_name] for row in rows]
                 panel.plot(budgets, values, color=color, marker=marker, linewidth=2, markersize=6, label=words, clip_on=False)
             panel.axhline(unit * real[figure_name], color=REAL, linestyle=(0, (5, 3)), linewidth=1.2, label="real digits")
-            panel.set_xscale("log", base=2)
+            if budgets[-1] > 2 * len(budgets):  # doublings, and not one by one
+                panel.set_xscale("log", base=2)
             panel.set_xticks(budgets, [str(budget) for budget in budgets])
             panel.minorticks_off()
             panel.margins(x=0.08)
@@ -166,6 +167,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
             panel.set_ylabel(label)
             low, high = panel.get_ylim()
             panel.set_ylim(*((low, 101) if unit == 100 else (0, high)))
+            if unit == 1 and high > 50 * unit * real[figure_name]:
+                panel.set_yscale("log")
+                panel.set_ylim(real[figure_name] / 2, high)
             if all(row["flops"] for row in first):
                 top = panel.secondary_xaxis("top")
                 top.set_xticks(budgets, [f"{row['flops'] / 1e9:.2f}" for row in first])
