@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime import (
+    Axis,
+    Budget,
+    BudgetError,
+    Bundle,
+    BundleError,
+    InferenceError,
+    MissingError,
+    Span,
+    UsageError,
+    cache,
+    open_session,
+)
 from elastic_runtime.backends import coreml
 from elastic_runtime.bundle import entry, write_manifest
 from elastic_runtime.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
@@ -167,7 +179,8 @@ def test_a_package_is_compiled_once(stand_in: StandIn, tmp_path: Path, monkeypat
 
 def test_the_cache_is_where_a_mac_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert coreml.cache_folder() == Path.home() / "Library" / "Caches" / "elastic-export" / "coreml"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache.folder("coreml") == Path.home() / "Library" / "Caches" / "elastic-export" / "coreml"
 
 
 def test_failures_are_named_and_leave_no_half_compiled_package(stand_in: StandIn, tmp_path: Path) -> None:

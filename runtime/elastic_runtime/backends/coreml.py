@@ -19,6 +19,7 @@ import numpy as np
 
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
+from elastic_runtime.cache import folder as cache_folder
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
 from elastic_runtime.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.session import Arrays, Session
@@ -101,7 +102,7 @@ class PackageSession(Session):
 class CoremlSession(PackageSession):
     """A Core ML package on this Mac.
 
-    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: see `cache_folder`).
+    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the user's cache folder).
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, artifact: CoremlArtifact, compute_units: str = "all", cache: Path | None = None):
@@ -112,7 +113,7 @@ class CoremlSession(PackageSession):
 
         self._coremltools = coremltools
         self._units = getattr(coremltools.ComputeUnit, COMPUTE_UNITS[compute_units])
-        self.compiled = compiled(bundle, artifact, cache or cache_folder())
+        self.compiled = compiled(bundle, artifact, cache or cache_folder("coreml"))
         self._functions: dict[str, Any] | None = {}
         self.where = f"Core ML {compute_units}, macOS {platform.mac_ver()[0]}, coremltools {coremltools.__version__}"
 
@@ -152,12 +153,6 @@ def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
-
-
-def cache_folder() -> Path:
-    """Where compiled packages are kept: under XDG_CACHE_HOME if it is set, else ~/Library/Caches."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / "Library" / "Caches") / "elastic-export" / "coreml"
 
 
 def _macos(target: str) -> int:
