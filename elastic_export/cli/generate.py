@@ -52,7 +52,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
     backend: Annotated[
-        str | None, typer.Option(help="Runtime to use [dim](default: the first that can)[/dim].", show_default=False)
+        str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)
     ] = None,
     prompt: options.Prompt = None,
     negative_prompt: options.NegativePrompt = None,

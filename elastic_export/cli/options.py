@@ -24,6 +24,9 @@ def span(text: str | Span) -> Span:
         raise typer.BadParameter(str(error)) from None
 
 
+MOST = 10_000  # numbers that one range may stand for: a slip of the finger should not fill the memory
+
+
 def integers(text: str) -> list[int]:
     """Read `7`, `0,3,7` or `0-9`, and mixtures."""
     if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", text):
@@ -33,6 +36,8 @@ def integers(text: str) -> list[int]:
         low, _, high = part.partition("-")
         if high and int(high) < int(low):
             raise typer.BadParameter(f"{part.strip()} is reversed: write {high.strip()}-{low.strip()}")
+        if int(high or low) - int(low) >= MOST:
+            raise typer.BadParameter(f"{part.strip()} is more than {MOST} numbers: give fewer")
         found += range(int(low), int(high or low) + 1)
     return found
 
@@ -147,7 +152,7 @@ LatentsEach = Annotated[
     typer.Option(
         "--latents",
         metavar="N[,N...]",
-        help="Kept latents; one for each step makes a schedule [dim](default: all)[/dim].",
+        help="Kept latents; one for each step makes a schedule [dim](default: what suits this machine)[/dim].",
         show_default=False,
     ),
 ]
@@ -156,7 +161,7 @@ LoopsEach = Annotated[
     typer.Option(
         "--loops",
         metavar="N[,N...]",
-        help="Loops, one for all or for each step [dim](default: as many as in training)[/dim].",
+        help="Loops, one for all or for each step [dim](default: what suits this machine)[/dim].",
         show_default=False,
     ),
 ]

@@ -81,6 +81,7 @@ def test_a_schedule_of_budgets(run: Run, digits: Path, tmp_path: Path) -> None:
         (["--classes", "10"], "this model has classes 0 to 9, got 10"),
         (["--classes", "seven"], "numbers are written 7 or 0,3,7 or 0-9, got 'seven'"),
         (["--classes", "9-0"], "9-0 is reversed: write 0-9"),
+        (["--classes", "0-99999999999"], "0-99999999999 is more than 10000 numbers: give fewer"),
         (["--latents", "63"], "latents 63 is not available: this model offers 16-64 in steps of 16; the nearest is 64"),
         (["--latents", "16,32", "--steps", "3"], "2 budgets were given for 3 steps"),
         (["--guidance", "0.5"], "guidance_scale must be 1 (off) or more, got 0.5"),
