@@ -1,5 +1,6 @@
 """What several tests share. Torch and the compilers are imported only by the fixtures that need them."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -70,6 +71,26 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], B
 def bundle_copy(golden_bundle: Callable[[str], Bundle], tmp_path: Path) -> Path:
     """A copy of the smallest golden bundle, to damage or extend."""
     return Path(shutil.copytree(golden_bundle("c").folder, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that draws one-channel pictures, with random weights."""
+    pytest.importorskip("torch", reason="exporting needs torch")
+    pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
+    from elastic_export.capture import capture
+    from elastic_export.export import export
+    from elastic_export.models.zoo import Request, load
+    from elastic_targets import load as room
+
+    folder = tmp_path_factory.mktemp("digits")
+    config = {
+        "input_size": 16, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2,
+        "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
+    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "bundle", "elastic-export onnx").folder
 
 
 @pytest.fixture

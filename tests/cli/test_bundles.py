@@ -16,27 +16,6 @@ from elastic_runtime import Bundle, ElasticPipeline
 Run = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that draws one-channel pictures, with random weights."""
-    pytest.importorskip("torch", reason="exporting needs torch")
-    pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
-    from elastic_export.capture import capture
-    from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
-    from elastic_runtime import Span
-    from elastic_targets import load as room
-
-    folder = tmp_path_factory.mktemp("digits")
-    config = {
-        "input_size": 16, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2,
-        "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
-    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "bundle", "elastic-export onnx").folder
-
-
 def test_generate_writes_a_picture_that_tells_how_it_was_made(run: Run, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "row.png"
     done = run(

@@ -57,27 +57,6 @@ def test_devices_marks_this_machine_and_forecasts_a_bundle(run: Run, on: Callabl
     assert "not listed" in run("devices").out
 
 
-@pytest.fixture(scope="module")
-def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that draws one-channel pictures, with random weights."""
-    pytest.importorskip("torch", reason="exporting needs torch")
-    pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
-    from elastic_export.capture import capture
-    from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
-    from elastic_runtime import Span
-    from elastic_targets import load as room
-
-    folder = tmp_path_factory.mktemp("drawing")
-    config = {
-        "input_size": 16, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2,
-        "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
-    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "bundle", "elastic-export onnx").folder
-
-
 @pytest.mark.parametrize(
     ("options", "policy", "reason"),
     [
@@ -89,10 +68,10 @@ def drawing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_picture_says_what_was_chosen_and_why(
-    run: Run, drawing: Path, tmp_path: Path, options: tuple[object, ...], policy: str, reason: str
+    run: Run, digits: Path, tmp_path: Path, options: tuple[object, ...], policy: str, reason: str
 ) -> None:
     out = tmp_path / "one.png"
-    done = run("generate", drawing, "-o", out, "--steps", 2, "--json", *options)
+    done = run("generate", digits, "-o", out, "--steps", 2, "--json", *options)
     assert done.code == 0, done.err
     with Image.open(out) as picture:
         facts = json.loads(picture.text["elastic-export"])
@@ -100,7 +79,7 @@ def test_the_picture_says_what_was_chosen_and_why(
         assert told["policy"].startswith(policy)
         assert reason in told["steps"][0]["reason"]
         assert told["total_seconds"] > 0
-    assert Bundle.open(drawing).manifest.axis("latents").max >= facts["steps"][0]["budget"]["latents"]
+    assert Bundle.open(digits).manifest.axis("latents").max >= facts["steps"][0]["budget"]["latents"]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +97,9 @@ def test_the_picture_says_what_was_chosen_and_why(
     ],
 )
 def test_goals_that_cannot_be_kept_draw_nothing(
-    run: Run, drawing: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+    run: Run, digits: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
 ) -> None:
-    done = run("generate", drawing, "-o", tmp_path / "none.png", "--steps", 2, *options)
+    done = run("generate", digits, "-o", tmp_path / "none.png", "--steps", 2, *options)
     assert done.code == code
     assert message in " ".join(done.err.replace("│", " ").split())
     assert not (tmp_path / "none.png").exists()
