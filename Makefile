@@ -55,7 +55,7 @@ clean:
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) --editable '.[torch,ort]'
+	$(INSTALL) --editable '.[torch,ort,flux]'
 	touch $@
 
 .venv/.dev: .venv/.base

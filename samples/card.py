@@ -13,10 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from record import read
-
-PAPER, REAL = "#ffffff", "#7a7a7a"
-LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"))
+import plan_figures
+from plots import LINES, REAL, panels, real_line
+from record import evaluation, read
 
 
 def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -24,14 +23,14 @@ def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     Raises: SystemExit where a model beside it was not graded in the same way.
     """
-    evaluation, found = _evaluation(record), {}
-    for label, graded in {"": evaluation, **_beside(record)}.items():
-        if graded["axis"] != evaluation["axis"]:
+    own, found = evaluation(record), {}
+    for label, graded in {"": own, **_beside(record)}.items():
+        if graded["axis"] != own["axis"]:
             continue
-        for scale in evaluation["protocol"]["guidance"]:
+        for scale in own["protocol"]["guidance"]:
             words = _scale(scale) + f" {label}" * bool(label)
             found[words] = [row for row in graded["rows"] if row["guidance"] == scale]
-            if [row["budget"] for row in found[words]] != [row["budget"] for row in evaluation["rows"] if row["guidance"] == scale]:
+            if [row["budget"] for row in found[words]] != [row["budget"] for row in own["rows"] if row["guidance"] == scale]:
                 raise SystemExit(f"{label!r} was graded at other budgets: grade it again")
     return found
 
@@ -52,7 +51,7 @@ def _scale(scale: float) -> str:
 
 def table(record: dict[str, Any]) -> str:
     """The figures as a Markdown table, one row a budget and one for real digits."""
-    axis, real, columns = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
+    axis, real, columns = evaluation(record)["axis"], evaluation(record)["real"], series(record)
     lines = [
         f"| {axis} | GFLOPs a forward pass |" + "".join(f" as asked, {words} | Fréchet distance |" for words in columns),
         "|---:|---:|" + "---:|---:|" * len(columns),
@@ -73,7 +72,7 @@ def table(record: dict[str, Any]) -> str:
 def drops(record: dict[str, Any]) -> str:
     """What dropping tokens does, as a Markdown table, one row a fraction."""
     lines = ["| dropped | tokens kept | GFLOPs a forward pass | as asked | Fréchet distance |", "|---:|---:|---:|---:|---:|"]
-    for row in _evaluation(record)["drops"]:
+    for row in evaluation(record)["drops"]:
         kept, flops = sum(row["kept"]) / len(row["kept"]), row["flops"] / 1e9
         lines.append(
             f"| {row['drop_fraction']:.0%} | {kept:.0f} | {flops:.2f} | {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |"
@@ -83,23 +82,23 @@ def drops(record: dict[str, Any]) -> str:
 
 def kept(record: dict[str, Any]) -> str:
     """How many tokens the router keeps from step to step, in one sentence."""
-    row = _evaluation(record)["drops"][0]
+    row = evaluation(record)["drops"][0]
     counts = ", ".join(f"{count:.0f}" for count in row["kept"])
     return f"Tokens that the router keeps with {row['drop_fraction']:.0%} dropped, from the first step, pure noise, to the last: {counts}."
 
 
 def protocol(record: dict[str, Any]) -> str:
     """How the figures were made, in one paragraph."""
-    evaluation = _evaluation(record)
-    how, real = evaluation["protocol"], evaluation["real"]
+    own = evaluation(record)
+    how, real = own["protocol"], own["real"]
     weak = how["guidance_budget"]
     branch = f"the weak branch at {_pairs(weak)}" if weak else "both branches at the same budget"
-    minutes = sum(row["seconds"] for row in evaluation["rows"]) / 60
+    minutes = sum(row["seconds"] for row in own["rows"]) / 60
     scales = " and ".join(_scale(scale) for scale in how["guidance"])
     return (
         f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
-        f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({evaluation['where']}) "
-        f"in {minutes:.0f} minutes on a {evaluation['machine']}. "
+        f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({own['where']}) "
+        f"in {minutes:.0f} minutes on a {own['machine']}. "
         "The judge is `samples/classifier.py`; its accuracy on the 3,500 real digits that it has never seen is in the last row. "
         f"Distances are to the features of these 3,500; the last row's is that of {real['pictures']:,} other real digits, "
         "the ones that the judge learned from."
@@ -118,9 +117,13 @@ def training(record: dict[str, Any]) -> str:
 
 def section(record: dict[str, Any]) -> str:
     """What stands between the markers."""
-    parts = [table(record), protocol(record)] if record.get("quality") else ["Not measured yet."]
-    if record.get("quality") and record["evaluation"].get("drops"):
-        parts[1:1] = [drops(record), kept(record)]
+    if "evaluation" not in record:
+        parts = ["Not measured yet."]
+    elif "plans" in record["evaluation"]:
+        parts = [plan_figures.table(record), plan_figures.protocol(record)]
+    else:
+        dropped = [drops(record), kept(record)] if record["evaluation"].get("drops") else []
+        parts = [table(record), *dropped, protocol(record)]
     return "\n\n".join(parts + ([training(record)] if "training" in record else []))
 
 
@@ -134,29 +137,16 @@ def filled(page: str, name: str, content: str, where: str) -> str:
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Accuracy and Frechet distance against the budget, a line for each guidance scale, with each budget's GFLOPs along the top."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    axis, real, lines = _evaluation(record)["axis"], _evaluation(record)["real"], series(record)
+    axis, real, lines = evaluation(record)["axis"], evaluation(record)["real"], series(record)
     first = next(iter(lines.values()))
     budgets = [row["budget"][axis] for row in first]
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.edgecolor": "#9a9a9a",
-    }
-    panels = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
-    with pyplot.rc_context(style):
-        figure, plots = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", facecolor=PAPER)
-        for panel, (figure_name, label, unit) in zip(plots, panels, strict=True):
+    what = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
+    with panels(path) as axes:
+        for panel, (figure_name, label, unit) in zip(axes, what, strict=True):
             for (words, rows), (color, marker) in zip(lines.items(), itertools.cycle(LINES), strict=False):
                 values = [unit * row[figure_name] for row in rows]
                 panel.plot(budgets, values, color=color, marker=marker, linewidth=2, markersize=6, label=words, clip_on=False)
-            panel.axhline(unit * real[figure_name], color=REAL, linestyle=(0, (5, 3)), linewidth=1.2, label="real digits")
+            real_line(panel, unit * real[figure_name], "real digits")
             if budgets[-1] > 2 * len(budgets):  # doublings, and not one by one
                 panel.set_xscale("log", base=2)
             panel.set_xticks(budgets, [str(budget) for budget in budgets])
@@ -176,18 +166,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 top.set_xlabel("GFLOPs a forward pass", color=REAL)
                 top.tick_params(colors=REAL, which="both")
                 top.minorticks_off()
-        handles, words = plots[0].get_legend_handles_labels()
-        figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=len(words))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-        pyplot.close(figure)
-
-
-def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    if not record.get("evaluation"):
-        raise SystemExit("the record holds no figures yet: make them with samples/evaluate.py BUNDLE --output RECORD.json")
-    evaluation: dict[str, Any] = record["evaluation"]
-    return evaluation
 
 
 def _pairs(budget: dict[str, int]) -> str:
@@ -204,7 +182,7 @@ def main(given: argparse.Namespace) -> None:
         if not given.check:
             path.write_text(new, encoding="utf-8")
     if given.plot:
-        plot(record, given.plot)
+        (plan_figures.plot if "plans" in record["evaluation"] else plot)(record, given.plot)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ import torch
 
 from card import plot, table
 from classifier import Judge, load_judge
-from digits import Digits, enlarged, halved, load_digits
+from digits import Digits, enlarged, halved
 from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
 from elastic_runtime.manifest import Manifest, Model
 from elastic_runtime.sampling import sampler
 from elastic_runtime.schedule import CosineMask
+from grading import Grader, tell
 from record import machine, read, versions, write
 
 
@@ -43,18 +44,6 @@ class Protocol:
     guidance_budget: dict[str, int] | None = None
     drops: tuple[float, ...] = ()
     seed: int = 0
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Squared Frechet distance of Gaussians fitted to features (N, D): |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
-
-    (C_a C_b)^(1/2) has the trace of (R C_b R)^(1/2) with R = C_a^(1/2), which is symmetric: no complex square roots.
-    """
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(max(0.0, ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
 
 
 def spread(axis: Axis) -> list[int]:
@@ -106,11 +95,8 @@ def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Proto
         )
         pictures.append(result.images)  # (B, H, W, 1) in [0, 1]
         kept.append([step.kept or () for step in result.steps])  # (steps, B)
-        done = min(first + batch, protocol.samples)
-        left = (time.perf_counter() - begun) / done * (protocol.samples - done)
         where = f"{budget}, drop {drop:g}" if drop else f"{budget}"
-        line = f"{where}, guidance {guidance:g}: {done} of {protocol.samples} pictures, {left:.0f} s left"
-        print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
+        tell(f"{where}, guidance {guidance:g}", min(first + batch, protocol.samples), protocol.samples, begun)
     images = np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1
     each_step = np.concatenate(kept, axis=1)
     return Drawn(Digits(shown(images), labels), each_step.mean(1).tolist() if each_step.size else None)
@@ -140,15 +126,7 @@ def evaluate(
     check(bundle, protocol)
     pipe, manifest = ElasticPipeline(bundle, session), bundle.manifest
     budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
-    train, held_out = load_digits()
-    features, named = judge.judge(as_drawn(train.images, manifest.model))
-    # As many real digits as pictures, since the distance of few samples is larger. The judge has learned from these.
-    others = np.concatenate([np.flatnonzero(held_out.labels == digit)[: protocol.samples // 10] for digit in range(10)])
-    real = {
-        "pictures": len(others),
-        "accuracy": float((named == train.labels).mean()),
-        "frechet_distance": frechet_distance(judge.judge(as_drawn(held_out.images[others], manifest.model))[0], features),
-    }
+    grader = Grader.of(judge, protocol.samples, as_drawn=lambda images: as_drawn(images, manifest.model))
     rows: list[dict[str, Any]] = []
     everything = Budget().on(manifest.axes)
     plans = [(guidance, budget, None) for guidance in protocol.guidance for budget in budgets]
@@ -156,15 +134,11 @@ def evaluate(
         begun = time.perf_counter()
         drawn = draw(pipe, budget, guidance, protocol, batch, drop or 0.0)
         seconds = round(time.perf_counter() - begun, 1)
-        seen, said = judge.judge(drawn.digits.images)
-        right = said == drawn.digits.labels
         row = {
             "guidance": guidance,
             "budget": dict(budget),
             "flops": cost(manifest, budget, drawn.kept),
-            "accuracy": float(right.mean()),
-            "accuracy_by_class": [float(right[drawn.digits.labels == digit].mean()) for digit in range(10)],
-            "frechet_distance": frechet_distance(seen, features),
+            **grader.grade(drawn.digits),
             "seconds": seconds,
         }
         rows.append(row | ({} if drawn.kept is None else {"kept": drawn.kept}) | ({} if drop is None else {"drop_fraction": drop}))
@@ -172,7 +146,7 @@ def evaluate(
     evaluation = {
         "axis": axis.name,
         "protocol": asdict(protocol),
-        "real": real,
+        "real": grader.real,
         "rows": rows[: len(plans)],
         "drops": rows[len(plans) :],
         "where": session.where,

@@ -7,7 +7,7 @@ from typing import Any
 from elastic_runtime.bench.machine import machine as here
 from elastic_runtime.bench.machine import versions
 
-__all__ = ["machine", "read", "versions", "write"]
+__all__ = ["evaluation", "machine", "read", "versions", "write"]
 
 
 def machine() -> str:
@@ -26,6 +26,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise SystemExit(f"{path} holds a JSON {type(record).__name__}, not a record: delete it, or give another path")
     return record
+
+
+def evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a record; SystemExit where it has none yet."""
+    if not record.get("evaluation"):
+        raise SystemExit("the record holds no figures yet: make them with samples/evaluate.py BUNDLE --output RECORD.json")
+    found: dict[str, Any] = record["evaluation"]
+    return found
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Train the packaged sample `ralu-digits`, a diffusers folder: first its autoencoder, then its transformer.
 
     python samples/train_ralu.py vae --run runs/ralu-vae --output ralu-digits --steps 1500 --batch 32
-    python samples/train_ralu.py transformer --run runs/ralu --output ralu-digits --steps 4000 --batch 48
+    python samples/train_ralu.py transformer --run runs/ralu --output ralu-digits --steps 10000 --batch 48
 
 Digits at 64 and at 32 pixels, in the latent space of a small AutoencoderKL (4 channels, half the side), drawn by rectified flow in
 FLUX's own class: the label is a one-hot pooled embedding, the text one token of zeros.
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 
-from digits import Digits, load_digits
+from digits import Digits, glyphs, load_digits
 from elastic_export.models.layers import initialize
+from record import read, write
 from training import parser, train
 
 CLASSES, SIDE, LATENT_SIDE, PATCH = 10, 64, 32, 2
@@ -57,15 +58,14 @@ def transformer() -> FluxTransformer2DModel:
     return model
 
 
-def sharp(images: Tensor) -> Tensor:
-    """Digits (B, 1, 32, 32) as glyphs (B, 3, 64, 64) with smooth outlines: enlarged four times, hardened, and halved."""
-    large = F.interpolate(images, scale_factor=4, mode="bicubic").clamp(-1, 1)
-    return F.avg_pool2d(torch.tanh(4 * large) / torch.tanh(torch.tensor(4.0)), 2).expand(-1, 3, -1, -1)
+def pictures_of(images: Tensor) -> Tensor:
+    """Digits (B, 1, 32, 32) as grey pictures (B, 3, 64, 64)."""
+    return glyphs(images).expand(-1, 3, -1, -1)
 
 
 def vae_loss(model: Any, images: Tensor, labels: Tensor, progress: float) -> Tensor:
     """Squared error, and a prior of a thousandth of a nat a value; half of the steps see a quarter of the pixels."""
-    pictures = sharp(images[: len(images) // 2] if torch.rand(()) < 0.5 else images)
+    pictures = pictures_of(images[: len(images) // 2] if torch.rand(()) < 0.5 else images)
     if len(pictures) == len(images):
         pictures = F.avg_pool2d(pictures, 2)
     posterior = model.encode(pictures).latent_dist
@@ -83,7 +83,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Digits (N, 1, 32, 32) as the unscaled latents' tokens of both sizes, those of 32 px first: (N, 64 + 256, 16)."""
     tokens = []
     for some in images.split(64):
-        pictures = sharp(some)
+        pictures = pictures_of(some)
         sizes = (F.avg_pool2d(pictures, 2), pictures)
         tokens.append(torch.cat([packed(vae.encode(each).latent_dist.mean) for each in sizes], dim=1))
     return torch.cat(tokens)
@@ -149,11 +149,20 @@ def configure(model: Any, folder: Path, **changes: Any) -> None:
     model.save_config(folder)
 
 
+def taken(weights: Path) -> dict[str, Any]:
+    """The record that training left beside a component's weights; it goes into the folder's own, ROOT.json, as packaged samples have."""
+    path = weights.with_suffix(".json")
+    record = read(path)
+    path.unlink()
+    return record
+
+
 def train_vae(options: argparse.Namespace, data: Digits | None = None) -> AutoencoderKL:
     """Train the autoencoder and write `vae/`, with the scale and shift that give its latents mean 0 and deviation 1."""
-    folder = options.output / "vae"
+    root, folder = options.output, options.output / "vae"
     options.output = folder / WEIGHTS
     vae = train(autoencoder, vae_loss, options, {}, data)
+    write(root.with_suffix(".json"), {"autoencoder": taken(options.output)["training"]})
     images = torch.from_numpy((data or load_digits()[0]).images[:512])
     latents = encode(vae, images)
     configure(vae, folder, scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
@@ -161,16 +170,18 @@ def train_vae(options: argparse.Namespace, data: Digits | None = None) -> Autoen
 
 
 def train_transformer(options: argparse.Namespace, data: Digits | None = None) -> FluxTransformer2DModel:
-    """Train the transformer on what `vae/` makes of the digits; write `transformer/`, the scheduler and model_index.json."""
+    """Train the transformer on what `vae/` makes of the digits; write `transformer/`, the scheduler, model_index.json, and the record."""
     root = options.output
     if not (root / "vae" / WEIGHTS).is_file():
         raise SystemExit(f"{root} holds no trained vae: run `python samples/train_ralu.py vae --output {root}` first")
+    before = {"autoencoder": read(root.with_suffix(".json"))["autoencoder"]}
     vae = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
     digits = data or load_digits()[0]
     tokens = (encode(vae, torch.from_numpy(digits.images)) - vae.config.shift_factor) * vae.config.scaling_factor
     options.output = root / "transformer" / WEIGHTS
-    model = train(transformer, flow_loss, options, {}, Digits(tokens.numpy(), digits.labels))
+    model = train(transformer, flow_loss, options, {"family": "flux"}, Digits(tokens.numpy(), digits.labels))
     configure(model, root / "transformer")
+    write(root.with_suffix(".json"), taken(options.output) | before)
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_config(root / "scheduler")
     index = {
         "_class_name": "FluxPipeline",
@@ -184,7 +195,7 @@ def train_transformer(options: argparse.Namespace, data: Digits | None = None) -
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__ or "", steps=4000)
+    arguments = parser(__doc__ or "", steps=10000)
     arguments.add_argument("component", choices=("vae", "transformer"))
     given = arguments.parse_args()
     if given.output is None:

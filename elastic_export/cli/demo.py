@@ -1,5 +1,8 @@
 """`elastic-export demo`: the whole path on the packaged samples."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +17,8 @@ SAMPLES = {
     "elt-mnist": ("L", "loops", (1, 2, 4, 6, 8)),
     "dcdit-mnist": ("T", "tokens", (16, 32, 48, 64, 256)),
 }
+# The sample that is drawn along plans; at full resolution with all steps and with half of them; and mixed.
+PLANNED, PLANS = "ralu-digits", ("4x", "7x")
 DIGITS = range(10)
 
 
@@ -24,7 +29,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
     quiet: options.Quiet = False,
 ) -> None:
-    """Export the packaged digits, prove them, draw every digit at five budgets of each model, and time each budget.
+    """Export the packaged digits, prove them, draw every digit at budgets and along plans, and time each.
 
     [bold]Example[/bold]
 
@@ -33,61 +38,118 @@ def demo(
     from elastic_export.pictures import grid, save
 
     picture = output / "digits.png"
-    columns, names, rows, wheres = [], [], [], []
-    for sample, (letter, axis, values) in SAMPLES.items():
-        drawn, figures, where = _drawn(output / sample, sample, axis, values, steps, guidance, seed, quiet)
-        columns += drawn
-        names += [f"{letter} {value}" for value in values]
-        rows += figures
-        wheres.append(where)
-    save(grid(list(zip(*columns, strict=True)), [str(digit) for digit in DIGITS], names), picture)
+    images, names, rows, wheres = [], [], [], []
+    for sample, opened in {**dict.fromkeys(SAMPLES, _at_budgets), PLANNED: _along_plans}.items():
+        with opened(output / sample, sample, steps, guidance, seed, quiet) as (columns, where):
+            wheres.append(where)
+            with show.bar(quiet, f"drawing {sample}", len(DIGITS) * len(columns)) as advance:
+                for column in columns:
+                    drawn, row = _drawn(column, advance)
+                    images.append(drawn)
+                    rows.append(row)
+                    names.append(column.head)
+    save(grid(list(zip(*images, strict=True)), [str(digit) for digit in DIGITS], names), picture)
     show.table(
         f"{steps} steps, guidance {guidance:g} (two branches), medians over ten pictures, {wheres[0]}",
         ("budget", "ms a step", "ms a picture", "GFLOPs a branch", "share"),
         rows,
     )
-    show.line(f"the bundles: {', '.join(str(output / sample) for sample in SAMPLES)}")
-    show.line(
-        f"the picture: {picture} (rows: digits; columns: {', then '.join(f'{axis} {letter}' for letter, axis, _ in SAMPLES.values())})"
-    )
+    show.line(f"the bundles: {', '.join(str(output / sample) for sample in (*SAMPLES, PLANNED))}")
+    heads = ", then ".join([*(f"{axis} {letter}" for letter, axis, _ in SAMPLES.values()), "plans"])
+    show.line(f"the picture: {picture} (rows: digits; columns: {heads})")
 
 
-def _drawn(
-    folder: Path, sample: str, axis: str, values: tuple[int, ...], steps: int, guidance: float, seed: int, quiet: bool
-) -> tuple[list[list[Any]], list[tuple[str, ...]], str]:
-    """Export one sample and draw with it: a column of pictures and a row of figures for each budget, and what ran it."""
-    import numpy as np
+@dataclass(frozen=True)
+class Column:
+    """One budget or plan of a sample: how a digit is drawn with it, GFLOPs of a step (a plan's mean), and the picture's share of all."""
 
-    from elastic_export.cli.making import make
+    name: str
+    head: str
+    draw: Callable[[int], Any]
+    gflops: float
+    share: float
+
+
+@contextmanager
+def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
+    """Export a sample with an axis: a column for each of its budgets, and what runs it."""
     from elastic_runtime.budget import Budget
-    from elastic_runtime.bundle import Bundle
     from elastic_runtime.pipeline import ElasticPipeline
+
+    letter, axis, values = SAMPLES[sample]
+    bundle = _exported(folder, sample, {axis: Span(min(values), max(values))}, quiet)
+    flops = {cost.budget[axis]: cost.flops for cost in bundle.manifest.cost}
+
+    def at(pipe: ElasticPipeline, value: int) -> Callable[[int], Any]:
+        return lambda digit: pipe(
+            [digit],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            budget=Budget(**{axis: value}),
+            generator=_noise(seed, digit),
+        )
+
+    with ElasticPipeline.from_pretrained(bundle) as pipe:
+        yield (
+            [
+                Column(f"{axis} {value}", f"{letter} {value}", at(pipe, value), flops[value] / 1e9, flops[value] / flops[max(values)])
+                for value in values
+            ],
+            pipe.where,
+        )
+
+
+@contextmanager
+def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
+    """Export a sample that is drawn along plans: a column for each, and what runs it."""
+    from elastic_runtime.ralu import Plan, RaluPipeline
+    from elastic_runtime.ralu.cost import plan_flops
+
+    bundle = _exported(folder, sample, {}, quiet)
+
+    def along(pipe: RaluPipeline, plan: Plan) -> Callable[[int], Any]:
+        return lambda digit: pipe(class_labels=[digit], plan=plan, guidance_scale=guidance, generator=_noise(seed, digit))
+
+    with RaluPipeline.from_pretrained(bundle) as pipe:
+        model, whole = bundle.manifest.model, f"full {steps}"
+        drawings = {f"full {count}": pipe.drawing("full", count) for count in (steps, max(1, steps // 2))}
+        drawings |= {name: pipe.drawing(name) for name in PLANS}
+        flops = {name: plan_flops(model.family, model.config, drawing.plan, *drawing.size, 1) for name, drawing in drawings.items()}
+        yield (
+            [
+                Column(f"plan {name}", name, along(pipe, drawing.plan), flops[name] / drawing.plan.total / 1e9, flops[name] / flops[whole])
+                for name, drawing in drawings.items()
+            ],
+            pipe.where,
+        )
+
+
+def _exported(folder: Path, sample: str, spans: dict[str, Span | None], quiet: bool) -> Any:
+    from elastic_export.cli.making import make
     from elastic_targets import load
 
-    make(
-        "onnx", load("onnx").OnnxOptions(), sample, folder, {axis: Span(min(values), max(values))}, Span(1, 4), "fp32",
-        overwrite=True, quiet=quiet,
-    )  # fmt: skip
-    columns: list[list[Any]] = []
-    rows: list[tuple[str, ...]] = []
-    costs = {cost.budget[axis]: cost for cost in Bundle.open(folder).manifest.cost}
-    with ElasticPipeline.from_pretrained(folder) as pipe, show.bar(quiet, f"drawing {sample}", len(DIGITS) * len(values)) as advance:
-        for value in values:
-            images, seconds, step_times = [], [], []
-            for digit in DIGITS:
-                result = pipe(
-                    [digit],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    budget=Budget(**{axis: value}),
-                    generator=np.random.default_rng([seed, digit]),  # the same noise at every budget
-                )
-                images.append(result.images[0])
-                seconds.append(sum(step.seconds for step in result.steps))
-                step_times += [step.seconds for step in result.steps]
-                advance()
-            columns.append(images)
-            gflops, share = costs[value].flops / 1e9, costs[value].flops / costs[max(values)].flops
-            times = f"{1e3 * np.median(step_times):.1f}", f"{1e3 * np.median(seconds):.0f}"
-            rows.append((f"{axis} {value}", *times, f"{gflops:.3f}", f"{share:.0%}"))
-        return columns, rows, pipe.where
+    bundle = make("onnx", load("onnx").OnnxOptions(), sample, folder, spans, Span(1, 4), "fp32", overwrite=True, quiet=quiet)
+    assert bundle is not None
+    return bundle
+
+
+def _noise(seed: int, digit: int) -> Any:
+    """The same noise for a digit whatever draws it."""
+    import numpy as np
+
+    return np.random.default_rng([seed, digit])
+
+
+def _drawn(column: Column, advance: Callable[[], None]) -> tuple[list[Any], tuple[str, ...]]:
+    """A picture of each digit, and the column's row of figures."""
+    from statistics import median
+
+    images, seconds, step_times = [], [], []
+    for digit in DIGITS:
+        result = column.draw(digit)
+        images.append(result.images[0])
+        seconds.append(sum(step.seconds for step in result.steps))
+        step_times += [step.seconds for step in result.steps]
+        advance()
+    times = f"{1e3 * median(step_times):.1f}", f"{1e3 * median(seconds):.0f}"
+    return images, (column.name, *times, f"{column.gflops:.3f}", f"{column.share:.0%}")

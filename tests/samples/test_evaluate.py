@@ -13,7 +13,7 @@ from digits import Digits, halved
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, FakeSession, Span, UsageError
 from elastic_runtime.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
-from evaluate import Protocol, draw, evaluate, frechet_distance, spread
+from evaluate import Protocol, draw, evaluate, spread
 
 # An axis that is not `latents`, to prove that nothing is tied to it.
 LOOPS = Axis(name="loops", min=1, max=4, step=1, default=4, input="loops", carrier="value")
@@ -57,25 +57,6 @@ def artist(held_out: Digits) -> FakeSession:
         return {"prediction": ((feeds["sample"] - goal) / feeds["timestep"][:, None, None, None]).astype(np.float32)}
 
     return FakeSession(bundle().manifest.graphs["denoiser"], velocity)
-
-
-def test_frechet_distance_of_equal_sets_is_zero() -> None:
-    a = np.random.default_rng(0).normal(size=(300, 5)) @ np.random.default_rng(1).normal(size=(5, 5))
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    flat = np.concatenate([a, a[:, :1]], axis=1)  # of rank 5 in 6 dimensions
-    assert frechet_distance(flat, flat) == pytest.approx(0, abs=1e-6)
-
-
-def test_frechet_distance_is_the_closed_form_of_two_gaussians() -> None:
-    # Whitened samples have exactly the mean 0 and covariance 1; axis-aligned Gaussians give |m|^2 + sum (s_a - s_b)^2.
-    raw = np.random.default_rng(0).normal(size=(500, 3))
-    raw -= raw.mean(0)
-    white = raw @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False))).T
-    a, b = white * [1.0, 2.0, 3.0], white * [2.0, 0.5, 3.0] + [1.0, 0.0, -2.0]
-    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 2.25)
-    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
-    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(8.25)
-    assert frechet_distance(b, a) == pytest.approx(8.25)
 
 
 def test_spread_of_an_axis() -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="the recipe trains diffusers' classes")
 
 import train_ralu
 from digits import Digits
-from train_ralu import GRID, LOW, grown, packed, raster, sequence, sharp, train_transformer, train_vae
+from train_ralu import GRID, LOW, grown, packed, pictures_of, raster, sequence, train_transformer, train_vae
 from training import parser
 
 
@@ -40,6 +40,9 @@ def test_the_recipe_leaves_a_diffusers_folder_below_5_mb(tmp_path: Path, shades:
     index = json.loads((folder / "model_index.json").read_text())
     assert len(index["id2label"]) == 10
     assert index["transformer"] == ["diffusers", "FluxTransformer2DModel"]
+    record = json.loads(folder.with_suffix(".json").read_text())
+    assert (record["family"], record["training"]["step"], record["autoencoder"]["step"]) == ("flux", 2, 2)
+    assert sorted(path.name for path in folder.rglob("*.json")) == ["config.json"] * 2 + ["model_index.json", "scheduler_config.json"]
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= 5_000_000
     latents = (train_ralu.encode(vae, torch.from_numpy(shades.images)) - vae.config.shift_factor) * vae.config.scaling_factor
     assert latents.mean().abs() < 1e-3
@@ -51,7 +54,7 @@ def test_the_recipe_leaves_a_diffusers_folder_below_5_mb(tmp_path: Path, shades:
 def test_glyphs_have_hard_smooth_outlines() -> None:
     image = torch.full((1, 1, 32, 32), -1.0)
     image[:, :, :, 12:20] = 1.0
-    glyph = sharp(image)
+    glyph = pictures_of(image)
     assert glyph.shape == (1, 3, 64, 64)
     assert glyph.min() == pytest.approx(-1, abs=1e-3)
     assert ((glyph.abs() < 0.9).sum(dim=-1) <= 4).all()  # the values between black and white of two outlines

@@ -48,6 +48,7 @@ class Plan:
         shifts: how much each stage dwells on noise; 1 is evenly.
         z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
         up_ratio: share of the low-resolution patches that grow in the mixed stage, between 0 and 1.
+        renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared with.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -57,6 +58,7 @@ class Plan:
     shifts: tuple[float, ...] = (1.0,)
     z: float | None = None
     up_ratio: float | None = None
+    renoise: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -70,8 +72,8 @@ class Plan:
         if bad := [shift for shift in self.shifts if not (_is_number(shift) and 0 < shift < math.inf)]:
             raise UsageError(f"a plan's shifts are above 0, got {bad[0]!r}")
         if self.plain:
-            if self.z is not None or self.up_ratio is not None:
-                raise UsageError("a plan of one stage has no z and no up_ratio: nothing grows in it")
+            if self.z is not None or self.up_ratio is not None or not self.renoise:
+                raise UsageError("a plan of one stage has no z, no up_ratio and no renoise: nothing grows in it")
             return
         if self.z is None or not _is_number(self.z) or not LEAST_Z <= self.z < math.inf:
             raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
@@ -98,7 +100,7 @@ class Plan:
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
             stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta))
             if self.z is not None:
-                start, alpha, beta = restart(end, self.z)
+                start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
 
     def grown(self, patches: int) -> int:

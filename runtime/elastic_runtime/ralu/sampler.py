@@ -111,6 +111,8 @@ def _grown(
 
 
 def _renoised(x: np.ndarray, grew: slice, plan: Plan, stage: Stage, renoise: Renoise) -> np.ndarray:
+    if not stage.alpha:
+        return x
     assert plan.z is not None  # a plan of three stages has one
     return stage.beta * x + stage.alpha * renoise(x.shape, grew, plan.z)
 

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_renoising_gives_the_noise_and_the_picture_that_the_time_has(end: float,
     assert beta * end == pytest.approx(start)
     covariance = beta**2 * (1 - end) ** 2 * np.ones((4, 4)) + alpha**2 * (np.eye(4) - np.ones((4, 4)) / z**2)
     np.testing.assert_allclose(covariance, (1 - start) ** 2 * np.eye(4), atol=1e-12)
+
+
+@given(plans)
+def test_without_renoising_stages_meet_where_the_one_before_ended(plan: Plan) -> None:
+    stages = replace(plan, renoise=False).stages()
+    assert [(stage.alpha, stage.beta) for stage in stages] == [(0, 1)] * 3
+    assert all(before.sigmas[-1] == pytest.approx(after.sigmas[0]) for before, after in pairwise(stages))
+    assert (stages[0].sigmas[0], stages[-1].sigmas[-1]) == (1.0, 0.0)
 
 
 def test_sigmas_by_hand() -> None:
@@ -106,7 +115,8 @@ def test_full_sampling_visits_diffusers_own_sigmas(size: int) -> None:
         ({"up_ratio": 1.0}, "got 1.0 (with 1 nothing is left to grow in the last stage)"),
         ({"up_ratio": -0.1}, "up_ratio lies between 0 and 1, got -0.1"),
         ({"up_ratio": None}, "up_ratio lies between 0 and 1, got None"),
-        ({"steps": (9,), "end_times": (1.0,), "shifts": (1.0,)}, "a plan of one stage has no z and no up_ratio"),
+        ({"steps": (9,), "end_times": (1.0,), "shifts": (1.0,)}, "a plan of one stage has no z, no up_ratio and no renoise"),
+        ({"steps": (9,), "end_times": (1,), "shifts": (1,), "z": None, "up_ratio": None, "renoise": False}, "no up_ratio and no renoise"),
     ],
 )
 def test_a_wrong_plan_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

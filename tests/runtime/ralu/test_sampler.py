@@ -100,6 +100,25 @@ def test_noise_comes_before_the_sort_and_where_tokens_grew() -> None:
     assert order[8] == pytest.approx(2)
 
 
+def test_without_renoising_grown_patches_are_copies_and_no_noise_is_drawn() -> None:
+    seen: list[np.ndarray] = []
+
+    def velocity(x: np.ndarray, *_: Any) -> np.ndarray:
+        seen.append(x)
+        return np.zeros_like(x)
+
+    def renoise(shape: tuple[int, ...], grew: slice, z: float) -> np.ndarray:
+        raise AssertionError("noise was drawn")
+
+    noise = np.arange(128.0).reshape(1, 1, 8, 16)
+    plan = Plan((1, 1, 1), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.25, renoise=False)
+    list(ralu(velocity, noise, plan, 2, lambda latents, count: np.array([[1, 6]]), renoise))
+    low = pack(noise[:, :, ::2, ::2], 2)
+    np.testing.assert_array_equal(seen[1][:, 6:], low[:, [1, 1, 1, 1, 6, 6, 6, 6]])
+    rows, columns = np.divmod(np.arange(32), 8)
+    np.testing.assert_array_equal(seen[2], low[:, rows // 2 * 4 + columns // 2])
+
+
 def test_a_plan_of_one_stage_is_euler_from_the_noise_itself() -> None:
     noise = np.random.default_rng(0).standard_normal((1, 3, 6, 4))  # which no plan of three stages could halve
     steps = list(ralu(lambda x, p, sigma, i, s: x / sigma, noise, Plan.full(4, 2.0), 2, None, None))  # type: ignore[arg-type]

@@ -1,0 +1,168 @@
+"""Grade a bundle that draws glyphs along plans: how many are classified as asked, their Frechet distance to real ones, and the time.
+
+    python samples/evaluate_plans.py BUNDLE --output ralu-digits.json --plot quality.png
+
+Every plan stands beside plain sampling at full resolution: with as many steps as the plan, and with as many as cost the same FLOPs
+(just fewer steps); and beside itself without renoising. The same classes are drawn from the same noise each time. Times are of one
+picture alone, its decoder included, the plans in turn: run it on a quiet machine.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from classifier import Judge, load_judge
+from digits import Digits
+from elastic_runtime import PRESETS, Bundle, ElasticError, Plan, RaluPipeline, UsageError
+from elastic_runtime.manifest import Model
+from elastic_runtime.ralu.cost import plan_flops
+from elastic_runtime.ralu.plan import full
+from grading import Grader, tell
+from plan_figures import plot, table
+from record import machine, read, versions, write
+
+SIDE, CLASSES = 64, 10
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How pictures are drawn; `full` are the steps of the first row, `rounds` how often each plan is timed."""
+
+    samples: int = 500
+    full: int = 50
+    guidance: float = 1.5
+    seed: int = 0
+    rounds: int = 15
+
+
+def check(bundle: Bundle, protocol: Protocol) -> None:
+    """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
+    model = bundle.manifest.model
+    side = model.sample_shape[-1] * (model.vae.upscale if model.vae else 1)
+    if model.patches is None or model.num_classes != CLASSES or side != SIDE:
+        raise UsageError(
+            f"the judge knows digits of {SIDE}x{SIDE} pixels drawn along a plan; {bundle.folder} draws {side}x{side} in "
+            f"{model.num_classes} classes{'' if model.patches else ' at budgets: see samples/evaluate.py'}"
+        )
+    if protocol.samples < 2 * CLASSES or protocol.samples % CLASSES:
+        raise UsageError(f"--samples must be a multiple of the {CLASSES} classes, 20 or more, got {protocol.samples}")
+
+
+def flops(model: Model, plan: Plan) -> int:
+    """FLOPs of a picture, one branch of guidance."""
+    side = model.sample_shape[-1] // _size(model)
+    return plan_flops(model.family, model.config, plan, side, side, model.text.length if model.text else 1)
+
+
+def rows(model: Model, steps: int) -> dict[str, Plan]:
+    """What is graded, by name: plain sampling with `steps`, and as many as a preset has or costs; presets; their ablations."""
+    tokens = (model.sample_shape[-1] // _size(model)) ** 2
+
+    def plain(count: int) -> Plan:
+        return full(count, tokens, model.config.get("scheduler", {}))
+
+    alike = {plan.total for plan in PRESETS.values()} | {round(flops(model, plan) / flops(model, plain(1))) for plan in PRESETS.values()}
+    found = {f"full, {count} steps": plain(count) for count in sorted({steps, *alike}, reverse=True)}
+    for name, plan in PRESETS.items():
+        found |= {name: plan, f"{name} without renoising": replace(plan, renoise=False)}
+    return found
+
+
+def draw(pipe: RaluPipeline, plan: Plan, labels: np.ndarray, first: int, protocol: Protocol) -> np.ndarray:
+    """Pictures of `labels` as the judge takes them, (B, 1, H, W) in [-1, 1]; the first has the noise of picture `first`."""
+    result = pipe(
+        class_labels=labels.tolist(),
+        plan=plan,
+        guidance_scale=protocol.guidance,
+        generator=[np.random.default_rng([protocol.seed, first + index]) for index in range(len(labels))],
+        output_type="np",
+    )
+    return result.images.mean(axis=-1)[:, None] * 2 - 1
+
+
+def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protocol, batch: int = 50) -> dict[str, Any]:
+    """The `evaluation` of a record: a row for each of `rows`.
+
+    Raises: UsageError for a bundle or protocol that does not fit.
+    """
+    check(bundle, protocol)
+    model = bundle.manifest.model
+    side = model.sample_shape[-1] // _size(model)
+    grader = Grader.of(judge, protocol.samples, SIDE)
+    labels = np.arange(protocol.samples) % CLASSES
+    plans, found = rows(model, protocol.full), []
+    for name, plan in plans.items():
+        begun, pictures = time.perf_counter(), []
+        for first in range(0, protocol.samples, batch):
+            pictures.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
+            tell(name, min(first + batch, protocol.samples), protocol.samples, begun)
+        row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(side, side)), "flops": flops(model, plan)}
+        found.append(row | grader.grade(Digits(np.concatenate(pictures), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
+    for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
+        row["milliseconds"] = milliseconds
+    return {
+        "protocol": asdict(protocol),
+        "real": grader.real,
+        "plans": found,
+        "where": pipe.where,
+        "weights_sha256": bundle.manifest.provenance.checkpoint_sha256,
+        "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
+        "machine": machine(),
+    }
+
+
+def timed(pipe: RaluPipeline, plans: list[Plan], protocol: Protocol) -> list[float]:
+    """Median milliseconds of one picture for each plan, in turns."""
+    taken: list[list[float]] = [[] for _ in plans]
+    for turn in range(protocol.rounds):
+        for plan, each in zip(plans, taken, strict=True):
+            begun = time.perf_counter()
+            draw(pipe, plan, np.array([turn % CLASSES]), turn, protocol)
+            each.append(1e3 * (time.perf_counter() - begun))
+    return [float(np.median(each)) for each in taken]
+
+
+def _size(model: Model) -> int:
+    assert model.patches is not None
+    return model.patches.size
+
+
+def main(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    bundle = Bundle.open(given.bundle)
+    protocol = Protocol(given.samples, given.full, given.guidance, given.seed, given.rounds)
+    old = read(given.output) if given.output.exists() else {}
+    with RaluPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
+        figures = {"evaluation": evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)}
+    write(given.output, {"family": bundle.manifest.model.family} | old | figures)
+    record = read(given.output)  # as a card will see it
+    print(table(record))
+    if given.plot:
+        plot(record, given.plot)
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("bundle", type=Path, help="a bundle of ralu-digits; export it with --batch 1-100, or it runs in small batches")
+    options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds is kept")
+    options.add_argument("--plot", type=Path, help="PNG of the figures against FLOPs")
+    options.add_argument("--samples", type=int, default=500, help="pictures along each plan (default: %(default)s)")
+    options.add_argument("--full", type=int, default=50, help="steps of the first row, at full resolution (default: %(default)s)")
+    options.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1 is none (default: %(default)s)")
+    options.add_argument(
+        "--rounds", type=int, default=15, help="times that each plan draws one picture for the clock (default: %(default)s)"
+    )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=0, help="0: one a core")
+    try:
+        main(options.parse_args())
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,63 @@
+"""The figures of a sample that draws along plans, in its record's words: a table, how they were made, and a plot."""
+
+from pathlib import Path
+from typing import Any
+
+from plots import LINES, panels, real_line
+from record import evaluation
+
+PLAIN, ABLATION = "full", "without renoising"
+
+
+def table(record: dict[str, Any]) -> str:
+    """A Markdown table, one row a plan and one for real glyphs; FLOPs are of all steps of one branch of guidance."""
+    found = evaluation(record)
+    lines = [
+        "| plan | steps | tokens | GFLOPs a picture | ms a picture | as asked | Fréchet distance |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in found["plans"]:
+        steps, tokens = (", ".join(map(str, row[name])) for name in ("steps", "tokens"))
+        figures = f"{row['flops'] / 1e9:.1f} | {row['milliseconds']:.0f} | {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |"
+        lines.append(f"| {row['plan']} | {steps} | {tokens} | {figures}")
+    real = found["real"]
+    lines.append(f"| real glyphs | | | | | {real['accuracy']:.1%} | {real['frechet_distance']:.1f} |")
+    return "\n".join(lines)
+
+
+def protocol(record: dict[str, Any]) -> str:
+    """How the figures were made, in one paragraph."""
+    found = evaluation(record)
+    how, minutes = found["protocol"], sum(row["seconds"] for row in found["plans"]) / 60
+    return (
+        f"{how['samples']:,} pictures along each plan, classes in turn, from the same noise (seed {how['seed']}), guidance "
+        f"{how['guidance']:g} (two branches; GFLOPs are of one); drawn through the bundle ({found['where']}) in {minutes:.0f} minutes on a "
+        f"{found['machine']}. Milliseconds are of one picture alone, decoder included, the median of {how['rounds']} rounds of all plans "
+        "in turn. The judge is `samples/classifier.py --side 64`; its accuracy on the 3,500 real glyphs that it has never seen is in the "
+        "last row. Distances are to the features of these 3,500; the last row's is that of "
+        f"{found['real']['pictures']:,} other real glyphs, the ones that the judge learned from."
+    )
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Accuracy and Frechet distance against FLOPs: plain sampling as a line of step counts, plans and their ablations as points."""
+    found = evaluation(record)
+    kinds: dict[str, list[dict[str, Any]]] = {"full resolution, fewer steps": [], "RALU": [], f"RALU {ABLATION}": []}
+    for row in found["plans"]:
+        kinds[list(kinds)[0 if row["plan"].startswith(PLAIN) else 2 if ABLATION in row["plan"] else 1]].append(row)
+    what = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
+    with panels(path) as axes:
+        for panel, (name, label, unit) in zip(axes, what, strict=True):
+            for (words, rows), (color, marker) in zip(kinds.items(), LINES, strict=True):
+                x, y = [row["flops"] / 1e9 for row in rows], [unit * row[name] for row in rows]
+                line = "-" if words.startswith(PLAIN) else "none"
+                panel.plot(x, y, color=color, marker=marker, linestyle=line, linewidth=2, markersize=6, label=words)
+                for row, *place in zip(rows, x, y, strict=True):
+                    short = f"{row['steps'][0]}" if words.startswith(PLAIN) else row["plan"].split()[0]
+                    panel.annotate(short, place, (5, 5), textcoords="offset points", color=color, fontsize=9)
+            real_line(panel, unit * found["real"][name], "real glyphs")
+            panel.set_axisbelow(True)
+            panel.set_xlabel("GFLOPs a picture, one branch")
+            panel.set_ylabel(label)
+            if name == "frechet_distance":
+                panel.set_yscale("log")
