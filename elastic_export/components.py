@@ -7,13 +7,14 @@ from typing import Any
 
 from elastic_export.capture import Capture
 from elastic_export.models import flux, sd3, tokens
-from elastic_export.models.cost import dit_activation_values, peak_bytes
+from elastic_export.models.cost import FLOAT32, dit_activation_values, peak_bytes
 from elastic_export.models.family import priced
 from elastic_export.models.folder import Folder, diffusers_class, read_json
 from elastic_export.models.text_encoders import GIVES, kind, read_tokenizer, text_encoder
 from elastic_export.models.text_encoders import sizes as sizes_of
 from elastic_export.models.tokens import TokenFamily
 from elastic_export.models.vae import decoder, read_vae
+from elastic_export.models.zoo import quality
 from elastic_runtime import manifest
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
@@ -53,7 +54,13 @@ class Sizes:
 
 
 def capture_folder(
-    path: Path, components: tuple[str, ...] | None, size: Span | None, batch: Span, name: str | None = None, digest: bool = True
+    path: Path,
+    components: tuple[str, ...] | None,
+    size: Span | None,
+    batch: Span,
+    name: str | None = None,
+    digest: bool = True,
+    packaged: bool = False,
 ) -> Capture:
     """Capture a diffusers folder of FLUX or SD3; no weights are read before a graph is asked for.
 
@@ -61,6 +68,7 @@ def capture_folder(
         components: of transformer, vae and text; None for all that the folder lists.
         size: sides of pictures in pixels; None for the model's usual one and down to half of it.
         name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
+        packaged: whether it is the packaged sample of that name, whose card has figures and whose place is nobody's business.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
         BudgetError for sides that do not divide into patches.
@@ -94,13 +102,19 @@ def capture_folder(
     for encoder in text.encoders if text else ():
         graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
     parameters = {component: folder.parameters(component) for component in {"transformer", *chosen}}
-    values = dit_activation_values(
-        sizes.tokens.max + length, config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
-    )
+    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
+
+    def cost(stage: Budget) -> manifest.Cost:
+        count = stage.get("S", sizes.tokens.max)
+        values = dit_activation_values(count + length, width, heads)
+        return priced(stage, STEP[family.name](config, count, length), parameters["transformer"], values)
+
+    stages = next((graph.stages for graph in graphs if graph.name == "denoiser"), ()) or (Budget(),)
+    costs = tuple(cost(stage) for stage in sorted(stages, key=lambda stage: stage.get("S", 0)))
+    values = costs[-1].activation_bytes // FLOAT32
     for graph in graphs:
         component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         peaks[graph.name] = peak_bytes(parameters[component], values * min(2, batch.max) if graph.name == "denoiser" else 0)
-    flops = STEP[family.name](config, sizes.tokens.max, length)
     side = sizes.latent.max
     return Capture(
         model=manifest.Model(
@@ -119,9 +133,9 @@ def capture_folder(
         ),
         axes=(),
         graphs=graphs,
-        cost=(priced(Budget(), flops, parameters["transformer"], values),),
-        quality=(),
-        checkpoint=path.resolve(),
+        cost=costs,
+        quality=quality(name) if packaged and name else (),
+        checkpoint=None if packaged else path.resolve(),
         checkpoint_sha256=folder.sha256("transformer") if digest else None,
         ignored=(),
         files=files,

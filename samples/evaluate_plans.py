@@ -19,10 +19,10 @@ import torch
 
 from classifier import Judge, load_judge
 from digits import Digits
-from elastic_runtime import PRESETS, Bundle, ElasticError, Plan, RaluPipeline, UsageError
+from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.cost import plan_flops
-from elastic_runtime.ralu.plan import full
+from elastic_runtime.ralu.plan import PRESETS, full
 from grading import Grader, tell
 from plan_figures import plot, table
 from record import machine, read, versions, write

@@ -50,7 +50,7 @@ def section(report: Report) -> str:
         if bundle.recommendation:
             parts.append(bundle.recommendation)
     used = {runtime.where for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where}
-    parts.append(f"`make bench` on a {report.machine}; {', '.join(sorted(used))}. {method(report.settings)}")
+    parts.append(f"`make bench` on a {report.machine}; {', '.join(sorted(used))}. {method(report.settings, report.bundles)}")
     return "\n\n".join(parts)
 
 

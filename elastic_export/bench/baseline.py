@@ -3,15 +3,17 @@
 import importlib.util
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elastic_runtime.axis import Span
 from elastic_runtime.bench.runtimes import GRAPH, Opened
 from elastic_runtime.bundle import Bundle, sha256
-from elastic_runtime.errors import InferenceError, ModelError
+from elastic_runtime.errors import InferenceError, MissingError, ModelError
 from elastic_runtime.manifest import Graph, Manifest
 from elastic_runtime.reference import TOLERANCE
 from elastic_runtime.session import Arrays, Session
@@ -24,7 +26,7 @@ BASELINES = {"torch": False, "torch-compile": True}  # name -> whether it is com
 
 @dataclass(frozen=True)
 class TorchRuntime:
-    """`checkpoint` is the file of weights, where the model is neither a packaged sample nor one of random weights."""
+    """`checkpoint` holds the weights (a file, or a diffusers folder) where the model is neither a packaged sample nor a random one."""
 
     name: str
     checkpoint: Path | None = None
@@ -37,21 +39,31 @@ class TorchRuntime:
         if BASELINES[self.name] and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             return "torch.compile needs a C++ compiler, and there is none"
         try:
-            request(bundle.manifest, self.checkpoint)
-        except ModelError as error:
+            self._find(bundle.manifest)
+        except (ModelError, MissingError) as error:
             return str(error)
         return None
 
     def open(self, bundle: Bundle, threads: int) -> Opened:
         import torch
 
-        from elastic_export.models.zoo import load
-
         torch.set_num_threads(threads)
-        module = load(request(bundle.manifest, self.checkpoint)).module
+        module = self._find(bundle.manifest)()
         # The bound of float32, as for an artifact: eager torch wrote the recording, perhaps on another processor.
         session = TorchSession(bundle.manifest.graphs[GRAPH], module, BASELINES[self.name])
         return Opened(session, None, TOLERANCE["fp32"])
+
+    def _find(self, manifest: Manifest) -> Callable[[], Any]:
+        """What loads the original; raises ModelError where its weights are not at hand."""
+        from elastic_export.models.zoo import load
+
+        if manifest.model.patches is None:
+            wanted = request(manifest, self.checkpoint)
+            return lambda: load(wanted).module
+        from elastic_export.components import capture_folder
+
+        path = diffusers_folder(manifest, self.checkpoint)
+        return lambda: capture_folder(path, ("transformer",), None, Span(1, 1), digest=False).graphs[0].loaded().module
 
 
 class TorchSession(Session):
@@ -76,6 +88,26 @@ class TorchSession(Session):
 
     def close(self) -> None:
         self._module = None
+
+
+def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path:
+    """The very diffusers folder that a bundle was made from: a packaged sample's, or `checkpoint`.
+
+    Raises: ModelError where it is not at hand, or `checkpoint` is another one.
+    """
+    from elastic_export.models.folder import Folder
+    from elastic_export.models.zoo import locate, samples
+
+    name, wanted = manifest.model.name, manifest.provenance.checkpoint_sha256
+    path = checkpoint or (locate(name) if name in samples() else None)
+    if path is None:
+        named = f" ({manifest.provenance.checkpoint})" if manifest.provenance.checkpoint else ""
+        raise ModelError(f"the bundle does not hold the original's weights{named}: give its diffusers folder with --checkpoint DIR")
+    if not path.is_dir():
+        raise ModelError(f"there is no folder {path}")
+    if Folder.open(path).sha256("transformer") != wanted:
+        raise ModelError(f"{path} is not what the bundle was made from: the SHA-256 of its transformer is not the manifest's")
+    return path
 
 
 def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":

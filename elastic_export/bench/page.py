@@ -36,7 +36,7 @@ def page(report: Report, albums: Sequence[Album]) -> str:
     environment.filters |= {"ms": _ms, "budget": lambda budget: str(Budget(**budget)), "share": "{:.0%}".format}
     bundles = [_bundle(report, i, album) for i, album in enumerate(albums)]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, bundles=bundles, method=method(report.settings)
+        report=report, bundles=bundles, method=method(report.settings, report.bundles)
     )
 
 
@@ -57,9 +57,7 @@ def _bundle(report: Report, index: int, album: Album) -> dict[str, Any]:
         "plots": plots,
         "trials": sorted(bundle.trials, key=lambda trial: trial.seconds),
         "joules": sorted({name for found in rows for name in found.row.joules}),
-        "pictures": {
-            str(budget): [png(picture) for picture in pictures[:SHOWN]] for budget, pictures in album.items() if _visible(pictures)
-        },
+        "pictures": {where: [png(picture) for picture in pictures[:SHOWN]] for where, pictures in album.items() if _visible(pictures)},
     }
 
 

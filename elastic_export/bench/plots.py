@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from elastic_export.bench.svg import COLORS, Point, Series, legend, plot
 from elastic_runtime.bench.figures import Figures
-from elastic_runtime.bench.pareto import SAME
+from elastic_runtime.bench.pareto import SAME, graded
 from elastic_runtime.bench.records import BundleReport, Row, Settings, Trial
 from elastic_runtime.budget import Budget
 
@@ -69,7 +69,7 @@ def trial_plot(bundle: BundleReport, settings: Settings) -> Plot:
         same = trial.psnr_db >= SAME
         weak = f", weak branch {Budget(**trial.guidance_budget)}" if trial.guidance_budget else ""
         near = "the same pictures but for rounding" if same else f"{trial.psnr_db:.1f} dB"
-        words = f"{trial.runtime}, {Budget(**trial.budget)}{weak}, {trial.steps} steps: {1e3 * trial.seconds:.1f} ms, {near}"
+        words = f"{trial.runtime}, {trial.plan or Budget(**trial.budget)}{weak}, {trial.steps} steps: {1e3 * trial.seconds:.1f} ms, {near}"
         return Point(1e3 * trial.seconds, min(trial.psnr_db, SAME), words, hollow=not trial.front)
 
     front = sorted((trial for trial in bundle.trials if trial.front), key=lambda trial: trial.seconds)
@@ -86,29 +86,29 @@ def trial_plot(bundle: BundleReport, settings: Settings) -> Plot:
 
 def card_plot(bundle: BundleReport) -> list[Plot]:
     """Time of a picture against the card's Frechet distance at each budget, for the runtimes that compute as the card's did."""
-    shades, card = colors(bundle), {Budget(**row.budget): row for row in bundle.card}
-    exact = [runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"]
-    full = bundle.trials[0].steps
+    shades, found = colors(bundle), graded(bundle)
     series: list[Series] = []
-    for name in exact:
+    for name in dict.fromkeys(trial.runtime for trial, _ in found):
         points = [
             Point(
                 1e3 * trial.seconds,
-                card[Budget(**trial.budget)].frechet_distance,
-                f"{name}, {Budget(**trial.budget)}: Fréchet distance {card[Budget(**trial.budget)].frechet_distance:.1f}, "
-                f"{card[Budget(**trial.budget)].accuracy:.1%} as asked, {1e3 * trial.seconds:.1f} ms",
-                label="" if series else str(_value(trial.budget)),
+                row.frechet_distance,
+                f"{name}, {trial.plan or Budget(**trial.budget)}: Fréchet distance {row.frechet_distance:.1f}, "
+                f"{row.accuracy:.1%} as asked, {1e3 * trial.seconds:.1f} ms",
+                label="" if series else trial.plan or str(_value(trial.budget)),
             )
-            for trial in bundle.trials
-            if trial.runtime == name and trial.steps == full and trial.guidance_budget is None and Budget(**trial.budget) in card
+            for trial, row in found
+            if trial.runtime == name
         ]
         if points:
             series.append(Series(name, sorted(points, key=lambda point: point.x), shades[name]))
     if not series:
         return []
     title = "Time against the card's quality"
-    svg = plot(series, f"ms a picture of {full} steps", "Fréchet distance (lower is better)", title)
-    note = f"Numbers are {bundle.axis}. The distances are the model card's, with its own steps and guidance."
+    planned = found[0][0].plan is not None
+    what = "ms a picture" if planned else f"ms a picture of {bundle.trials[0].steps} steps"
+    svg = plot(series, what, "Fréchet distance (lower is better)", title)
+    note = f"Points are {'plans' if planned else bundle.axis}. The distances are the model card's, with its own steps and guidance."
     return [Plot(title, svg, legend(series), note)]
 
 

@@ -44,7 +44,7 @@ def make(
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture import capture, probe_budgets
     from elastic_export.export import destination, export
-    from elastic_export.models.zoo import Request, load, locate
+    from elastic_export.models.zoo import Request, load, locate, samples
 
     room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -67,7 +67,8 @@ def make(
                 raise UsageError(
                     f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it"
                 )
-            captured = capture_folder(folder, words(components) if components else None, size, batch, Path(model).name, not dry_run)
+            chosen, name = words(components) if components else None, Path(model).name
+            captured = capture_folder(folder, chosen, size, batch, name, not dry_run, model in samples())
         else:
             if components or size:
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")

@@ -127,8 +127,12 @@ def _sample(request: Request) -> Model:
     family = FAMILIES[card["family"]]
     weights = Request(request.name, samples()[request.name].with_suffix(".safetensors"), overrides=request.overrides)
     model = _with_checkpoint(weights, family, {"the card": card["config"]})
-    quality = tuple(Quality(**row) for row in card["quality"])
-    return Model(**{**vars(model), "quality": quality, "checkpoint": None})
+    return Model(**{**vars(model), "quality": quality(request.name), "checkpoint": None})
+
+
+def quality(name: str) -> tuple[Quality, ...]:
+    """What the card of a packaged sample measured; nothing for other names."""
+    return tuple(Quality(**row) for row in json.loads(samples()[name].read_text())["quality"]) if name in samples() else ()
 
 
 def _find(name: str) -> tuple[Family, Any]:

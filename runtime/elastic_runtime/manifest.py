@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from elastic_runtime.axis import Axis, Span
+from elastic_runtime.budget import key
 from elastic_runtime.errors import BundleError, ElasticError
 from elastic_runtime.schedule import LinearBeta, Schedule, ShiftedCosine
 
@@ -290,11 +291,17 @@ class Cost(_Record, frozen=True, kw_only=True):
 
 
 class Quality(_Record, frozen=True, kw_only=True):
-    """What the model card measured at a budget (see the card for the protocol)."""
+    """What the model card measured at a budget, or along a plan that it names (see the card for the protocol)."""
 
     budget: dict[str, int]
     accuracy: float
     frechet_distance: float
+    plan: str | None = None
+
+    @property
+    def where(self) -> str:
+        """The plan, or the budget as in `budget.key`."""
+        return self.plan or key(self.budget)
 
 
 class Provenance(_Record, frozen=True, kw_only=True):

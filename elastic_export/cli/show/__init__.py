@@ -200,8 +200,8 @@ def bundle(opened: Bundle) -> None:
             verifications(name, artifact)
     costs(_thin(manifest.cost))
     if manifest.quality:
-        rows = [(key(row.budget), f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in manifest.quality]
-        table("quality, from the model card", ("budget", "accuracy", "Frechet distance"), rows)
+        rows = [(row.where, f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in manifest.quality]
+        table("quality, from the model card", ("plan" if manifest.quality[0].plan else "budget", "accuracy", "Frechet distance"), rows)
 
 
 def _thin(rows: tuple[Cost, ...], most: int = 9) -> list[Cost]:

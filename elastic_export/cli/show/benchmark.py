@@ -23,27 +23,34 @@ def benchmark(report: Report) -> None:
             table(f"{opened.name}: a step of batch {report.settings.batch}", columns, [_benchmark_row(row) for row in rows])
         _streams(opened)
         if opened.trials:
-            front = sorted((trial for trial in opened.trials if trial.front), key=lambda trial: trial.seconds)
+            planned = any(trial.plan for trial in opened.trials)
+            told = sorted((trial for trial in opened.trials if trial.front or planned), key=lambda trial: trial.seconds)
+            front = f"the front of time against nearness to the full budget, of {len(opened.trials)} ways (--html has them all)"
             table(
-                f"{opened.name}: the front of time against nearness to the full budget, of {len(opened.trials)} ways (--html has them all)",
-                ("runtime", "budget", "weak branch", "steps", "ms", "PSNR dB", "cosine"),
+                f"{opened.name}: {'pictures along plans' if planned else front}",
+                ("runtime", "plan" if planned else "budget", "weak branch", "steps", "ms", "PSNR dB", "cosine"),
                 [
                     (
-                        trial.runtime, key(trial.budget), key(trial.guidance_budget) if trial.guidance_budget else "the same", trial.steps,
+                        trial.runtime, trial.where, key(trial.guidance_budget) if trial.guidance_budget else "the same", trial.steps,
                         _ms(trial.seconds), "same" if trial.psnr_db >= SAME else f"{trial.psnr_db:.1f}", f"{trial.cosine:.5f}",
                     )
-                    for trial in front
+                    for trial in told
                 ],
             )  # fmt: skip
         if opened.card:
-            rows_ = [(key(row.budget), f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in opened.card]
-            table(f"{opened.name}: quality, from the model card", ("budget", "accuracy", "Frechet distance"), rows_)
+            what = "plan" if opened.card[0].plan else "budget"
+            rows_ = [(row.where, f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in opened.card]
+            table(
+                f"{opened.name}: quality, from the model card",
+                (what, "accuracy", "Frechet distance"),
+                rows_,
+            )
         if opened.recommendation:
             line(opened.recommendation)
     most = report.peaks
     line(f"{report.machine}: peaks {most.flops_per_second / 1e9:.0f} GFLOP/s, {most.bytes_per_second / 1e9:.1f} GB/s")
     line("energy: " + "; ".join(f"{name} {what}" for name, what in report.energy.items()))
-    line(method(report.settings))
+    line(method(report.settings, report.bundles))
 
 
 def _runtimes(opened: BundleReport) -> None:

@@ -1,6 +1,6 @@
 """What follows from a report's rows: shares, rates and ratios, for whoever shows them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,15 +58,17 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
             )
 
 
-def method(settings: Settings) -> str:
-    """How the figures were made, in a few sentences."""
+def method(settings: Settings, bundles: Iterable[BundleReport] = ()) -> str:
+    """How the figures of `bundles` were made, in a few sentences."""
     many = "one picture" if settings.batch == 1 else f"{settings.batch} pictures"
     guided = f"guidance {settings.guidance:g} (two branches)" if settings.guidance > 1 else "no guidance"
+    planned = any(trial.plan for bundle in bundles for trial in bundle.trials)
+    own = " (a plan has its own)" if planned else ""
     threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
     return (
         f"Each runtime has a process of its own with {threads}; its outputs were held against the original's recorded ones there before "
         f"it was timed. After a round to warm up, runtimes and budgets took turns in {ROUNDS} rounds, {settings.duration:g} s of timing a "
-        f"row in all. A step is one forward pass for {many}, one branch; a picture is {settings.steps} steps with {guided}. Times are "
+        f"row in all. A step is one forward pass for {many}, one branch; a picture is {settings.steps} steps{own} with {guided}. Times are "
         "medians; spread is the distance of the quartiles of the rounds' medians, shares and ratios are medians of the ratios within "
         "rounds. First is the first run at a budget in a new process, the first of all with what a runtime prepares once; switch is the "
         "first run after another budget, less a steady one. Peaks are numpy's best float32 matrix product and a copy; bytes are the "

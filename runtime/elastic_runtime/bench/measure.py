@@ -64,13 +64,15 @@ class Entry:
 def points(bundle: Bundle, values: Sequence[int] | None = None) -> list[Budget]:
     """The budgets to measure, smallest first: `values` of the bundle's first axis, or its doublings; other axes at their defaults.
 
+    Of a model that is drawn along plans they are the tokens of the plans' stages.
+
     Raises: BudgetError for a value that the axis does not offer, or for values where there is no axis.
     """
     axes = bundle.manifest.axes
     if not axes:
         if values:
             raise BudgetError(f"{bundle.folder} has no axis, so it takes no budgets: leave them out")
-        return [Budget()]
+        return [Budget(**row.budget) for row in bundle.manifest.cost] or [Budget()]
     chosen = axes[0].doublings() if values is None else sorted(set(values))
     return [Budget(**{axes[0].name: value}).on(axes) for value in chosen]
 
@@ -103,7 +105,7 @@ def measure(
         for entry in _running(entries):
             entry.peak = entry.ask("memory")
         on_stage(f"{bundle.folder.name}: drawing")
-        found, album = trials(entries, bundle, drawings(budgets, settings), settings)
+        found, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
         if settings.single_stream:
             on_stage(f"{bundle.folder.name}: single stream")
             _stream(entries, budgets, settings)
@@ -115,11 +117,11 @@ def measure(
         name=bundle.folder.resolve().name,
         model=model.name,
         family=model.family,
-        axis=bundle.manifest.axes[0].name if bundle.manifest.axes else None,
+        axis=bundle.manifest.axes[0].name if bundle.manifest.axes else "tokens" if model.patches else None,
         weights=bundle.manifest.provenance.checkpoint_sha256 or model.weights,
         runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
         trials=found,
-        card=bundle.manifest.quality if settings.quality else (),
+        card=bundle.manifest.quality if settings.quality or model.patches else (),
     )
     return replace(report, recommendation=recommend(report, settings)), album
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from elastic_runtime.bench.records import BundleReport, Settings
+from elastic_runtime.bench.records import BundleReport, Settings, Trial
 from elastic_runtime.budget import Budget
+from elastic_runtime.manifest import Quality
 
 SAME = 60.0  # dB; above it a difference is rounding, and no reason to prefer one way to another
 NEAR = 30.0  # dB; above it pictures are taken for the same in image coding
@@ -24,15 +25,12 @@ def recommend(bundle: BundleReport, settings: Settings) -> str | None:
     if not bundle.trials:
         return None
     first = bundle.trials[0]  # the full budget of the first runtime: what the others were compared with
-    card = {Budget(**row.budget): row for row in bundle.card}
-    exact = {runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"}
-    plain = [trial for trial in bundle.trials if trial.steps == first.steps and trial.guidance_budget is None]
-    graded = [trial for trial in plain if trial.runtime in exact and Budget(**trial.budget) in card]
-    if graded:
-        best = min(card[Budget(**trial.budget)].frechet_distance for trial in graded)
-        good = [trial for trial in graded if card[Budget(**trial.budget)].frechet_distance <= ALLOWANCE * best]
-        chosen = min(good, key=lambda trial: trial.seconds)
-        figure = card[Budget(**chosen.budget)].frechet_distance
+    if found := graded(bundle):
+        best = min(row.frechet_distance for _, row in found)
+        chosen, figure = min(
+            ((trial, row.frechet_distance) for trial, row in found if row.frechet_distance <= ALLOWANCE * best),
+            key=lambda pair: pair[0].seconds,
+        )
         why = f"its Frechet distance by the card's own protocol is {figure:.1f}, where the best is {best:.1f}"
     else:
         near = [trial for trial in bundle.trials if trial.psnr_db >= NEAR]
@@ -43,11 +41,28 @@ def recommend(bundle: BundleReport, settings: Settings) -> str | None:
             why = "its pictures are the full budget's but for rounding"
         else:
             why = f"its pictures come within {chosen.psnr_db:.0f} dB of the full budget's"
-    how = f"{chosen.runtime} at {Budget(**chosen.budget)} with {chosen.steps} steps"
+    how = f"{chosen.runtime} {_way(chosen)}" if chosen.plan else f"{chosen.runtime} {_way(chosen)} with {chosen.steps} steps"
     weak = f" and {Budget(**chosen.guidance_budget)} for the weak branch" if chosen.guidance_budget else ""
-    share = f"{chosen.seconds / first.seconds:.0%} of {first.runtime} at {Budget(**first.budget)}"
+    share = f"{chosen.seconds / first.seconds:.0%} of {first.runtime} {_way(first)}"
     many = "a picture" if settings.batch == 1 else f"a batch of {settings.batch}"
     return f"Use {how}{weak}: {_time(chosen.seconds)} {many}, {share}; {why}."
+
+
+def graded(bundle: BundleReport) -> list[tuple[Trial, Quality]]:
+    """The trials that the card has figures for: plans, or budgets with the first trial's steps, in runtimes that compute in float32."""
+    card = {row.where: row for row in bundle.card}
+    exact = {runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"}
+    return [
+        (trial, card[trial.where])
+        for trial in bundle.trials
+        if trial.runtime in exact
+        and trial.where in card
+        and (trial.plan or (trial.guidance_budget is None and trial.steps == bundle.trials[0].steps))
+    ]
+
+
+def _way(trial: Trial) -> str:
+    return f"along plan {trial.plan}" if trial.plan else f"at {Budget(**trial.budget)}"
 
 
 def _time(seconds: float) -> str:

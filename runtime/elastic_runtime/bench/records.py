@@ -2,6 +2,7 @@
 
 import msgspec
 
+from elastic_runtime.budget import key
 from elastic_runtime.errors import UsageError
 from elastic_runtime.manifest import Quality, Verification, read_record
 
@@ -126,7 +127,8 @@ class RuntimeReport(_Record, frozen=True, kw_only=True):
 class Trial(_Record, frozen=True, kw_only=True):
     """Pictures drawn one way: their time (a batch of them), and how near they come to those of the full budget from the same noise.
 
-    `guidance_budget` is that of the weak branch where it is another. `front`: no other trial is both as fast and as near.
+    `guidance_budget` is that of the weak branch where it is another. `plan` names the plan of a model that is drawn along one; its
+    `budget` is then that of the whole picture's tokens. `front`: no other trial is both as fast and as near.
     """
 
     runtime: str
@@ -136,7 +138,13 @@ class Trial(_Record, frozen=True, kw_only=True):
     seconds: float
     psnr_db: float
     cosine: float
+    plan: str | None = None
     front: bool = False
+
+    @property
+    def where(self) -> str:
+        """The plan, or the budget as in `budget.key`: what a card's figures are of."""
+        return self.plan or key(self.budget)
 
 
 class BundleReport(_Record, frozen=True, kw_only=True):

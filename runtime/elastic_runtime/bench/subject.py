@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.manifest import Verification
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.policy import Fixed
-from elastic_runtime.reference import axis_feeds, check, unpack
+from elastic_runtime.ralu import RaluPipeline
+from elastic_runtime.reference import axis_feeds, check, cut, unpack
 from elastic_runtime.session import batches
 
 Clock = Callable[[], float]
@@ -43,11 +44,15 @@ class Turn(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """How a picture is drawn; `weak` is the budget of the weak branch (None: the same)."""
+    """How a picture is drawn; `weak` is the budget of the weak branch (None: the same).
+
+    Of a model that is drawn along plans, `plan` names one of mixed resolution (None: full resolution), which has `steps` of its own.
+    """
 
     budget: Budget
     weak: Budget | None
     steps: int
+    plan: str | None = None
 
 
 class Subject:
@@ -107,10 +112,17 @@ class Subject:
 
         Raises: InferenceError if they are not finite.
         """
+        begun = self._clock()
+        pictures = self._at_budget(way, seed) if self._bundle.manifest.model.patches is None else self._along_plan(way, seed)
+        seconds = self._clock() - begun
+        if not np.isfinite(pictures).all():
+            raise InferenceError(f"{self._open.denoiser.where} drew values that are not finite at {way.plan or way.budget}")
+        return seconds, np.asarray(pictures, dtype=np.float32)
+
+    def _at_budget(self, way: Drawing, seed: int) -> np.ndarray:
         model, settings = self._bundle.manifest.model, self._settings
         pipe = ElasticPipeline(self._bundle, self._open.denoiser, self._open.decoder)
         labels = (seed + np.arange(settings.batch)) % model.num_classes
-        begun = self._clock()
         state = None
         for progress in pipe.iterate(
             labels.tolist(),
@@ -121,11 +133,27 @@ class Subject:
         ):
             state = progress.step.sample
         assert state is not None
-        pictures = pipe.images(state, "np" if drawable(self._bundle) else "latent")
-        seconds = self._clock() - begun
-        if not np.isfinite(pictures).all():
-            raise InferenceError(f"{self._open.denoiser.where} drew values that are not finite at {way.budget}")
-        return seconds, np.asarray(pictures, dtype=np.float32)
+        return np.asarray(pipe.images(state, "np" if drawable(self._bundle) else "latent"))
+
+    def _along_plan(self, way: Drawing, seed: int) -> np.ndarray:
+        """After class labels, or the recorded embeddings: text encoders are no part of a step, and a plan does not change them."""
+        model, rows = self._bundle.manifest.model, np.arange(self._settings.batch)
+        subject: dict[str, Any] = {"class_labels": ((seed + rows) % max(1, model.num_classes)).tolist()}
+        if not model.num_classes:
+            names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+            subject = {name: self._feeds[feed][rows % len(self._feeds[feed])] for name, feed in names.items()}
+            if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:
+                subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
+        sessions = {"denoiser": self._open.denoiser} | ({"decoder": self._open.decoder} if self._open.decoder else {})
+        drawn = RaluPipeline(self._bundle, sessions.__getitem__)(
+            **subject,
+            plan=way.plan or "full",
+            num_inference_steps=None if way.plan else way.steps,
+            guidance_scale=self._settings.guidance,
+            generator=np.random.default_rng(seed),
+            output_type="np" if drawable(self._bundle) else "latent",
+        )
+        return np.asarray(drawn.images)
 
     def stream(self, way: Drawing, queries: int, limit: float) -> tuple[float, ...]:
         """Seconds of one batch of pictures after another, until there are `queries` or `limit` seconds have passed."""
@@ -157,7 +185,7 @@ class Subject:
         graph = self._bundle.manifest.graphs[GRAPH]
         batched = {spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"}
         feeds = {name: array[rows % len(array)] if name in batched else array for name, array in self._feeds.items()}
-        return feeds | axis_feeds(self._bundle.manifest.axes, budget)
+        return cut(graph.inputs, feeds, budget) | axis_feeds(self._bundle.manifest.axes, budget)
 
 
 def drawable(bundle: Bundle) -> bool:

@@ -46,8 +46,8 @@ def test_times_are_those_of_the_clock_in_rounds(opened: Bundle) -> None:
     assert [row.budget["latents"] for row in first.checked] == [4, 16, 64]
     assert first.rows[0].agrees is None
     assert all(row.agrees is not None and row.agrees.passed for row in second.rows)
-    assert list(album) == points(opened)
-    assert album[Budget(latents=64)].shape[1:] == (8, 8, 1)
+    assert list(album) == [str(budget) for budget in points(opened)]
+    assert album["latents=64"].shape[1:] == (8, 8, 1)
     assert report.trials == ()
     assert report.recommendation is None
 
@@ -131,7 +131,7 @@ def test_a_single_stream_ends_with_its_time(opened: Bundle) -> None:
 def test_a_batch_is_run_in_as_few_runs_as_the_session_takes(opened: Bundle) -> None:
     report, album = run(opened, "right", settings=Settings(batch=6, steps=2, duration=0.1))
     assert report.runtimes[0].rows[0].step.p50 == pytest.approx(6 * 0.014)
-    assert len(album[Budget(latents=4)]) % 6 == 0
+    assert len(album["latents=4"]) % 6 == 0
 
 
 @pytest.mark.parametrize(
