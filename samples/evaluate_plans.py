@@ -19,12 +19,13 @@ import torch
 
 from classifier import Judge, load_judge
 from digits import Digits
+from elastic_export.cli.options import integers
 from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.cost import plan_flops
 from elastic_runtime.ralu.plan import PRESETS, full
 from grading import Grader, tell
-from plan_figures import plot, table
+from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
 
 SIDE, CLASSES = 64, 10
@@ -32,10 +33,10 @@ SIDE, CLASSES = 64, 10
 
 @dataclass(frozen=True)
 class Protocol:
-    """How pictures are drawn; `full` are the steps of the first row, `rounds` how often each plan is timed."""
+    """How pictures are drawn; `full` are step counts to grade at full resolution, `rounds` how often each plan is timed."""
 
     samples: int = 500
-    full: int = 50
+    full: tuple[int, ...] = (50, 20)
     guidance: float = 1.5
     seed: int = 0
     rounds: int = 15
@@ -60,7 +61,7 @@ def flops(model: Model, plan: Plan) -> int:
     return plan_flops(model.family, model.config, plan, side, side, model.text.length if model.text else 1)
 
 
-def rows(model: Model, steps: int) -> dict[str, Plan]:
+def rows(model: Model, steps: tuple[int, ...]) -> dict[str, Plan]:
     """What is graded, by name: plain sampling with `steps`, and as many as a preset has or costs; presets; their ablations."""
     tokens = (model.sample_shape[-1] // _size(model)) ** 2
 
@@ -68,9 +69,9 @@ def rows(model: Model, steps: int) -> dict[str, Plan]:
         return full(count, tokens, model.config.get("scheduler", {}))
 
     alike = {plan.total for plan in PRESETS.values()} | {round(flops(model, plan) / flops(model, plain(1))) for plan in PRESETS.values()}
-    found = {f"full, {count} steps": plain(count) for count in sorted({steps, *alike}, reverse=True)}
+    found = {f"full, {count} steps": plain(count) for count in sorted({*steps, *alike}, reverse=True)}
     for name, plan in PRESETS.items():
-        found |= {name: plan, f"{name} without renoising": replace(plan, renoise=False)}
+        found |= {name: plan, f"{name} {ABLATION}": replace(plan, renoise=False)}
     return found
 
 
@@ -87,7 +88,7 @@ def draw(pipe: RaluPipeline, plan: Plan, labels: np.ndarray, first: int, protoco
 
 
 def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protocol, batch: int = 50) -> dict[str, Any]:
-    """The `evaluation` of a record: a row for each of `rows`.
+    """Figures of each of `rows`: `quality` as the manifest holds it, and `evaluation` with all that made them.
 
     Raises: UsageError for a bundle or protocol that does not fit.
     """
@@ -106,7 +107,12 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
         found.append(row | grader.grade(Digits(np.concatenate(pictures), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
-    return {
+    quality = [
+        {"budget": {}} | {name: row[name] for name in ("plan", "accuracy", "frechet_distance")}
+        for row in found
+        if ABLATION not in row["plan"]
+    ]
+    evaluation = {
         "protocol": asdict(protocol),
         "real": grader.real,
         "plans": found,
@@ -115,6 +121,7 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
         "machine": machine(),
     }
+    return {"quality": quality, "evaluation": evaluation}
 
 
 def timed(pipe: RaluPipeline, plans: list[Plan], protocol: Protocol) -> list[float]:
@@ -139,7 +146,7 @@ def main(given: argparse.Namespace) -> None:
     protocol = Protocol(given.samples, given.full, given.guidance, given.seed, given.rounds)
     old = read(given.output) if given.output.exists() else {}
     with RaluPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
-        figures = {"evaluation": evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)}
+        figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)
     write(given.output, {"family": bundle.manifest.model.family} | old | figures)
     record = read(given.output)  # as a card will see it
     print(table(record))
@@ -153,7 +160,7 @@ if __name__ == "__main__":
     options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds is kept")
     options.add_argument("--plot", type=Path, help="PNG of the figures against FLOPs")
     options.add_argument("--samples", type=int, default=500, help="pictures along each plan (default: %(default)s)")
-    options.add_argument("--full", type=int, default=50, help="steps of the first row, at full resolution (default: %(default)s)")
+    options.add_argument("--full", type=integers, default=(50, 20), help="step counts at full resolution (default: 50,20)")
     options.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1 is none (default: %(default)s)")
     options.add_argument(
         "--rounds", type=int, default=15, help="times that each plan draws one picture for the clock (default: %(default)s)"

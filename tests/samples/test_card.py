@@ -136,4 +136,6 @@ def test_figures_are_of_the_packaged_weights(path: Path) -> None:
     whole = read(path)
     if not whole["quality"]:
         pytest.skip(f"{path.name} holds no figures yet")
-    assert whole["evaluation"]["weights_sha256"] == sha256(path.with_suffix(".safetensors"))
+    folder = path.with_suffix("")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors" if folder.is_dir() else path.with_suffix(".safetensors")
+    assert whole["evaluation"]["weights_sha256"] == sha256(weights)

@@ -13,7 +13,7 @@ import evaluate_plans as script
 from classifier import load_judge
 from digits import Digits, glyphs
 from elastic_runtime import Bundle, Plan, RaluPipeline, Span, UsageError
-from elastic_runtime.manifest import Manifest
+from elastic_runtime.manifest import Manifest, Quality
 from elastic_runtime.ralu.patches import pack
 from evaluate_plans import Protocol, evaluate
 
@@ -21,7 +21,7 @@ CONFIG = {
     "attention_head_dim": 32, "num_attention_heads": 4, "num_layers": 1, "num_single_layers": 5, "guidance_embeds": False,
     "in_channels": 12, "out_channels": None, "pooled_projection_dim": 10, "joint_attention_dim": 6, "scheduler": {"shift": 2.0},
 }  # fmt: skip
-PROTOCOL = Protocol(samples=20, full=3, rounds=2)
+PROTOCOL = Protocol(samples=20, full=(3,), rounds=2)
 ALL = (64 // 2) ** 2
 OF_7X = ALL // 4 + 3 * int(ALL // 4 * 0.1)
 
@@ -56,13 +56,16 @@ def artist(held_out: Digits) -> RaluPipeline:
 
 def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
     pipe = artist(digits[1])
-    found = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=15)
+    figures = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=15)
+    found = figures["evaluation"]
     rows = {row["plan"]: row for row in found["plans"]}
     assert list(rows)[-4:] == ["4x", "4x without renoising", "7x", "7x without renoising"]
     assert {"full, 18 steps", "full, 10 steps", "full, 3 steps"} < set(rows)
     assert all(rows[name]["accuracy"] == 1 for name in rows if "7x" not in name)
     assert rows["7x"]["accuracy"] < 0.7
     assert rows["7x"]["frechet_distance"] > rows["4x"]["frechet_distance"]
+    assert {row["plan"] for row in figures["quality"]} == {name for name in rows if "without" not in name}
+    assert all(Quality(**row).where == row["plan"] for row in figures["quality"])
     assert rows["4x"]["tokens"] == [256, 256 + 3 * 76, 1024]
     assert (rows["4x"]["steps"], rows["full, 3 steps"]["steps"]) == ([5, 6, 7], [3])
     assert all(row["milliseconds"] > 0 for row in rows.values())
@@ -74,7 +77,7 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
 
 def test_rows_have_as_many_steps_as_the_plans_and_as_many_as_these_cost() -> None:
     model = described().model
-    plans = script.rows(model, 50)
+    plans = script.rows(model, (50, 20))
     step = script.flops(model, Plan.full(1))
     for name, total in (("4x", 18), ("7x", 10)):
         cheap = f"full, {round(script.flops(model, plans[name]) / step)} steps"
