@@ -25,7 +25,7 @@ from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline,
 from elastic_runtime.manifest import Manifest, Model
 from elastic_runtime.sampling import sampler
 from elastic_runtime.schedule import CosineMask
-from grading import Grader, tell
+from grading import Grader, integers, tell
 from record import machine, read, versions, write
 
 
@@ -202,12 +202,6 @@ def _budget(text: str) -> dict[str, int]:
     return {name: int(value)}
 
 
-def _values(text: str) -> list[int]:
-    if not all(part.isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"budgets are whole numbers such as 16,64,256, got {text!r}")
-    return [int(part) for part in text.split(",")]
-
-
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -222,7 +216,7 @@ if __name__ == "__main__":
     options.add_argument("--beside", metavar="WORDS", help="this is another model: its figures go beside the record's own under WORDS")
     options.add_argument("--plot", type=Path, help="PNG of the figures against the budget")
     options.add_argument("--axis", help="the axis to grade along (default: the bundle's first)")
-    options.add_argument("--budgets", type=_values, help="budgets on it, such as 16,64,256 (default: doublings over its span)")
+    options.add_argument("--budgets", type=integers, help="budgets on it, such as 16,64,256 (default: doublings over its span)")
     options.add_argument("--samples", type=int, default=1000, help="pictures at each budget (default: %(default)s)")
     options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     options.add_argument("--sampler", help="such as heun or ddim (default: the one that fits the model)")

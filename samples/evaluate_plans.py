@@ -19,12 +19,11 @@ import torch
 
 from classifier import Judge, load_judge
 from digits import Digits
-from elastic_export.cli.options import integers
 from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.cost import plan_flops
 from elastic_runtime.ralu.plan import PRESETS, full
-from grading import Grader, tell
+from grading import Grader, integers, tell
 from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
 
@@ -107,11 +106,8 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
         found.append(row | grader.grade(Digits(np.concatenate(pictures), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
-    quality = [
-        {"budget": {}} | {name: row[name] for name in ("plan", "accuracy", "frechet_distance")}
-        for row in found
-        if ABLATION not in row["plan"]
-    ]
+    names = ("plan", "accuracy", "frechet_distance")
+    quality = [{"budget": {}} | {name: row[name] for name in names} for row in found if ABLATION not in row["plan"]]
     evaluation = {
         "protocol": asdict(protocol),
         "real": grader.real,
@@ -143,7 +139,7 @@ def _size(model: Model) -> int:
 def main(given: argparse.Namespace) -> None:
     torch.set_num_threads(given.threads or torch.get_num_threads())
     bundle = Bundle.open(given.bundle)
-    protocol = Protocol(given.samples, given.full, given.guidance, given.seed, given.rounds)
+    protocol = Protocol(given.samples, tuple(given.full), given.guidance, given.seed, given.rounds)
     old = read(given.output) if given.output.exists() else {}
     with RaluPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
         figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)

@@ -1,5 +1,6 @@
 """How drawn digits are graded: the share that a judge names as asked, and the Frechet distance of their features to real digits'."""
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -64,3 +65,10 @@ def tell(what: str, done: int, pictures: int, begun: float) -> None:
     left = (time.perf_counter() - begun) / done * (pictures - done)
     line = f"{what}: {done} of {pictures} pictures, {left:.0f} s left"
     print(f"\r{line}  " if sys.stderr.isatty() else line, end="" if sys.stderr.isatty() and left else "\n", file=sys.stderr, flush=True)
+
+
+def integers(text: str) -> list[int]:
+    """An option's whole numbers, written `16,64,256`."""
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"these are whole numbers such as 16,64,256, got {text!r}")
+    return [int(part) for part in text.split(",")]

@@ -141,8 +141,8 @@ def test_guidance_budget_is_read() -> None:
 
 
 def test_lists_on_the_command_line_are_read() -> None:
-    assert script._values("16,64") == [16, 64]
+    assert script.integers("16,64") == [16, 64]
     assert script._numbers("4,1.5") == (4, 1.5)
-    for read in (script._values, script._numbers):
+    for read in (script.integers, script._numbers):
         with pytest.raises(ArgumentTypeError, match="such as"):
             read("a,b")
