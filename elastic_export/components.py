@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_export.capture import Capture
 from elastic_export.models import flux, sd3, tokens
-from elastic_export.models.cost import FLOAT32, dit_activation_values, peak_bytes
+from elastic_export.models.cost import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.models.family import priced
 from elastic_export.models.folder import Folder, diffusers_class, read_json
 from elastic_export.models.text_encoders import GIVES, kind, read_tokenizer, text_encoder
@@ -24,7 +24,7 @@ from elastic_runtime.schedule import RectifiedFlow
 from elastic_targets.capture import GraphCapture
 
 FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
-UPSCALE, SIDE = 8, 128  # of a latent, where there is no VAE to tell
+SIDE = 128  # of a latent, where nothing tells
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
 
@@ -94,6 +94,16 @@ def capture_folder(
     text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders)
     length = text.length if text else 1
     graphs, peaks = [], {}
+    if folder.labels and len(folder.labels) > config["pooled_projection_dim"]:
+        raise ModelError(
+            f"{path / 'model_index.json'} names {len(folder.labels)} classes, and the transformer takes one of "
+            f"{config['pooled_projection_dim']}: are they another model's?"
+        )
+    if folder.labels and encoders:
+        raise ModelError(
+            f"{path} has classes (id2label) and text encoders ({', '.join(encoders)}), and a model draws from one or the other: "
+            "leave the encoders out with --components transformer,vae"
+        )
     if "transformer" in chosen:
         graphs.append(_denoiser(folder, family, transformer, config, sizes, length, batch))
     if "vae" in chosen and vae:
@@ -101,7 +111,7 @@ def capture_folder(
         graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
     for encoder in text.encoders if text else ():
         graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
-    parameters = {component: folder.parameters(component) for component in {"transformer", *chosen}}
+    parameters = {component: folder.parameters(component) for component in chosen}
     width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
 
     def cost(stage: Budget) -> manifest.Cost:
@@ -109,12 +119,14 @@ def capture_folder(
         values = dit_activation_values(count + length, width, heads)
         return priced(stage, STEP[family.name](config, count, length), parameters["transformer"], values)
 
-    stages = next((graph.stages for graph in graphs if graph.name == "denoiser"), ()) or (Budget(),)
+    stages = next((graph.stages or (Budget(),) for graph in graphs if graph.name == "denoiser"), ())
     costs = tuple(cost(stage) for stage in sorted(stages, key=lambda stage: stage.get("S", 0)))
-    values = costs[-1].activation_bytes // FLOAT32
+    values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
+    values["decoder"] = decoder_values(folder.config("vae"), sizes.pixels.max) if has_vae else 0
     for graph in graphs:
         component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
-        peaks[graph.name] = peak_bytes(parameters[component], values * min(2, batch.max) if graph.name == "denoiser" else 0)
+        rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
+        peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     side = sizes.latent.max
     return Capture(
         model=manifest.Model(
@@ -136,7 +148,7 @@ def capture_folder(
         cost=costs,
         quality=quality(name) if packaged and name else (),
         checkpoint=None if packaged else path.resolve(),
-        checkpoint_sha256=folder.sha256("transformer") if digest else None,
+        checkpoint_sha256=folder.sha256("transformer") if digest and "transformer" in chosen else None,
         ignored=(),
         files=files,
         peaks=peaks,
@@ -153,7 +165,7 @@ def _config(folder: Folder) -> dict[str, Any]:
 def _sizes(
     folder: Folder, family: TokenFamily, config: tokens.Config, patches: manifest.Patches, vae: manifest.Vae | None, size: Span | None
 ) -> Sizes:
-    upscale = vae.upscale if vae else UPSCALE
+    upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
     usual = family.side(config)
     if usual is None:
         usual = int(folder.config("vae").get("sample_size", SIDE * upscale)) // upscale if vae else SIDE

@@ -21,7 +21,7 @@ from classifier import Judge, load_judge
 from digits import Digits
 from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
-from elastic_runtime.ralu.cost import plan_flops
+from elastic_runtime.ralu.cost import picture_flops
 from elastic_runtime.ralu.plan import PRESETS, full
 from grading import Grader, integers, tell
 from plan_figures import ABLATION, plot, table
@@ -57,7 +57,7 @@ def check(bundle: Bundle, protocol: Protocol) -> None:
 def flops(model: Model, plan: Plan) -> int:
     """FLOPs of a picture, one branch of guidance."""
     side = model.sample_shape[-1] // _size(model)
-    return plan_flops(model.family, model.config, plan, side, side, model.text.length if model.text else 1)
+    return picture_flops(model, plan, (side, side))
 
 
 def rows(model: Model, steps: tuple[int, ...]) -> dict[str, Plan]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from elastic_export.cli.options import integers
 from elastic_runtime import Caching, RaluOutput, RaluPipeline
-from elastic_runtime.ralu.cost import plan_flops
+from elastic_runtime.ralu.cost import picture_flops
 
 KINDS = {"reuse": 0, "extrapolate": 1}
 
@@ -31,10 +31,6 @@ def rows(pipe: RaluPipeline, plan: str, interval: int, seed: int, **subject: Any
     model = pipe.bundle.manifest.model
     drawing = pipe.drawing(plan)
     count = len(subject.get("class_labels") or subject.get("prompt") or ())
-    text = model.text.length if model.text else 1
-
-    def flops(skipped: frozenset[int] = frozenset()) -> int:
-        return plan_flops(model.family, model.config, drawing.plan, *drawing.size, text, skipped)
 
     def draw(caching: Caching | None) -> RaluOutput:
         generators = [np.random.default_rng([seed, index]) for index in range(count)]
@@ -49,7 +45,7 @@ def rows(pipe: RaluPipeline, plan: str, interval: int, seed: int, **subject: Any
         cached = draw(caching)
         computed = drawing.plan.total - len(caching.skip)
         faster = seconds / sum(step.seconds for step in cached.steps)
-        less = flops() / flops(caching.skip)
+        less = picture_flops(model, drawing.plan, drawing.size) / picture_flops(model, drawing.plan, drawing.size, caching.skip)
         found.append((plan, name, f"{computed}", f"{less:.2f}", f"{faster:.2f}", f"{psnr(cached.images, whole.images):.1f}"))
     return found
 

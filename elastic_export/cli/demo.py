@@ -103,7 +103,7 @@ def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: in
 def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
     """Export a sample that is drawn along plans: a column for each, and what runs it."""
     from elastic_runtime.ralu import Plan, RaluPipeline
-    from elastic_runtime.ralu.cost import plan_flops
+    from elastic_runtime.ralu.cost import picture_flops
 
     bundle = _exported(folder, sample, {}, quiet)
 
@@ -114,7 +114,7 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
         model, whole = bundle.manifest.model, f"full {steps}"
         drawings = {f"full {count}": pipe.drawing("full", count) for count in (steps, max(1, steps // 2))}
         drawings |= {name: pipe.drawing(name) for name in PLANS}
-        flops = {name: plan_flops(model.family, model.config, drawing.plan, *drawing.size, 1) for name, drawing in drawings.items()}
+        flops = {name: picture_flops(model, drawing.plan, drawing.size) for name, drawing in drawings.items()}
         yield (
             [
                 Column(f"plan {name}", name, along(pipe, drawing.plan), flops[name] / drawing.plan.total / 1e9, flops[name] / flops[whole])

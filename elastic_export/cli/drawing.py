@@ -11,10 +11,13 @@ from elastic_export.cli import options, show
 from elastic_export.pictures import grid, save
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.ralu import Caching, Plan, RaluPipeline
-from elastic_runtime.ralu.cost import STEP, plan_flops
+from elastic_runtime.ralu.conditions import guidance_of
+from elastic_runtime.ralu.cost import STEP, picture_flops
 
 # Plain steps that the paper compares with.
 USUAL = 50
+# Guidance of pictures of classes where none is given, as at budgets.
+CLASSES = 2.0
 
 
 def refuse(bundle: Bundle, given: Mapping[str, object], how: str) -> None:
@@ -50,12 +53,14 @@ def along_a_plan(
         raise typer.BadParameter(f"--classes does not fit {model.name}, which draws from prompts: give --prompt")
     if not model.num_classes and not prompts:
         raise typer.BadParameter(f"{model.name} draws from prompts: give --prompt")
+    if guidance is None and labels is not None:
+        guidance = CLASSES
     if steps is not None and plan != "full":
         raise typer.BadParameter(f"--steps is for --plan full; plan {plan or '4x'} has steps of its own")
     count = len(labels or prompts or ())
     with RaluPipeline.from_pretrained(bundle, backend) as pipe:
         drawing = pipe.drawing(options.plan(plan or "4x"), steps, height, width)
-        caching = Caching.every(drawing.plan, cache) if cache else None
+        caching = Caching.every(drawing.plan, cache) if cache is not None else None
         with show.bar(quiet, f"drawing {count}", drawing.plan.total) as advance, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
             result = pipe(
@@ -76,7 +81,8 @@ def along_a_plan(
     for warning in told:
         show.note(str(warning.message))
     name = plan or "4x"
-    seconds = sum(step.seconds for step in result.steps)
+    pixels = model.patches.size * (model.vae.upscale if model.vae else 1) if model.patches else 1
+    embedded, scale = guidance_of(model, guidance, true_cfg, interval)
     spent = cost(bundle, result.plan, drawing.size, caching.skip if caching else frozenset())
     facts = {
         "model": model.name,
@@ -84,19 +90,22 @@ def along_a_plan(
         "seed": seed,
         "plan": name,
         "schedule": result.plan,
-        "guidance": guidance,
+        "height": drawing.size[0] * pixels,
+        "width": drawing.size[1] * pixels,
+        **dict(zip(("embedded_guidance", "guidance"), (embedded, scale.scale), strict=True)),
+        "guidance_interval": interval,
+        "cache": cache,
         "where": where,
         "flops": spent,
         "steps": result.steps,
     }
     save(grid([result.images]), output, show.text(facts))
     if json:
-        show.as_json("generate", {"output": str(output), "seconds": seconds} | facts)
+        show.as_json("generate", {"output": str(output), "seconds": result.seconds} | facts)
         return
     tokens = "/".join(map(str, result.plan.tokens(*drawing.size)))
-    show.line(
-        f"{output}: {count} pictures in {seconds:.2f} s, plan {name}, {result.plan.total} steps at {tokens} tokens, seed {seed}, {where}"
-    )
+    steps_taken = f"plan {name}, {result.plan.total} steps at {tokens} tokens"
+    show.line(f"{output}: {count} pictures in {result.seconds:.2f} s, {steps_taken}, seed {seed}, {where}")
     if spent:
         show.line(
             f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "
@@ -109,9 +118,7 @@ def cost(bundle: Bundle, plan: Plan, size: tuple[int, int], skipped: frozenset[i
     model = bundle.manifest.model
     if model.family not in STEP:
         return None
-    text = model.text.length if model.text else 1
-
-    def flops(each: Plan, without: frozenset[int] = frozenset()) -> int:
-        return plan_flops(model.family, model.config, each, *size, text, without)
-
-    return {"plan": flops(plan, skipped), "same_steps": flops(Plan.full(plan.total)), "usual": flops(Plan.full(USUAL))}
+    others = {"same_steps": plan.total, "usual": USUAL}
+    return {"plan": picture_flops(model, plan, size, skipped)} | {
+        name: picture_flops(model, Plan.full(steps), size) for name, steps in others.items()
+    }

@@ -37,7 +37,8 @@ def generate(
     quality: options.QualityFloor = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps [dim](default: 20)[/dim].", show_default=False)] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts the model's)[/dim].", show_default=False)
+        float | None,
+        typer.Option(help="Guidance scale; 1 is off [dim](default: 2; with prompts FLUX.1-dev 3.5, SD3 7)[/dim].", show_default=False),
     ] = None,
     interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1",
     autoguidance: Annotated[

@@ -4,7 +4,8 @@ Counted: every linear layer and convolution, QK^T and AV, adaLN once a sample. N
 biases. For ELIT this reproduces the published table (arXiv 2603.12245) to 0.1 percent.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elastic_export.models.dc_dit import DcDitParams
@@ -111,6 +112,13 @@ def elit_activation_values(params: "ElitParams", latents: int) -> int:
     core = dit_activation_values(latents, params.hidden_size, params.num_heads, params.mlp_ratio)
     waiting = 2 * params.tokens * params.hidden_size
     return max(outer if params.head_blocks + params.tail_blocks else 0, core + waiting)
+
+
+def decoder_values(config: Mapping[str, Any], side: int) -> int:
+    """Most values alive at once in an AutoencoderKL's decoder of a picture of `side` pixels: at full resolution a residual, its
+    normalised copy, and a convolution's input and output, as wide as the second level from below."""
+    widths = config.get("block_out_channels", (64,))
+    return side**2 * (3 * widths[min(1, len(widths) - 1)] + widths[0])
 
 
 def peak_bytes(parameters: int, activation_values: int) -> int:

@@ -33,12 +33,12 @@ def read_vae(folder: Path, channels: int) -> Vae:
     Raises: ModelError for a folder that is not an AutoencoderKL or has other channels.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(f"--vae {folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
+        raise ModelError(f"{folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
     config = read_json(folder / "config.json")
     if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ModelError(f"--vae {folder} is not a diffusers AutoencoderKL: it is a {kind}")
+        raise ModelError(f"{folder} is not a diffusers AutoencoderKL: it is a {kind}")
     if (has := config.get("latent_channels", 4)) != channels:
-        raise ModelError(f"--vae {folder} decodes {has} channels, but the model draws {channels}")
+        raise ModelError(f"the VAE {folder} decodes {has} channels, but the model draws {channels}: it is another model's")
     return Vae(
         scaling_factor=float(config.get("scaling_factor", 0.18215)),
         shift_factor=float(config.get("shift_factor") or 0.0),
@@ -53,7 +53,7 @@ def load_vae(folder: Path) -> Decoder:
         # Its other way of loading needs one more package, and says so; a VAE is small.
         vae = autoencoder.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"--vae {folder} is not a diffusers AutoencoderKL: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{folder} is not a diffusers AutoencoderKL: {str(error).splitlines()[0]}") from None
     return Decoder(vae.float().eval().requires_grad_(False))
 
 
@@ -73,8 +73,9 @@ def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, 
         chosen = largest | {name: value for name, value in budget.items() if name in spans}
         return {"latent": random_rows(np.random.default_rng(0), latent, largest, chosen)}
 
-    ends = ((height.min, width.min), (height.max, width.max))  # a preview and a picture
-    stages = [Budget(**{name: value for name, value in zip("hw", end, strict=True) if name in spans}) for end in ends]
+    # A preview, which has half the sides, and a picture.
+    sizes = ((height.max // 2, width.max // 2), (height.max, width.max))
+    stages = [Budget(**{name: value for name, value in zip("hw", size, strict=True) if name in spans}) for size in sizes]
     return GraphCapture(
         name="decoder",
         module=None,

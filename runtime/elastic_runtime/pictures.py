@@ -5,6 +5,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from elastic_runtime.errors import InferenceError
 from elastic_runtime.manifest import Vae
 from elastic_runtime.session import Session
 
@@ -12,9 +13,15 @@ OutputType = Literal["pil", "np", "latent"]
 
 
 def decode(decoder: Session, vae: Vae, latents: np.ndarray) -> np.ndarray:
-    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much memory."""
+    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much memory.
+
+    Raises: InferenceError where a picture is not finite, as half precision can make it.
+    """
     scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
-    return np.concatenate([decoder.run({"latent": one[None]})["image"] for one in scaled])
+    decoded = np.concatenate([decoder.run({"latent": one[None]})["image"] for one in scaled])
+    if not np.isfinite(decoded).all():
+        raise InferenceError(f"the decoder on {decoder.where} gave values that are not finite; try --dtype fp32, and verify the bundle")
+    return decoded
 
 
 def pictures(decoded: np.ndarray, output_type: OutputType) -> Any:

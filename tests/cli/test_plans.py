@@ -69,6 +69,8 @@ def test_json_tells_the_plan_the_steps_and_what_they_cost(run: Run, digits: Path
     assert [step["tokens"] for step in told["steps"]] == [32] * 4
     assert told["flops"]["plan"] == told["flops"]["same_steps"] * 3 // 4
     assert told["classes"] == [0]
+    assert (told["height"], told["width"], told["guidance"], told["embedded_guidance"], told["cache"]) == (64, 32, 2.0, None, 2)
+    assert told["seconds"] >= sum(step["seconds"] for step in told["steps"])
 
 
 def test_a_plan_of_one_s_own_gets_a_fitted_schedule(run: Run, digits: Path, tmp_path: Path) -> None:
@@ -119,7 +121,8 @@ def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -
         (["--sampler", "heun"], "--sampler does not fit tiny"),
         (["--autoguidance"], "--autoguidance does not fit tiny"),
         (["--prompt", "a cat"], "tiny draws from class_labels, got prompt"),
-        (["--negative-prompt", "a cat"], "negative_prompt acts through classifier-free guidance, which is off: give guidance_scale"),
+        (["--negative-prompt", "a cat"], "negative_prompt does not go with class_labels: leave it out"),
+        (["--cache", "0"], "got an interval of 0"),
         (["--true-cfg", "2"], "true_cfg_scale is for models with distilled guidance"),
         (["--classes", "7"], "this model has classes 0 to 4, got 7"),
     ],

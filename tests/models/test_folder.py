@@ -107,6 +107,39 @@ def test_a_folder_with_labels_has_classes_and_no_text(copy: Path) -> None:
     assert (captured.model.num_classes, captured.model.null_label, captured.model.text) == (2, 2, None)
     assert captured.graphs[0].dimensions == {"B": ONE, "S": Span(4, 64)}
     assert captured.graphs[0].inputs[1].shape == ("B", 1, 16)
+    many = index | {"id2label": {str(number): "cat" for number in range(9)}}
+    (copy / "model_index.json").write_text(json.dumps(many))
+    with pytest.raises(ModelError, match="names 9 classes, and the transformer takes one of 8"):
+        capture_folder(copy, None, None, ONE)
+    (copy / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "CLIPTextModel"]}))
+    with pytest.raises(ModelError, match=r"has classes \(id2label\) and text encoders \(text_encoder\).* --components transformer,vae"):
+        capture_folder(copy, None, None, ONE)
+    assert capture_folder(copy, ("transformer", "vae"), None, ONE).model.num_classes == 2
+
+
+def test_other_components_need_the_transformer_s_config_alone(copy: Path) -> None:
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    captured = capture_folder(copy, ("vae",), None, ONE)
+    assert [graph.name for graph in captured.graphs] == ["decoder"]
+    assert (captured.cost, captured.checkpoint_sha256) == ((), None)
+    with pytest.raises(ModelError, match="holds no safetensors weights"):
+        capture_folder(copy, None, None, ONE)
+
+
+def test_without_a_vae_a_pixel_is_the_latent_s(tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux(), decoder=False)
+    captured = capture_folder(tmp_path / "f", None, Span(32, 64), ONE)
+    assert captured.model.vae is None
+    assert captured.model.sample_shape[1:] == (64, 64)
+    assert captured.graphs[0].dimensions["S"] == Span(64, 1024)
+
+
+def test_costs_are_of_the_stages_and_the_decoder_s_peak_grows_with_the_picture(whole: Path) -> None:
+    small, large = (capture_folder(whole, None, size, Span(1, 2)) for size in (Span(32, 32), Span(64, 64)))
+    assert [row.budget for row in small.cost] == [{"S": count, "T": 6} for count in (16, 19, 28, 64)]
+    assert [row.flops for row in small.cost] == sorted({row.flops for row in small.cost})
+    grown = 2 * 4 * (64**2 - 32**2) * (3 * 8 + 8)
+    assert large.peaks["decoder"] - small.peaks["decoder"] == grown, "bytes of the activations of a batch of two"
 
 
 def test_sizes_are_of_pictures_and_of_the_stages_of_the_largest() -> None:

@@ -198,7 +198,8 @@ def bundle(opened: Bundle) -> None:
             if isinstance(artifact, TrtArtifact):
                 engine(name, artifact)
             verifications(name, artifact)
-    costs(_thin(manifest.cost))
+    if manifest.cost:
+        costs(_thin(manifest.cost))
     if manifest.quality:
         rows = [(row.where, f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in manifest.quality]
         table("quality, from the model card", ("plan" if manifest.quality[0].plan else "budget", "accuracy", "Frechet distance"), rows)

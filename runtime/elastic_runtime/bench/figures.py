@@ -61,7 +61,9 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
 def method(settings: Settings, bundles: Iterable[BundleReport] = ()) -> str:
     """How the figures of `bundles` were made, in a few sentences."""
     many = "one picture" if settings.batch == 1 else f"{settings.batch} pictures"
-    guided = f"guidance {settings.guidance:g} (two branches)" if settings.guidance > 1 else "no guidance"
+    one = "; one where the model takes guidance as an input" if any(bundle.embedded_guidance for bundle in bundles) else ""
+    guided = f"guidance {settings.guidance:g} (two branches{one})" if settings.guidance > 1 else "no guidance"
+    bundles = list(bundles)
     planned = any(trial.plan for bundle in bundles for trial in bundle.trials)
     own = " (a plan has its own)" if planned else ""
     threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"

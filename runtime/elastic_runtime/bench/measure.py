@@ -119,6 +119,7 @@ def measure(
         family=model.family,
         axis=bundle.manifest.axes[0].name if bundle.manifest.axes else "tokens" if model.patches else None,
         weights=bundle.manifest.provenance.checkpoint_sha256 or model.weights,
+        embedded_guidance=model.patches is not None and model.patches.guidance_embeds,
         runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
         trials=found,
         card=bundle.manifest.quality if settings.quality or model.patches else (),

@@ -148,13 +148,17 @@ class Trial(_Record, frozen=True, kw_only=True):
 
 
 class BundleReport(_Record, frozen=True, kw_only=True):
-    """One bundle: its runtimes, and with quality its trials and the card's figures."""
+    """One bundle: its runtimes, and with quality, or where it is drawn along plans, its trials and the card's figures.
+
+    `embedded_guidance`: guidance is an input of its denoiser, so that a guided picture takes one branch.
+    """
 
     name: str
     model: str
     family: str
     axis: str | None
     weights: str
+    embedded_guidance: bool = False
     runtimes: tuple[RuntimeReport, ...]
     trials: tuple[Trial, ...] = ()
     card: tuple[Quality, ...] = ()

@@ -8,7 +8,7 @@ import numpy as np
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.denoiser import Guidance
 from elastic_runtime.errors import UsageError
-from elastic_runtime.manifest import Patches
+from elastic_runtime.manifest import Model
 from elastic_runtime.pipeline import whole_labels
 from elastic_runtime.ralu.denoiser import Conditions
 from elastic_runtime.ralu.text import encode
@@ -16,6 +16,8 @@ from elastic_runtime.session import Session
 
 # What FLUX.1-dev is drawn with where nothing else is asked for.
 EMBEDDED = 3.5
+# Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
+USUAL = {"sd3": 7.0}
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class Subject:
             raise UsageError(f"{bundle.manifest.model.name} draws from {' or '.join(takes)}, got {' and '.join(given) or 'neither'}")
         negative = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
         meant = [name for name in negative if getattr(self, name) is not None]
+        beside = {"prompt": negative[:1], "prompt_embeds": ("pooled_prompt_embeds", *negative[1:]), "class_labels": ()}[given[0]]
+        more = ["pooled_prompt_embeds"] if self.pooled_prompt_embeds is not None else []
+        if strange := [name for name in (*meant, *more) if name not in beside]:
+            alike = [name for name in beside if name.startswith("negative") == strange[0].startswith("negative")]
+            instead = f"give {alike[0]}" if alike else "leave it out"
+            raise UsageError(f"{strange[0]} does not go with {given[0]}: {instead}")
         if meant and not guided:
             patches = bundle.manifest.model.patches
             scale = "true_cfg_scale" if patches and patches.guidance_embeds else "guidance_scale"
             raise UsageError(f"{meant[0]} acts through classifier-free guidance, which is off: give {scale} above 1")
-        beside = {"prompt": negative[:1], "prompt_embeds": ("pooled_prompt_embeds", *negative[1:]), "class_labels": ()}[given[0]]
-        meant += ["pooled_prompt_embeds"] if self.pooled_prompt_embeds is not None else []
-        if strange := [name for name in meant if name not in beside]:
-            raise UsageError(f"{strange[0]} does not go with {given[0]}{f': give {beside[0]}' if beside else ''}")
         if self.class_labels is not None:
             return len(whole_labels(bundle.manifest.model, self.class_labels))
         return len(_texts("prompt", self.prompt) if self.prompt is not None else np.asarray(self.prompt_embeds))
@@ -98,7 +102,7 @@ class Subject:
 
 
 def guidance_of(
-    patches: Patches, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
+    model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float | None, Guidance]:
     """The distilled scale that goes into the model, if it takes one, and classifier-free guidance.
 
@@ -106,10 +110,11 @@ def guidance_of(
     """
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise UsageError(f"guidance_interval is a pair of sigmas, (0.3, 0.8), got {interval!r}")
-    if not patches.guidance_embeds:
+    if model.patches is None or not model.patches.guidance_embeds:
         if true_cfg_scale is not None:
             raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
-        return None, Guidance(1.0 if guidance_scale is None else guidance_scale, *interval)
+        usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
+        return None, Guidance(usual if guidance_scale is None else guidance_scale, *interval)
     embedded = EMBEDDED if guidance_scale is None else guidance_scale
     if not 0 <= embedded < float("inf"):
         raise UsageError(f"guidance_scale must be 0 or more, got {embedded}")
@@ -129,6 +134,11 @@ def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
 
 
 def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None) -> Conditions:
+    if prefix and hidden is None and pooled is None:
+        raise UsageError(
+            "classifier-free guidance leads away from negative_prompt_embeds and negative_pooled_prompt_embeds: give both, or turn it "
+            "off with a scale of 1"
+        )
     if hidden is None or pooled is None:
         raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together: give both")
     hidden, pooled = np.asarray(hidden, dtype=np.float32), np.asarray(pooled, dtype=np.float32)
@@ -136,4 +146,7 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
     if hidden.ndim != 3 or hidden.shape[2] != wide or pooled.shape != (len(hidden), flat):
         wanted = f"(B, T, {wide}) and (B, {flat})"
         raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be {wanted}, got {hidden.shape} and {pooled.shape}")
+    spans = bundle.manifest.graphs["denoiser"].dimensions
+    if "T" in spans and hidden.shape[1] not in spans["T"]:
+        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {hidden.shape[1]}: cut or pad it")
     return Conditions(hidden, pooled)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_runtime.errors import UsageError
+from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.plan import Plan
 
 TIME_FEATURES = 256
@@ -52,6 +53,11 @@ def plan_flops(
         raise UsageError(f"there is no count of FLOPs for {family!r}; there are {', '.join(STEP)}")
     counts = plan.step_tokens(rows, columns)
     return sum(STEP[family](config, image, text) for index, image in enumerate(counts) if index not in skipped)
+
+
+def picture_flops(model: Model, plan: Plan, size: tuple[int, int], skipped: frozenset[int] = frozenset()) -> int:
+    """`plan_flops` of a bundle's model, for a picture of `size` (rows, columns) of full-resolution tokens and the longest text."""
+    return plan_flops(model.family, model.config, plan, *size, model.text.length if model.text else 1, skipped)
 
 
 def _mlp(features: int, width: int) -> int:

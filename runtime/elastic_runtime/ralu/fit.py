@@ -17,6 +17,9 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
 
     Raises: UsageError for steps, times or a ratio that no plan can have; MissingError without scipy.
     """
+    for name, given in (("steps", steps), ("end_times", end_times)):
+        if not isinstance(given, tuple | list):
+            raise UsageError(f"a plan's {name} are a tuple, one value a stage, got {given!r}")
     steps, end_times = tuple(steps), tuple(end_times)  # type: ignore[assignment]
     if len(steps) != STAGES:
         raise UsageError(f"a schedule is fitted for plans of {STAGES} stages, got steps for {len(steps)}: {steps}")

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from elastic_runtime.axis import Span
 from elastic_runtime.bundle import Bundle
-from elastic_runtime.errors import InferenceError, MissingError, UsageError
+from elastic_runtime.denoiser import Guidance
+from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.pictures import OutputType, decode, pictures
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.conditions import Subject, guidance_of
@@ -18,7 +20,7 @@ from elastic_runtime.ralu.denoiser import TokenDenoiser
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import Plan, full, preset
 from elastic_runtime.ralu.sampler import RaluStep, from_draws, ralu
-from elastic_runtime.session import Session, obstacles, open_session
+from elastic_runtime.session import Session, batches, obstacles, open_session
 
 # callback(pipe, step_index, sigma, {"latents": tokens (B, S, C)}) -> a dict that may hold other "latents"
 Callback = Callable[["RaluPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -43,11 +45,15 @@ class RaluRecord:
 
 @dataclass(frozen=True)
 class RaluOutput:
-    """`images`: PIL pictures, or float32 (B, H, W, 3) in [0, 1], or the final latents (B, C, h, w); `steps` tells what was spent."""
+    """`images`: PIL pictures, or float32 (B, H, W, 3) in [0, 1], or the final latents (B, C, h, w); `steps` tells what was spent.
+
+    `seconds` are of the whole call: opening graphs, text encoders and the decoder are in it.
+    """
 
     images: Any
     steps: tuple[RaluRecord, ...]
     plan: Plan
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,9 @@ class RaluPipeline:
         Raises: BundleError, and MissingError where nothing here can run its denoiser.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if "denoiser" not in opened.manifest.graphs:
+            has = ", ".join(opened.manifest.graphs)
+            raise BundleError(f"{opened.folder} has no graph 'denoiser', it has {has}: export it with --components transformer")
         found = [obstacles(artifact, backend) for artifact in opened.manifest.graphs["denoiser"].artifacts]
         if not any(room for room, _ in found):
             why = " ".join(dict.fromkeys(reason for _, reasons in found for reason in reasons))
@@ -154,6 +163,10 @@ class RaluPipeline:
                 "this bundle holds no decoder, without which there is no picture and no preview whose edges a plan could follow: "
                 "export it again with its VAE, or take a plan of one stage and output_type='latent'"
             )
+        if output_type != "latent":
+            self._check_decoder(height // upscale, width // upscale, "the picture")
+        if not plain:
+            self._check_decoder(height // upscale // 2, width // upscale // 2, "its preview")
         if caching:
             caching.check(plan)
         return Drawing(plan, size, caching)
@@ -192,9 +205,9 @@ class RaluPipeline:
             plan: 4x, 7x, full, or a `Plan`.
             num_inference_steps: steps of plan full (20).
             guidance_scale: where the model was distilled with guidance (FLUX.1-dev) the scale it takes in, by default 3.5; else
-                classifier-free guidance, 1 (off) by default.
+                classifier-free guidance, by default 7 for SD3 and 1 (off) for the others, as in diffusers.
             true_cfg_scale: classifier-free guidance on top of a distilled one; 1 is off.
-            guidance_interval: sigmas between which classifier-free guidance acts.
+            guidance_interval: sigmas between which classifier-free guidance acts; not together with caching.
             caching: steps whose prediction is reused or extrapolated; by default none.
             generator: source of all noise, or one for each picture; with its own, a picture is the same in any batch.
             noise: initial noise (B, C, h, w) at full resolution in place of the generator's.
@@ -203,6 +216,7 @@ class RaluPipeline:
 
         Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not finite.
         """
+        begun = time.perf_counter()
         drawing = self.drawing(plan, num_inference_steps, height, width, caching, output_type)
         subject = Subject(
             prompt,
@@ -236,7 +250,7 @@ class RaluPipeline:
                 state = replacement = (answer or {}).get("latents", state)
         latents = unpack(state, *drawing.size, self._patches.size)
         images = latents if output_type == "latent" else pictures(self.decode(latents), output_type)
-        return RaluOutput(images, tuple(records), drawing.plan)
+        return RaluOutput(images, tuple(records), drawing.plan, time.perf_counter() - begun)
 
     def iterate(
         self,
@@ -252,7 +266,11 @@ class RaluPipeline:
     ) -> Generator[RaluProgress, np.ndarray | None, None]:
         """The denoising loop itself: yields a `RaluProgress` after each step; send tokens to replace the state."""
         model, patches, plan, caching = self.bundle.manifest.model, self._patches, drawing.plan, drawing.caching
-        embedded, guidance = guidance_of(patches, guidance_scale, true_cfg_scale, guidance_interval)
+        embedded, guidance = guidance_of(model, guidance_scale, true_cfg_scale, guidance_interval)
+        if caching and guidance.scale > 1 and tuple(guidance_interval) != (0.0, 1.0):
+            raise UsageError(
+                "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
+            )
         if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise UsageError(f"num_images_per_prompt is a whole number from 1, got {num_images_per_prompt!r}")
         count = subject.check(self.bundle, guidance.scale > 1) * num_images_per_prompt
@@ -263,6 +281,7 @@ class RaluPipeline:
             raise UsageError(f"noise must have shape {shape}, one sample a picture, got {start.shape}")
         strong, weak = subject.conditions(self.bundle, self._open_graph, guidance.scale > 1)
         strong, weak = strong.repeated(num_images_per_prompt), weak.repeated(num_images_per_prompt) if weak else None
+        _check_session(self._session("denoiser"), drawing, count, guidance)
         denoiser = TokenDenoiser(self._session("denoiser"), patches, embedded)
         last_stage = len(plan.steps) - 1
 
@@ -303,6 +322,20 @@ class RaluPipeline:
         manifest = self.bundle.manifest
         return "decoder" in manifest.graphs if manifest.model.vae else manifest.model.sample_shape[0] == 3
 
+    def _check_decoder(self, height: int, width: int, what: str) -> None:
+        """Raise UsageError unless the decoder takes latents of these sides."""
+        if "decoder" not in self.bundle.manifest.graphs:
+            return
+        graph = self.bundle.manifest.graphs["decoder"]
+        for name, side, takes in zip(("height", "width"), (height, width), graph.inputs[0].shape[2:], strict=True):
+            span = graph.dimensions[takes] if isinstance(takes, str) else Span(int(takes), int(takes))
+            if side not in span:
+                upscale = self.bundle.manifest.model.vae.upscale if self.bundle.manifest.model.vae else 1
+                raise UsageError(
+                    f"this bundle decodes {name}s of {span.min * upscale} to {span.max * upscale} px, and {what} has {side * upscale}: "
+                    "take another size, or export it for that size with --size"
+                )
+
     def _check_tokens(self, plan: Plan, height: int, width: int, size: tuple[int, int]) -> None:
         """Raise UsageError unless the denoiser takes the tokens of every stage."""
         dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, plan.tokens(*size)
@@ -311,6 +344,22 @@ class RaluPipeline:
                 f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
                 "take another size, or export it for that size"
             )
+
+
+def _check_session(session: Session, drawing: Drawing, count: int, guidance: Guidance) -> None:
+    """Raise BudgetError, before anything is drawn, unless the session takes each stage's tokens and the batches that will run."""
+    if session.budgets is not None:
+        compiled = sorted({budget["S"] for budget in session.budgets if "S" in budget})
+        if missing := [tokens for tokens in drawing.plan.tokens(*drawing.size) if compiled and tokens not in compiled]:
+            wider = ",".join(map(str, sorted({*compiled, *missing})))
+            raise BudgetError(
+                f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
+                f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
+            )
+    branches = {2 if guidance.active(sigma) else 1 for stage in drawing.plan.stages() for sigma in stage.sigmas[:-1]}
+    for rows in {count} if drawing.plan.plain else {count, 1}:  # in the mixed stage each picture runs alone
+        for branch in branches:
+            batches(session, rows * branch)
 
 
 def _draw(generator: Generators | None, count: int) -> Callable[[tuple[int, ...]], np.ndarray]:

@@ -136,6 +136,7 @@ def test_a_model_of_prompts_is_drawn_after_the_recorded_embeddings(tmp_path: Pat
     assert report.runtimes[0].failure is None
     assert len(report.trials) == 5
     assert next(trial.seconds for trial in report.trials) == pytest.approx(8 * 0.064), "its guidance is an input: one branch"
+    assert "(two branches; one where the model takes guidance as an input)" in method(SETTINGS, [report])
     assert np.isfinite(album["7x"]).all()
 
 

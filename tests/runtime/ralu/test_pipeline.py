@@ -6,11 +6,24 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import SCHNELL, SD3, Opener, manifest, to_zero
+from fake_flux import SCHNELL, SD3, Opener, decode, manifest, to_zero
 from fake_prompts import flux as with_text
 from fakes import manifest as elit_manifest
 
-from elastic_runtime import Bundle, Caching, ElasticPipeline, InferenceError, MissingError, Plan, RaluPipeline, UsageError
+from elastic_runtime import (
+    Budget,
+    BudgetError,
+    Bundle,
+    BundleError,
+    Caching,
+    ElasticPipeline,
+    InferenceError,
+    MissingError,
+    Plan,
+    RaluPipeline,
+    Span,
+    UsageError,
+)
 from elastic_runtime.manifest import FileEntry, Graph, OnnxArtifact
 from elastic_runtime.ralu import Subject
 from elastic_runtime.ralu.patches import unpack
@@ -171,7 +184,7 @@ def test_guidance_is_the_usual_combination() -> None:
 def test_sd3_is_drawn_with_places_of_its_table() -> None:
     places: list[Any] = []
     pipe, _ = pipeline(manifest(SD3), fed("pos_ids", places))
-    pipe(**EMBEDS, plan=TINY)
+    pipe(**EMBEDS, plan=TINY, guidance_scale=1.0)
     assert places[0][0] == [10, 10], "a small picture in the middle of 24 places"
     assert places[-1][0] == [8, 8]
     assert {round(row % 1, 1) for row, _ in places[1]} == {0.0, 0.5}
@@ -211,9 +224,19 @@ def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
         ({"prompt": "a", "pooled_prompt_embeds": np.ones((1, 5))}, "pooled_prompt_embeds does not go with prompt"),
         (EMBEDS | {"prompt_embeds": np.ones((1, 3, 7))}, "must be (B, T, 6) and (B, 5), got (1, 3, 7) and (1, 5)"),
         (EMBEDS | {"pooled_prompt_embeds": np.ones((2, 5))}, "got (1, 3, 6) and (2, 5)"),
-        (EMBEDS | {"negative_prompt": "blue"}, "negative_prompt acts through classifier-free guidance, which is off: give true_cfg_scale"),
-        (EMBEDS | {"negative_prompt": "blue", "true_cfg_scale": 2.0}, "negative_prompt does not go with prompt_embeds"),
-        (EMBEDS | {"true_cfg_scale": 2.0}, "negative_prompt_embeds and negative_pooled_prompt_embeds go together"),
+        (EMBEDS | NEGATIVE, "negative_prompt_embeds acts through classifier-free guidance, which is off: give true_cfg_scale"),
+        (EMBEDS | {"negative_prompt": "blue"}, "negative_prompt does not go with prompt_embeds: give negative_prompt_embeds"),
+        (EMBEDS | {"true_cfg_scale": 2.0}, "leads away from negative_prompt_embeds and negative_pooled_prompt_embeds: give both, or turn"),
+        (EMBEDS | {"true_cfg_scale": 2.0, "negative_prompt_embeds": np.ones((1, 3, 6))}, "go together: give both"),
+        (
+            {"prompt_embeds": np.ones((1, 65, 6)), "pooled_prompt_embeds": np.ones((1, 5))},
+            "takes 1-64 text tokens, and prompt_embeds",
+        ),
+        (
+            EMBEDS | {"height": 16, "width": 272, "plan": "full"},
+            "decodes widths of 4 to 256 px, and the picture has 272",
+        ),
+        (EMBEDS | {"true_cfg_scale": 2.0, "caching": Caching(frozenset()), "guidance_interval": (0.2, 1.0)}, "do not go together"),
         (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "negative_prompt_embeds": np.ones((1, 2, 6))}, "must have the shape of prompt_embeds"),
         (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
         (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),
@@ -245,6 +268,57 @@ def test_values_that_are_not_finite_are_an_error() -> None:
     pipe, _ = pipeline(field=lambda feeds: np.full_like(feeds["hidden_states"], np.nan))
     with pytest.raises(InferenceError, match="step 0 gave values that are not finite"):
         pipe(**EMBEDS)
+
+
+def test_a_decoder_that_gives_no_picture_is_an_error_and_no_black_one() -> None:
+    opener = Opener(manifest(), to_zero, decoder=lambda feeds: {"image": np.full_like(decode(feeds)["image"], np.nan)})
+    with pytest.raises(InferenceError, match="the decoder on fake gave values that are not finite"):
+        RaluPipeline(opener.bundle, opener)(**EMBEDS, plan="full")
+    with pytest.raises(InferenceError, match="the decoder on fake"):
+        RaluPipeline(opener.bundle, opener)(**EMBEDS, plan="4x", output_type="latent")
+
+
+def test_a_preview_that_the_decoder_does_not_take_is_told_before_anything_is_opened() -> None:
+    whole = manifest()
+    narrow = msgspec.structs.replace(whole.graphs["decoder"], dimensions=whole.graphs["decoder"].dimensions | {"h": Span(16, 64)})
+    pipe, opener = pipeline(msgspec.structs.replace(whole, graphs=whole.graphs | {"decoder": narrow}))
+    with pytest.raises(UsageError, match="decodes heights of 64 to 256 px, and its preview has 32"):
+        pipe(**EMBEDS)
+    assert pipe(**EMBEDS, plan="full").images
+    assert pipe(**EMBEDS, height=128).images
+    assert len(opener.calls("denoiser")) == 20 + 18
+
+
+def test_what_the_session_was_compiled_for_is_checked_before_the_first_step() -> None:
+    pipe, opener = pipeline()
+    session = opener("denoiser")
+    pipe._sessions["denoiser"] = session
+    session.budgets = tuple(Budget(S=count, T=3) for count in (16, 19, 64))
+    with pytest.raises(BudgetError, match=r"for 16, 19, 64 image tokens, and a stage of the plan needs 28: .* --budgets 16,19,28,64"):
+        pipe(**EMBEDS, plan="4x")
+    assert not opener.calls("denoiser")
+    assert pipe(**EMBEDS, plan="7x").images
+    session.budgets, session.batch = None, Span(2, 2)
+    with pytest.raises(BudgetError, match="takes batches of 2-2; 1 samples"):
+        pipe(**EMBEDS, num_images_per_prompt=2, plan="4x")
+    assert len(opener.calls("denoiser")) == 10
+    assert len(pipe(**EMBEDS, num_images_per_prompt=2, plan=Plan.full(2)).images) == 2
+
+
+def test_sd3_is_guided_as_in_diffusers_where_nothing_is_asked_for() -> None:
+    rows: list[Any] = []
+    pipe, _ = pipeline(manifest(SD3), fed("timestep", rows))
+    pipe(**EMBEDS, **NEGATIVE, plan=TINY)
+    assert len(rows[0]) == 2
+    with pytest.raises(UsageError, match="give both, or turn it off with a scale of 1"):
+        pipe(**EMBEDS, plan=TINY)
+
+
+def test_a_bundle_without_a_denoiser_says_so() -> None:
+    whole = manifest()
+    opened = Bundle(Path("nowhere"), msgspec.structs.replace(whole, graphs={"decoder": whole.graphs["decoder"]}))
+    with pytest.raises(BundleError, match="nowhere has no graph 'denoiser', it has decoder: export it with --components transformer"):
+        RaluPipeline.from_pretrained(opened)
 
 
 def test_each_pipeline_opens_its_own_kind_of_bundle() -> None:

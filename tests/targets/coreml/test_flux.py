@@ -50,7 +50,7 @@ def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
 ) -> None:
     graph = graphs(folders.flux())[1].loaded()
     artifact, session = lowered(graph, precision="fp32", budgets=(Budget(S=16),))  # which says nothing about a decoder
-    assert [call.budget for call in artifact.calls] == [{"h": 4, "w": 4}, {"h": 16, "w": 16}]
+    assert [call.budget for call in artifact.calls] == [{"h": 8, "w": 8}, {"h": 16, "w": 16}]
     assert max(error(graph, session, point) for point in session.budgets) < TOLERANCE["fp32"]
 
 
