@@ -20,7 +20,8 @@ from elastic_targets.capture import GraphCapture
 class Capture:
     """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go.
 
-    `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph.
+    `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph. `notes` say what
+    was taken for granted.
     """
 
     model: manifest.Model
@@ -33,6 +34,7 @@ class Capture:
     ignored: tuple[str, ...]
     files: Mapping[str, bytes] = field(default_factory=dict)
     peaks: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | None = None) -> Capture:

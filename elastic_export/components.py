@@ -1,6 +1,7 @@
 """A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph that is loaded when its turn comes."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from elastic_export.capture import Capture
 from elastic_export.models import flux, sd3, tokens
 from elastic_export.models.cost import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.models.family import priced
-from elastic_export.models.folder import Folder, diffusers_class, read_json
+from elastic_export.models.folder import INDEX, Folder, diffusers_class, read_json
 from elastic_export.models.text_encoders import GIVES, kind, read_tokenizer, text_encoder
 from elastic_export.models.text_encoders import sizes as sizes_of
 from elastic_export.models.tokens import TokenFamily
@@ -152,7 +153,17 @@ def capture_folder(
         ignored=(),
         files=files,
         peaks=peaks,
+        notes=tuple(_notes(folder)),
     )
+
+
+def _notes(folder: Folder) -> Iterator[str]:
+    """What was taken for granted where the folder does not tell."""
+    if not folder.indexed:
+        found = ", ".join(folder.listed)
+        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {found}"
+    if not (folder.path / "scheduler" / "scheduler_config.json").is_file():
+        yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
 
 
 def _config(folder: Folder) -> dict[str, Any]:
@@ -245,6 +256,11 @@ def _scheduler(folder: Folder) -> dict[str, Any]:
     """
     path = folder.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
+        if folder.scheduled:
+            raise ModelError(
+                f"{folder.path} lacks scheduler/scheduler_config.json, which {INDEX} lists and which tells how steps are spaced: "
+                "download the folder again"
+            )
         return {}
     config = read_json(path)
     if not (name := str(config.get("_class_name", "FlowMatch"))).startswith("FlowMatch"):

@@ -51,17 +51,7 @@ def export(
     Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
     """
     room = elastic_targets.load(target)
-    for graph in capture.graphs:
-        room.requires(graph, options)
-    old = destination(output, overwrite)
-    manifest = _manifest(capture, command)
-    if old and not (conflict := _conflict(old.manifest, manifest)):
-        manifest = msgspec.structs.replace(old.manifest, quality=manifest.quality)
-        _refuse_clobber(old, room, capture.graphs, options, overwrite)
-    elif old and not overwrite:
-        raise BundleError(f"{output} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
-    else:
-        old = None
+    old, manifest = prepare(capture, room, options, output, command, overwrite)
     with writing(output, extend=old) as stage:
         arrays = old.reference() if old and old.manifest.reference else {}
         for path, content in capture.files.items():
@@ -144,11 +134,31 @@ def _manifest(capture: "Capture", command: str) -> Manifest:
     )
 
 
+def prepare(
+    capture: "Capture", room: ModuleType, options: Any, output: Path, command: str, overwrite: bool
+) -> tuple[Bundle | None, Manifest]:
+    """The bundle at `output` that the export will extend (None: it makes a new one), and the manifest to go on with.
+
+    Raises: what `export` raises before it lowers anything.
+    """
+    for graph in capture.graphs:
+        room.requires(graph, options)
+    old = destination(output, overwrite)
+    manifest = _manifest(capture, command)
+    if old and not (conflict := _conflict(old.manifest, manifest)):
+        _refuse_clobber(old, room, capture.graphs, options, overwrite)
+        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality)
+    if old and not overwrite:
+        raise BundleError(f"{output} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
+    return None, manifest
+
+
 def _conflict(old: Manifest, new: Manifest) -> str | None:
     """Why `new` cannot join the bundle of `old`, or None."""
     facts = [(name, getattr(old.model, name), getattr(new.model, name)) for name in ("name", "family", "weights", "vae")]
     facts += [(name, old.model.config.get(name), value) for name, value in new.model.config.items()]
-    facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
+    if new.provenance.checkpoint_sha256:  # a dry run does not read the weights, and a VAE alone has none to tell of
+        facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
     facts += [(axis.name, str(before.span), str(axis.span)) for before, axis in zip(old.axes, new.axes, strict=False)]
     facts += [("axes", [axis.name for axis in old.axes], [axis.name for axis in new.axes])]
     for name, graph in new.graphs.items():

@@ -1,5 +1,6 @@
 """Pictures in a row or a captioned grid, written whole or not at all; pictures with the tokens that a router kept."""
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ def refuse_clobber(path: Path, overwrite: bool, option: str = "-o/--output") -> 
         raise UsageError(f"pictures are written as .png, got {path.name!r}")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists: choose another {option}, or replace it with --overwrite")
+    # Drawing takes a while: a place that cannot be written should not wait for its end.
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}; choose another {option}")
 
 
 def save(picture: Image.Image, path: Path, facts: str = "") -> None:
@@ -67,4 +72,5 @@ def save(picture: Image.Image, path: Path, facts: str = "") -> None:
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be no such folder
+            part.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from elastic_runtime.bench.process import Process
 from elastic_runtime.bench.records import SCHEMA_VERSION, Report, Settings
 from elastic_runtime.bench.runtimes import WAYS, Runtime, runtimes
 from elastic_runtime.bundle import Bundle
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import BundleError, UsageError
 
 NAMES = (*WAYS, *BASELINES)
 
@@ -39,6 +39,11 @@ def bench(
     if len({folder.resolve().name for folder in folders}) < len(folders):
         raise UsageError("two bundles have the same folder name, by which the report knows them: rename one")
     bundles = [Bundle.open(folder) for folder in folders]
+    for bundle in bundles:
+        if "denoiser" not in bundle.manifest.graphs:
+            raise BundleError(
+                f"{bundle.folder} has no graph 'denoiser', it has {', '.join(bundle.manifest.graphs)}: there is nothing to time"
+            )
     wanted = [(bundle, points(bundle, values), _runtimes(bundle, names, checkpoint)) for bundle in bundles]
     on_stage("measuring the processor's peaks")
     most = peaks(threads=settings.threads)

@@ -1,5 +1,7 @@
 """The command line. `app` below is its table of contents; each command is one thin file, loaded when it is called."""
 
+import contextlib
+import signal
 import sys
 
 import typer
@@ -25,6 +27,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     Errors that a user can act on end in one line and their exit code, never in a traceback.
     """
+    with contextlib.suppress(ValueError):  # outside the main thread there are no handlers
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app(arguments, prog_name="elastic-export")
     except ElasticError as error:
@@ -34,6 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
         if end.code == INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
             fail("interrupted; what was there before is as it was")
         raise
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that what is half written is cleared away."""
+    raise SystemExit(128 + number)
 
 
 app.command(rich_help_panel="Make")(onnx.onnx)

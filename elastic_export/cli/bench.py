@@ -35,7 +35,12 @@ def bench(
     single_stream: Annotated[
         bool, typer.Option("--single-stream", help="Also pictures one after another, MLPerf-style: p90 of up to 1,024.")
     ] = False,
-    checkpoint: options.Checkpoint = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="The original's weights, for torch: .pt, .safetensors, or a diffusers folder.", show_default=False
+        ),
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything, each sample too.", show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with plots and pictures.", show_default=False)] = None,
     compare: Annotated[

@@ -48,7 +48,9 @@ def along_a_plan(
 ) -> None:
     """Draw, save and say what it took."""
     model = bundle.manifest.model
-    labels = options.integers(classes or "0") if model.num_classes and not prompts else None
+    labels = options.integers("0" if classes is None else classes) if model.num_classes else None
+    if prompts and model.num_classes:
+        raise typer.BadParameter(f"--prompt does not fit {model.name}, which draws classes: give --classes")
     if classes and not model.num_classes:
         raise typer.BadParameter(f"--classes does not fit {model.name}, which draws from prompts: give --prompt")
     if not model.num_classes and not prompts:
@@ -59,8 +61,9 @@ def along_a_plan(
         raise typer.BadParameter(f"--steps is for --plan full; plan {plan or '4x'} has steps of its own")
     count = len(labels or prompts or ())
     with RaluPipeline.from_pretrained(bundle, backend) as pipe:
-        drawing = pipe.drawing(options.plan(plan or "4x"), steps, height, width)
+        drawing = pipe.drawing(options.plan("4x" if plan is None else plan), steps, height, width)
         caching = Caching.every(drawing.plan, cache) if cache is not None else None
+        spent = cost(bundle, drawing.plan, drawing.size, caching.skip if caching else frozenset())
         with show.bar(quiet, f"drawing {count}", drawing.plan.total) as advance, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
             result = pipe(
@@ -83,7 +86,6 @@ def along_a_plan(
     name = plan or "4x"
     pixels = model.patches.size * (model.vae.upscale if model.vae else 1) if model.patches else 1
     embedded, scale = guidance_of(model, guidance, true_cfg, interval)
-    spent = cost(bundle, result.plan, drawing.size, caching.skip if caching else frozenset())
     facts = {
         "model": model.name,
         **({"classes": labels} if labels else {"prompts": prompts, "negative_prompt": negative_prompt}),
@@ -99,13 +101,13 @@ def along_a_plan(
         "flops": spent,
         "steps": result.steps,
     }
-    save(grid([result.images]), output, show.text(facts))
+    save(grid([result.images], least=1), output, show.text(facts))  # of the size that was asked for
     if json:
         show.as_json("generate", {"output": str(output), "seconds": result.seconds} | facts)
         return
     tokens = "/".join(map(str, result.plan.tokens(*drawing.size)))
     steps_taken = f"plan {name}, {result.plan.total} steps at {tokens} tokens"
-    show.line(f"{output}: {count} pictures in {result.seconds:.2f} s, {steps_taken}, seed {seed}, {where}")
+    show.line(f"{output}: {count} picture{'' if count == 1 else 's'} in {result.seconds:.2f} s, {steps_taken}, seed {seed}, {where}")
     if spent:
         show.line(
             f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "

@@ -43,7 +43,7 @@ def make(
     except ModuleNotFoundError as error:
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture import capture, probe_budgets
-    from elastic_export.export import destination, export
+    from elastic_export.export import destination, export, prepare
     from elastic_export.models.zoo import Request, load, locate, samples
 
     room = elastic_targets.load(target)
@@ -73,10 +73,10 @@ def make(
             if components or size:
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")
             captured = capture(load(Request(model, checkpoint, config, random_weights, overrides)), given, batch, vae)
-        for graph in captured.graphs:
-            room.requires(graph, room_options)
-        del graph  # the export lets each graph's weights go when it is lowered
+        prepare(captured, room, room_options, output, command_line(), overwrite)
         bundle = None if dry_run else export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+    for note in captured.notes:
+        show.note(note)
     if captured.ignored:
         show.note(f"ignored {len(captured.ignored)} training-only weights, {captured.ignored[0]} among them")
     if captured.model.weights == "random":

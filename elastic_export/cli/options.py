@@ -113,7 +113,9 @@ def plan(text: str) -> Plan | str:
         steps, end_times = (int(first), int(second), int(third)), (float(low), float(mixed), float(end))
         share = float(ratio)
     except ValueError:
-        raise typer.BadParameter(f"a plan is 4x, 7x, full, or steps/end times/share as in 3,4,5/0.25,0.4,1/0.3, got {text!r}") from None
+        raise typer.BadParameter(
+            f"a plan is 4x, 7x, full, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
+        ) from None
     return fit_plan(steps, end_times, share)
 
 

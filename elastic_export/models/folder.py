@@ -7,6 +7,7 @@ Only safetensors are read, whole or in shards.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ _STEMS = ("diffusion_pytorch_model", "model")
 
 @dataclass(frozen=True)
 class Folder:
-    """A diffusers folder. `listed` are the components that it should have, by class where its index tells."""
+    """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`)."""
 
     path: Path
     listed: dict[str, str]
     labels: dict[str, str] = field(default_factory=dict)
+    scheduled: bool = False
+    indexed: bool = True
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -44,9 +47,9 @@ class Folder:
             index = read_json(path / INDEX)
             listed = {name: str(index[name][-1]) for name in known if isinstance(index.get(name), list) and index[name][-1]}
             labels = index.get("id2label")
-            folder = cls(path, listed, dict(labels) if isinstance(labels, dict) else {})
+            folder = cls(path, listed, dict(labels) if isinstance(labels, dict) else {}, scheduled=bool(index.get("scheduler")))
         else:
-            folder = cls(path, {name: "" for name in known if (path / name).is_dir()})
+            folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)
         if "transformer" not in folder.listed:
             found = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())) or "no sub-folders"
             raise ModelError(f"{path} is not a diffusers folder of a diffusion transformer: it has no transformer, but {found}")
@@ -70,9 +73,9 @@ class Folder:
                 if not (self.path / name / "config.json").is_file():
                     others = ",".join(each for each, parts in COMPONENTS.items() if each != word and set(parts) & set(self.listed))
                     kind = f" ({self.listed[name]})" if self.listed[name] else ""
+                    instead = "" if word == "transformer" else f", or leave it out with --components {others}"
                     raise ModelError(
-                        f"{self.path} lacks its component {name}{kind}: there is no {name}/config.json. Download the folder again, "
-                        f"or leave it out with --components {others}"
+                        f"{self.path} lacks its component {name}{kind}: there is no {name}/config.json. Download the folder again{instead}"
                     )
             chosen += here
         return chosen
@@ -107,18 +110,15 @@ class Folder:
     def weights(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a component, each read when its turn comes, in the file's precision."""
         for file in self.weight_files(component):
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  it is no dict
-                        yield name, opened.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{file} is not a readable safetensors file ({error}): download or copy it again") from None
+            with _reading(file) as opened:
+                for name in opened.keys():  # noqa: SIM118  it is no dict
+                    yield name, opened.get_tensor(name)
 
     def parameters(self, component: str) -> int:
         """Number of a component's weights, from the files' headers alone."""
         count = 0
         for file in self.weight_files(component):
-            with safe_open(file, framework="pt") as opened:
+            with _reading(file) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     count += torch.Size(opened.get_slice(name).get_shape()).numel()
         return count
@@ -155,6 +155,21 @@ class Folder:
         module = self.build(component, kind)
         fit(module, {name: value.float() for name, value in self.weights(component)}, str(self.path / component), kind.__name__)
         return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    """An open safetensors file; raises ModelError for one that is damaged, cut off, or only a pointer to the real one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        with file.open("rb") as stream:
+            pointer = stream.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ModelError(f"{file} is a git-lfs pointer and not the weights: run git lfs pull in its folder") from None
+        size = file.stat().st_size
+        raise ModelError(f"{file} is damaged or incomplete, {size} bytes ({error}): download or copy it again") from None
 
 
 def diffusers_class(name: str) -> type:

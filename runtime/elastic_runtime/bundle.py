@@ -42,7 +42,9 @@ class Bundle:
         path = folder / MANIFEST
         if not path.is_file():
             what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
-            raise BundleError(f"{folder} is not a bundle: it {what}. Make one with: elastic-export onnx -o {folder}")
+            model = (folder / "model_index.json").is_file()
+            make = f"It is a diffusers folder: elastic-export onnx {folder} -o BUNDLE" if model else f"elastic-export onnx -o {folder}"
+            raise BundleError(f"{folder} is not a bundle: it {what}. {make if model else f'Make one with: {make}'}")
         bundle = cls(folder, decode(path.read_bytes(), str(path)))
         for entry in bundle.manifest.files():
             bundle._check(entry, hashes)

@@ -28,6 +28,9 @@ class Guidance:
     auto: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+                raise UsageError(f"{name} is a number, got {value!r}")
         if not self.scale >= 1.0 or self.scale == float("inf"):
             raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")
         if not 0.0 <= self.low <= self.high <= 1.0:

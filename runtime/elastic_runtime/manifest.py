@@ -199,6 +199,10 @@ class Vae(_Record, frozen=True, kw_only=True):
     shift_factor: float
     upscale: int
 
+    def __post_init__(self) -> None:
+        if self.upscale < 1 or not self.scaling_factor:
+            raise ValueError(f"`upscale` is 1 or more and `scaling_factor` is not 0, got {self.upscale} and {self.scaling_factor}")
+
 
 class Patches(_Record, frozen=True, kw_only=True):
     """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and out alike.
@@ -214,6 +218,8 @@ class Patches(_Record, frozen=True, kw_only=True):
     guidance_embeds: bool = False
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a patch has a `size` of 1 or more, got {self.size}")
         if (self.positions == "pos_ids") != (self.table is not None):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
 

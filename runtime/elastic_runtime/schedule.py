@@ -19,12 +19,18 @@ from elastic_runtime.errors import UsageError
 LEAST_LOGSNR = -15.0
 
 
+# Far beyond any use: more is a slip of the hand.
+MOST = 100_000
+
+
 def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str = "token") -> None:
     """Raise UsageError unless `steps` is a whole number of at least `least` and at most `most`, one for `each`."""
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
         raise UsageError(f"steps must be a whole number, got {steps!r}")
     if steps < least:
         raise UsageError(f"this sampler needs at least {least} step{'s' if least > 1 else ''}, got {steps}")
+    if steps > MOST:
+        raise UsageError(f"a picture takes at most {MOST:,} steps, got {steps}")
     if most is not None and steps > most:
         raise UsageError(f"this sampler takes at most {most} steps, one a {each}, got {steps}")
 

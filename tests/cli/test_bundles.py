@@ -1,7 +1,10 @@
 """The commands that read a bundle: generate, verify, inspect; and models."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from fakes import write_bundle
 from PIL import Image
 
 from elastic_runtime import Bundle, ElasticPipeline
+from elastic_runtime.swap import staging
 
 Run = Callable[..., Outcome]
 
@@ -176,3 +180,18 @@ def test_no_arguments_is_help_and_an_unknown_command_is_said(run: Run) -> None:
     assert "Usage: elastic-export" in run().out + run().err
     done = run("onix")
     assert (done.code, "onix" in done.err) == (2, True), done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, a process is ended without asking it")
+def test_a_killed_command_leaves_no_half_written_folder(run: Run, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run("--help").code == 0  # from here on a signal is taken as Ctrl-C is
+        with pytest.raises(SystemExit) as end, staging(tmp_path / "out") as stage:
+            (stage / "part").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert end.value.code == 128 + signal.SIGTERM
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -120,7 +120,7 @@ def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -
         (["--latents", "4"], "--latents does not fit tiny, which draws along a plan"),
         (["--sampler", "heun"], "--sampler does not fit tiny"),
         (["--autoguidance"], "--autoguidance does not fit tiny"),
-        (["--prompt", "a cat"], "tiny draws from class_labels, got prompt"),
+        (["--prompt", "a cat"], "--prompt does not fit tiny, which draws classes: give --classes"),
         (["--negative-prompt", "a cat"], "negative_prompt does not go with class_labels: leave it out"),
         (["--cache", "0"], "got an interval of 0"),
         (["--true-cfg", "2"], "true_cfg_scale is for models with distilled guidance"),
@@ -133,6 +133,38 @@ def test_wrong_options_end_in_one_line(run: Run, digits: Path, tmp_path: Path, a
     assert message in " ".join(done.err.replace("│", " ").split())
     assert "Traceback" not in done.err
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_has_the_size_that_was_asked_for(run: Run, digits: Path, tmp_path: Path) -> None:
+    done = run("generate", digits, "-o", tmp_path / "a.png", "--plan", "full", "--steps", "1", "--height", "16", "--width", "32", "-q")
+    assert done.code == 0, done.err
+    assert "1 picture in" in done.out
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (32, 16)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_drawing(run: Run, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    done = run("generate", digits, "-o", tmp_path / "a" / "b" / "x.png")
+    assert (done.code, "is a file; choose another -o/--output" in " ".join(done.err.split())) == (2, True)
+
+
+def test_a_manifest_that_was_edited_is_named_before_drawing(run: Run, digits: Path, tmp_path: Path) -> None:
+    for change, message in (
+        (lambda model: model["config"].clear(), "the config of tiny does not tell what a step costs"),
+        (lambda model: model["config"].update(scheduler={"shift": "x"}), "the scheduler's shift is a number, got 'x'"),
+        (lambda model: model["patches"].update(size=0), "a patch has a `size` of 1 or more, got 0"),
+        (lambda model: model["vae"].update(upscale=0), "`upscale` is 1 or more"),
+        (lambda model: model.update(num_classes=12, null_label=12), "tells of 12 classes, and its denoiser takes 5"),
+    ):
+        whole = json.loads((digits / "elastic.json").read_text())
+        change(whole["model"])
+        edited = tmp_path / "edited"
+        edited.mkdir(exist_ok=True)
+        (edited / "elastic.json").write_text(json.dumps(whole))
+        done = run("generate", edited, "-o", tmp_path / "a.png", "--plan", "full")
+        assert (done.code, message in " ".join(done.err.split())) == (2, True), done.err
+        assert not (tmp_path / "a.png").exists()
 
 
 def test_a_plan_does_not_fit_a_model_of_budgets(run: Run, tmp_path: Path) -> None:

@@ -205,8 +205,28 @@ def test_weights_that_do_not_fit_are_named(copy: Path) -> None:
     with pytest.raises(ModelError, match=r"transformer does not fit FluxTransformer2DModel: it lacks proj_out.bias"):
         Folder.open(copy).load("transformer", FluxTransformer2DModel)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="not a readable safetensors file"):
+    with pytest.raises(ModelError, match="is damaged or incomplete, 1000 bytes"):
         Folder.open(copy).load("transformer", FluxTransformer2DModel)
+
+
+def test_damaged_weights_are_found_before_they_are_needed(copy: Path) -> None:
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    for content, message in (
+        (b"", "is damaged or incomplete, 0 bytes"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7\n",
+            "is a git-lfs pointer and not the weights: run git lfs pull",
+        ),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            capture_folder(copy, None, None, ONE)
+
+
+def test_a_scheduler_that_the_index_lists_is_missed(copy: Path) -> None:
+    (copy / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(ModelError, match=r"lacks scheduler/scheduler_config.json, which model_index.json lists"):
+        capture_folder(copy, None, None, ONE)
 
 
 def test_a_scheduler_that_follows_no_flow_is_refused(copy: Path) -> None:

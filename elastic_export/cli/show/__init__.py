@@ -153,7 +153,8 @@ def engine(graph: str, artifact: TrtArtifact) -> None:
 def peaks(sizes: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
     """What exporting each graph of a folder is likely to take of memory, one at a time, and the sizes that it is proven at."""
     for graph, size in sizes.items():
-        line(f"{graph}: about {size / 1e9:.1f} GB of memory at most while exporting, verified at {', '.join(points[graph])}")
+        amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        line(f"{graph}: about {amount} of memory at most while exporting, verified at {', '.join(points[graph])}")
 
 
 def profiles(rows: Iterable[Profile]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.denoiser import Guidance
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.pipeline import whole_labels
 from elastic_runtime.ralu.denoiser import Conditions
@@ -97,7 +97,10 @@ class Subject:
         """A class is a one-hot pooled embedding and one text token of zeros; no class is zeros."""
         labels = whole_labels(bundle.manifest.model, self.class_labels)
         hidden = np.zeros((len(labels), 1, width(bundle, "encoder_hidden_states")), dtype=np.float32)
-        pooled = np.eye(width(bundle, "pooled_projections"), dtype=np.float32)[labels]
+        most = width(bundle, "pooled_projections")
+        if bundle.manifest.model.num_classes > most:
+            raise BundleError(f"{bundle.folder} tells of {bundle.manifest.model.num_classes} classes, and its denoiser takes {most}")
+        pooled = np.eye(most, dtype=np.float32)[labels]
         return Conditions(hidden, pooled), Conditions(hidden, np.zeros_like(pooled)) if guided else None
 
 

@@ -7,7 +7,7 @@ text encoders and the VAE. One sample, one branch of guidance.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.plan import Plan
 
@@ -56,8 +56,14 @@ def plan_flops(
 
 
 def picture_flops(model: Model, plan: Plan, size: tuple[int, int], skipped: frozenset[int] = frozenset()) -> int:
-    """`plan_flops` of a bundle's model, for a picture of `size` (rows, columns) of full-resolution tokens and the longest text."""
-    return plan_flops(model.family, model.config, plan, *size, model.text.length if model.text else 1, skipped)
+    """`plan_flops` of a bundle's model, for a picture of `size` (rows, columns) of full-resolution tokens and the longest text.
+
+    Raises: BundleError for a config that lacks its sizes.
+    """
+    try:
+        return plan_flops(model.family, model.config, plan, *size, model.text.length if model.text else 1, skipped)
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"the config of {model.name} does not tell what a step costs ({error}): export the bundle again") from None
 
 
 def _mlp(features: int, width: int) -> int:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from elastic_runtime.ralu.denoiser import TokenDenoiser
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import Plan, full, preset
 from elastic_runtime.ralu.sampler import RaluStep, from_draws, ralu
+from elastic_runtime.sampler import after
 from elastic_runtime.session import Session, batches, obstacles, open_session
 
 # callback(pipe, step_index, sigma, {"latents": tokens (B, S, C)}) -> a dict that may hold other "latents"
@@ -98,7 +99,9 @@ class RaluPipeline:
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if "denoiser" not in opened.manifest.graphs:
             has = ", ".join(opened.manifest.graphs)
-            raise BundleError(f"{opened.folder} has no graph 'denoiser', it has {has}: export it with --components transformer")
+            raise BundleError(
+                f"{opened.folder} has no graph 'denoiser', it has {has}: export the model again with --components transformer,vae"
+            )
         found = [obstacles(artifact, backend) for artifact in opened.manifest.graphs["denoiser"].artifacts]
         if not any(room for room, _ in found):
             why = " ".join(dict.fromkeys(reason for _, reasons in found for reason in reasons))
@@ -161,13 +164,15 @@ class RaluPipeline:
         if (not plain or output_type != "latent") and not self._draws_pixels():
             raise UsageError(
                 "this bundle holds no decoder, without which there is no picture and no preview whose edges a plan could follow: "
-                "export it again with its VAE, or take a plan of one stage and output_type='latent'"
+                "export it again with its VAE (--components transformer,vae), or take latents in Python: plan='full', output_type='latent'"
             )
         if output_type != "latent":
             self._check_decoder(height // upscale, width // upscale, "the picture")
         if not plain:
             self._check_decoder(height // upscale // 2, width // upscale // 2, "its preview")
-        if caching:
+        if caching is not None:
+            if not isinstance(caching, Caching):
+                raise UsageError(f"caching is a Caching, such as Caching.every(plan, 2), got {caching!r}")
             caching.check(plan)
         return Drawing(plan, size, caching)
 
@@ -247,7 +252,9 @@ class RaluPipeline:
             state = replacement = progress.step.sample
             if callback_on_step_end:
                 answer = callback_on_step_end(self, progress.step.index, progress.step.time, {"latents": state})
-                state = replacement = (answer or {}).get("latents", state)
+                if answer is not None and not isinstance(answer, Mapping):
+                    raise UsageError(f"callback_on_step_end returns a dict that may hold other latents, got {type(answer).__name__}")
+                state = replacement = after(progress.step, (answer or {}).get("latents"))
         latents = unpack(state, *drawing.size, self._patches.size)
         images = latents if output_type == "latent" else pictures(self.decode(latents), output_type)
         return RaluOutput(images, tuple(records), drawing.plan, time.perf_counter() - begun)

@@ -146,6 +146,9 @@ def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
 
     FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps evenly.
     """
+    numbers = ("shift", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    if odd := [name for name in numbers if not _is_number(scheduler.get(name, 1.0))]:
+        raise UsageError(f"the scheduler's {odd[0]} is a number, got {scheduler[odd[0]]!r}: export the bundle again")
     if not scheduler.get("use_dynamic_shifting", False):
         return Plan.full(steps, float(scheduler.get("shift", 1.0)))
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
@@ -193,6 +196,7 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own"
+            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own: "
+            "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )
     return PRESETS[name]

@@ -92,3 +92,8 @@ def test_a_cached_velocity_is_of_one_run() -> None:
     for _ in range(2):
         visit(caching.apply(velocity, PRESETS["4x"]), PRESETS["4x"])
     assert len(asked) == 2 * (18 - len(caching.skip))
+
+
+def test_a_name_is_no_plan() -> None:
+    with pytest.raises(UsageError, match=r"laid over a Plan, PRESETS\['4x'\] or .* got '4x'"):
+        Caching.every("4x", 2)  # type: ignore[arg-type]

@@ -128,6 +128,22 @@ def test_a_callback_sees_tokens_and_may_replace_them() -> None:
     np.testing.assert_array_equal(result.images, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.zeros((1, 16, 16)), "callback_on_step_end returns a dict that may hold other latents, got ndarray"),
+        ([1], "got list"),
+        ({"latents": np.zeros(3)}, r"must have shape \(1, 16, 16\), got \(3,\)"),
+    ],
+)
+def test_a_wrong_answer_of_a_callback_ends_the_first_step(answer: Any, message: str) -> None:
+    pipe, opener = pipeline()
+    with pytest.raises(UsageError, match=message):
+        pipe(**EMBEDS, plan=TINY, callback_on_step_end=lambda *_: answer)
+    assert len(opener.calls("denoiser")) == 1
+    assert pipe(**EMBEDS, plan=TINY, callback_on_step_end=lambda *_: {"latents": None}).images
+
+
 def test_cached_steps_do_not_run_and_say_so() -> None:
     pipe, opener = pipeline()
     caching = Caching.every(PRESETS["4x"], 2)
@@ -240,6 +256,10 @@ def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
         (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "negative_prompt_embeds": np.ones((1, 2, 6))}, "must have the shape of prompt_embeds"),
         (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
         (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),
+        (EMBEDS | {"plan": "3,4,5/0.2,0.4,1/0.3"}, "fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"),
+        (EMBEDS | {"plan": "full", "num_inference_steps": 10**20}, "a picture takes at most 100,000 steps, got 100000000000000000000"),
+        (EMBEDS | {"caching": 2}, "caching is a Caching, such as Caching.every(plan, 2), got 2"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": "2"}, "guidance_scale is a number, got '2'"),
         (EMBEDS | {"height": 50}, "height is a multiple of 16 px for this plan, got 50"),
         (EMBEDS | {"width": 24}, "width is a multiple of 16 px for this plan, got 24"),
         (EMBEDS | {"width": 20, "plan": "full"}, "width is a multiple of 8 px, got 20"),
@@ -317,7 +337,7 @@ def test_sd3_is_guided_as_in_diffusers_where_nothing_is_asked_for() -> None:
 def test_a_bundle_without_a_denoiser_says_so() -> None:
     whole = manifest()
     opened = Bundle(Path("nowhere"), msgspec.structs.replace(whole, graphs={"decoder": whole.graphs["decoder"]}))
-    with pytest.raises(BundleError, match="nowhere has no graph 'denoiser', it has decoder: export it with --components transformer"):
+    with pytest.raises(BundleError, match="has no graph 'denoiser', it has decoder: export the model again with --components"):
         RaluPipeline.from_pretrained(opened)
 
 
