@@ -35,7 +35,7 @@ class Protocol:
     """How pictures are drawn; `full` are step counts to grade at full resolution, `rounds` how often each plan is timed."""
 
     samples: int = 500
-    full: tuple[int, ...] = (50, 20)
+    full: tuple[int, ...] = (20,)
     guidance: float = 1.5
     seed: int = 0
     rounds: int = 15
@@ -156,7 +156,7 @@ if __name__ == "__main__":
     options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds is kept")
     options.add_argument("--plot", type=Path, help="PNG of the figures against FLOPs")
     options.add_argument("--samples", type=int, default=500, help="pictures along each plan (default: %(default)s)")
-    options.add_argument("--full", type=integers, default=(50, 20), help="step counts at full resolution (default: 50,20)")
+    options.add_argument("--full", type=integers, default=(20,), help="step counts at full resolution (default: 20)")
     options.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1 is none (default: %(default)s)")
     options.add_argument(
         "--rounds", type=int, default=15, help="times that each plan draws one picture for the clock (default: %(default)s)"

@@ -58,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what.add_argument("--prompt", nargs="+")
     parser.add_argument("--plans", nargs="+", default=["full", "4x", "7x"])
     parser.add_argument("--interval", type=int, default=2, help="the network runs on every N-th step")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    subject = {"class_labels": integers(options.classes)} if options.classes else {"prompt": options.prompt}
+    subject: dict[str, Any] = {"class_labels": integers(options.classes)} if options.classes else {"prompt": options.prompt}
+    subject |= {"guidance_scale": options.guidance}
     print("plan, caching, steps computed, times fewer FLOPs, times faster, PSNR dB")
     with RaluPipeline.from_pretrained(options.bundle) as pipe:
         for plan in options.plans:

@@ -22,7 +22,7 @@ def record() -> dict[str, Any]:
             "ema": 0.999,
         },
         "evaluation": {
-            "protocol": {"samples": 500, "full": 50, "guidance": 1.5, "seed": 0, "rounds": 15},
+            "protocol": {"samples": 500, "full": [50], "guidance": 1.5, "seed": 0, "rounds": 15},
             "real": {"pictures": 500, "accuracy": 0.987, "frechet_distance": 4.0},
             "plans": [
                 row("full, 50 steps", [50], [256], 50, 0.99, 10.0),
