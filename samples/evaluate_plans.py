@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from classifier import Judge, load_judge
 from digits import Digits
+from elastic_export.pictures import grid, save
 from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
+from elastic_runtime.pictures import pictures
 from elastic_runtime.ralu.cost import picture_flops
 from elastic_runtime.ralu.plan import PRESETS, full
 from grading import Grader, integers, tell
@@ -98,12 +101,12 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
     labels = np.arange(protocol.samples) % CLASSES
     plans, found = rows(model, protocol.full), []
     for name, plan in plans.items():
-        begun, pictures = time.perf_counter(), []
+        begun, parts = time.perf_counter(), []
         for first in range(0, protocol.samples, batch):
-            pictures.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
+            parts.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
             tell(name, min(first + batch, protocol.samples), protocol.samples, begun)
         row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(side, side)), "flops": flops(model, plan)}
-        found.append(row | grader.grade(Digits(np.concatenate(pictures), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
+        found.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
     names = ("plan", "accuracy", "frechet_distance")
@@ -131,6 +134,14 @@ def timed(pipe: RaluPipeline, plans: list[Plan], protocol: Protocol) -> list[flo
     return [float(np.median(each)) for each in taken]
 
 
+def sheet(pipe: RaluPipeline, protocol: Protocol) -> Image.Image:
+    """Each digit along each of `rows`, from the same noise in a column."""
+    plans = rows(pipe.bundle.manifest.model, protocol.full)
+    labels = np.arange(CLASSES)
+    drawn = [pictures(draw(pipe, plan, labels, 0, protocol), "pil") for plan in plans.values()]
+    return grid(drawn, list(plans))
+
+
 def _size(model: Model) -> int:
     assert model.patches is not None
     return model.patches.size
@@ -143,6 +154,8 @@ def main(given: argparse.Namespace) -> None:
     old = read(given.output) if given.output.exists() else {}
     with RaluPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
         figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)
+        if given.picture:
+            save(sheet(pipe, protocol), given.picture)
     write(given.output, {"family": bundle.manifest.model.family} | old | figures)
     record = read(given.output)  # as a card will see it
     print(table(record))
@@ -155,6 +168,7 @@ if __name__ == "__main__":
     options.add_argument("bundle", type=Path, help="a bundle of ralu-digits; export it with --batch 1-100, or it runs in small batches")
     options.add_argument("--output", type=Path, required=True, help="JSON record; what it already holds is kept")
     options.add_argument("--plot", type=Path, help="PNG of the figures against FLOPs")
+    options.add_argument("--picture", type=Path, help="PNG of every digit along every plan")
     options.add_argument("--samples", type=int, default=500, help="pictures along each plan (default: %(default)s)")
     options.add_argument("--full", type=integers, default=(20,), help="step counts at full resolution (default: 20)")
     options.add_argument("--guidance", type=float, default=1.5, help="guidance scale; 1 is none (default: %(default)s)")

@@ -54,9 +54,11 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 panel.plot(x, y, color=color, marker=marker, linestyle=line, linewidth=2, markersize=6, label=words)
                 for row, *place in zip(rows, x, y, strict=True):
                     short = f"{row['steps'][0]}" if words.startswith(PLAIN) else row["plan"].split()[0]
-                    panel.annotate(short, place, (5, 5), textcoords="offset points", color=color, fontsize=9)
+                    below = {"xytext": (0, -14), "ha": "center"} if words.startswith(PLAIN) else {"xytext": (6, 3)}
+                    panel.annotate(short, place, textcoords="offset points", color=color, fontsize=9, **below)
             real_line(panel, unit * found["real"][name], "real glyphs")
             panel.set_axisbelow(True)
+            panel.margins(x=0.08, y=0.1)
             panel.set_xlabel("GFLOPs a picture, one branch")
             panel.set_ylabel(label)
             if name == "frechet_distance":

@@ -1,7 +1,7 @@
 """Train the packaged sample `ralu-digits`, a diffusers folder: first its autoencoder, then its transformer.
 
     python samples/train_ralu.py vae --run runs/ralu-vae --output ralu-digits --steps 1500 --batch 32
-    python samples/train_ralu.py transformer --run runs/ralu --output ralu-digits --steps 10000 --batch 48
+    python samples/train_ralu.py transformer --run runs/ralu --output ralu-digits --steps 9000 --batch 48
 
 Digits at 64 and at 32 pixels, in the latent space of a small AutoencoderKL (4 channels, half the side), drawn by rectified flow in
 FLUX's own class: the label is a one-hot pooled embedding, the text one token of zeros.
@@ -195,7 +195,7 @@ def train_transformer(options: argparse.Namespace, data: Digits | None = None) -
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__ or "", steps=10000)
+    arguments = parser(__doc__ or "", steps=9000)
     arguments.add_argument("component", choices=("vae", "transformer"))
     given = arguments.parse_args()
     if given.output is None:

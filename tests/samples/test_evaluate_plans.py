@@ -102,6 +102,14 @@ def test_every_plan_starts_from_the_same_noise_whatever_the_batch() -> None:
     np.testing.assert_array_equal(starts[0][2:], starts[1])
 
 
+def test_the_sheet_has_a_row_for_each_plan(digits: tuple[Digits, Digits]) -> None:
+    pipe = artist(digits[1])
+    picture = script.sheet(pipe, PROTOCOL)
+    plans = script.rows(pipe.bundle.manifest.model, PROTOCOL.full)
+    assert picture.height == len(plans) * 68 - 4
+    assert picture.width > 10 * 68
+
+
 @pytest.mark.parametrize(
     ("whole", "changes", "message"),
     [
