@@ -22,11 +22,11 @@ SAMPLES = ("elit-mnist", "elt-mnist", "dcdit-mnist", "ralu-digits")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` leaves, with one step a picture in place of 20. Tests must not change it."""
+    """What `make demo` leaves, with two steps a picture in place of 20. Tests must not change it."""
     from elastic_export.cli.demo import demo as command
 
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    command(folder, steps=1, quiet=True)
+    command(folder, steps=2, quiet=True)
     return folder
 
 
