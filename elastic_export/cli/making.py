@@ -73,8 +73,11 @@ def make(
             if components or size:
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")
             captured = capture(load(Request(model, checkpoint, config, random_weights, overrides)), given, batch, vae)
-        prepare(captured, room, room_options, output, command_line(), overwrite)
-        bundle = None if dry_run else export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+        bundle = None
+        if dry_run:
+            prepare(captured, room, room_options, output, command_line(), overwrite)
+        else:
+            bundle = export(captured, target, room_options, output, command_line(), overwrite, on_stage)
     for note in captured.notes:
         show.note(note)
     if captured.ignored:
