@@ -9,7 +9,6 @@ second series without it stands beside the first.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ import torch
 from card import plot, table
 from classifier import Judge, load_judge
 from digits import Digits, enlarged, halved
-from elastic_runtime import Axis, Budget, Bundle, ElasticError, ElasticPipeline, Session, UsageError, open_session
+from elastic_runtime import Axis, Budget, Bundle, ElasticPipeline, Session, UsageError, open_session
 from elastic_runtime.manifest import Manifest, Model
 from elastic_runtime.sampling import sampler
 from elastic_runtime.schedule import CosineMask
-from grading import Grader, integers, tell
+from grading import Grader, integers, run, tell
 from record import machine, read, versions, write
 
 
@@ -223,11 +222,4 @@ if __name__ == "__main__":
     options.add_argument("--guidance", type=_numbers, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
     options.add_argument("--drops", type=_numbers, default=(), help="shares of a router's tokens to drop, such as 0,0.3,0.6")
     options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")
-    options.add_argument("--threads", type=int, default=0, help="0: one a core")
-    try:
-        main(options.parse_args())
-    except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main, options)

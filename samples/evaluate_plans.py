@@ -8,7 +8,6 @@ picture alone, its decoder included, the plans in turn: run it on a quiet machin
 """
 
 import argparse
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from PIL import Image
 from classifier import Judge, load_judge
 from digits import Digits
 from elastic_export.pictures import grid, save
-from elastic_runtime import Bundle, ElasticError, Plan, RaluPipeline, UsageError
+from elastic_runtime import Bundle, Plan, RaluPipeline, UsageError
 from elastic_runtime.manifest import Model
 from elastic_runtime.pictures import pictures
 from elastic_runtime.ralu.cost import picture_flops
 from elastic_runtime.ralu.plan import PRESETS, full
-from grading import Grader, integers, tell
+from grading import Grader, integers, run, tell
 from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
 
@@ -175,11 +174,4 @@ if __name__ == "__main__":
     options.add_argument(
         "--rounds", type=int, default=15, help="times that each plan draws one picture for the clock (default: %(default)s)"
     )
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")
-    options.add_argument("--threads", type=int, default=0, help="0: one a core")
-    try:
-        main(options.parse_args())
-    except ElasticError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run(main, options)

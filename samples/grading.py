@@ -11,6 +11,7 @@ import numpy as np
 
 from classifier import Judge
 from digits import Digits, load_digits
+from elastic_runtime import ElasticError
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -72,3 +73,15 @@ def integers(text: str) -> list[int]:
     if not all(part.isdigit() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"these are whole numbers such as 16,64,256, got {text!r}")
     return [int(part) for part in text.split(",")]
+
+
+def run(main: Callable[[argparse.Namespace], None], options: argparse.ArgumentParser) -> None:
+    """Run `main` on a program's own options and those that all share; an error ends in one line and its exit code."""
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--batch", type=int, default=50, help="pictures drawn together (default: %(default)s)")
+    options.add_argument("--threads", type=int, default=0, help="0: one a core")
+    try:
+        main(options.parse_args())
+    except ElasticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
