@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_export.models.folder import Folder
+from elastic_export.models.folder import Folder, read_json
 from elastic_runtime.axis import Span
 from elastic_runtime.budget import Budget
 from elastic_runtime.errors import MissingError, ModelError
@@ -77,8 +78,14 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
     auto = _transformers("AutoTokenizer")
     try:
         with _quiet():
-            tokenizer = auto.from_pretrained(path, local_files_only=True)
+            # Said aloud: left unsaid, transformers asks on the terminal whether to run the code that a folder brings.
+            tokenizer = auto.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever its many readers raise
+        if "auto_map" in _config(path):
+            raise ModelError(
+                f"{path} is a tokenizer with code of its own, and no code of a model folder is run: save it there as a "
+                "tokenizer.json that needs none (PreTrainedTokenizerFast), and take auto_map out of tokenizer_config.json"
+            ) from None
         raise ModelError(f"{path} is not a tokenizer that transformers reads: {str(error).splitlines()[0]}") from None
     if (whole := path / "tokenizer.json").is_file():
         content = whole.read_bytes()
@@ -89,6 +96,11 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{path} names no pad token")
     return Tokenizer(content, int(tokenizer.pad_token_id), int(tokenizer.model_max_length))
+
+
+def _config(tokenizer: Path) -> dict[str, Any]:
+    file = tokenizer / "tokenizer_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> GraphCapture:
@@ -122,7 +134,9 @@ def load_encoder(folder: Folder, component: str) -> Encoder:
     model = _transformers(name)
     try:
         with _quiet():
-            encoder = model.from_pretrained(folder.path / component, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+            encoder = model.from_pretrained(
+                folder.path / component, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder.path / component} is not a {name}: {str(error).splitlines()[0]}") from None
     return Encoder(encoder.eval().requires_grad_(False), GIVES[name])

@@ -51,7 +51,7 @@ def load_vae(folder: Path) -> Decoder:
     autoencoder: Any = diffusers_class("AutoencoderKL")
     try:
         # Its other way of loading needs one more package, and says so; a VAE is small.
-        vae = autoencoder.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        vae = autoencoder.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder} is not a diffusers AutoencoderKL: {' '.join(str(error).split())[:300]}") from None
     return Decoder(vae.float().eval().requires_grad_(False))
