@@ -11,7 +11,7 @@ demo: .venv/.base
 # Every packaged sample in every runtime of this machine, and the README's figures from it. Nothing else should run meanwhile.
 bench: .venv/.base
 	$(INSTALL) --editable '.[torch,ort,openvino,report]'
-	for card in elastic_export/models/pretrained/*.json; do name=$$(basename $$card .json) && \
+	for card in elastic_export/pretrained/*.json; do name=$$(basename $$card .json) && \
 		$(BIN)/elastic-export onnx $$name -o build/bench/$$name --overwrite || exit 1; done
 	$(BIN)/elastic-export bench $$(ls -d build/bench/*/) --quality --overwrite --json build/bench.json --html build/bench.html
 	$(BIN)/python samples/speed.py build/bench.json README.md --plot docs/speed.svg

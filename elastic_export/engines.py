@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from elastic_export.verify import require, verify_artifact
-from elastic_runtime.bundle import MANIFEST, Bundle, write_manifest, writing
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, write_manifest, writing
 from elastic_runtime.errors import BundleError
 from elastic_targets import load
 

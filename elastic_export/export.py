@@ -14,15 +14,15 @@ import numpy as np
 
 import elastic_targets
 from elastic_export.verify import OnRow, record, require, verify_artifact
-from elastic_runtime.axis import Span
-from elastic_runtime.bundle import MANIFEST, Bundle, entry, write_manifest, writing
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, entry, write_manifest, writing
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Graph, Manifest, Provenance
+from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError
-from elastic_runtime.manifest import SCHEMA_VERSION, Graph, Manifest, Provenance
-from elastic_runtime.reference import unpack
 from elastic_runtime.swap import recover
 
 if TYPE_CHECKING:
-    from elastic_export.capture import Capture
+    from elastic_export.capture.capture import Capture
     from elastic_targets.capture import GraphCapture
 
 REFERENCE = "reference.npz"
@@ -182,7 +182,7 @@ def _refuse_clobber(old: Bundle, room: ModuleType, graphs: "list[GraphCapture]",
 
 def _reference(graph: "GraphCapture", room: ModuleType, options: Any, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The original's outputs at the budgets that must be proven and are not yet recorded."""
-    from elastic_export.capture import probe_budgets
+    from elastic_export.capture.capture import probe_budgets
 
     wanted = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
     missing = [budget for budget in wanted if budget not in unpack(graph.name, known)[1]]

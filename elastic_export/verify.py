@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 
 import elastic_targets
-from elastic_runtime import reference
-from elastic_runtime.budget import Budget, key
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract import reference
+from elastic_runtime.contract.budget import Budget, key
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact, Verification
 from elastic_runtime.errors import BundleError, VerificationError
-from elastic_runtime.manifest import Artifact, Verification
-from elastic_runtime.session import obstacles, open_artifact
+from elastic_runtime.sessions.session import obstacles, open_artifact
 
 if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture

@@ -1,7 +1,7 @@
 """Write a trained sample's figures, from its JSON record, into the pages that quote them, and plot them.
 
-    python samples/card.py elastic_export/models/pretrained/elit-mnist.json \\
-        elastic_export/models/pretrained/elit-mnist.md README.md --plot docs/elit-mnist-quality.png
+    python samples/card.py elastic_export/pretrained/elit-mnist.json \\
+        elastic_export/pretrained/elit-mnist.md README.md --plot docs/elit-mnist-quality.png
 
 A page holds the figures between `<!-- figures elit-mnist -->` and `<!-- end of figures -->`, so that all pages and the
 bundle's manifest say the same. With --check nothing is written, and a page that differs is an error.

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_runtime import Budget, Deadline, ElasticPipeline, Fixed, Guidance, Outlook, Policy
-from elastic_runtime.budget import key
-from elastic_runtime.sampling import sampler
+from elastic_runtime.contract.budget import key
+from elastic_runtime.sampling.fitting import sampler
 from record import machine, versions
 
 SLICE = 0.002  # seconds that a busy neighbour works before it looks up

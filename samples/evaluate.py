@@ -21,9 +21,9 @@ from card import plot, table
 from classifier import Judge, load_judge
 from digits import Digits, enlarged, halved
 from elastic_runtime import Axis, Budget, Bundle, ElasticPipeline, Session, UsageError, open_session
-from elastic_runtime.manifest import Manifest, Model
-from elastic_runtime.sampling import sampler
-from elastic_runtime.schedule import CosineMask
+from elastic_runtime.contract.manifest import Manifest, Model
+from elastic_runtime.contract.schedule import CosineMask
+from elastic_runtime.sampling.fitting import sampler
 from grading import Grader, integers, run, tell
 from record import machine, read, versions, write
 

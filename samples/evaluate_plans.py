@@ -21,8 +21,8 @@ from classifier import Judge, load_judge
 from digits import Digits
 from elastic_export.pictures import grid, save
 from elastic_runtime import Bundle, Plan, RaluPipeline, UsageError
-from elastic_runtime.manifest import Model
-from elastic_runtime.pictures import pictures
+from elastic_runtime.contract.manifest import Model
+from elastic_runtime.denoising.pictures import pictures
 from elastic_runtime.ralu.cost import picture_flops
 from elastic_runtime.ralu.plan import PRESETS, full
 from grading import Grader, integers, run, tell

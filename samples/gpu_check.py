@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_runtime import Budget, Bundle, MissingError, Session, Span
-from elastic_runtime.budget import key
-from elastic_runtime.manifest import Graph, Manifest, TrtArtifact
-from elastic_runtime.reference import TOLERANCE, axis_feeds
-from elastic_runtime.session import obstacles, open_artifact
+from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.manifest import Graph, Manifest, TrtArtifact
+from elastic_runtime.contract.reference import TOLERANCE, axis_feeds
+from elastic_runtime.sessions.session import obstacles, open_artifact
 
 Arrays = dict[str, np.ndarray]
 GRAPH = "denoiser"

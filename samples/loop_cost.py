@@ -17,11 +17,11 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from elastic_export.capture import capture
+from elastic_export.capture.capture import capture
+from elastic_export.capture.zoo import Model
 from elastic_export.export import export
-from elastic_export.models.elt import FAMILY, Elt, EltParams
-from elastic_export.models.layers import randomize
-from elastic_export.models.zoo import Model
+from elastic_export.families.elt import FAMILY, Elt, EltParams
+from elastic_export.families.layers import randomize
 from elastic_runtime import Budget, Span, open_session
 from elastic_targets import load
 from record import machine, versions

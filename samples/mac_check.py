@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime import Bundle, MissingError
-from elastic_runtime.backends.coreml import COMPUTE_UNITS, CoremlSession, obstacle
-from elastic_runtime.budget import key
-from elastic_runtime.manifest import CoremlArtifact
-from elastic_runtime.reference import axis_feeds, check, tolerance, unpack
+from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.manifest import CoremlArtifact
+from elastic_runtime.contract.reference import axis_feeds, check, tolerance, unpack
+from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle
 
 COLUMNS = "{:<34} {:<8} {:<14} {:>9} {:>9} {:>9} {:>5}  {}"
 DEVICES = {"MLCPUComputeDevice": "cpu", "MLGPUComputeDevice": "gpu", "MLNeuralEngineComputeDevice": "ane"}

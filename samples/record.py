@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_runtime.bench.machine import machine as here
-from elastic_runtime.bench.machine import versions
+from elastic_bench.machine import machine as here
+from elastic_bench.machine import versions
 
 __all__ = ["evaluation", "machine", "read", "versions", "write"]
 

@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 from card import filled
-from elastic_export.bench.plots import latency_plot
-from elastic_export.bench.svg import captioned
+from elastic_bench.figures import figures, method
+from elastic_bench.files import read, write
+from elastic_bench.plots import latency_plot
+from elastic_bench.records import BundleReport, Report
+from elastic_bench.svg import captioned
 from elastic_runtime import ElasticError
-from elastic_runtime.bench.figures import figures, method
-from elastic_runtime.bench.files import read, write
-from elastic_runtime.bench.records import BundleReport, Report
 
 NAME = "speed"
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, PipelineOutput, Session, StepRecord, open_session
-from elastic_runtime.session import Arrays
+from elastic_runtime.sessions.session import Arrays
 from record import machine, versions
 
 # Of the mean difference between both pictures' values, which are about 1. Sums of other lengths are rounded otherwise, and a token

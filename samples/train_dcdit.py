@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from digits import Digits, halved, load_digits
-from elastic_export.models import dc_dit, elt
-from elastic_runtime.schedule import LinearBeta
+from elastic_export.families import elt
+from elastic_export.families.dc_dit import model as dc_dit
+from elastic_runtime.contract.schedule import LinearBeta
 from training import Loss, drop_labels, parser, train
 
 PARAMS = dc_dit.DcDitParams(

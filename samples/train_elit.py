@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from elastic_export.models.elit import FAMILY, Elit, ElitParams
+from elastic_export.families.elit import FAMILY, Elit, ElitParams
 from training import drop_labels, parser, train
 
 PARAMS = ElitParams(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from elastic_export.models.elt import FAMILY, Elt, EltParams
-from elastic_runtime.schedule import ShiftedCosine
+from elastic_export.families.elt import FAMILY, Elt, EltParams
+from elastic_runtime.contract.schedule import ShiftedCosine
 from training import Loss, drop_labels, parser, train
 
 PARAMS = EltParams(

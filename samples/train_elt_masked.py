@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digits import halved
-from elastic_export.models.elt_masked import FAMILY, EltMasked, EltMaskedParams
+from elastic_export.families.elt_masked import FAMILY, EltMasked, EltMaskedParams
 from train_elt import ilsd, read
 from training import drop_labels, parser, train
 

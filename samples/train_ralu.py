@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from torch import Tensor, nn
 
 from digits import Digits, glyphs, load_digits
-from elastic_export.models.layers import initialize
+from elastic_export.families.layers import initialize
 from record import read, write
 from training import parser, train
 

@@ -49,9 +49,9 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], B
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_targets import load as room
 
     made: dict[str, Bundle] = {}
@@ -78,9 +78,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that draws one-channel pictures, with random weights."""
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_targets import load as room
 
     folder = tmp_path_factory.mktemp("digits")

@@ -18,11 +18,11 @@ pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 
 import elastic_targets
-from elastic_export.capture import Capture, all_budgets, capture, probe_budgets
+from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets
+from elastic_export.capture.zoo import Request, load
 from elastic_export.export import destination, export
-from elastic_export.models.zoo import Request, load
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
-from elastic_runtime.bundle import write_manifest, writing
+from elastic_runtime.contract.bundle import write_manifest, writing
 
 
 @pytest.fixture

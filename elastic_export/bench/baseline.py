@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from elastic_runtime.axis import Span
-from elastic_runtime.bench.runtimes import GRAPH, Opened
-from elastic_runtime.bundle import Bundle, sha256
+from elastic_bench.runtimes import GRAPH, Opened
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import Bundle, sha256
+from elastic_runtime.contract.manifest import Graph, Manifest
+from elastic_runtime.contract.reference import TOLERANCE
 from elastic_runtime.errors import InferenceError, MissingError, ModelError
-from elastic_runtime.manifest import Graph, Manifest
-from elastic_runtime.reference import TOLERANCE
-from elastic_runtime.session import Arrays, Session
+from elastic_runtime.sessions.session import Arrays, Session
 
 if TYPE_CHECKING:
-    from elastic_export.models.zoo import Request
+    from elastic_export.capture.zoo import Request
 
 BASELINES = {"torch": False, "torch-compile": True}  # name -> whether it is compiled
 
@@ -55,12 +55,12 @@ class TorchRuntime:
 
     def _find(self, manifest: Manifest) -> Callable[[], Any]:
         """What loads the original; raises ModelError where its weights are not at hand."""
-        from elastic_export.models.zoo import load
+        from elastic_export.capture.zoo import load
 
         if manifest.model.patches is None:
             wanted = request(manifest, self.checkpoint)
             return lambda: load(wanted).module
-        from elastic_export.components import capture_folder
+        from elastic_export.capture.folders import capture_folder
 
         path = diffusers_folder(manifest, self.checkpoint)
         return lambda: capture_folder(path, ("transformer",), None, Span(1, 1), digest=False).graphs[0].loaded().module
@@ -95,8 +95,8 @@ def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path
 
     Raises: ModelError where it is not at hand, or `checkpoint` is another one.
     """
-    from elastic_export.models.folder import Folder
-    from elastic_export.models.zoo import locate, samples
+    from elastic_export.capture.zoo import locate, samples
+    from elastic_export.foreign.folder import Folder
 
     name, wanted = manifest.model.name, manifest.provenance.checkpoint_sha256
     path = checkpoint or (locate(name) if name in samples() else None)
@@ -115,7 +115,7 @@ def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":
 
     Raises: ModelError where its weights are not at hand, or `checkpoint` holds other ones.
     """
-    from elastic_export.models.zoo import FAMILIES, Request, samples
+    from elastic_export.capture.zoo import FAMILIES, Request, samples
 
     model, wanted = manifest.model, manifest.provenance.checkpoint_sha256
     if model.name in samples() and sha256(samples()[model.name].with_suffix(".safetensors")) == wanted:

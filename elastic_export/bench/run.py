@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_bench.drawing import Album
+from elastic_bench.energy import counters
+from elastic_bench.machine import machine, peaks
+from elastic_bench.measure import OnStage, measure, points
+from elastic_bench.process import Process
+from elastic_bench.records import SCHEMA_VERSION, Report, Settings
+from elastic_bench.runtimes import WAYS, Runtime, runtimes
 from elastic_export.bench.baseline import BASELINES, TorchRuntime
-from elastic_runtime.bench.drawing import Album
-from elastic_runtime.bench.energy import counters
-from elastic_runtime.bench.machine import machine, peaks
-from elastic_runtime.bench.measure import OnStage, measure, points
-from elastic_runtime.bench.process import Process
-from elastic_runtime.bench.records import SCHEMA_VERSION, Report, Settings
-from elastic_runtime.bench.runtimes import WAYS, Runtime, runtimes
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, UsageError
 
 NAMES = (*WAYS, *BASELINES)

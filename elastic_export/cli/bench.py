@@ -69,8 +69,8 @@ def bench(
     if compare:
         if bundles:
             raise UsageError("--compare reads two files and measures nothing: leave the bundles out")
-        from elastic_runtime.bench.compare import changes, other_machine
-        from elastic_runtime.bench.files import read
+        from elastic_bench.compare import changes, other_machine
+        from elastic_bench.files import read
 
         old, new = (read(path) for path in compare)
         if different := other_machine(old, new):
@@ -82,14 +82,14 @@ def bench(
         return
     if not bundles:
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
+    from elastic_bench.files import refuse_clobber, write
+    from elastic_bench.machine import usable_cores
+    from elastic_bench.records import Settings, encode
     from elastic_export.bench.run import NAMES
     from elastic_export.bench.run import bench as run
-    from elastic_runtime.bench.files import refuse_clobber, write
-    from elastic_runtime.bench.machine import usable_cores
-    from elastic_runtime.bench.records import Settings, encode
 
     if html:
-        from elastic_export.bench.page import page, require
+        from elastic_bench.page import page, require
 
         require()  # a missing package should not wait for the measurement to end
     for path in (json, html):

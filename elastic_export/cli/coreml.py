@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from elastic_export.cli import options
-from elastic_runtime.axis import Span
+from elastic_runtime.contract.axis import Span
 
 
 def coreml(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from elastic_export.cli import options, show
-from elastic_runtime.axis import Span
+from elastic_runtime.contract.axis import Span
 
 # Packaged sample -> the letter that heads its columns, its axis, and the budgets to draw at.
 SAMPLES = {
@@ -73,7 +73,7 @@ class Column:
 @contextmanager
 def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
     """Export a sample with an axis: a column for each of its budgets, and what runs it."""
-    from elastic_runtime.budget import Budget
+    from elastic_runtime.contract.budget import Budget
     from elastic_runtime.pipeline import ElasticPipeline
 
     letter, axis, values = SAMPLES[sample]

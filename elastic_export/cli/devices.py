@@ -25,8 +25,8 @@ def devices(
       elastic-export devices digits --json
     """
     from elastic_export.cli.show import machine
-    from elastic_runtime.bundle import Bundle
-    from elastic_runtime.cost import forecast
+    from elastic_runtime.choosing.cost import forecast
+    from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.device import catalogue, listed_peak, matched, probe
 
     entries, here = catalogue(), matched(probe())

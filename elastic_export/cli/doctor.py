@@ -16,7 +16,7 @@ def doctor(json: options.Json = False) -> None:
       elastic-export doctor --json
     """
     from elastic_export.cli.show import machine
-    from elastic_runtime.calibration import folder
+    from elastic_runtime.choosing.calibration import folder
     from elastic_runtime.device import advice, matched, peak, probe, runtimes
 
     found = probe()

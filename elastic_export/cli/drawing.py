@@ -9,9 +9,9 @@ import typer
 
 from elastic_export.cli import options, show
 from elastic_export.pictures import grid, save
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.ralu import Caching, Plan, RaluPipeline
-from elastic_runtime.ralu.conditions import guidance_of
 from elastic_runtime.ralu.cost import STEP, picture_flops
 
 # Plain steps that the paper compares with.

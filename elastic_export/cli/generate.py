@@ -82,11 +82,11 @@ def generate(
 
     from elastic_export.cli.drawing import along_a_plan, refuse
     from elastic_export.pictures import grid, highlighted, refuse_clobber, save
-    from elastic_runtime.budget import Budget
-    from elastic_runtime.bundle import Bundle
+    from elastic_runtime.contract.budget import Budget
+    from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
-    from elastic_runtime.sampling import sampler as fitting
+    from elastic_runtime.sampling.fitting import sampler as fitting
 
     refuse_clobber(output, overwrite)
     if show_tokens:

@@ -19,7 +19,7 @@ def inspect(
       elastic-export inspect digits
       elastic-export inspect digits --hashes --json
     """
-    from elastic_runtime.bundle import Bundle
+    from elastic_runtime.contract.bundle import Bundle
 
     opened = Bundle.open(bundle, hashes=hashes)
     if json:

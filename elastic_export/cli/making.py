@@ -7,9 +7,9 @@ from typing import Any
 import elastic_targets
 from elastic_export.cli import show
 from elastic_export.cli.options import command_line, words
-from elastic_runtime.axis import Span
-from elastic_runtime.budget import key
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import MissingError, UsageError
 
 
@@ -42,9 +42,9 @@ def make(
         import torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
-    from elastic_export.capture import capture, probe_budgets
+    from elastic_export.capture.capture import capture, probe_budgets
+    from elastic_export.capture.zoo import Request, load, locate, samples
     from elastic_export.export import destination, export, prepare
-    from elastic_export.models.zoo import Request, load, locate, samples
 
     room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
@@ -54,7 +54,7 @@ def make(
         on_stage(f"loading {model}")
         given = {name: span for name, span in spans.items() if span}
         if folder := locate(model):
-            from elastic_export.components import capture_folder
+            from elastic_export.capture.folders import capture_folder
 
             options: dict[str, object] = {f"--{name}": span for name, span in given.items()} | {
                 "--checkpoint": checkpoint,

@@ -13,7 +13,7 @@ def models(json: options.Json = False) -> None:
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt -o xl
     """
     try:
-        from elastic_export.models import zoo
+        from elastic_export.capture import zoo
     except ModuleNotFoundError as error:
         raise MissingError(f"the model zoo needs torch ({error}): pip install 'elastic-export[torch]'") from error
     rows = zoo.catalogue()

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from elastic_runtime.axis import Span
-from elastic_runtime.budget import Budget
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
 from elastic_runtime.ralu import Plan, fit_plan
 
@@ -73,9 +73,9 @@ def policy(
     quality: float | None = None,
 ) -> Any:
     """What chooses budgets: the ones that were named, or the one goal that was given; with neither, what suits this machine."""
-    from elastic_runtime.deadline import Deadline
-    from elastic_runtime.goals import Auto, FitMemory, Quality
-    from elastic_runtime.policy import Fixed, PerStep
+    from elastic_runtime.choosing.deadline import Deadline
+    from elastic_runtime.choosing.goals import Auto, FitMemory, Quality
+    from elastic_runtime.choosing.policy import Fixed, PerStep
 
     goals = {"--budget": budget, "--target-ms": target_ms, "--max-memory": max_memory, "--quality": quality}
     given = [name for name, value in goals.items() if value is not None]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from elastic_export.cli import options
-from elastic_runtime.axis import Span
+from elastic_runtime.contract.axis import Span
 
 MODEL_HELP = "A bundle's folder, which needs no torch; or a model to export first, as for [bold]elastic-export onnx[/bold]."
 BatchOrAll = Annotated[
@@ -69,7 +69,7 @@ def trt(
     """
     import logging
 
-    from elastic_runtime.bundle import MANIFEST, Bundle
+    from elastic_runtime.contract.bundle import MANIFEST, Bundle
     from elastic_runtime.errors import UsageError
     from elastic_targets import load
 

@@ -29,7 +29,7 @@ def verify(
     """
     from elastic_export.verify import require
     from elastic_export.verify import verify as run
-    from elastic_runtime.bundle import Bundle
+    from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.errors import MissingError
 
     with show.stages(quiet) as on_stage:

@@ -5,12 +5,14 @@ pipe = er.ElasticPipeline.from_pretrained("bundle")
 image = pipe(class_labels=[7], guidance_scale=4.0, budget=er.Budget(latents=64)).images[0]
 """
 
-from elastic_runtime.axis import Axis, Span
-from elastic_runtime.backends.fake import FakeSession
-from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Bundle
-from elastic_runtime.deadline import Deadline
-from elastic_runtime.denoiser import Guidance
+from elastic_runtime.choosing.deadline import Deadline
+from elastic_runtime.choosing.estimates import Gauge, Outlook
+from elastic_runtime.choosing.goals import Auto, FitLatency, FitMemory, Quality
+from elastic_runtime.choosing.policy import Choice, Fixed, PerStep, Policy
+from elastic_runtime.contract.axis import Axis, Span
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.denoising.denoiser import Guidance
 from elastic_runtime.device import Device, probe
 from elastic_runtime.errors import (
     BudgetError,
@@ -24,12 +26,10 @@ from elastic_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from elastic_runtime.goals import Auto, FitLatency, FitMemory, Quality
-from elastic_runtime.outlook import Gauge, Outlook
 from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
-from elastic_runtime.policy import Choice, Fixed, PerStep, Policy
 from elastic_runtime.ralu import Caching, Plan, RaluOutput, RaluPipeline, RaluProgress, RaluRecord, fit_plan
-from elastic_runtime.session import Session, open_session
+from elastic_runtime.sessions.fake import FakeSession
+from elastic_runtime.sessions.session import Session, open_session
 
 __all__ = [
     "Auto",

@@ -9,21 +9,21 @@ from typing import Any, Self
 
 import numpy as np
 
-from elastic_runtime.budget import Budget
-from elastic_runtime.bundle import Bundle
-from elastic_runtime.calibration import Clock, fastest, peak_bytes
-from elastic_runtime.denoiser import Answer, Denoiser, Guidance
+from elastic_runtime.choosing.calibration import Clock, fastest, peak_bytes
+from elastic_runtime.choosing.estimates import Gauge, Outlook
+from elastic_runtime.choosing.policy import Fixed, Policy
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Model
+from elastic_runtime.contract.schedule import CosineMask, whole_steps
+from elastic_runtime.denoising.denoiser import Answer, Denoiser, Guidance
+from elastic_runtime.denoising.pictures import OutputType, decode, pictures
 from elastic_runtime.device import probe
 from elastic_runtime.errors import InferenceError, UsageError
-from elastic_runtime.manifest import Model
-from elastic_runtime.outlook import Gauge, Outlook
-from elastic_runtime.pictures import OutputType, decode, pictures
-from elastic_runtime.policy import Fixed, Policy
-from elastic_runtime.sampler import Loop, Step, after
-from elastic_runtime.sampling import sampler as fitting
-from elastic_runtime.sampling import start as beginning
-from elastic_runtime.schedule import CosineMask, whole_steps
-from elastic_runtime.session import Session, open_artifact, open_session
+from elastic_runtime.sampling.fitting import sampler as fitting
+from elastic_runtime.sampling.fitting import start as beginning
+from elastic_runtime.sampling.flow import Loop, Step, after
+from elastic_runtime.sessions.session import Session, open_artifact, open_session
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]

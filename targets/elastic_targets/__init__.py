@@ -7,10 +7,10 @@ import importlib
 import logging
 from types import ModuleType
 
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.errors import MissingError, UsageError
-from elastic_runtime.manifest import Artifact
-from elastic_runtime.session import Session
+from elastic_runtime.sessions.session import Session
 
 # room -> (packages that it imports, extra that brings them)
 ROOMS = {"onnx": (("torch", "onnx", "onnxscript"), "torch"), "trt": ((), "rtx"), "coreml": (("torch", "coremltools"), "torch,coreml")}

@@ -11,11 +11,11 @@ pytest.importorskip("torch", reason="the baselines are torch")
 pytest.importorskip("onnxruntime", reason="exporting verifies with ONNX Runtime")
 
 from elastic_export.bench.baseline import TorchRuntime, request
-from elastic_export.capture import capture
+from elastic_export.capture.capture import capture
+from elastic_export.capture.zoo import Request, load
 from elastic_export.export import export
-from elastic_export.models.zoo import Request, load
 from elastic_runtime import Bundle, InferenceError, ModelError, Span
-from elastic_runtime.reference import check
+from elastic_runtime.contract.reference import check
 from elastic_targets import load as room
 
 SIZES = {
@@ -63,8 +63,8 @@ def test_weights_are_found_or_asked_for(masked: Bundle, golden_bundle: Callable[
 
 
 def test_a_packaged_sample_brings_its_weights(masked: Bundle) -> None:
-    from elastic_export.models.zoo import samples
-    from elastic_runtime.bundle import sha256
+    from elastic_export.capture.zoo import samples
+    from elastic_runtime.contract.bundle import sha256
 
     model = msgspec.structs.replace(masked.manifest.model, name="elit-mnist", family="elit-sit", weights="checkpoint")
     digest = sha256(samples()["elit-mnist"].with_suffix(".safetensors"))

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 
-from elastic_runtime.bench.drawing import Album
-from elastic_runtime.bench.machine import machine
-from elastic_runtime.bench.measure import measure, points
-from elastic_runtime.bench.records import Peaks, Report, Settings
-from elastic_runtime.manifest import Quality
+from elastic_bench.drawing import Album
+from elastic_bench.machine import machine
+from elastic_bench.measure import measure, points
+from elastic_bench.records import Peaks, Report, Settings
+from elastic_runtime.contract.manifest import Quality
 
 pytest.importorskip("jinja2", reason="the page needs jinja2: pip install 'elastic-export[report]'")
 
-from elastic_export.bench.page import page, png
-from elastic_export.bench.svg import Point, Series, plot
+from elastic_bench.page import page, png
+from elastic_bench.svg import Point, Series, plot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome", "chromium-browser"))), None)
 

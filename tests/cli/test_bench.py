@@ -8,10 +8,10 @@ import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 from conftest import Outcome
 
+from elastic_bench.machine import machine
+from elastic_bench.measure import measure, points
+from elastic_bench.records import Peaks, Report, Settings, encode
 from elastic_runtime import Bundle
-from elastic_runtime.bench.machine import machine
-from elastic_runtime.bench.measure import measure, points
-from elastic_runtime.bench.records import Peaks, Report, Settings, encode
 
 Run = Callable[..., Outcome]
 

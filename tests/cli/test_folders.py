@@ -170,7 +170,7 @@ def test_a_bundle_of_other_components_is_shown_and_not_timed(run: Run, tmp_path:
 
 
 def test_a_packaged_folder_is_a_sample_by_its_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elastic_export.models import zoo
+    from elastic_export.capture import zoo
 
     folder = folders.write(tmp_path / "tiny-digits", folders.flux(guidance_embeds=False))
     labels = {"id2label": {str(label): str(label) for label in range(folders.POOLED)}}

@@ -11,9 +11,9 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 
 from conftest import Outcome
 
-from elastic_export.capture import capture
+from elastic_export.capture.capture import capture
+from elastic_export.capture.zoo import Request, load
 from elastic_export.export import export
-from elastic_export.models.zoo import Request, load
 from elastic_runtime import Span
 from elastic_targets import load as room
 

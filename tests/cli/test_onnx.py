@@ -252,7 +252,7 @@ def test_a_vae_adds_the_decoder_and_pictures_come_out(run: Run, elit_c: list[obj
 
 
 def test_training_only_weights_are_said_to_be_ignored(run: Run, elit_c: list[object], golden: Path, tmp_path: Path) -> None:
-    from elastic_export.models.checkpoint import read_checkpoint
+    from elastic_export.foreign.checkpoint import read_checkpoint
 
     weights: dict[str, Any] = dict(read_checkpoint(golden / "elit-c.pt").weights) | {"projectors.0.weight": torch.zeros(1)}
     torch.save({"ema": weights, "args": None}, tmp_path / "c.pt")

@@ -14,8 +14,8 @@ from fakes import write_bundle
 from PIL import Image
 
 from elastic_runtime import Bundle, RaluPipeline
-from elastic_runtime.bundle import entry, write_manifest
-from elastic_runtime.manifest import Manifest
+from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.manifest import Manifest
 
 Run = Callable[..., Outcome]
 CONFIG = {

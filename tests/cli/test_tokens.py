@@ -15,7 +15,7 @@ from PIL import Image
 
 from elastic_export.pictures import highlighted
 from elastic_runtime import FakeSession
-from elastic_runtime.bundle import Bundle, write_manifest
+from elastic_runtime.contract.bundle import Bundle, write_manifest
 
 Run = Callable[..., Outcome]
 

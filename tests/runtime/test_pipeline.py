@@ -19,7 +19,7 @@ from elastic_runtime import (
     Span,
     UsageError,
 )
-from elastic_runtime.manifest import Vae
+from elastic_runtime.contract.manifest import Vae
 
 FULL, LOW = Budget(latents=64), Budget(latents=4)
 VAE = Vae(scaling_factor=0.5, shift_factor=0.25, upscale=2)

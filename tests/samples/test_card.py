@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 
 from card import filled, plot, protocol, section, table, training
-from elastic_runtime.bundle import sha256
+from elastic_runtime.contract.bundle import sha256
 from record import machine, read, versions, write
 
 ROOT = Path(__file__).parents[2]
-PRETRAINED = ROOT / "elastic_export" / "models" / "pretrained"
+PRETRAINED = ROOT / "elastic_export" / "pretrained"
 RECORDS = sorted(PRETRAINED.glob("*.json"))
 
 

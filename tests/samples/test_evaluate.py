@@ -11,8 +11,8 @@ import evaluate as script
 from classifier import load_judge
 from digits import Digits, halved
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, FakeSession, Span, UsageError
-from elastic_runtime.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
-from elastic_runtime.schedule import RectifiedFlow
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.contract.schedule import RectifiedFlow
 from evaluate import Protocol, draw, evaluate, spread
 
 # An axis that is not `latents`, to prove that nothing is tied to it.

@@ -13,7 +13,7 @@ import evaluate_plans as script
 from classifier import load_judge
 from digits import Digits, glyphs
 from elastic_runtime import Bundle, Plan, RaluPipeline, Span, UsageError
-from elastic_runtime.manifest import Manifest, Quality
+from elastic_runtime.contract.manifest import Manifest, Quality
 from elastic_runtime.ralu.patches import pack
 from evaluate_plans import Protocol, evaluate
 

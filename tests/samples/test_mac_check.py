@@ -15,9 +15,9 @@ pytest.importorskip("coremltools", reason="the Core ML room needs coremltools")
 
 @pytest.fixture(scope="module")
 def bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_runtime import Budget
     from elastic_targets.coreml import CoremlOptions
 

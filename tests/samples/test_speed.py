@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 
+from elastic_bench.machine import machine
+from elastic_bench.measure import measure, points
+from elastic_bench.records import Peaks, Report, Settings, encode
 from elastic_runtime import UsageError
-from elastic_runtime.bench.machine import machine
-from elastic_runtime.bench.measure import measure, points
-from elastic_runtime.bench.records import Peaks, Report, Settings, encode
 from speed import main, options, section, table
 
 

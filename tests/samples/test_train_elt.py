@@ -9,10 +9,10 @@ import torch
 import train_elt
 import train_elt_masked
 from digits import Digits, enlarged, halved
-from elastic_export.models.elt import FAMILY, Elt
-from elastic_export.models.elt_masked import FAMILY as MASKED
-from elastic_export.models.elt_masked import EltMasked
-from elastic_runtime.schedule import ShiftedCosine
+from elastic_export.families.elt import FAMILY, Elt
+from elastic_export.families.elt_masked import FAMILY as MASKED
+from elastic_export.families.elt_masked import EltMasked
+from elastic_runtime.contract.schedule import ShiftedCosine
 from train_elt import PARAMS, ilsd, noised, recipe
 from train_elt_masked import masked_loss
 from training import parser, train

@@ -22,9 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from elastic_runtime.budget import key
-from elastic_runtime.bundle import Bundle
-from elastic_runtime.manifest import Artifact, Cost, Profile, TrtArtifact, Verification
+from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact, Cost, Profile, TrtArtifact, Verification
 
 JSON_SCHEMA = 1
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
+from elastic_bench.compare import Change
+from elastic_bench.figures import Figures, figures, method
+from elastic_bench.pareto import SAME
+from elastic_bench.records import BundleReport, Report
 from elastic_export.cli.show import line, table
-from elastic_runtime.bench.compare import Change
-from elastic_runtime.bench.figures import Figures, figures, method
-from elastic_runtime.bench.pareto import SAME
-from elastic_runtime.bench.records import BundleReport, Report
-from elastic_runtime.budget import key
+from elastic_runtime.contract.budget import key
 
 
 def benchmark(report: Report) -> None:

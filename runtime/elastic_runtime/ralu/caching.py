@@ -11,7 +11,7 @@ import numpy as np
 
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import Plan
-from elastic_runtime.ralu.sampler import Velocity
+from elastic_runtime.sampling.stages import Velocity
 
 
 @dataclass(frozen=True)

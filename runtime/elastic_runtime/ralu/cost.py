@@ -7,8 +7,8 @@ text encoders and the VAE. One sample, one branch of guidance.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elastic_runtime.contract.manifest import Model
 from elastic_runtime.errors import BundleError, UsageError
-from elastic_runtime.manifest import Model
 from elastic_runtime.ralu.plan import Plan
 
 TIME_FEATURES = 256

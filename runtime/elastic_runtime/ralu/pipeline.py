@@ -9,19 +9,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from elastic_runtime.axis import Span
-from elastic_runtime.bundle import Bundle
-from elastic_runtime.denoiser import Guidance
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.denoising.conditions import Subject, guidance_of
+from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.pictures import OutputType, decode, pictures
+from elastic_runtime.denoising.tokens import TokenDenoiser
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, MissingError, UsageError
-from elastic_runtime.pictures import OutputType, decode, pictures
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.conditions import Subject, guidance_of
-from elastic_runtime.ralu.denoiser import TokenDenoiser
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import Plan, full, preset
-from elastic_runtime.ralu.sampler import RaluStep, from_draws, ralu
-from elastic_runtime.sampler import after
-from elastic_runtime.session import Session, batches, obstacles, open_session
+from elastic_runtime.sampling.flow import after
+from elastic_runtime.sampling.stages import RaluStep, from_draws, ralu
+from elastic_runtime.sessions.session import Session, batches, obstacles, open_session
 
 # callback(pipe, step_index, sigma, {"latents": tokens (B, S, C)}) -> a dict that may hold other "latents"
 Callback = Callable[["RaluPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]

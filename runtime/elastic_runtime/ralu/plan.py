@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.schedule import whole_steps
 from elastic_runtime.errors import UsageError
-from elastic_runtime.schedule import whole_steps
 
 STAGES = 3
 # Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.

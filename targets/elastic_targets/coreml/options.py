@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import coremltools as ct
 import numpy as np
 
-from elastic_runtime.axis import Axis, Span
-from elastic_runtime.budget import Budget
+from elastic_runtime.contract.axis import Axis, Span
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import METHODS

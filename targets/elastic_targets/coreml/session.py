@@ -4,11 +4,11 @@ import platform
 
 import numpy as np
 
-from elastic_runtime.backends.coreml import PackageSession
-from elastic_runtime.bundle import Bundle
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, Graph
 from elastic_runtime.errors import InferenceError
-from elastic_runtime.manifest import Artifact, CoremlArtifact, Graph
-from elastic_runtime.session import Arrays
+from elastic_runtime.sessions.coreml import PackageSession
+from elastic_runtime.sessions.session import Arrays
 from elastic_targets.coreml.evaluate import Evaluator
 
 

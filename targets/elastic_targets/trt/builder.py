@@ -4,8 +4,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from elastic_runtime.backends import trt as device
 from elastic_runtime.errors import MissingError, UsageError
+from elastic_runtime.sessions import trt as device
 
 Name = Literal["tensorrt", "tensorrt_rtx"]
 TURING = 75

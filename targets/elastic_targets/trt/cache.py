@@ -18,8 +18,8 @@ from typing import Any
 
 import msgspec
 
-from elastic_runtime.bundle import sha256
-from elastic_runtime.manifest import FileEntry, Network
+from elastic_runtime.contract.bundle import sha256
+from elastic_runtime.contract.manifest import FileEntry, Network
 
 MOST_BYTES = 8_000_000_000
 # Seconds a layer and profile on two CPU cores (docs/tensorrt.md), until a build here tells better.

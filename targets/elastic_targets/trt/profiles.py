@@ -8,9 +8,9 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 
-from elastic_runtime.axis import Axis, Span
+from elastic_runtime.contract.axis import Axis, Span
+from elastic_runtime.contract.manifest import Graph, Profile, Range
 from elastic_runtime.errors import BudgetError
-from elastic_runtime.manifest import Graph, Profile, Range
 
 MOST_DEFAULT_BUCKETS = 4
 

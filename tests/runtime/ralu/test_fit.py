@@ -17,7 +17,7 @@ def test_the_published_schedules_are_found_again(
 ) -> None:
     pytest.importorskip("scipy", reason="fitting needs scipy")
     plan = fit_plan(steps, end_times, 0.3)
-    assert plan.shifts == pytest.approx(shifts, abs=2e-3)  # the minimum is flat: the third digit is the optimizer's
+    assert plan.shifts == pytest.approx(shifts, rel=1e-3)  # the minimum is flat: further digits are the optimizer's and the machine's
     assert plan.z == pytest.approx(z, abs=1e-3)
     assert (plan.steps, plan.end_times, plan.up_ratio) == (steps, end_times, 0.3)
 

@@ -10,13 +10,13 @@ import pytest
 from fake_flux import denoiser_graph, spec
 
 from elastic_runtime import FakeSession, Session, Span, open_session
-from elastic_runtime.denoiser import Guidance
-from elastic_runtime.manifest import Graph, Patches, Vae
-from elastic_runtime.pictures import decode
-from elastic_runtime.ralu.denoiser import Conditions, TokenDenoiser
+from elastic_runtime.contract.manifest import Graph, Patches, Vae
+from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.pictures import decode
+from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import PRESETS, Plan
-from elastic_runtime.ralu.sampler import RaluStep, ralu
+from elastic_runtime.sampling.stages import RaluStep, ralu
 
 PATCHES = Patches(size=2, positions="img_ids", guidance_embeds=True)
 VAE = Vae(scaling_factor=0.3611, shift_factor=0.1159, upscale=8)
@@ -52,7 +52,7 @@ def through_torch(folder: Path) -> Opened:
 
 
 def through_onnxruntime(folder: Path, bundle: Path) -> Opened:
-    components = pytest.importorskip("elastic_export.components", reason="makes a bundle of the golden folder")
+    components = pytest.importorskip("elastic_export.capture.folders", reason="makes a bundle of the golden folder")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="runs the golden model in ONNX Runtime")
     from elastic_export.export import export

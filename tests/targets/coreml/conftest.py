@@ -17,10 +17,10 @@ import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813  its name everywhere
 from coremltools.converters.mil.mil import types
 
-from elastic_export.capture import capture
-from elastic_export.models.zoo import Request, load
+from elastic_export.capture.capture import capture
+from elastic_export.capture.zoo import Request, load
 from elastic_runtime import Budget, Span
-from elastic_runtime.manifest import CoremlArtifact, Graph
+from elastic_runtime.contract.manifest import CoremlArtifact, Graph
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession, ensures, lower, requires
 

@@ -11,9 +11,9 @@ pytest.importorskip("transformers", reason="the folders' encoders are transforme
 
 import folders
 
-from elastic_export.components import capture_folder
+from elastic_export.capture.folders import capture_folder
 from elastic_runtime import Budget, BudgetError, Span
-from elastic_runtime.reference import TOLERANCE
+from elastic_runtime.contract.reference import TOLERANCE
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, budgets, requires
 

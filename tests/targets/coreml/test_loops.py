@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_export.models import elt, elt_masked
-from elastic_export.models.family import Family
-from elastic_export.models.layers import randomize
+from elastic_export.families import elt, elt_masked
+from elastic_export.families.family import Family
+from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
-from elastic_runtime.reference import TOLERANCE
+from elastic_runtime.contract.reference import TOLERANCE
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, requires
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_export.models.elit import FAMILY, ElitParams
-from elastic_export.models.layers import randomize
+from elastic_export.families.elit import FAMILY, ElitParams
+from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
-from elastic_runtime.manifest import TensorSpec
-from elastic_runtime.reference import COMPRESSED, TOLERANCE
+from elastic_runtime.contract.manifest import TensorSpec
+from elastic_runtime.contract.reference import COMPRESSED, TOLERANCE
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, path, requires
 
@@ -122,7 +122,7 @@ def test_a_vae_decoder(lowered: Lowered, error: Error, precision: str) -> None:
         block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    from elastic_export.models.vae import Decoder
+    from elastic_export.foreign.vae import Decoder
 
     def feeds(budget: Budget, size: int) -> dict[str, Any]:
         return {"latent": torch.randn(size, 4, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()}

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_export.models import dc_dit
-from elastic_export.models.layers import randomize
+from elastic_export.families.dc_dit import model as dc_dit
+from elastic_export.families.layers import randomize
 from elastic_runtime import Budget, Span
-from elastic_runtime.reference import TOLERANCE
+from elastic_runtime.contract.reference import TOLERANCE
 from elastic_targets.capture import GraphCapture
 
 PARAMS = dc_dit.DcDitParams(

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from fakes import manifest
 
-from elastic_runtime.axis import Span
-from elastic_runtime.bundle import Bundle, entry, write_manifest
-from elastic_runtime.manifest import Graph, OnnxArtifact, TensorSpec
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 
 WIDTH = 8
 

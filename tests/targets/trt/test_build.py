@@ -16,8 +16,8 @@ import pytest
 
 from elastic_export.engines import add_engines
 from elastic_runtime import Bundle, BundleError, Span
+from elastic_runtime.contract.manifest import Range, TensorSpec, TrtArtifact
 from elastic_runtime.errors import BudgetError, InferenceError, MissingError, UsageError
-from elastic_runtime.manifest import Range, TensorSpec, TrtArtifact
 
 Tiny = Callable[..., Bundle]
 ONE = {"latents": Span(32, 64)}
@@ -73,9 +73,9 @@ def test_elit_builds_its_buckets_for_two_generations(room: ModuleType, bundle_co
 
 def test_turing_gets_an_fp16_engine_of_its_own(room: ModuleType, golden: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="exporting fp16 needs torch")
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_targets import load as enter
 
     captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), ONE, Span(1, 2))
@@ -129,9 +129,9 @@ def test_a_loop_with_its_condition_builds_and_its_count_stays_an_input(room: Mod
 
 def elt(folder: Path, opset: int) -> Bundle:
     """A small looped transformer with random weights, as the onnx command writes it."""
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_targets.onnx import OnnxOptions
 
     sizes = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
@@ -243,7 +243,7 @@ def test_an_absent_builder_is_one_line_that_installs_it(room: ModuleType, tiny: 
 
 
 def test_refit_and_strip_need_a_driver_to_build(room: ModuleType, bundle_copy: Path) -> None:
-    from elastic_runtime.backends.trt import gpu
+    from elastic_runtime.sessions.trt import gpu
 
     if gpu()[0] is not None:
         pytest.skip("there is a GPU here")
@@ -345,10 +345,10 @@ def test_bf16_builds_and_its_graph_computes_what_the_original_does(room: ModuleT
     pytest.importorskip("torch", reason="exporting bf16 needs torch")
     from onnx.reference import ReferenceEvaluator
 
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
-    from elastic_runtime.reference import TOLERANCE, axis_feeds, compare, unpack
+    from elastic_runtime.contract.reference import TOLERANCE, axis_feeds, compare, unpack
     from elastic_targets import load as enter
 
     captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), ONE, Span(1, 2))

@@ -11,11 +11,11 @@ pytest.importorskip("transformers", reason="the folders' encoders are transforme
 
 import folders
 
-from elastic_export.components import capture_folder
+from elastic_export.capture.folders import capture_folder
 from elastic_export.engines import add_engines
 from elastic_export.export import export
 from elastic_runtime import Span
-from elastic_runtime.manifest import Range, TrtArtifact
+from elastic_runtime.contract.manifest import Range, TrtArtifact
 from elastic_targets import load
 
 

@@ -8,15 +8,15 @@ import pytest
 
 from elastic_export.engines import add_engines
 from elastic_runtime import Bundle, Span
-from elastic_runtime.manifest import Range, TrtArtifact
+from elastic_runtime.contract.manifest import Range, TrtArtifact
 
 
 def dcdit(folder: Path, opset: int) -> Bundle:
     """A small DC-DiT with random weights, as the onnx command writes it."""
     pytest.importorskip("torch", reason="exporting needs torch")
-    from elastic_export.capture import capture
+    from elastic_export.capture.capture import capture
+    from elastic_export.capture.zoo import Request, load
     from elastic_export.export import export
-    from elastic_export.models.zoo import Request, load
     from elastic_targets.onnx import OnnxOptions
 
     sizes = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 1, "num_heads": 4, "num_classes": 10}

@@ -1,0 +1,1 @@
+"""A model made portable: by a name of the zoo, or from a diffusers folder."""

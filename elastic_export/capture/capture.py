@@ -1,0 +1,111 @@
+"""A model made portable: its graphs, its axes narrowed to what was asked for, its cost at each budget."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from elastic_export.capture.zoo import Model
+from elastic_export.foreign.vae import decoder, read_vae
+from elastic_runtime.contract import manifest
+from elastic_runtime.contract.axis import Axis, Span, probes
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.errors import BudgetError
+from elastic_targets.capture import GraphCapture
+
+
+@dataclass
+class Capture:
+    """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go.
+
+    `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph. `notes` say what
+    was taken for granted.
+    """
+
+    model: manifest.Model
+    axes: tuple[Axis, ...]
+    graphs: list[GraphCapture]
+    cost: tuple[manifest.Cost, ...]
+    quality: tuple[manifest.Quality, ...]
+    checkpoint: Path | None
+    checkpoint_sha256: str | None
+    ignored: tuple[str, ...]
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    peaks: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | None = None) -> Capture:
+    """Capture `model` with its axes narrowed to `spans` and batches of `batch`; `vae` is a diffusers folder for the decoder.
+
+    Raises: BudgetError for an axis or span that the model does not offer; ModelError for the VAE.
+    """
+    family, params = model.family, model.params
+    if batch.min < 1:
+        raise BudgetError(f"--batch must start at 1 or more, got {batch}")
+    axes = family.axes(params)
+    for name in spans:
+        if name not in [axis.name for axis in axes]:
+            raise BudgetError(f"{model.name} has no axis {name!r}; it has {', '.join(axis.name for axis in axes)}")
+    axes = tuple(axis.narrow(spans[axis.name]) if axis.name in spans else axis for axis in axes)
+    facts = manifest.Model(
+        name=model.name,
+        family=family.name,
+        config=asdict(params),
+        weights=model.weights,  # type: ignore[arg-type]
+        **family.facts(params),
+    )
+    graphs = [
+        GraphCapture(
+            name="denoiser",
+            module=model.module,
+            inputs=family.inputs(params),
+            outputs=family.outputs(params),
+            axes=axes,
+            batch=batch,
+            feeds=lambda budget, size: family.feeds(params, budget, size),
+        )
+    ]
+    if vae:
+        channels, height, width = facts.sample_shape
+        facts = msgspec.structs.replace(facts, vae=read_vae(vae, channels))
+        assert facts.vae is not None
+        # It decodes one picture at a time, however many the denoiser is asked for at least.
+        whole = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
+        graphs.append(whole.loaded())  # a folder that does not fit should not be found out after the denoiser's export
+    parameters = sum(parameter.numel() for parameter in model.module.parameters())
+    return Capture(
+        model=facts,
+        axes=axes,
+        graphs=graphs,
+        cost=tuple(family.cost(params, budget, parameters) for budget in all_budgets(axes)),
+        quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
+        checkpoint=model.checkpoint,
+        checkpoint_sha256=model.checkpoint_sha256,
+        ignored=model.ignored,
+    )
+
+
+def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
+    """Every point on the axes."""
+    names = [axis.name for axis in axes]
+    return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*(axis.values for axis in axes))]
+
+
+def probe_budgets(axes: tuple[Axis, ...], open_dimensions: Mapping[str, Span] | None = None) -> list[Budget]:
+    """The budgets to prove: along each axis its probes, the other axes at their defaults.
+
+    Sizes of open dimensions go together where there are no axes: all at the same end, all off the beaten track, and each in turn
+    at its middle while the others are off the track.
+    """
+    defaults = {axis.name: axis.default for axis in axes}
+    points = [Budget(**defaults | {axis.name: value}) for axis in axes for value in axis.probes()]
+    if not axes and open_dimensions:
+        sizes = {name: range(span.min, span.max + 1) for name, span in open_dimensions.items()}
+        odd = {name: (found := probes(values))[min(1, len(found) - 1)] for name, values in sizes.items()}
+        turns = [odd | {name: values[len(values) // 2]} for name, values in sizes.items()]
+        ends = [{name: values[end] for name, values in sizes.items()} for end in (0, -1)]
+        points = [Budget(**point) for point in (ends[0], odd, *turns, ends[1])]
+    return list(dict.fromkeys(points)) or [Budget()]

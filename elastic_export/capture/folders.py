@@ -1,0 +1,273 @@
+"""A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph that is loaded when its turn comes."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic_export.capture.capture import Capture
+from elastic_export.capture.zoo import quality
+from elastic_export.families import flux, sd3, tokens
+from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
+from elastic_export.families.family import priced
+from elastic_export.families.tokens import TokenFamily
+from elastic_export.foreign.folder import INDEX, Folder, diffusers_class, read_json
+from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, text_encoder
+from elastic_export.foreign.text_encoders import sizes as sizes_of
+from elastic_export.foreign.vae import decoder, read_vae
+from elastic_runtime.contract import manifest
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.schedule import RectifiedFlow
+from elastic_runtime.errors import BudgetError, ModelError
+from elastic_runtime.ralu.cost import STEP
+from elastic_targets.capture import GraphCapture
+
+FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
+SIDE = 128  # of a latent, where nothing tells
+# Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
+GROWN = (0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sides of pictures in pixels, and what they are in latent pixels and in tokens."""
+
+    pixels: Span
+    upscale: int
+    patch: int
+
+    @property
+    def latent(self) -> Span:
+        """From a preview of the smallest picture, which has half its side, to the largest picture."""
+        return Span(self.pixels.min // self.upscale // 2, self.pixels.max // self.upscale)
+
+    @property
+    def tokens(self) -> Span:
+        return Span((self.latent.min // self.patch) ** 2, (self.latent.max // self.patch) ** 2)
+
+    @property
+    def stages(self) -> list[int]:
+        """Token counts of RALU's stages for the largest picture: a quarter, that with some patches grown, and all."""
+        low = self.tokens.max // 4
+        return [low, *(low + 3 * int(low * share) for share in GROWN), self.tokens.max]
+
+
+def capture_folder(
+    path: Path,
+    components: tuple[str, ...] | None,
+    size: Span | None,
+    batch: Span,
+    name: str | None = None,
+    digest: bool = True,
+    packaged: bool = False,
+) -> Capture:
+    """Capture a diffusers folder of FLUX or SD3; no weights are read before a graph is asked for.
+
+    Args:
+        components: of transformer, vae and text; None for all that the folder lists.
+        size: sides of pictures in pixels; None for the model's usual one and down to half of it.
+        name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
+        packaged: whether it is the packaged sample of that name, whose card has figures and whose place is nobody's business.
+
+    Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
+        BudgetError for sides that do not divide into patches.
+    """
+    if batch.min < 1:
+        raise BudgetError(f"--batch must start at 1 or more, got {batch}")
+    folder = Folder.open(path)
+    chosen = folder.choose(components)
+    listed = folder.config("transformer") if "transformer" in chosen else _config(folder)
+    class_name = str(listed.get("_class_name"))
+    if class_name not in FAMILIES:
+        raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
+    family = FAMILIES[class_name]
+    transformer: Any = diffusers_class(class_name)
+    built: Any = folder.build("transformer", transformer)
+    config = {key: value for key, value in built.config.items() if not key.startswith("_")}
+    patches, channels = family.patches(config), family.channels(config)
+    has_vae = "vae" in folder.listed and (path / "vae" / "config.json").is_file()
+    vae = read_vae(path / "vae", channels) if has_vae else None
+    sizes = _sizes(folder, family, config, patches, vae, size)
+
+    encoders = [component for component in chosen if component.startswith("text_encoder")]
+    text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders)
+    length = text.length if text else 1
+    graphs, peaks = [], {}
+    if folder.labels and len(folder.labels) > config["pooled_projection_dim"]:
+        raise ModelError(
+            f"{path / 'model_index.json'} names {len(folder.labels)} classes, and the transformer takes one of "
+            f"{config['pooled_projection_dim']}: are they another model's?"
+        )
+    if folder.labels and encoders:
+        raise ModelError(
+            f"{path} has classes (id2label) and text encoders ({', '.join(encoders)}), and a model draws from one or the other: "
+            "leave the encoders out with --components transformer,vae"
+        )
+    if "transformer" in chosen:
+        graphs.append(_denoiser(folder, family, transformer, config, sizes, length, batch))
+    if "vae" in chosen and vae:
+        one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
+        graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
+    for encoder in text.encoders if text else ():
+        graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
+    parameters = {component: folder.parameters(component) for component in chosen}
+    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
+
+    def cost(stage: Budget) -> manifest.Cost:
+        count = stage.get("S", sizes.tokens.max)
+        values = dit_activation_values(count + length, width, heads)
+        return priced(stage, STEP[family.name](config, count, length), parameters["transformer"], values)
+
+    stages = next((graph.stages or (Budget(),) for graph in graphs if graph.name == "denoiser"), ())
+    costs = tuple(cost(stage) for stage in sorted(stages, key=lambda stage: stage.get("S", 0)))
+    values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
+    values["decoder"] = decoder_values(folder.config("vae"), sizes.pixels.max) if has_vae else 0
+    for graph in graphs:
+        component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
+        rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
+        peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
+    side = sizes.latent.max
+    return Capture(
+        model=manifest.Model(
+            name=name or path.resolve().name,
+            family=family.name,
+            config=_plain(config) | {"scheduler": _scheduler(folder)},
+            prediction="velocity",
+            schedule=RectifiedFlow(),
+            sample_shape=(channels, side, side),
+            num_classes=len(folder.labels),
+            null_label=len(folder.labels),
+            weights="checkpoint",
+            vae=vae,
+            patches=patches,
+            text=text,
+        ),
+        axes=(),
+        graphs=graphs,
+        cost=costs,
+        quality=quality(name) if packaged and name else (),
+        checkpoint=None if packaged else path.resolve(),
+        checkpoint_sha256=folder.sha256("transformer") if digest and "transformer" in chosen else None,
+        ignored=(),
+        files=files,
+        peaks=peaks,
+        notes=tuple(_notes(folder)),
+    )
+
+
+def _notes(folder: Folder) -> Iterator[str]:
+    """What was taken for granted where the folder does not tell."""
+    if not folder.indexed:
+        found = ", ".join(folder.listed)
+        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {found}"
+    if not (folder.path / "scheduler" / "scheduler_config.json").is_file():
+        yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
+
+
+def _config(folder: Folder) -> dict[str, Any]:
+    """The transformer's config, which the other components' sizes are read from, though its weights may be absent."""
+    if not (folder.path / "transformer" / "config.json").is_file():
+        raise ModelError(f"{folder.path} lacks transformer/config.json, which tells how its components fit together")
+    return folder.config("transformer")
+
+
+def _sizes(
+    folder: Folder, family: TokenFamily, config: tokens.Config, patches: manifest.Patches, vae: manifest.Vae | None, size: Span | None
+) -> Sizes:
+    upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
+    usual = family.side(config)
+    if usual is None:
+        usual = int(folder.config("vae").get("sample_size", SIDE * upscale)) // upscale if vae else SIDE
+    size = size or Span(max(usual * upscale // 2, upscale * patches.size * 2), usual * upscale)
+    unit = upscale * patches.size * 2  # at half the resolution, too, a side must be a whole number of patches
+    for side in (size.min, size.max):
+        if side % unit or side < unit:
+            raise BudgetError(f"--size {size}: sides of pictures must be multiples of {unit} pixels for this model, got {side}")
+    if patches.table and size.max > patches.table * patches.size * upscale:
+        raise BudgetError(f"--size {size}: this model has places for pictures of up to {patches.table * patches.size * upscale} pixels")
+    return Sizes(size, upscale, patches.size)
+
+
+def _denoiser(
+    folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, sizes: Sizes, length: int, batch: Span
+) -> GraphCapture:
+    inputs, patches = tokens.inputs(family, config), family.patches(config)
+    spans = {"S": sizes.tokens, "T": Span(1, length)}
+    opened = {name: span for name, span in spans.items() if span.min < span.max}
+    stages = [Budget(**{name: {"S": count, "T": length}[name] for name in opened}) for count in sizes.stages]
+    return GraphCapture(
+        name="denoiser",
+        module=None,
+        load=lambda: family.wrap(folder.load("transformer", transformer)),
+        inputs=tokens.named(inputs, {name: span.max for name, span in spans.items() if name not in opened}),
+        outputs=tokens.outputs(family, config),
+        axes=(),
+        batch=batch,
+        feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
+        open_dimensions=opened,
+        stages=tuple(dict.fromkeys(stages)),
+    )
+
+
+def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str]) -> tuple[manifest.Text, dict[str, bytes]]:
+    """How prompts become embeddings, and the tokenizers' files; without encoders, what the transformer takes."""
+    found, files = [], {}
+    beside, after, pooled, kinds = 0, 0, 0, set()
+    for component in encoders:
+        tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
+        kinds |= set(gives)
+        widths = dict(zip(("pooled", "hidden"), sizes_of(folder, component), strict=True))
+        if "last_hidden_state" in gives:
+            most = min(family.text_length(config), tokenizer.max_length)
+            after += most
+            if widths["hidden"] != config["joint_attention_dim"]:
+                raise ModelError(
+                    f"{folder.path / component} gives {widths['hidden']} values a token where the transformer takes "
+                    f"{config['joint_attention_dim']}: is it another model's?"
+                )
+        else:
+            most = min(int(folder.config(component).get("max_position_embeddings", 77)), tokenizer.max_length)
+            beside = max(beside, most if "penultimate_hidden_state" in gives else 0)
+            pooled += widths["pooled"]
+        path = f"tokenizer/{component}/tokenizer.json"
+        files[path] = tokenizer.content
+        entry = manifest.FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
+        found.append(
+            manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
+        )
+    if encoders and (pooled != config["pooled_projection_dim"] or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
+        raise ModelError(
+            f"{folder.path} has {', '.join(encoders)}, which pool to {pooled} values where the transformer takes "
+            f"{config['pooled_projection_dim']}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
+            "model's. Download the folder again, or leave them out with --components transformer,vae"
+        )
+    # Without its T5, SD3's pipeline has as many tokens of zeros in its place.
+    length = beside + (after or beside) or family.beside + family.text_length(config)
+    width = config["joint_attention_dim"]
+    return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=config["pooled_projection_dim"]), files
+
+
+def _scheduler(folder: Folder) -> dict[str, Any]:
+    """What the folder's scheduler says of its shift; empty where there is none.
+
+    Raises: ModelError for one that does not draw along a flow.
+    """
+    path = folder.path / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        if folder.scheduled:
+            raise ModelError(
+                f"{folder.path} lacks scheduler/scheduler_config.json, which {INDEX} lists and which tells how steps are spaced: "
+                "download the folder again"
+            )
+        return {}
+    config = read_json(path)
+    if not (name := str(config.get("_class_name", "FlowMatch"))).startswith("FlowMatch"):
+        raise ModelError(f"{path} is of a {name}; FLUX and SD3 are drawn along a flow, by FlowMatchEulerDiscreteScheduler")
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as it reads back from JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}

@@ -1,0 +1,206 @@
+"""From what a user types after `elastic-export onnx` to a loaded model: packaged samples, presets and families by name."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_export.families import elit, elt, elt_masked
+from elastic_export.families.dc_dit import model as dc_dit
+from elastic_export.families.family import Family, agree
+from elastic_export.families.flux import PACKED
+from elastic_export.families.layers import randomize
+from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
+from elastic_export.foreign.folder import Folder
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import sha256
+from elastic_runtime.contract.manifest import Quality
+from elastic_runtime.errors import ModelError
+from elastic_runtime.ralu.cost import STEP
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
+DEFAULT = "elit-mnist"
+_PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to capture: its module in float32 and where its weights came from."""
+
+    name: str
+    family: Family
+    params: Any
+    module: nn.Module
+    weights: str
+    checkpoint: Path | None = None
+    checkpoint_sha256: str | None = None
+    ignored: tuple[str, ...] = ()
+    quality: tuple[Quality, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for: a name, and where its weights and sizes come from."""
+
+    name: str = DEFAULT
+    checkpoint: Path | None = None
+    config: Path | None = None
+    random_weights: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def samples() -> dict[str, Path]:
+    """The packaged trained samples: name -> card in JSON."""
+    return {path.stem: path for path in sorted(_PRETRAINED.glob("*.json"))}
+
+
+def locate(name: str) -> Path | None:
+    """The diffusers folder that a name stands for: a packaged sample's, or a path; None for a model of the zoo's own.
+
+    The zoo's names come first: a bundle that was made of one often stands in a folder of the same name.
+    """
+    if name in samples():
+        packaged = samples()[name].with_suffix("")
+        return packaged if packaged.is_dir() else None
+    return Path(name) if name not in names() and Path(name).is_dir() else None
+
+
+def names() -> list[str]:
+    """Everything that may stand as MODEL."""
+    presets = [name for family in FAMILIES.values() for name in family.presets]
+    return [*samples(), *FAMILIES, *presets]
+
+
+def load(request: Request) -> Model:
+    """Build the model and load its weights.
+
+    Raises: ModelError for an unknown name, no weights, or a checkpoint, config and preset that disagree.
+    """
+    if request.checkpoint and request.random_weights:
+        raise ModelError("give --checkpoint or --random-weights, not both")
+    if folder := locate(request.name):
+        raise ModelError(f"{folder} is a diffusers folder of several components: see elastic_export.capture.folders.capture_folder")
+    if request.name in samples():
+        return _sample(request)
+    family, preset = _find(request.name)
+    config = _config(request.config, family) if request.config else {}
+    if request.random_weights:
+        params = agree(family, _named(preset, config, request), request.overrides)
+        torch.manual_seed(0)
+        module = family.build(params)
+        randomize(module, seed=0)
+        return Model(request.name, family, params, module.eval(), "random")
+    if not request.checkpoint:
+        raise ModelError(f"{request.name} needs its weights: give --checkpoint FILE (.pt or .safetensors), or say --random-weights aloud")
+    return _with_checkpoint(request, family, _named(preset, config, request))
+
+
+def _named(preset: Any, config: dict[str, Any], request: Request) -> dict[str, dict[str, Any]]:
+    """Sources of fields besides the checkpoint. A preset's block split is only a default: checkpoints know their own."""
+    fields = asdict(preset) if preset else {}
+    if request.checkpoint:
+        for name in ("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes"):
+            fields.pop(name, None)
+    return {f"preset {request.name}": fields, f"config {request.config}": config}
+
+
+def _with_checkpoint(request: Request, family: Family, named: dict[str, dict[str, Any]]) -> Model:
+    assert request.checkpoint is not None
+    checkpoint = read_checkpoint(request.checkpoint)
+    told = family.sources(checkpoint.weights, checkpoint.args)
+    params = agree(family, told | named, request.overrides)
+    with torch.device("meta"):  # the weights come from the file; building real ones first would double the memory
+        module = family.build(params)
+    ignored = load_weights(module, family, checkpoint)
+    digest = sha256(request.checkpoint)
+    return Model(request.name, family, params, module.eval().requires_grad_(False), "checkpoint", request.checkpoint, digest, ignored)
+
+
+def _sample(request: Request) -> Model:
+    for flag, given in (("--checkpoint", request.checkpoint), ("--config", request.config), ("--random-weights", request.random_weights)):
+        if given:
+            raise ModelError(f"{request.name} is a packaged sample with its own weights: {flag} does not go with it; name a family instead")
+    card = json.loads(samples()[request.name].read_text())
+    family = FAMILIES[card["family"]]
+    weights = Request(request.name, samples()[request.name].with_suffix(".safetensors"), overrides=request.overrides)
+    model = _with_checkpoint(weights, family, {"the card": card["config"]})
+    return Model(**{**vars(model), "quality": quality(request.name), "checkpoint": None})
+
+
+def quality(name: str) -> tuple[Quality, ...]:
+    """What the card of a packaged sample measured; nothing for other names."""
+    return tuple(Quality(**row) for row in json.loads(samples()[name].read_text())["quality"]) if name in samples() else ()
+
+
+def _find(name: str) -> tuple[Family, Any]:
+    for family in FAMILIES.values():
+        if name == family.name:
+            return family, None
+        if name in family.presets:
+            return family, family.presets[name]
+    close = difflib.get_close_matches(name, names(), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see: elastic-export models"
+    raise ModelError(f"there is no model {name!r}; {hint}")
+
+
+def _config(path: Path, family: Family) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"cannot read --config {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"--config {path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"--config {path} must hold a JSON object, got {type(config).__name__}")
+    if (told := config.pop("family", family.name)) != family.name:
+        raise ModelError(f"--config {path} is of family {told!r}, but {family.name!r} was asked for")
+    return config
+
+
+def _folder_row(name: str, path: Path, family: str) -> dict[str, Any]:
+    """The row of a packaged diffusers folder: its axis is the count of tokens, from a quarter to all of its usual picture's."""
+    folder = Folder.open(path)
+    config, vae = folder.config("transformer"), folder.config("vae")
+    tokens = (int(vae["sample_size"]) // 2 ** (len(vae["block_out_channels"]) - 1) // PACKED) ** 2
+    return {
+        "name": name,
+        "family": family,
+        "weights": "packaged",
+        "axes": f"tokens {tokens // 4}-{tokens}",
+        "gflops": [STEP[family](config, count, 1) / 1e9 for count in (tokens // 4, tokens)],
+        "parameters": folder.parameters("transformer"),
+    }
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
+    rows = []
+    cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
+    listed = []
+    for name, card in cards.items():
+        if folder := locate(name):
+            rows.append(_folder_row(name, folder, card["family"]))
+            continue
+        family = FAMILIES[card["family"]]
+        listed.append((name, family, family.params(**card["config"]), "packaged"))
+    listed += [(name, family, params, "--checkpoint") for family in FAMILIES.values() for name, params in family.presets.items()]
+    for name, family, params, weights in listed:
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in family.build(params).parameters())
+        axes = family.axes(params)
+        ends = [Budget(**{axis.name: value(axis) for axis in axes}) for value in (lambda axis: axis.min, lambda axis: axis.max)]
+        rows.append(
+            {
+                "name": name,
+                "family": family.name,
+                "weights": weights,
+                "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
+                "gflops": [family.cost(params, end, parameters).flops / 1e9 for end in ends],
+                "parameters": parameters,
+            }
+        )
+    return rows

@@ -1,0 +1,74 @@
+"""FLUX over tokens with positions: diffusers' own blocks, with float32 angles and the time kept in float32.
+
+Legend: B batch, S image tokens, T text tokens, C values of a token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_export.families.tokens import Config, TokenFamily
+from elastic_runtime.contract.manifest import Patches
+
+PACKED = 2  # a token is 2 x 2 latent pixels; `patch_size` in the config counts packed ones and is 1
+THETA = 10000.0
+
+
+class Rope(nn.Module):
+    """Rotary angles from positions (N, 3), in float32: diffusers' own puts float64 into the graph, for a difference of 6e-7."""
+
+    def __init__(self, widths: tuple[int, ...]):
+        super().__init__()
+        # Constants and no buffers: they must stay float32 where the weights become fp16.
+        self.frequencies = [(1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float64) / width)).float() for width in widths]
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = [ids[:, axis, None].float() * frequencies for axis, frequencies in enumerate(self.frequencies)]
+        angle = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)  # (N, sum of widths)
+        return angle.cos(), angle.sin()
+
+
+class Flux(nn.Module):
+    """`FluxTransformer2DModel` with the contract's inputs; `timestep` is sigma in [0, 1] and `guidance` the scale itself."""
+
+    def __init__(self, transformer: Any):
+        super().__init__()
+        self.transformer = transformer
+        self.rope = Rope(transformer.config.axes_dims_rope)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        model = self.transformer
+        dtype = model.x_embedder.weight.dtype
+        scales = [timestep * 1000] if guidance is None else [timestep * 1000, guidance * 1000]  # in float32, whatever the weights are in
+        condition = model.time_text_embed(*scales, pooled_projections.to(dtype))  # (B, W)
+        image, text = model.x_embedder(hidden_states.to(dtype)), model.context_embedder(encoder_hidden_states.to(dtype))
+        angles = self.rope(torch.cat((txt_ids, img_ids)))  # text first, as in the blocks
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=condition, image_rotary_emb=angles)
+        return model.proj_out(model.norm_out(image, condition)).float()  # (B, S, C)
+
+
+def patches(config: Config) -> Patches:
+    return Patches(size=PACKED, positions="img_ids", guidance_embeds=bool(config["guidance_embeds"]))
+
+
+FAMILY = TokenFamily(
+    name="flux",
+    class_name="FluxTransformer2DModel",
+    wrap=Flux,
+    patches=patches,
+    channels=lambda config: config["in_channels"] // PACKED**2,
+    side=lambda config: None,
+    text_length=lambda config: 512 if config["guidance_embeds"] else 256,  # dev and schnell
+    beside=0,
+)

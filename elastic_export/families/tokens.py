@@ -1,0 +1,86 @@
+"""What FLUX and SD3 share as graphs: transformers over packed patches with positions, in diffusers' words.
+
+Legend: B batch, S image tokens, T text tokens, C values of a token, D the text's width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from elastic_export.families.family import random_rows
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Patches, TensorSpec
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenFamily:
+    """One kind of transformer over tokens, as a diffusers folder has it.
+
+    name: as in the manifest. class_name: diffusers' class. wrap(transformer): the graph's module.
+    patches(config): how it takes a latent. channels(config): of that latent. side(config): of its usual latent, None where the
+    VAE tells. text_length(config): the most tokens that its pipeline takes from T5. beside: those of CLIP that come before them.
+    """
+
+    name: str
+    class_name: str
+    wrap: Callable[[Any], nn.Module]
+    patches: Callable[[Config], Patches]
+    channels: Callable[[Config], int]
+    side: Callable[[Config], int | None]
+    text_length: Callable[[Config], int]
+    beside: int
+
+
+def inputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
+    """The contract's inputs: FLUX has `txt_ids` and perhaps `guidance`, SD3 has neither."""
+    patches = family.patches(config)
+    values = family.channels(config) * patches.size**2
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "hidden_states": ("B", "S", values),
+        "encoder_hidden_states": ("B", "T", config["joint_attention_dim"]),
+        "pooled_projections": ("B", config["pooled_projection_dim"]),
+        "timestep": ("B",),
+    }
+    shapes |= {"img_ids": ("S", 3), "txt_ids": ("T", 3)} if patches.positions == "img_ids" else {"pos_ids": ("S", 2)}
+    if patches.guidance_embeds:
+        shapes["guidance"] = ("B",)
+    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+
+
+def named(specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+    """The specs with the dimensions in `fixed` no longer open."""
+    shapes = [tuple(fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape) for spec in specs]
+    return tuple(TensorSpec(name=spec.name, dtype=spec.dtype, shape=shape) for spec, shape in zip(specs, shapes, strict=True))
+
+
+def outputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
+    return (TensorSpec(name="prediction", dtype="float32", shape=("B", "S", family.channels(config) * family.patches(config).size ** 2)),)
+
+
+def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, Span], budget: Budget, batch: int) -> dict[str, np.ndarray]:
+    """Noise, embeddings, times in (0, 1) and guidance scales for `batch` samples; S and T as `budget` says, else the largest.
+
+    Positions are rows and columns of a square picture of the largest S, halves among them, in no order: attention needs none.
+    """
+    sizes = {"B": batch} | {name: budget.get(name, span.max) for name, span in spans.items()}
+    side = patches.table or int(np.ceil(np.sqrt(spans["S"].max)))
+    generator = np.random.default_rng(0)
+    ranges = {"timestep": (0.05, 0.95), "guidance": (1.0, 5.0)}
+    found = {}
+    for spec in specs:
+        if spec.name == "txt_ids":
+            found[spec.name] = np.zeros((sizes["T"], 3), dtype=np.float32)
+        elif spec.name in ("img_ids", "pos_ids"):
+            places = generator.integers(0, 2 * side - 1, (spans["S"].max, 2)) / 2
+            found[spec.name] = np.pad(places, ((0, 0), (spec.shape[1] - 2, 0)))[: sizes["S"]].astype(np.float32)  # type: ignore[operator]
+        elif spec.name in ranges:
+            found[spec.name] = generator.uniform(*ranges[spec.name], batch).astype(np.float32)
+        else:
+            found[spec.name] = random_rows(generator, spec, {"B": batch} | {name: span.max for name, span in spans.items()}, sizes)
+    return found

@@ -1,1 +1,0 @@
-"""The model zoo: one file a family, and the trained samples in `pretrained/`."""

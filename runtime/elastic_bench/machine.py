@@ -1,0 +1,99 @@
+"""The machine that measures: what it is, the most its processor can do, and the memory that a process has used."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from elastic_bench.records import Machine, Peaks
+
+PACKAGES = ("elastic-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "coremltools", "torch")
+
+
+def machine() -> Machine:
+    """This machine; the processor's name where the system tells it."""
+    name = platform.processor()
+    if platform.system() == "Linux":  # where platform.processor() is mostly empty
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return Machine(
+        system=platform.system(),
+        architecture=platform.machine(),
+        processor=name,
+        cores=os.cpu_count() or 1,
+        memory_bytes=_memory(),
+        versions=versions(*PACKAGES),
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of those `packages` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return None
+
+
+def peak_memory() -> int | None:
+    """Most resident memory that this process has had; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage would tell a new process of its parent's memory too
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def peaks(
+    side: int = 2048, size: int = 2**27, runs: int = 5, threads: int | None = None, clock: Callable[[], float] = time.perf_counter
+) -> Peaks:
+    """The fastest of `runs` float32 products of (side, side) matrices, and of copies of `size` bytes by all threads at once."""
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, side, side), dtype=np.float32)
+    product = np.empty_like(a)
+    source, target = np.ones(size // 8), np.empty(size // 8)
+    workers = threads or usable_cores()
+    pieces = list(zip(np.array_split(source, workers), np.array_split(target, workers), strict=True))
+    with ThreadPoolExecutor(workers) as pool:  # copying lets go of the interpreter's lock
+
+        def copy() -> None:
+            list(pool.map(lambda piece: np.copyto(piece[1], piece[0]), pieces))
+
+        multiplying = _fastest(lambda: np.matmul(a, b, out=product), runs, clock)
+        copying = _fastest(copy, runs, clock)
+    return Peaks(flops_per_second=2 * side**3 / multiplying, bytes_per_second=2 * source.nbytes / copying)
+
+
+def _fastest(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> float:
+    run()  # touches the memory
+    best = float("inf")
+    for _ in range(runs):
+        begun = clock()
+        run()
+        best = min(best, clock() - begun)
+    return best

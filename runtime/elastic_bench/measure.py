@@ -1,0 +1,246 @@
+"""A bundle in several runtimes, in turns: opened, checked, timed, and only then told of."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from elastic_bench.drawing import Album, drawings, trials
+from elastic_bench.pareto import recommend
+from elastic_bench.process import Process
+from elastic_bench.records import ROUNDS, BundleReport, Row, RuntimeReport, Settings, SingleStream
+from elastic_bench.runtimes import Runtime, sentence
+from elastic_bench.statistics import summarize
+from elastic_bench.subject import Drawing, Loaded, Turn
+from elastic_runtime.contract.budget import Budget, key
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Verification
+from elastic_runtime.contract.reference import compare
+from elastic_runtime.errors import BudgetError, ElasticError, MissingError, UsageError
+
+QUERIES = 1024  # the least that MLPerf asks of a single stream
+LIMIT = 20  # times the duration of a row: the time limit of its single stream
+OnStage = Callable[[str], None]
+
+
+@dataclass
+class Entry:
+    """One runtime while it is measured. `subject` is None where it could not run or has failed."""
+
+    runtime: Runtime
+    subject: Any = None
+    missing: str | None = None
+    failure: str | None = None
+    loaded: Loaded | None = None
+    first: dict[Budget, tuple[float, dict[str, np.ndarray]]] = field(default_factory=dict)
+    checked: tuple[Verification, ...] = ()
+    agrees: dict[Budget, Verification] = field(default_factory=dict)
+    turns: dict[Budget, list[Turn]] = field(default_factory=dict)
+    drawn: dict[Drawing, list[float]] = field(default_factory=dict)
+    streams: dict[Budget, SingleStream] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    peak: int | None = None
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call the subject; None if that fails, which ends its part."""
+        try:
+            return getattr(self.subject, method)(*arguments)
+        except ElasticError as error:
+            self.fail(sentence(error))
+            return None
+
+    def fail(self, why: str) -> None:
+        self.failure = why
+        self.close()
+
+    def close(self) -> None:
+        if self.subject is not None:
+            self.subject.close()
+            self.subject = None
+
+
+def points(bundle: Bundle, values: Sequence[int] | None = None) -> list[Budget]:
+    """The budgets to measure, smallest first: `values` of the bundle's first axis, or its doublings; other axes at their defaults.
+
+    Of a model that is drawn along plans they are the tokens of the plans' stages.
+
+    Raises: BudgetError for a value that the axis does not offer, or for values where there is no axis.
+    """
+    axes = bundle.manifest.axes
+    if not axes:
+        if values:
+            raise BudgetError(f"{bundle.folder} has no axis, so it takes no budgets: leave them out")
+        return [Budget(**row.budget) for row in bundle.manifest.cost] or [Budget()]
+    chosen = axes[0].doublings() if values is None else sorted(set(values))
+    return [Budget(**{axes[0].name: value}).on(axes) for value in chosen]
+
+
+def measure(
+    bundle: Bundle,
+    runtimes: Sequence[Runtime],
+    budgets: Sequence[Budget],
+    settings: Settings,
+    start: Callable[[Runtime, Bundle, Settings], Any] = Process,
+    on_stage: OnStage = lambda what: None,
+) -> tuple[BundleReport, Album]:
+    """Measure `bundle`; return what was found, and pictures by budget.
+
+    `start` gives a subject, by default in a process of its own. All of them stay open, since they take turns.
+
+    Raises: UsageError for settings that measure nothing; a runtime that is missing, wrong or breaks is a finding.
+    """
+    settings.check()
+    if not budgets or not runtimes:
+        raise UsageError("there is nothing to measure: give at least one runtime and one budget")
+    entries = [Entry(runtime) for runtime in runtimes]
+    try:
+        for entry in entries:
+            on_stage(f"{bundle.folder.name}: opening and checking {entry.runtime.name}")
+            _open(entry, bundle, budgets, settings, start)
+        _agree(_running(entries))
+        on_stage(f"{bundle.folder.name}: timing steps, {ROUNDS} rounds")
+        _time(entries, budgets, settings)
+        for entry in _running(entries):
+            entry.peak = entry.ask("memory")
+        on_stage(f"{bundle.folder.name}: drawing")
+        found, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
+        if settings.single_stream:
+            on_stage(f"{bundle.folder.name}: single stream")
+            _stream(entries, budgets, settings)
+    finally:
+        for entry in entries:
+            entry.close()
+    model = bundle.manifest.model
+    report = BundleReport(
+        name=bundle.folder.resolve().name,
+        model=model.name,
+        family=model.family,
+        axis=bundle.manifest.axes[0].name if bundle.manifest.axes else "tokens" if model.patches else None,
+        weights=bundle.manifest.provenance.checkpoint_sha256 or model.weights,
+        embedded_guidance=model.patches is not None and model.patches.guidance_embeds,
+        runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
+        trials=found,
+        card=bundle.manifest.quality if settings.quality or model.patches else (),
+    )
+    return replace(report, recommendation=recommend(report, settings)), album
+
+
+def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Settings, start: Callable[..., Any]) -> None:
+    entry.missing = entry.runtime.obstacle(bundle)
+    if entry.missing:
+        return
+    entry.subject = start(entry.runtime, bundle, settings)
+    try:
+        entry.loaded = entry.subject.load()
+    except MissingError as error:  # a device or provider that only its library knows of
+        entry.missing = sentence(error)
+        entry.close()
+    except ElasticError as error:
+        entry.fail(sentence(error))
+    if entry.loaded is None:
+        return
+    for budget in budgets:
+        if entry.loaded.budgets is not None and budget not in entry.loaded.budgets:
+            entry.skipped[key(budget)] = f"it was compiled for {', '.join(map(str, entry.loaded.budgets))}"
+            continue
+        entry.first[budget] = entry.ask("step", budget)
+        if entry.failure:
+            return
+    entry.checked = tuple(entry.ask("check") or ())
+    if wrong := next((row for row in entry.checked if not row.passed), None):
+        what = f"max abs error {wrong.max_abs:.2e}" if wrong.finite else "values that are not finite"
+        entry.fail(f"wrong at {Budget(**wrong.budget)}: {what}, where the tolerance is {wrong.tolerance:.0e} of the largest value")
+    elif not entry.checked and not entry.failure:
+        entry.fail("nothing was checked: the recording has none of its budgets; export the bundle again")
+
+
+def _running(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.subject is not None]
+
+
+def _agree(running: list[Entry]) -> None:
+    """Hold every budget, recorded or not, against the first runtime that was right where it could be checked."""
+    for entry in running[1:]:
+        for budget, (_, outputs) in entry.first.items():
+            if budget not in running[0].first:
+                continue
+            assert entry.loaded is not None
+            assert running[0].loaded is not None
+            bound = entry.loaded.tolerance + running[0].loaded.tolerance
+            wanted = running[0].first[budget][1]
+            rows = [compare(array, wanted[name], budget, bound, running[0].runtime.name) for name, array in outputs.items()]
+            entry.agrees[budget] = max(rows, key=lambda row: (not row.finite, row.max_abs))
+            if not entry.agrees[budget].passed:
+                entry.fail(f"differs from {running[0].runtime.name} at {budget}: max abs {entry.agrees[budget].max_abs:.2e}")
+                break
+
+
+def _time(entries: list[Entry], budgets: Sequence[Budget], settings: Settings) -> None:
+    """One round to warm up, then ROUNDS in which every runtime has its turn at every budget."""
+    for round_ in range(ROUNDS + 1):
+        for budget in budgets:
+            for entry in _running(entries):
+                offered = list(entry.first)
+                if budget not in offered:
+                    continue
+                previous = offered[offered.index(budget) - 1]
+                turn = entry.ask("turn", previous, budget, settings.duration / ROUNDS if round_ else 0.0)
+                if turn is not None and round_:
+                    entry.turns.setdefault(budget, []).append(turn)
+
+
+def _stream(entries: list[Entry], budgets: Sequence[Budget], settings: Settings) -> None:
+    for budget in budgets:
+        for entry in _running(entries):
+            if Drawing(budget, None, settings.steps) not in entry.drawn:
+                continue
+            taken = entry.ask("stream", Drawing(budget, None, settings.steps), QUERIES, LIMIT * settings.duration)
+            if taken:
+                p90 = float(np.percentile(taken, 90, method="higher"))
+                entry.streams[budget] = SingleStream(queries=len(taken), seconds=sum(taken), p90=p90, complete=len(taken) >= QUERIES)
+
+
+def _report(entry: Entry, bundle: Bundle, settings: Settings) -> RuntimeReport:
+    loaded, runtime = entry.loaded, entry.runtime
+    report = RuntimeReport(
+        runtime=runtime.name,
+        artifact=runtime.artifact,
+        precision=runtime.precision,
+        where=loaded.where if loaded else None,
+        missing=entry.missing,
+        failure=entry.failure,
+        checked=entry.checked,
+    )
+    if entry.missing or entry.failure or loaded is None:
+        return report
+    return replace(
+        report,
+        load_seconds=loaded.seconds,
+        started_bytes=loaded.started_bytes,
+        peak_bytes=entry.peak,
+        rows=tuple(_row(entry, budget, turns, bundle, settings) for budget, turns in entry.turns.items()),
+        skipped=entry.skipped,
+    )
+
+
+def _row(entry: Entry, budget: Budget, turns: list[Turn], bundle: Bundle, settings: Settings) -> Row:
+    rounds = tuple(turn.steady for turn in turns)
+    step = summarize(rounds)
+    cost = next((row for row in bundle.manifest.cost if Budget(**row.budget) == budget), None)
+    share = 0.5 if entry.runtime.precision in ("fp16", "bf16") else 1.0  # the manifest counts float32
+    switching = float(np.median([turn.entering for turn in turns])) - step.p50
+    return Row(
+        budget=dict(budget),
+        flops=settings.batch * cost.flops if cost else None,
+        moved_bytes=int(share * (cost.weight_bytes + settings.batch * cost.activation_bytes)) if cost else None,
+        first_seconds=entry.first[budget][0],
+        switch_seconds=switching if len(entry.first) > 1 else None,
+        rounds=rounds,
+        step=step,
+        agrees=entry.agrees.get(budget),
+        joules={name: sum(turn.joules[name] for turn in turns) / step.count for name in turns[0].joules},
+        pictures=tuple(entry.drawn.get(Drawing(budget, None, settings.steps), ())),
+        single_stream=entry.streams.get(budget),
+    )

@@ -1,0 +1,194 @@
+"""One runtime on one bundle, in the process that runs it: opened, checked against the recording, timed."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elastic_bench.energy import Counter
+from elastic_bench.machine import peak_memory
+from elastic_bench.records import Settings
+from elastic_bench.runtimes import GRAPH, Opened, Runtime
+from elastic_runtime.choosing.policy import Fixed
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Verification
+from elastic_runtime.contract.reference import axis_feeds, check, cut, unpack
+from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.errors import BundleError, InferenceError
+from elastic_runtime.pipeline import ElasticPipeline
+from elastic_runtime.ralu import RaluPipeline
+from elastic_runtime.sessions.session import batches
+
+Clock = Callable[[], float]
+
+
+class Loaded(NamedTuple):
+    """What opening told: on what it runs, which budgets it was compiled for (None: all), whether it can make pictures."""
+
+    where: str
+    seconds: float
+    started_bytes: int | None
+    budgets: tuple[Budget, ...] | None
+    draws: bool
+    tolerance: float
+
+
+class Turn(NamedTuple):
+    """One turn: seconds of the first run after another budget, of each steady run, and the energy of all steady runs by source."""
+
+    entering: float
+    steady: tuple[float, ...]
+    joules: dict[str, float]
+
+
+class Drawing(NamedTuple):
+    """How a picture is drawn; `weak` is the budget of the weak branch (None: the same).
+
+    Of a model that is drawn along plans, `plan` names one of mixed resolution (None: full resolution), which has `steps` of its own.
+    """
+
+    budget: Budget
+    weak: Budget | None
+    steps: int
+    plan: str | None = None
+
+
+class Subject:
+    """A runtime, from opening to closing. `counters` are sources of energy, `clock` gives seconds."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        bundle: Bundle,
+        settings: Settings,
+        counters: Mapping[str, Counter] | None = None,
+        clock: Clock = time.perf_counter,
+    ):
+        self._runtime, self._bundle, self._settings = runtime, bundle, settings
+        self._counters, self._clock = dict(counters or {}), clock
+        self._feeds, self._outputs = unpack(GRAPH, bundle.reference())
+        if not self._outputs:
+            raise BundleError(f"the reference of {bundle.folder} has no outputs of {GRAPH!r}, so nothing can be proven: export it again")
+        self._opened: Opened | None = None
+
+    def load(self) -> Loaded:
+        """Open the runtime, timed."""
+        before, begun = peak_memory(), self._clock()
+        self._opened = self._runtime.open(self._bundle, self._settings.threads)
+        seconds = self._clock() - begun
+        session = self._opened.denoiser
+        draws = "decoder" not in self._bundle.manifest.graphs or self._opened.decoder is not None
+        return Loaded(session.where, seconds, before, session.budgets, draws, self._opened.tolerance)
+
+    def step(self, budget: Budget) -> tuple[float, dict[str, np.ndarray]]:
+        """One step: seconds of a forward pass of the batch, in as few runs as the session takes, and its outputs."""
+        session, feeds = self._open.denoiser, self._step_feeds(budget)
+        batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
+        parts = [feeds | {name: feeds[name][rows] for name in batched} for rows in batches(session, self._settings.batch)]
+        begun = self._clock()
+        outputs = [session.run(part) for part in parts]
+        seconds = self._clock() - begun
+        return seconds, {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
+    def check(self) -> list[Verification]:
+        """How it compares with the recording at every recorded budget."""
+        return list(check(self._bundle, GRAPH, self._open.denoiser, self._open.tolerance))
+
+    def turn(self, previous: Budget, budget: Budget, seconds: float) -> Turn:
+        """Run once at `previous`, then at `budget`: the first time, and again until `seconds` have passed, at least once."""
+        self.step(previous)
+        entering = self.step(budget)[0]
+        before = {name: read() for name, read in self._counters.items()}
+        steady = [self.step(budget)[0]]
+        while sum(steady) < seconds:
+            steady.append(self.step(budget)[0])
+        steady = [round(value, 9) for value in steady]  # no clock knows more, and a report holds thousands
+        return Turn(entering, tuple(steady), {name: read() - before[name] for name, read in self._counters.items()})
+
+    def draw(self, way: Drawing, seed: int) -> tuple[float, np.ndarray]:
+        """A guided batch of pictures (or of latents, for token codes) from noise of `seed`: its seconds, and float32 (B, H, W, C).
+
+        Raises: InferenceError if they are not finite.
+        """
+        begun = self._clock()
+        pictures = self._at_budget(way, seed) if self._bundle.manifest.model.patches is None else self._along_plan(way, seed)
+        seconds = self._clock() - begun
+        if not np.isfinite(pictures).all():
+            raise InferenceError(f"{self._open.denoiser.where} drew values that are not finite at {way.plan or way.budget}")
+        return seconds, np.asarray(pictures, dtype=np.float32)
+
+    def _at_budget(self, way: Drawing, seed: int) -> np.ndarray:
+        model, settings = self._bundle.manifest.model, self._settings
+        pipe = ElasticPipeline(self._bundle, self._open.denoiser, self._open.decoder)
+        labels = (seed + np.arange(settings.batch)) % model.num_classes
+        state = None
+        for progress in pipe.iterate(
+            labels.tolist(),
+            num_inference_steps=way.steps,
+            guidance=Guidance(settings.guidance),
+            policy=Fixed(way.budget, way.weak),
+            generator=np.random.default_rng(seed),
+        ):
+            state = progress.step.sample
+        assert state is not None
+        return np.asarray(pipe.images(state, "np" if drawable(self._bundle) else "latent"))
+
+    def _along_plan(self, way: Drawing, seed: int) -> np.ndarray:
+        """After class labels, or the recorded embeddings: text encoders are no part of a step, and a plan does not change them."""
+        model, rows = self._bundle.manifest.model, np.arange(self._settings.batch)
+        subject: dict[str, Any] = {"class_labels": ((seed + rows) % max(1, model.num_classes)).tolist()}
+        if not model.num_classes:
+            names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
+            subject = {name: self._feeds[feed][rows % len(self._feeds[feed])] for name, feed in names.items()}
+            if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:
+                subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
+        sessions = {"denoiser": self._open.denoiser} | ({"decoder": self._open.decoder} if self._open.decoder else {})
+        drawn = RaluPipeline(self._bundle, sessions.__getitem__)(
+            **subject,
+            plan=way.plan or "full",
+            num_inference_steps=None if way.plan else way.steps,
+            guidance_scale=self._settings.guidance,
+            generator=np.random.default_rng(seed),
+            output_type="np" if drawable(self._bundle) else "latent",
+        )
+        return np.asarray(drawn.images)
+
+    def stream(self, way: Drawing, queries: int, limit: float) -> tuple[float, ...]:
+        """Seconds of one batch of pictures after another, until there are `queries` or `limit` seconds have passed."""
+        taken: list[float] = []
+        while len(taken) < queries and sum(taken) < limit:
+            taken.append(self.draw(way, len(taken))[0])
+        return tuple(taken)
+
+    def memory(self) -> int | None:
+        """Most memory that this process has had."""
+        return peak_memory()
+
+    def close(self) -> None:
+        """Release the sessions."""
+        if self._opened:
+            self._opened.denoiser.close()
+            if self._opened.decoder:
+                self._opened.decoder.close()
+
+    @property
+    def _open(self) -> Opened:
+        if self._opened is None:
+            raise InferenceError(f"{self._runtime.name} is not open: call load first")
+        return self._opened
+
+    def _step_feeds(self, budget: Budget) -> dict[str, np.ndarray]:
+        """The recorded feeds, their samples repeated to the batch, at `budget`."""
+        rows = np.arange(self._settings.batch)
+        graph = self._bundle.manifest.graphs[GRAPH]
+        batched = {spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"}
+        feeds = {name: array[rows % len(array)] if name in batched else array for name, array in self._feeds.items()}
+        return cut(graph.inputs, feeds, budget) | axis_feeds(self._bundle.manifest.axes, budget)
+
+
+def drawable(bundle: Bundle) -> bool:
+    """Whether the model's final state can become a picture here."""
+    model = bundle.manifest.model
+    return model.pixels or model.tokens == "grey" or (model.vae is not None and "decoder" in bundle.manifest.graphs)

@@ -1,0 +1,253 @@
+"""A few seconds of measuring that correct the cost model, kept in the user's cache, and the choice between several artifacts.
+
+A calibration belongs to one artifact, backend, version, device, power mode and set of session options: change any of them and another
+one is made. A damaged file is made again, and the log says so.
+"""
+
+import datetime
+import hashlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from elastic_runtime import cache
+from elastic_runtime.choosing.cost import Costs, Point, Rates
+from elastic_runtime.choosing.policy import Choice
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.denoising.denoiser import Denoiser, Guidance
+from elastic_runtime.device import Device, peak
+from elastic_runtime.errors import ElasticError
+from elastic_runtime.sessions.session import Session, candidates, open_artifact
+
+VERSION = 1
+SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
+LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+QUARTILE = 0.25  # of the rounds: what a run takes by itself, where something else is busy now and then; the pace tells of that
+UNTOUCHED = 1 << 20  # bytes; a process that has grown by more since the session was opened has run it, and hides what a run adds
+_log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+Identity = dict[str, Any]
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What was measured and for whom. `finish` is seconds a picture from its last step to the picture: decoder and conversion."""
+
+    version: int
+    identity: Identity
+    made: str
+    points: tuple[Point, ...]
+    finish: float
+
+
+class Chosen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which backend and artifact were fastest, and milliseconds of each candidate's step."""
+
+    version: int
+    identity: Identity
+    backend: str
+    artifact: str
+    milliseconds: dict[str, float]
+
+
+Kept = TypeVar("Kept", Calibration, Chosen)
+
+
+def folder() -> Path:
+    """Where calibrations are kept; deleting it makes them be measured again."""
+    return cache.folder("calibration")
+
+
+def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
+    """Everything that a measured time depends on."""
+    origin = session.origin
+    return {
+        "model": manifest.model.name,
+        "files": [file.sha256 for file in origin.artifact.files] if origin else [],
+        "precision": origin.artifact.precision if origin else None,
+        "options": {name: repr(value) for name, value in sorted(origin.options.items())} if origin else {},
+        "inputs": [spec.name for spec in session.graph.inputs],
+        "spans": {axis.name: str(axis.span) for axis in manifest.axes},
+        "where": session.where,
+        "device": device.fingerprint,
+    }
+
+
+def rates(session: Session, device: Device) -> Rates:
+    """Peak rates of what the session runs on, before anything was measured."""
+    origin = session.origin
+    on_gpu = bool(device.gpus) and (re.search("CUDA", session.where) or (origin is not None and origin.backend in ("trt", "coreml")))
+    return Rates.of(peak(device, "gpu" if on_gpu else "cpu"), origin.artifact.precision if origin else "fp32")
+
+
+def load(who: Identity) -> Calibration | None:
+    """The calibration kept for `who`, or None; a damaged one is None too, and the log says so."""
+    return _load(who, "", Calibration)
+
+
+def calibrate(who: Identity, measure: Callable[[], tuple[tuple[Point, ...], float]]) -> Calibration:
+    """The calibration of `who`: the one kept, else points and finishing seconds from `measure()`, which are then kept."""
+    if kept := load(who):
+        return kept
+    points, finish = measure()
+    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    found = Calibration(version=VERSION, identity=who, made=made, points=points, finish=finish)
+    _store(found, "")
+    return found
+
+
+def evaluate(denoiser: Denoiser, manifest: Manifest, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+    """Run a denoiser once on `batch` samples of noise, as an unguided step does."""
+    shape = (batch, *manifest.model.sample_shape)
+    x = np.zeros(shape, dtype=np.int64) if manifest.model.tokens else source.standard_normal(shape)
+    denoiser.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Choice(budget, budget), denoiser.routing())
+
+
+def points(
+    session: Session, manifest: Manifest, budgets: Sequence[Budget], clock: Clock, time: float = 0.5, opened: int | None = None,
+    seconds: float = SECONDS,
+) -> tuple[Point, ...]:  # fmt: skip
+    """Measure one run at the ends and the middle of `budgets`, in batches of the session's smallest and its double (guidance).
+
+    Rounds visit every point in turn, so that a drifting machine slows all alike; of two runs in a row the second counts, as in a
+    picture a step follows a step. `opened` is the process's peak memory when the session was opened.
+    """
+    denoiser, source = Denoiser(session, manifest), np.random.default_rng(0)
+    least = session.batch.min
+    batches = sorted({least, min(2 * least, session.batch.max)})
+    costs = Costs(manifest, Rates(1.0, 1.0))
+    places = [(budget, batch) for budget in _spread(budgets, costs) for batch in batches]
+    places.sort(key=lambda place: costs.work(place[0]).flops * place[1])  # rising, so that peak memory tells what each one adds
+
+    def run(budget: Budget, batch: int) -> None:
+        evaluate(denoiser, manifest, budget, batch, time, source)
+
+    before = peak_bytes()
+    fresh = opened is not None and before is not None and before - opened < UNTOUCHED
+    growth: dict[tuple[Budget, int], int | None] = {}
+    for place in places:  # warms up, too
+        run(*place)
+        run(*place)  # ONNX Runtime plans its memory by the first run, and takes it in the second
+        now = peak_bytes()
+        growth[place] = now - opened if fresh and now is not None and opened is not None else None
+    times: dict[tuple[Budget, int], list[float]] = {place: [] for place in places}
+    begun = clock()
+    for round_ in range(1, MOST_ROUNDS + 1):
+        for place in places:
+            run(*place)
+            start = clock()
+            run(*place)
+            times[place].append(max(clock() - start, 0.0))
+        if round_ >= LEAST_ROUNDS and clock() - begun >= seconds:
+            break
+    return tuple(
+        Point(budget=dict(budget), batch=batch, seconds=float(np.quantile(values, QUARTILE)), growth=growth[budget, batch])
+        for (budget, batch), values in times.items()
+    )
+
+
+def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
+    """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
+
+    Each candidate is opened, timed at the largest budget and closed. One that fails to open is left out, and the log says why.
+    """
+    found, _ = candidates(bundle, graph)
+    if len(found) < 2:
+        return None
+    here = device()
+    who = {
+        "candidates": [[name, artifact.path, *(file.sha256 for file in artifact.files)] for name, artifact in found],
+        "versions": here.backends,
+        "device": here.fingerprint,
+    }
+    if kept := _load(who, "fastest-", Chosen):
+        return kept.backend, kept.artifact
+    times: dict[tuple[str, str], float] = {}
+    failures: list[ElasticError] = []
+    for name, artifact in found:
+        try:
+            with open_artifact(bundle, graph, artifact, name) as session:
+                largest = _largest(bundle.manifest, session)
+                rows = points(session, bundle.manifest, [largest], clock, seconds=SECONDS / 2)
+                times[name, artifact.path] = min(row.seconds / row.batch for row in rows)
+        except ElasticError as error:
+            _log.warning("%s is left out by %s: %s", artifact.path, name, error)
+            failures.append(error)
+    if not times:
+        raise failures[0]
+    best = min(times, key=times.__getitem__)
+    milliseconds = {f"{name}: {path}": 1e3 * value for (name, path), value in times.items()}
+    _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")
+    _log.info("fastest of %s: %s", milliseconds, best)
+    return best
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held, in bytes; None where the system does not tell."""
+    try:  # getrusage would count what the process that started this one held
+        told = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(told[1]) * 1024 if told else None
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there
+    return None
+
+
+def _largest(manifest: Manifest, session: Session) -> Budget:
+    whole = Budget(**{axis.name: axis.max for axis in manifest.axes})
+    if session.budgets is None or whole in session.budgets:
+        return whole
+    return max(session.budgets, key=lambda budget: sum(budget.values()))
+
+
+def _spread(budgets: Iterable[Budget], costs: Costs) -> list[Budget]:
+    """Both ends of `budgets`, and the one whose FLOPs are nearest to the middle."""
+    rising = sorted(budgets, key=lambda budget: costs.work(budget).flops)
+    ends = costs.work(rising[0]).flops, costs.work(rising[-1]).flops
+    middle = min(rising, key=lambda budget: abs(costs.work(budget).flops - sum(ends) / 2))
+    return list(dict.fromkeys((rising[0], middle, rising[-1])))
+
+
+def _path(who: Identity, prefix: str) -> Path:
+    digest = hashlib.sha256(msgspec.json.encode([VERSION, who], order="sorted")).hexdigest()[:32]
+    return folder() / f"{prefix}{digest}.json"
+
+
+def _load(who: Identity, prefix: str, kind: type[Kept]) -> Kept | None:
+    path = _path(who, prefix)
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _log.warning("%s is damaged (%s): it is measured again", path, error)
+        return None
+    plain = msgspec.json.decode(msgspec.json.encode(who))
+    sound = not isinstance(kept, Calibration) or _sound(kept)
+    if kept.version != VERSION or kept.identity != plain or not sound:
+        _log.warning("%s does not hold what its name says: it is measured again", path)
+        return None
+    return kept
+
+
+def _sound(kept: Calibration) -> bool:
+    return bool(kept.points) and kept.finish >= 0 and all(point.seconds > 0 and point.batch > 0 for point in kept.points)
+
+
+def _store(found: Calibration | Chosen, prefix: str) -> None:
+    path = _path(found.identity, prefix)
+    try:
+        cache.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
+    except OSError as error:
+        _log.warning("%s cannot be written (%s): it is measured again next time", path, error.strerror or error)

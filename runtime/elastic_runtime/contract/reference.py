@@ -1,0 +1,110 @@
+"""Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
+
+The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open dimensions that no
+axis explains, a budget names their sizes (`S=64,T=8`), and it is fed the first rows of the feeds.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from elastic_runtime.contract.axis import Axis
+from elastic_runtime.contract.budget import Budget, key, parse_key
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, TensorSpec, Verification
+from elastic_runtime.errors import BundleError
+from elastic_runtime.sessions.session import Session, batches
+
+# Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
+# The same for weights that are stored in fewer bits: no fault of the lowering, but a bound that a broken one would miss.
+COMPRESSED = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
+
+
+def tolerance(artifact: Artifact) -> float:
+    """The bound that an artifact is held to."""
+    compression = artifact.compression if isinstance(artifact, CoremlArtifact) else None
+    return max(TOLERANCE[artifact.precision], COMPRESSED[compression] if compression else 0.0)
+
+
+def pack(graph: str, feeds: Mapping[str, np.ndarray], outputs: Mapping[Budget, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of one graph's reference run under their names in the file."""
+    arrays = {f"{graph}/feed/{name}": array for name, array in feeds.items()}
+    for budget, named in outputs.items():
+        arrays |= {f"{graph}/{key(budget)}/{name}": array for name, array in named.items()}
+    return arrays
+
+
+def unpack(graph: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[Budget, dict[str, np.ndarray]]]:
+    """Inverse of `pack` for one graph: (feeds, outputs by budget)."""
+    feeds: dict[str, np.ndarray] = {}
+    outputs: dict[Budget, dict[str, np.ndarray]] = {}
+    for full, array in arrays.items():
+        owner, group, name = full.split("/", 2)
+        if owner == graph and group == "feed":
+            feeds[name] = array
+        elif owner == graph:
+            outputs.setdefault(parse_key(group), {})[name] = array
+    return feeds, outputs
+
+
+def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
+    """The inputs that carry a budget."""
+    return {axis.input: axis.feed(budget[axis.name]) for axis in axes}
+
+
+def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
+    """The first rows of `feeds`, as many along each open dimension as `budget` names."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    return {
+        name: array[tuple(slice(budget.get(size) if isinstance(size, str) else None) for size in shapes[name])]
+        for name, array in feeds.items()
+    }
+
+
+def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: float, where: str) -> Verification:
+    """Figures of `output` against `wanted` (same shape). PSNR's peak is the reference's range."""
+    finite = bool(np.isfinite(output).all())
+    a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    difference = np.abs(a - b).max() if finite else np.inf
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = float(a @ b / norms) if finite and norms > 0 else float(finite and not a.any() and not b.any())
+    error = np.mean((a - b) ** 2) if finite else np.inf
+    span = max(float(b.max() - b.min()), 1e-12)
+    psnr = (10 * np.log10(span**2 / error) if finite else -999.0) if error > 0 else 999.0
+    passed = finite and bool(difference <= tolerance * max(1.0, np.abs(b).max()))
+    # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
+    largest = float(np.finfo(np.float32).max)
+    return Verification(
+        budget=dict(budget),
+        max_abs=float(min(difference, largest)),
+        cosine=cosine,
+        psnr_db=float(max(psnr, -999.0)),
+        finite=finite,
+        tolerance=tolerance,
+        passed=passed,
+        where=where,
+    )
+
+
+def check(
+    bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None
+) -> Iterator[Verification]:
+    """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts.
+
+    Raises: BundleError if the recording lacks a budget that the session was compiled for.
+    """
+    feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
+    if missing := [budget for budget in session.budgets or () if budget not in outputs]:
+        raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
+    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
+    for budget, wanted in outputs.items():
+        if session.budgets is not None and budget not in session.budgets:
+            continue
+        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
+        whole = cut(session.graph.inputs, feeds, budget) | axis_feeds(axes, budget)
+        runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
+        got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
+        found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
+        yield max(found, key=lambda row: (not row.passed, not row.finite, row.max_abs))

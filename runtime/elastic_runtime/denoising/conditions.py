@@ -1,0 +1,155 @@
+"""What pictures are drawn after: prompts, embeddings or classes, checked and turned into the denoiser's two inputs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Model
+from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.prompts import encode
+from elastic_runtime.denoising.tokens import Conditions
+from elastic_runtime.errors import BundleError, UsageError
+from elastic_runtime.pipeline import whole_labels
+from elastic_runtime.sessions.session import Session
+
+# What FLUX.1-dev is drawn with where nothing else is asked for.
+EMBEDDED = 3.5
+# Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
+USUAL = {"sd3": 7.0}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a caller wants drawn, in one of three ways: prompts, embeddings of them, or class labels.
+
+    The negative ones are what guidance leads away from; without them that is the empty prompt, or no class.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    prompt_embeds: np.ndarray | None = None
+    pooled_prompt_embeds: np.ndarray | None = None
+    negative_prompt_embeds: np.ndarray | None = None
+    negative_pooled_prompt_embeds: np.ndarray | None = None
+    class_labels: Sequence[int] | int | None = None
+
+    def check(self, bundle: Bundle, guided: bool) -> int:
+        """How many there are.
+
+        Raises: UsageError for none or several of the three ways, one that the model does not take, or a negative one without effect.
+        """
+        ways = {"prompt": self.prompt, "prompt_embeds": self.prompt_embeds, "class_labels": self.class_labels}
+        given = [name for name, value in ways.items() if value is not None]
+        takes = ["class_labels"] if bundle.manifest.model.num_classes else ["prompt", "prompt_embeds"]
+        if len(given) != 1 or given[0] not in takes:
+            raise UsageError(f"{bundle.manifest.model.name} draws from {' or '.join(takes)}, got {' and '.join(given) or 'neither'}")
+        negative = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        meant = [name for name in negative if getattr(self, name) is not None]
+        beside = {"prompt": negative[:1], "prompt_embeds": ("pooled_prompt_embeds", *negative[1:]), "class_labels": ()}[given[0]]
+        more = ["pooled_prompt_embeds"] if self.pooled_prompt_embeds is not None else []
+        if strange := [name for name in (*meant, *more) if name not in beside]:
+            alike = [name for name in beside if name.startswith("negative") == strange[0].startswith("negative")]
+            instead = f"give {alike[0]}" if alike else "leave it out"
+            raise UsageError(f"{strange[0]} does not go with {given[0]}: {instead}")
+        if meant and not guided:
+            patches = bundle.manifest.model.patches
+            scale = "true_cfg_scale" if patches and patches.guidance_embeds else "guidance_scale"
+            raise UsageError(f"{meant[0]} acts through classifier-free guidance, which is off: give {scale} above 1")
+        if self.class_labels is not None:
+            return len(whole_labels(bundle.manifest.model, self.class_labels))
+        return len(_texts("prompt", self.prompt) if self.prompt is not None else np.asarray(self.prompt_embeds))
+
+    def conditions(self, bundle: Bundle, open_graph: Callable[[str], Session], guided: bool) -> tuple[Conditions, Conditions | None]:
+        """The conditions of each picture and, where `guided`, those of the weak branch.
+
+        Raises: UsageError as `check`, and for a prompt that is too long or embeddings of a wrong shape.
+        """
+        self.check(bundle, guided)
+        if self.class_labels is not None:
+            return self._classes(bundle, guided)
+        if self.prompt_embeds is not None:
+            return self._embedded(bundle, guided)
+        return self._prompted(bundle, open_graph, guided)
+
+    def _prompted(self, bundle: Bundle, open_graph: Callable[[str], Session], guided: bool) -> tuple[Conditions, Conditions | None]:
+        prompts = _texts("prompt", self.prompt)
+        if not guided:
+            return encode(bundle, prompts, open_graph), None
+        negative = _texts("negative_prompt", self.negative_prompt or "")
+        if len(negative) not in (1, len(prompts)):
+            raise UsageError(f"there are {len(prompts)} prompts and {len(negative)} negative ones: give one, or one each")
+        negative = negative * len(prompts) if len(negative) == 1 else negative
+        both = encode(bundle, [*prompts, *negative], open_graph)
+        return both.rows(slice(0, len(prompts))), both.rows(slice(len(prompts), None))
+
+    def _embedded(self, bundle: Bundle, guided: bool) -> tuple[Conditions, Conditions | None]:
+        strong = _embeddings(bundle, "", self.prompt_embeds, self.pooled_prompt_embeds)
+        if not guided:
+            return strong, None
+        weak = _embeddings(bundle, "negative_", self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
+        if weak.hidden.shape != strong.hidden.shape:
+            raise UsageError(f"negative_prompt_embeds must have the shape of prompt_embeds, {strong.hidden.shape}, got {weak.hidden.shape}")
+        return strong, weak
+
+    def _classes(self, bundle: Bundle, guided: bool) -> tuple[Conditions, Conditions | None]:
+        """A class is a one-hot pooled embedding and one text token of zeros; no class is zeros."""
+        labels = whole_labels(bundle.manifest.model, self.class_labels)
+        hidden = np.zeros((len(labels), 1, width(bundle, "encoder_hidden_states")), dtype=np.float32)
+        most = width(bundle, "pooled_projections")
+        if bundle.manifest.model.num_classes > most:
+            raise BundleError(f"{bundle.folder} tells of {bundle.manifest.model.num_classes} classes, and its denoiser takes {most}")
+        pooled = np.eye(most, dtype=np.float32)[labels]
+        return Conditions(hidden, pooled), Conditions(hidden, np.zeros_like(pooled)) if guided else None
+
+
+def guidance_of(
+    model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float | None, Guidance]:
+    """The distilled scale that goes into the model, if it takes one, and classifier-free guidance.
+
+    Raises: UsageError where both are given to a model without a distilled one.
+    """
+    if not isinstance(interval, Sequence) or len(interval) != 2:
+        raise UsageError(f"guidance_interval is a pair of sigmas, (0.3, 0.8), got {interval!r}")
+    if model.patches is None or not model.patches.guidance_embeds:
+        if true_cfg_scale is not None:
+            raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
+        usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
+        return None, Guidance(usual if guidance_scale is None else guidance_scale, *interval)
+    embedded = EMBEDDED if guidance_scale is None else guidance_scale
+    if not 0 <= embedded < float("inf"):
+        raise UsageError(f"guidance_scale must be 0 or more, got {embedded}")
+    return embedded, Guidance(1.0 if true_cfg_scale is None else true_cfg_scale, *interval)
+
+
+def width(bundle: Bundle, name: str) -> int:
+    """Last size of an input of the denoiser."""
+    return next(int(spec.shape[-1]) for spec in bundle.manifest.graphs["denoiser"].inputs if spec.name == name)
+
+
+def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} is a text or several, got {value!r}")
+    return texts
+
+
+def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None) -> Conditions:
+    if prefix and hidden is None and pooled is None:
+        raise UsageError(
+            "classifier-free guidance leads away from negative_prompt_embeds and negative_pooled_prompt_embeds: give both, or turn it "
+            "off with a scale of 1"
+        )
+    if hidden is None or pooled is None:
+        raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together: give both")
+    hidden, pooled = np.asarray(hidden, dtype=np.float32), np.asarray(pooled, dtype=np.float32)
+    wide, flat = width(bundle, "encoder_hidden_states"), width(bundle, "pooled_projections")
+    if hidden.ndim != 3 or hidden.shape[2] != wide or pooled.shape != (len(hidden), flat):
+        wanted = f"(B, T, {wide}) and (B, {flat})"
+        raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be {wanted}, got {hidden.shape} and {pooled.shape}")
+    spans = bundle.manifest.graphs["denoiser"].dimensions
+    if "T" in spans and hidden.shape[1] not in spans["T"]:
+        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {hidden.shape[1]}: cut or pad it")
+    return Conditions(hidden, pooled)

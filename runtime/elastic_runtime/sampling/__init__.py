@@ -1,0 +1,1 @@
+"""The denoising loops, as generators, and which of them fits a model."""

@@ -1,0 +1,103 @@
+"""Which samplers go with which schedule: the first is the one to use where none is asked for."""
+
+from typing import Protocol
+
+import numpy as np
+
+from elastic_runtime.contract.manifest import Model
+from elastic_runtime.contract.schedule import CosineMask, LinearBeta, Onward, RectifiedFlow, ShiftedCosine
+from elastic_runtime.errors import UsageError
+from elastic_runtime.sampling.diffusion import ddim, ddpm
+from elastic_runtime.sampling.flow import SAMPLERS, Loop, Predict, sde_times
+from elastic_runtime.sampling.masking import TEMPERATURE, maskgit
+
+
+class Run(Protocol):
+    """A loop from `start`, drawing what it needs from `source`; with `begin`, what is left of a run from that time on."""
+
+    def __call__(
+        self, predict: Predict, start: np.ndarray, steps: int, source: np.random.Generator, begin: float | None = None
+    ) -> Loop: ...
+
+
+OFFERED: dict[type, tuple[str, ...]] = {
+    RectifiedFlow: tuple(SAMPLERS),
+    ShiftedCosine: ("ddpm", "ddim"),
+    LinearBeta: ("ddpm", "ddim"),
+    CosineMask: ("maskgit",),
+}
+
+
+def sampler(model: Model, name: str | None = None, temperature: float | None = None) -> tuple[str, Run]:
+    """Name and loop of sampler `name` for `model`, or of the one that its schedule suggests.
+
+    Raises: UsageError for a sampler that does not fit the schedule, or a temperature that the sampler does not take.
+    """
+    offered = OFFERED[type(model.schedule)]
+    name = name or offered[0]
+    if name not in offered:
+        every = sorted({each for names in OFFERED.values() for each in names})
+        what = f"sampler {name!r} does not fit" if name in every else f"there is no sampler {name!r}"
+        fitting = " or ".join(", ".join(offered).rsplit(", ", 1))
+        raise UsageError(f"{what}; {model.name}, whose schedule is {model.schedule.__struct_config__.tag}, takes {fitting}")
+    if temperature is not None and name != "maskgit":
+        raise UsageError(f"a temperature is for masked models; {name} takes none")
+    return name, _run(model, name, temperature)
+
+
+def start(model: Model, count: int, source: np.random.Generator, noise: np.ndarray | None = None) -> np.ndarray:
+    """What `count` pictures begin from, (B, C, H, W): `noise` or noise from `source`, or masks.
+
+    Raises: UsageError for noise of another shape, or for a model that begins from masks.
+    """
+    shape = (count, *model.sample_shape)
+    if isinstance(model.schedule, CosineMask):
+        if noise is not None:
+            raise UsageError(f"{model.name} fills in masks and begins from no noise: leave noise out, and give a generator")
+        return np.full(shape, model.schedule.vocabulary, dtype=np.int64)
+    begun = source.standard_normal(shape) if noise is None else np.asarray(noise)
+    if begun.shape != shape:
+        raise UsageError(f"noise must have shape {shape} (one sample a label), got {begun.shape}")
+    return begun
+
+
+def times(model: Model, name: str, steps: int, begin: float | None = None) -> np.ndarray:
+    """The `steps + 1` times that sampler `name` visits, of a whole run or of what is left from `begin` on."""
+    first = 1.0 if begin is None else begin
+    if isinstance(model.schedule, CosineMask):
+        return first * (1 - np.arange(steps + 1) / steps)
+    if name == "sde":
+        return sde_times(steps)
+    return model.schedule.times(steps) if begin is None else model.schedule.times(steps, begin)
+
+
+def resumable(model: Model, name: str) -> bool:
+    """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
+    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | LinearBeta | CosineMask)
+
+
+def _run(model: Model, name: str, temperature: float | None) -> Run:
+    schedule = model.schedule
+    if isinstance(schedule, CosineMask):
+        heat = TEMPERATURE if temperature is None else temperature
+        if not 0 <= heat < float("inf"):
+            raise UsageError(f"temperature must be 0 or more, got {heat}")
+        return lambda predict, start, steps, source, begin=None: maskgit(
+            predict, start, steps, source, schedule, heat, 1.0 if begin is None else begin
+        )
+    if isinstance(schedule, RectifiedFlow):
+        return lambda predict, start, steps, source, begin=None: SAMPLERS[name](
+            predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
+        )
+    loop = {"ddpm": ddpm, "ddim": ddim}[name]
+    limit = 1.0 if model.pixels else None
+    return lambda predict, start, steps, source, begin=None: loop(
+        predict,
+        start,
+        steps,
+        source.standard_normal,
+        schedule if begin is None else Onward(schedule, begin),
+        model.prediction,
+        limit,
+        model.learned_variance,
+    )

@@ -1,0 +1,95 @@
+"""Denoising loops for rectified flow, as generators: the caller owns progress, previews and stopping.
+
+The path is `x_t = (1-t) x_0 + t eps` and a model predicts the velocity `v = eps - x_0`, so sampling runs t from 1 to 0.
+The state is float64. Each loop yields a `Step` after every step; sending an array back replaces the state. Those of the ODE
+may `begin` at a later time, from the state that another has left there: what is left of a run, on another number of steps.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from elastic_runtime.contract.schedule import RectifiedFlow, whole_steps
+from elastic_runtime.errors import UsageError
+
+# predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
+Predict = Callable[[np.ndarray, float, int], np.ndarray]
+# draw(shape) -> standard normal float64
+Draw = Callable[[tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after step `index` (from 0) of `steps`, which went from `time` to `next_time`.
+
+    `denoised` is the picture that the model saw in the state before, where the loop works with it.
+    """
+
+    index: int
+    steps: int
+    time: float
+    next_time: float
+    sample: np.ndarray
+    denoised: np.ndarray | None = None
+
+
+Loop = Generator[Step, np.ndarray | None, None]
+
+
+def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
+    """The state to go on from: the step's, or what the caller sent in its place, of the same shape and kind."""
+    if replacement is None:
+        return step.sample
+    if np.shape(replacement) != step.sample.shape:
+        raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {np.shape(replacement)}")
+    return np.asarray(replacement, dtype=step.sample.dtype)
+
+
+def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+    """Euler's method on `steps + 1` uniform times from `begin`; one evaluation a step."""
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
+        x = after(step, (yield step))
+
+
+def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+    """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
+    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        v = velocity(x, float(t), i)
+        ahead = x + (t_next - t) * v
+        if i < steps - 1:
+            ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
+        step = Step(i, steps, float(t), float(t_next), ahead)
+        x = after(step, (yield step))
+
+
+def sde_times(steps: int) -> np.ndarray:
+    """Times of `sde`: uniform from 1 to 0.04, then 0."""
+    whole_steps(steps, least=2)
+    return np.append(np.linspace(1.0, 0.04, steps), 0.0)
+
+
+def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None) -> Loop:
+    """Euler-Maruyama of the reverse SDE with diffusion `w = 2t` (SiT, arXiv 2401.08740, section 2.3).
+
+    Times are uniform from 1 to 0.04, then one step to 0 without noise. Guidance acts on drifts; since the drift is affine in the
+    velocity and guidance weights sum to one, guiding the velocity is the same.
+    """
+    if draw is None:
+        raise UsageError("the SDE sampler draws noise at each step: give it a generator")
+    x, times = noise.astype(np.float64), sde_times(steps)
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        v, w, dt = velocity(x, float(t), i), 2 * t, t_next - t
+        score = -((1 - t) * v + x) / t
+        ahead = x + (v - 0.5 * w * score) * dt
+        if i < steps - 1:
+            ahead = ahead + np.sqrt(w * -dt) * draw(x.shape)
+        step = Step(i, steps, float(t), float(t_next), ahead)
+        x = after(step, (yield step))
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "sde": sde}

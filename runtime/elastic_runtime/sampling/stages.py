@@ -1,0 +1,127 @@
+"""The RALU loop, as a generator: Euler steps over stages of mixed resolution (arXiv 2507.08422, sections 3.1 to 3.3).
+
+It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs from outside
+are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.ralu.noise import renoising
+from elastic_runtime.ralu.patches import grow, order, others, pack, raster, take, unpack
+from elastic_runtime.ralu.plan import Plan, Stage
+from elastic_runtime.sampling.flow import Step, after
+
+# velocity(tokens (B, S, C), positions (B, S, 2) as (row, column), sigma, index, stage): the guided prediction (B, S, C)
+Velocity = Callable[[np.ndarray, np.ndarray, float, int, int], np.ndarray]
+# choose(latents (B, C, h/2, w/2) of the predicted picture, count): low-resolution patches (B, count) that grow, ascending
+Choose = Callable[[np.ndarray, int], np.ndarray]
+# renoise(shape (B, S, C), grew, z): the noise of a transition, where `grew` are the tokens in blocks of four siblings
+Renoise = Callable[[tuple[int, ...], slice, float], np.ndarray]
+# draw(shape) -> standard normal float64
+Draw = Callable[[tuple[int, ...]], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaluStep(Step):
+    """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
+
+    Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution, with halves.
+    """
+
+    stage: int
+    positions: np.ndarray
+
+
+RaluLoop = Generator[RaluStep, np.ndarray | None, None]
+
+
+def from_draws(draw: Draw) -> Renoise:
+    """The noise of transitions from a source of white noise."""
+    return lambda shape, grew, z: renoising(draw(shape), grew, z)
+
+
+def ralu(velocity: Velocity, noise: np.ndarray, plan: Plan, size: int, choose: Choose, renoise: Renoise) -> RaluLoop:
+    """Sample along `plan` from `noise`, full-resolution latents (B, C, h, w) that are packed in patches of `size`.
+
+    The last step's tokens are the whole picture's, in raster order.
+
+    Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of patches
+    that is none.
+    """
+    check_size(noise.shape[2], noise.shape[3], plan, size)
+    batch, rows, columns = len(noise), noise.shape[2] // size, noise.shape[3] // size
+    first, *later = plan.stages()
+    if plan.plain:
+        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, plan, 0, 0)
+        return
+    low = rows // 2, columns // 2
+    x, positions = pack(noise[:, :, ::2, ::2], size), raster(batch, *low)  # every second value: the variance stays 1
+    x, v = yield from _steps(velocity, x, positions, first, plan, 0, 0)
+
+    count = plan.grown(positions.shape[1])
+    chosen = _checked(choose(unpack(x - first.sigmas[-1] * v, *low, size), count), batch, count, positions.shape[1])
+    kept = others(chosen, positions.shape[1])
+    x, positions = _grown(x, positions, chosen, kept, children_first=False)
+    x = _renoised(x, slice(kept.shape[1], None), plan, later[0], renoise)
+    x, _ = yield from _steps(velocity, x, positions, later[0], plan, first.steps, 1)
+
+    coarse = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)
+    x, positions = _grown(x, positions, coarse, others(coarse, x.shape[1]), children_first=True)
+    x = _renoised(x, slice(0, 4 * coarse.shape[1]), plan, later[1], renoise)
+    whole = 2 * positions
+    sort = order(whole)
+    yield from _steps(velocity, take(x, sort), take(whole, sort), later[1], plan, first.steps + later[0].steps, 2)
+
+
+def check_size(height: int, width: int, plan: Plan, size: int) -> None:
+    """Raise UsageError unless latents of `height` x `width` divide into the plan's patches."""
+    unit = size if plan.plain else 2 * size
+    if height <= 0 or width <= 0 or height % unit or width % unit:
+        what = f"patches of {size}" if plan.plain else f"patches of {size} at half the height and width"
+        raise UsageError(f"latents of {height} x {width} do not divide into {what}: take multiples of {unit}")
+    plan.tokens(height // size, width // size)
+
+
+def _steps(
+    velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, plan: Plan, before: int, number: int
+) -> Generator[RaluStep, np.ndarray | None, tuple[np.ndarray, np.ndarray]]:
+    """Euler's method within one stage; returns the state and the last velocity."""
+    x = x.astype(np.float64)
+    for i in range(stage.steps):
+        sigma, following = stage.sigmas[i : i + 2]
+        v = velocity(x, positions, sigma, before + i, number)
+        step = RaluStep(before + i, plan.total, sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
+        x = after(step, (yield step))
+    return x, v
+
+
+def _grown(
+    x: np.ndarray, positions: np.ndarray, chosen: np.ndarray, rest: np.ndarray, *, children_first: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `chosen` tokens grown into four, before or after the rest."""
+    children, placed = grow(take(x, chosen), take(positions, chosen))
+    tokens, places = [take(x, rest), children], [take(positions, rest), placed]
+    if children_first:
+        tokens, places = tokens[::-1], places[::-1]
+    return np.concatenate(tokens, axis=1), np.concatenate(places, axis=1)
+
+
+def _renoised(x: np.ndarray, grew: slice, plan: Plan, stage: Stage, renoise: Renoise) -> np.ndarray:
+    if not stage.alpha:
+        return x
+    assert plan.z is not None  # a plan of three stages has one
+    return stage.beta * x + stage.alpha * renoise(x.shape, grew, plan.z)
+
+
+def _checked(chosen: np.ndarray, batch: int, count: int, patches: int) -> np.ndarray:
+    """The choice, or InferenceError unless it is `count` different patches a picture, ascending."""
+    chosen = np.asarray(chosen)
+    if chosen.shape != (batch, count) or chosen.dtype.kind not in "iu":
+        raise InferenceError(f"the choice of patches must be whole numbers of shape {(batch, count)}, got {chosen.dtype} {chosen.shape}")
+    if (np.diff(chosen, axis=1) <= 0).any() or chosen.min() < 0 or chosen.max() >= patches:
+        raise InferenceError(f"the choice of patches must rise within 0 to {patches - 1} for each picture, got {chosen[0][:8].tolist()}...")
+    return chosen

@@ -1,0 +1,1 @@
+"""Open artifacts: what a session is, how one is opened, and one file a backend."""

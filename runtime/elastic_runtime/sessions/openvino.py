@@ -1,0 +1,82 @@
+"""OpenVINO: processors, opening the same ONNX artifacts."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact, Graph
+from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
+from elastic_runtime.sessions.session import Arrays, Session
+
+OPENS = ("onnx",)
+PRECISIONS = ("f32", "bf16", "f16")
+
+
+def obstacle(artifact: Artifact) -> str | None:
+    """Why this backend cannot run the artifact here, or None."""
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed: pip install 'elastic-export[openvino]'"
+    return None
+
+
+def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "OpenvinoSession":
+    return OpenvinoSession(bundle, graph, artifact, **options)
+
+
+class OpenvinoSession(Session):
+    """An ONNX artifact in OpenVINO.
+
+    `precision` is what it may compute in (`f32`; `bf16` is faster where the processor has it, with errors near 1e-2 of the largest value);
+    `threads` is the number of its threads (0: its own choice); `device` is CPU, GPU or NPU.
+    """
+
+    def __init__(self, bundle: Bundle, graph: Graph, artifact: Artifact, precision: str = "f32", threads: int = 0, device: str = "CPU"):
+        super().__init__(graph)
+        if precision not in PRECISIONS:
+            raise UsageError(f"OpenVINO's precision is {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {precision!r}")
+        with without_telemetry():
+            import openvino
+        core = openvino.Core()
+        if device not in core.available_devices:
+            raise MissingError(f"OpenVINO has no device {device!r} here; it has {', '.join(core.available_devices)}")
+        if precision == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+            raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision f32")
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        if device == "CPU" and threads:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._request = core.compile_model(str(bundle.file(artifact.path)), device, settings).create_infer_request()
+        except Exception as error:  # RuntimeError, whatever went wrong
+            raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
+        self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {precision}"
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        if self._request is None:
+            raise InferenceError("this session is closed")
+        try:
+            # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
+            found = self._request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
+        except Exception as error:  # RuntimeError, whatever went wrong
+            raise InferenceError(f"OpenVINO failed: {error}") from error
+        return {spec.name: found[spec.name] for spec in self.graph.outputs}
+
+    def close(self) -> None:
+        self._request = None
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Within the block OpenVINO finds no telemetry package: importing it would otherwise report the import to its vendor."""
+    name = "openvino_telemetry"
+    before = {name: sys.modules[name]} if name in sys.modules else {}
+    sys.modules.update({name: None})  # type: ignore[dict-item]  # Python's own way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(before)

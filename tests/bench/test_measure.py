@@ -1,0 +1,181 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+from bench_fakes import Clock, FakeRuntime, bundle, start
+
+from elastic_bench.drawing import Album
+from elastic_bench.figures import figures, method
+from elastic_bench.measure import measure, points
+from elastic_bench.process import Process
+from elastic_bench.records import ROUNDS, BundleReport, Peaks, Settings
+from elastic_bench.runtimes import WAYS, runtimes
+from elastic_runtime import Budget, BudgetError, Bundle, InferenceError, UsageError
+from elastic_runtime.contract.manifest import Quality
+
+SETTINGS = Settings(steps=4, duration=1.0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Bundle:
+    return bundle(tmp_path / "tiny")
+
+
+def run(opened: Bundle, *kinds: str, settings: Settings = SETTINGS, **changes: float) -> tuple[BundleReport, Album]:
+    clock = Clock()
+    made = [FakeRuntime(f"{kind}-{i}", clock, kind, **(changes if i else {})) for i, kind in enumerate(kinds)]  # type: ignore[arg-type]
+    return measure(opened, made, points(opened), settings, start(clock))
+
+
+def test_times_are_those_of_the_clock_in_rounds(opened: Bundle) -> None:
+    report, album = run(opened, "right", "right", base=0.020, each=0.002)
+    first, second = report.runtimes
+    assert [row.budget["latents"] for row in first.rows] == [4, 8, 16, 32, 64]
+    for row in first.rows:
+        assert len(row.rounds) == ROUNDS
+        assert row.step.p50 == pytest.approx(0.010 + 0.001 * row.budget["latents"])
+        assert row.step.spread == pytest.approx(0, abs=1e-9)
+        assert sum(map(sum, row.rounds)) >= SETTINGS.duration
+        assert row.switch_seconds == pytest.approx(0.004)
+        assert row.joules == {"meter": pytest.approx(5 * row.step.p50)}
+        assert row.flops == 1000 + 10 * row.budget["latents"]
+        assert len(row.pictures) >= 1
+        assert row.pictures[0] == pytest.approx(4 * 2 * row.step.p50 + 0.004), "4 steps of two branches in one run"
+    assert first.load_seconds == pytest.approx(0.5)
+    assert all(row.passed for row in (*first.checked, *second.checked))
+    assert [row.budget["latents"] for row in first.checked] == [4, 16, 64]
+    assert first.rows[0].agrees is None
+    assert all(row.agrees is not None and row.agrees.passed for row in second.rows)
+    assert list(album) == [str(budget) for budget in points(opened)]
+    assert album["latents=64"].shape[1:] == (8, 8, 1)
+    assert report.trials == ()
+    assert report.recommendation is None
+
+
+def test_figures_follow_from_rows(opened: Bundle) -> None:
+    found = list(
+        figures(run(opened, "right", "right", base=0.020, each=0.002)[0], SETTINGS, Peaks(flops_per_second=1e6, bytes_per_second=1e7))
+    )
+    by = {(each.runtime.runtime, each.row.budget["latents"]): each for each in found}
+    assert by["right-0", 64].time_share == 1
+    assert by["right-0", 4].time_share == pytest.approx(0.014 / 0.074)
+    assert by["right-0", 4].flop_share == pytest.approx(1040 / 1640)
+    assert by["right-1", 16].speedup == pytest.approx(0.5)
+    assert by["right-0", 4].flops_per_second == pytest.approx(1040 / 0.014)
+    assert by["right-0", 4].compute_share is None, "the peaks bound the processor's runtimes only"
+    assert by["right-0", 4].images_per_second == pytest.approx(1 / by["right-0", 4].picture)  # type: ignore[operator]
+    assert "took turns in 10 rounds" in method(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "why"),
+    [
+        ("wrong", "failure", "wrong at latents=4: max abs error 5.00e-01, where the tolerance is 1e-05 of the largest value"),
+        ("sly", "failure", "differs from right-0 at latents=32: max abs 5.00e-01"),
+        ("broken", "failure", "it does not open"),
+        ("absent", "missing", "it is not installed: pip install it"),
+        ("gone", "missing", "there is no such device"),
+    ],
+)
+def test_a_runtime_that_is_not_right_has_no_figures(opened: Bundle, kind: str, field: str, why: str) -> None:
+    report, _ = run(opened, "right", kind)
+    right, other = report.runtimes
+    assert len(right.rows) == 5
+    assert getattr(other, field) == why
+    assert other.rows == ()
+    assert other.load_seconds is None
+
+
+def test_a_bundle_without_a_recording_has_no_figures(opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bundle, "reference", lambda self: {})
+    with pytest.raises(UsageError, match="nothing can be proven"):
+        run(opened, "right")
+
+
+def test_quality_compares_every_way_with_the_full_budget(opened: Bundle) -> None:
+    settings = Settings(steps=4, duration=0.1, quality=True)
+    report, _ = run(opened, "right", "right", settings=settings, base=0.002)
+    ways = {(t.runtime, t.budget["latents"], (t.guidance_budget or {}).get("latents"), t.steps): t for t in report.trials}
+    assert len(ways) == len(report.trials) == 2 * 3 * (5 + 4)
+    assert ways["right-0", 64, None, 4].psnr_db == 999.0
+    assert ways["right-0", 4, None, 4].psnr_db < ways["right-0", 32, None, 4].psnr_db < 60
+    assert ways["right-1", 64, None, 1].front, "the flow is straight: one step goes as far as four"
+    assert not ways["right-1", 64, None, 4].front
+    assert not ways["right-0", 64, None, 1].front, "the other is as near, and faster"
+    assert {t.steps for t in report.trials} == {4, 2, 1}
+    assert report.recommendation is not None
+    assert report.recommendation.startswith("Use right-1 at latents=")
+    assert report.recommendation.endswith(("of the full budget's.", "the full budget's but for rounding."))
+
+
+def test_the_cards_figures_decide_where_there_are_some(opened: Bundle) -> None:
+    card = tuple(Quality(budget={"latents": n}, accuracy=0.9, frechet_distance=f) for n, f in ((4, 30.0), (16, 10.5), (64, 10.0)))
+    opened.manifest = msgspec.structs.replace(opened.manifest, quality=card)
+    report, _ = run(opened, "right", settings=Settings(steps=4, duration=0.1, quality=True))
+    assert report.card == card
+    assert report.recommendation is not None
+    assert "at latents=16 with 4 steps" in report.recommendation
+    assert "10.5, where the best is 10.0" in report.recommendation
+
+
+def test_a_single_stream_ends_with_its_time(opened: Bundle) -> None:
+    report, _ = run(opened, "right", settings=Settings(steps=2, duration=0.1, single_stream=True))
+    for row in report.runtimes[0].rows:
+        stream = row.single_stream
+        assert stream is not None
+        assert not stream.complete
+        assert 2.0 <= stream.seconds < 2.0 + 2 * stream.p90
+        assert stream.p90 == pytest.approx(2 * 2 * row.step.p50, rel=0.05)
+
+
+def test_a_batch_is_run_in_as_few_runs_as_the_session_takes(opened: Bundle) -> None:
+    report, album = run(opened, "right", settings=Settings(batch=6, steps=2, duration=0.1))
+    assert report.runtimes[0].rows[0].step.p50 == pytest.approx(6 * 0.014)
+    assert len(album["latents=4"]) % 6 == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"duration": 0.0}, "more than 0, got 0"),
+        ({"duration": float("nan")}, "got nan"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"guidance": 0.5}, "guidance must be 1 \\(off\\) or more"),
+    ],
+)
+def test_settings_that_measure_nothing_are_refused(opened: Bundle, changes: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(opened, "right", settings=Settings(**changes))  # type: ignore[arg-type]
+
+
+def test_budgets_lie_on_the_axis(opened: Bundle) -> None:
+    assert points(opened) == [Budget(latents=n) for n in (4, 8, 16, 32, 64)]
+    assert points(opened, [64, 4, 4]) == [Budget(latents=4), Budget(latents=64)]
+    with pytest.raises(BudgetError, match="latents 65 is not available: this model offers 4-64 in steps of 4; the nearest is 64"):
+        points(opened, [65])
+
+
+def test_a_runtime_without_an_artifact_says_how_to_make_one(opened: Bundle) -> None:
+    (only,) = runtimes("trt", opened)
+    assert only.obstacle(opened) == "the bundle has no trt artifact: elastic-export trt makes one"
+    assert [each.name for name in WAYS for each in runtimes(name, opened)] == list(WAYS)
+
+
+def test_another_process_tells_what_went_wrong_there_and_ends(opened: Bundle) -> None:
+    pytest.importorskip("onnxruntime", reason="the process opens ONNX Runtime")
+    (runtime,) = runtimes("onnxruntime", opened)
+    report, album = measure(opened, [runtime], points(opened, [4]), SETTINGS)
+    assert report.runtimes[0].failure is not None
+    assert "ONNX Runtime cannot open" in report.runtimes[0].failure
+    assert album == {}
+
+
+def test_a_process_that_dies_is_a_failure_of_its_runtime(opened: Bundle) -> None:
+    (runtime,) = runtimes("onnxruntime", opened)
+    process = Process(runtime, opened, SETTINGS)
+    process._process.kill()
+    with pytest.raises(InferenceError, match="the process of onnxruntime died with exit code -9"):
+        process.load()
+    process.close()
+    assert not process._process.is_alive()

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the models need torch")
+pytest.importorskip("diffusers", reason="the folders are diffusers'")
+pytest.importorskip("transformers", reason="the encoders are transformers'")
+
+import folders
+import torch
+from tokenizers import Tokenizer
+from transformers import CLIPTextModelWithProjection
+
+from elastic_export.foreign.folder import Folder
+from elastic_export.foreign.text_encoders import load_encoder, read_tokenizer, text_encoder
+from elastic_runtime import Budget, ModelError, Span
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder.open(folders.write(tmp_path_factory.mktemp("f"), folders.sd3(), text=True, decoder=False))
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder.open(folders.write(tmp_path_factory.mktemp("f"), folders.flux(), text=True, decoder=False))
+
+
+def test_flux_takes_clips_pooled_state(flux: Folder) -> None:
+    ids = torch.tensor([[0, 3, 4, 1, 1, 1], [0, 5, 1, 1, 1, 1]])
+    (pooled,) = load_encoder(flux, "text_encoder")(ids)
+    assert torch.equal(pooled, folders.clip()(ids).pooler_output)
+
+
+def test_sd3_takes_the_projection_and_the_last_but_one_state(sd3: Folder) -> None:
+    ids = torch.tensor([[0, 3, 4, 1, 1, 1]])
+    pooled, hidden = load_encoder(sd3, "text_encoder_2")(ids)
+    whole = folders.clip(CLIPTextModelWithProjection)(ids, output_hidden_states=True)
+    assert torch.equal(pooled, whole.text_embeds)
+    assert torch.equal(hidden, whole.hidden_states[-2])
+
+
+def test_t5_gives_its_last_state(sd3: Folder) -> None:
+    ids = torch.tensor([[3, 4, 1, 0, 0, 0]])
+    (hidden,) = load_encoder(sd3, "text_encoder_3")(ids)
+    assert torch.allclose(hidden, folders.t5()(ids).last_hidden_state, atol=1e-6)
+
+
+def test_the_capture_says_what_is_given_and_loads_when_asked(sd3: Folder) -> None:
+    graph = text_encoder(sd3, "text_encoder", 12, Span(1, 4))
+    assert graph.module is None
+    assert {spec.name: spec.shape for spec in graph.outputs} == {"pooled": ("B", 8), "penultimate_hidden_state": ("B", 12, 8)}
+    outputs = graph.loaded().module(torch.from_numpy(graph.feeds(Budget(), 2)["input_ids"]))
+    assert [tuple(output.shape) for output in outputs] == [(2, 8), (2, 12, 8)]
+
+
+def test_tokenizers_are_kept_or_converted(flux: Folder) -> None:
+    kept, made = read_tokenizer(flux, "text_encoder_2"), read_tokenizer(flux, "text_encoder")
+    assert kept.content == (flux.path / "tokenizer_2" / "tokenizer.json").read_bytes()
+    assert (kept.pad_token_id, kept.max_length, made.pad_token_id, made.max_length) == (0, 6, 1, 12)
+    assert not (flux.path / "tokenizer" / "tokenizer.json").exists()
+    assert Tokenizer.from_str(made.content.decode()).encode("cat").ids == [0, 8, 7, 1]
+
+
+def test_a_tokenizer_or_an_encoder_that_is_not_there_is_named(flux: Folder, tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "f", folders.flux(), decoder=False, text=True)
+    (folder / "tokenizer_2").rename(folder / "elsewhere")
+    with pytest.raises(ModelError, match="lacks tokenizer_2, the tokenizer of its text_encoder_2"):
+        read_tokenizer(Folder.open(folder), "text_encoder_2")
+    (folder / "text_encoder" / "config.json").write_text('{"architectures": ["GemmaModel"]}')
+    with pytest.raises(ModelError, match="is a GemmaModel; there are CLIPTextModel, "):
+        text_encoder(Folder.open(folder), "text_encoder", 12, Span(1, 1))

@@ -1,0 +1,186 @@
+"""Measuring, keeping what was measured, and choosing between runtimes."""
+
+import json
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import write_bundle
+from recordings import MACHINES
+from simulated import Machine, described, pipeline, run_seconds, session
+
+from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
+from elastic_runtime.choosing.calibration import fastest, folder, identity, peak_bytes, points
+from elastic_runtime.errors import InferenceError
+from elastic_runtime.sessions import session as sessions
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+BUDGETS = [Budget(latents=n) for n in range(4, 65, 4)]
+
+
+def test_the_ends_and_the_middle_are_measured_in_both_batches_of_guidance() -> None:
+    machine = Machine()
+    found = points(session(machine), described(), BUDGETS, machine.clock)
+    assert {(point.budget["latents"], point.batch) for point in found} == {(n, b) for n in (4, 32, 64) for b in (1, 2)}
+    for point in found:
+        assert point.seconds == pytest.approx(run_seconds(point.budget["latents"], point.batch))
+
+
+def test_what_is_busy_now_and_then_is_left_out() -> None:
+    machine = Machine()
+    machine.slowness = lambda now: 10.0 if int(now * 100) % 3 == 0 else 1.0
+    for point in points(session(machine), described(), BUDGETS, machine.clock):
+        assert point.seconds == pytest.approx(run_seconds(point.budget["latents"], point.batch))
+
+
+def test_a_calibration_is_kept_and_used_by_the_next_process() -> None:
+    machine = Machine()
+    first = pipeline(machine).gauge.calibrated
+    begun = machine.now
+    assert pipeline(machine).gauge.calibrated == first
+    assert machine.now == begun
+    (kept,) = folder().iterdir()
+    assert json.loads(kept.read_text())["identity"]["device"]["cpu"] == "Intel(R) Xeon(R) Platinum 8488C"
+
+
+@pytest.mark.parametrize("other", ["container-v2", "orin-nano", "orin-nano-super"])
+def test_another_device_or_power_mode_has_another(other: str) -> None:
+    pipeline(Machine()).gauge.calibrated  # noqa: B018
+    pipeline(Machine(), recording=other).gauge.calibrated  # noqa: B018
+    assert len(list(folder().iterdir())) == 2
+
+
+def test_options_versions_and_files_tell_calibrations_apart(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    artifact, device = bundle.manifest.graphs["denoiser"].artifacts[0], probe(MACHINES["xeon"])
+    seen = []
+    for where, options in (("runtime 1", {}), ("runtime 2", {}), ("runtime 1", {"threads": 2})):
+        fake = session(Machine())
+        fake.where, fake.origin = where, sessions.Origin(artifact, "ort", options)
+        seen.append(json.dumps(identity(fake, bundle.manifest, device), sort_keys=True))
+    assert len(set(seen)) == 3
+    assert artifact.files[0].sha256 in seen[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other", "empty", "binary", "negative", "later"])
+def test_a_damaged_calibration_is_made_again_and_the_log_says_so(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine()
+    first = pipeline(machine).gauge.calibrated
+    (path,) = folder().iterdir()
+    whole = path.read_text()
+    content = {
+        "truncated": whole[:100],
+        "other": whole.replace("Xeon", "Neox"),
+        "empty": "",
+        "binary": "\0\xff",
+        "negative": whole.replace('"seconds": 0.', '"seconds": -0.'),
+        "later": whole.replace('"version": 1', '"version": 2'),
+    }[damage]
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        again = pipeline(machine).gauge.calibrated
+    assert "measured again" in caplog.text
+    assert [point.budget for point in again.points] == [point.budget for point in first.points]
+    assert all(point.seconds > 0 for point in again.points)
+    caplog.clear()
+    assert pipeline(machine).gauge.calibrated == again
+    assert caplog.text == ""
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert pipeline(Machine()).gauge.calibrated.points
+    assert "cannot be written" in caplog.text
+
+
+def test_peak_memory_is_told_where_the_system_tells_it() -> None:
+    told = peak_bytes()
+    if sys.platform in ("linux", "darwin"):
+        assert told is not None
+        assert 10_000_000 < told < 1 << 40
+    else:
+        assert told is None
+
+
+class Room(types.ModuleType):
+    """A backend whose sessions run on a machine `slowness` times as slow."""
+
+    OPENS = ("onnx",)
+
+    def __init__(self, name: str, machine: Machine, slowness: float, broken: bool = False):
+        super().__init__(f"elastic_runtime.sessions.{name}")
+        self.machine, self.factor, self.broken, self.opened = machine, slowness, broken, 0
+
+    def obstacle(self, artifact: Any) -> None:
+        return None
+
+    def open_artifact(self, bundle: Bundle, graph: Any, artifact: Any, **options: Any) -> FakeSession:
+        if self.broken:
+            raise InferenceError("the driver is too old")
+        self.opened += 1
+        fake = session(self.machine)
+        run = fake._function
+
+        def slowly(feeds: Any) -> Any:
+            begun = self.machine.now
+            outputs = run(feeds)
+            self.machine.now = begun + (self.machine.now - begun) * self.factor
+            return outputs
+
+        fake._function = slowly
+        return fake
+
+
+def rooms(monkeypatch: pytest.MonkeyPatch, *given: Room) -> None:
+    names = {room.__name__.rpartition(".")[2]: room for room in given}
+    monkeypatch.setattr(sessions, "BACKENDS", tuple(names))
+    monkeypatch.setattr(sessions, "backend", names.__getitem__)
+
+
+def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    slow, fast = Room("slow", machine, 2.0), Room("fast", machine, 1.0)
+    rooms(monkeypatch, slow, fast)
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    assert fastest(bundle, "denoiser", device, machine.clock) == ("fast", "onnx/denoiser.onnx")
+    opened = slow.opened + fast.opened
+    assert fastest(bundle, "denoiser", device, machine.clock) == ("fast", "onnx/denoiser.onnx")
+    assert slow.opened + fast.opened == opened
+    with ElasticPipeline.from_pretrained(bundle, "slow") as pipe:
+        assert pipe.gauge.session.origin is not None
+        assert pipe.gauge.session.origin.backend == "slow"
+
+
+def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    rooms(monkeypatch, Room("only", machine, 1.0))
+    assert fastest(bundle, "denoiser", device, machine.clock) is None
+    rooms(monkeypatch, Room("broken", machine, 1.0, broken=True), Room("whole", machine, 3.0))
+    assert fastest(bundle, "denoiser", device, machine.clock) == ("whole", "onnx/denoiser.onnx")
+    assert "the driver is too old" in caplog.text
+    rooms(monkeypatch, Room("one", machine, 1.0, broken=True), Room("two", machine, 1.0, broken=True))
+    with pytest.raises(InferenceError, match="the driver is too old"):
+        fastest(bundle, "denoiser", device, machine.clock)
+
+
+def test_measuring_runs_the_denoiser_as_pictures_do() -> None:
+    fake = session(Machine())
+    seen: list[tuple[int, ...]] = []
+    run = fake._function
+    fake._function = lambda feeds: seen.append(feeds["sample"].shape) or run(feeds)
+    points(fake, described(), BUDGETS, Machine().clock)
+    assert {shape[0] for shape in seen} == {1, 2}

@@ -1,0 +1,204 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import manifest, write_bundle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_runtime import Bundle, BundleError
+from elastic_runtime.contract.bundle import MANIFEST, write_manifest, writing
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, decode
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest's JSON in place."""
+    content = json.loads((folder / MANIFEST).read_text())
+    change(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def rename_file(content: dict[str, Any], path: str) -> None:
+    content["graphs"]["denoiser"]["artifacts"][0]["files"][0]["path"] = path
+
+
+def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    written = manifest()
+    write_manifest(tmp_path, written)
+    assert decode((tmp_path / MANIFEST).read_bytes(), MANIFEST) == written
+
+
+def test_an_open_bundle_holds_its_manifest_and_its_files(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    assert bundle.manifest.model.name == "tiny"
+    assert bundle.file("onnx/denoiser.onnx").read_bytes() == b"not really a graph"
+    assert Bundle.open(str(tmp_path / "b"), hashes=True).manifest == bundle.manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.update(colour="red"), "colour"),
+        (lambda m: m["model"].update(colour="red"), "colour"),
+        (lambda m: m["axes"][0].update(colour="red"), "colour"),
+        (lambda m: m["graphs"]["denoiser"]["artifacts"][0]["files"][0].update(mode="x"), "mode"),
+        (lambda m: m.pop("axes"), "axes"),
+        (lambda m: m["model"].pop("null_label"), "null_label"),
+        (lambda m: m["graphs"]["denoiser"]["artifacts"][0].pop("opset"), "opset"),
+        (lambda m: m["graphs"]["denoiser"]["artifacts"][0].pop("target"), "target"),
+        (lambda m: m["graphs"]["denoiser"]["artifacts"][0].update(target="abacus"), "abacus"),
+        (lambda m: m["model"].update(num_classes="ten"), "num_classes"),
+        (lambda m: m["model"].update(prediction="noise"), "prediction"),
+        (lambda m: m["axes"][0].update(max=63), "axis latents"),
+        (lambda m: m["graphs"]["denoiser"]["artifacts"][0].update(files=[]), "files"),
+        (lambda m: m["graphs"]["denoiser"]["dimensions"].pop("J"), "J"),
+        (lambda m: m["graphs"]["denoiser"]["dimensions"].pop("B"), "B"),
+    ],
+)
+def test_an_unknown_missing_or_wrong_field_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], named: str) -> None:
+    write_bundle(tmp_path / "b")
+    edit(tmp_path / "b", change)
+    with pytest.raises(BundleError, match="not a valid manifest") as caught:
+        Bundle.open(tmp_path / "b")
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        (SCHEMA_VERSION + 1, "pip install -U elastic-export"),
+        (0, "export the bundle again"),
+        (None, "export the bundle again"),
+        ("1", "export"),
+    ],
+)
+def test_another_schema_is_refused_with_advice(tmp_path: Path, version: object, advice: str) -> None:
+    write_bundle(tmp_path / "b")
+    edit(tmp_path / "b", lambda content: content.update(schema_version=version, something_new=1))
+    with pytest.raises(BundleError, match=f"schema_version {version!r}; this version reads {SCHEMA_VERSION}") as caught:
+        Bundle.open(tmp_path / "b")
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'"' + b"x" * 50, b"[" * 100_000])
+def test_what_is_not_a_manifest_is_said_to_be_none(text: bytes) -> None:
+    with pytest.raises(BundleError, match="is not a manifest"):
+        decode(text, "elastic.json")
+
+
+@given(
+    st.binary(max_size=200)
+    | st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=8)).map(lambda d: json.dumps(d).encode())
+)
+def test_no_bytes_make_the_reader_fail_otherwise(text: bytes) -> None:
+    with pytest.raises(BundleError):
+        decode(text, "elastic.json")
+
+
+@pytest.mark.parametrize(
+    "path", ["../out.onnx", "onnx/../../out.onnx", "/etc/hostname", "..\\out.onnx", "onnx\\denoiser.onnx", "..", "a\0b"]
+)
+def test_a_file_name_that_leaves_the_bundle_is_refused(tmp_path: Path, path: str) -> None:
+    write_bundle(tmp_path / "b")
+    (tmp_path / "out.onnx").write_bytes(b"not really a graph")
+    edit(tmp_path / "b", lambda content: rename_file(content, path))
+    with pytest.raises(BundleError, match="outside the bundle") as caught:
+        Bundle.open(tmp_path / "b")
+    assert repr(path) in str(caught.value)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    outside = tmp_path / "out.onnx"
+    outside.write_bytes((folder / "onnx/denoiser.onnx").read_bytes())
+    (folder / "onnx/denoiser.onnx").unlink()
+    os.symlink(outside, folder / "onnx/denoiser.onnx")
+    with pytest.raises(BundleError, match="outside the bundle"):
+        Bundle.open(folder)
+
+
+def test_a_folder_reached_by_a_link_is_still_a_bundle(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b")
+    os.symlink(tmp_path / "b", tmp_path / "link")
+    assert Bundle.open(tmp_path / "link", hashes=True).manifest.model.name == "tiny"
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    file = folder / "onnx/denoiser.onnx"
+    file.write_bytes(b"shorter")
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is damaged: 7 bytes where the manifest says 18"):
+        Bundle.open(folder)
+    file.write_bytes(b"NOT really a graph")
+    assert Bundle.open(folder).manifest.model.name == "tiny"  # sizes only, unless asked
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is damaged: its SHA-256"):
+        Bundle.open(folder, hashes=True)
+    file.unlink()
+    with pytest.raises(BundleError, match=r"denoiser\.onnx is missing"):
+        Bundle.open(folder)
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"holds no elastic\.json"):
+        Bundle.open(tmp_path)
+    with pytest.raises(BundleError, match="does not exist"):
+        Bundle.open(tmp_path / "nowhere")
+
+
+def test_a_bundle_without_reference_outputs_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no reference outputs"):
+        write_bundle(tmp_path / "b").reference()
+
+
+def test_a_reference_that_is_not_one_is_said_to_be_damaged(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    (folder / "reference.npz").write_bytes(b"not an archive")
+    entry = {"path": "reference.npz", "bytes": 14, "sha256": "0" * 64}
+    edit(folder, lambda content: content.update(reference=entry))
+    with pytest.raises(BundleError, match=r"reference\.npz is damaged"):
+        Bundle.open(folder).reference()
+
+
+def test_extending_carries_the_old_files_over_and_leaves_the_old_bundle_alone_on_error(tmp_path: Path) -> None:
+    old = write_bundle(tmp_path / "b")
+    before = {path.relative_to(old.folder): path.read_bytes() for path in old.folder.rglob("*") if path.is_file()}
+    with pytest.raises(RuntimeError, match="halfway"), writing(old.folder, extend=old) as stage:
+        assert (stage / "onnx/denoiser.onnx").read_bytes() == b"not really a graph"
+        (stage / "onnx/denoiser.onnx").unlink()
+        raise RuntimeError("halfway")
+    assert {path.relative_to(old.folder): path.read_bytes() for path in old.folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_extending_copies_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_bundle(tmp_path / "b")
+
+    def no_links(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    with writing(old.folder, extend=old) as stage:
+        write_manifest(stage, old.manifest)
+    assert Bundle.open(old.folder, hashes=True).manifest == old.manifest
+
+
+def test_joining_replaces_the_artifact_at_the_same_path_and_keeps_the_others(tmp_path: Path) -> None:
+    written = write_bundle(tmp_path / "b").manifest
+    (first,) = written.graphs["denoiser"].artifacts
+    second = type(first)(precision="fp16", files=(FileEntry(path="onnx/two.onnx", bytes=1, sha256=""),), toolchain={}, opset=20)
+    both = written.joined("denoiser", [second])
+    assert [artifact.path for artifact in both.graphs["denoiser"].artifacts] == ["onnx/denoiser.onnx", "onnx/two.onnx"]
+    again = both.joined("denoiser", [type(second)(precision="fp32", files=second.files, toolchain={}, opset=23)])
+    assert [(artifact.path, artifact.precision) for artifact in again.graphs["denoiser"].artifacts] == [
+        ("onnx/denoiser.onnx", "fp32"),
+        ("onnx/two.onnx", "fp32"),
+    ]
+
+
+def test_an_axis_is_found_by_name_or_the_others_are_listed() -> None:
+    assert manifest().axis("latents").max == 64
+    with pytest.raises(BundleError, match="no axis 'loops'; it has latents"):
+        manifest().axis("loops")

@@ -1,0 +1,93 @@
+"""The records of models that take prompts and positions: `Patches`, `Text`, `TextEncoder`."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from fakes import manifest, write_bundle
+
+from elastic_runtime import Bundle, BundleError, Span
+from elastic_runtime.contract.bundle import MANIFEST, entry, write_manifest
+from elastic_runtime.contract.manifest import (
+    Graph,
+    Manifest,
+    Patches,
+    Profile,
+    Range,
+    TensorSpec,
+    Text,
+    TextEncoder,
+    decode,
+    dimension,
+    measure,
+)
+
+
+def encoder_graph(*outputs: TensorSpec) -> Graph:
+    ids = TensorSpec(name="input_ids", dtype="int64", shape=("B", 77))
+    return Graph(inputs=(ids,), outputs=outputs, dimensions={"B": Span(1, 1)}, artifacts=())
+
+
+def prompted(folder: Path, gives: tuple[Any, ...] = ("pooled",)) -> Manifest:
+    """A manifest with a text encoder whose tokenizer lies in `folder`."""
+    file = folder / "tokenizer" / "tokenizer.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("{}")
+    encoder = TextEncoder(graph="text_encoder", tokenizer=entry(folder, file), max_length=77, pad_token_id=49407, gives=gives)
+    whole = manifest()
+    patches = Patches(size=2, positions="img_ids", guidance_embeds=True)
+    model = msgspec.structs.replace(
+        whole.model, num_classes=0, null_label=0, patches=patches, text=Text(encoders=(encoder,), length=512, width=4096, pooled=768)
+    )
+    graph = encoder_graph(TensorSpec(name="pooled", dtype="float32", shape=("B", 768)))
+    return msgspec.structs.replace(whole, model=model, graphs=whole.graphs | {"text_encoder": graph})
+
+
+def test_text_and_patches_read_back_and_the_tokenizer_is_a_file_of_the_bundle(tmp_path: Path) -> None:
+    written = prompted(tmp_path)
+    write_manifest(tmp_path, written)
+    opened = Bundle.open(tmp_path, hashes=True)
+    assert opened.manifest == written
+    assert [file.path for file in opened.manifest.files()] == ["tokenizer/tokenizer.json"]
+
+
+def test_a_damaged_tokenizer_is_found_when_the_bundle_is_opened(tmp_path: Path) -> None:
+    write_manifest(tmp_path, prompted(tmp_path))
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{")
+    with pytest.raises(BundleError, match="damaged"):
+        Bundle.open(tmp_path)
+
+
+def test_manifests_from_before_these_records_still_open(tmp_path: Path) -> None:
+    content = msgspec.json.decode((write_bundle(tmp_path / "b").folder / MANIFEST).read_bytes())
+    for name in ("patches", "text"):
+        content["model"].pop(name, None)
+    model = decode(msgspec.json.encode(content), "elastic.json").model
+    assert (model.patches, model.text) == (None, None)
+
+
+def test_an_encoder_must_give_what_its_graph_gives(tmp_path: Path) -> None:
+    whole = msgspec.to_builtins(prompted(tmp_path))
+    whole["model"]["text"]["encoders"][0]["gives"] = ["pooled", "last_hidden_state"]
+    with pytest.raises(BundleError, match="text encoder 'text_encoder' gives pooled, last_hidden_state"):
+        decode(msgspec.json.encode(whole), "elastic.json")
+
+
+@pytest.mark.parametrize(("positions", "table"), [("img_ids", 192), ("pos_ids", None)])
+def test_only_pos_ids_have_a_table(positions: Any, table: int | None) -> None:
+    with pytest.raises(ValueError, match="table"):
+        Patches(size=2, positions=positions, table=table)
+
+
+def test_a_shape_may_be_a_multiple_of_an_open_dimension() -> None:
+    image = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
+    latent = TensorSpec(name="latent", dtype="float32", shape=("B", 4, "h", "w"))
+    sizes = {"B": Range(1, 1, 2), "h": Range(4, 8, 16), "w": Range(4, 8, 32)}
+    assert Profile(dimensions=sizes).shape(image, "max") == (2, 3, 128, 256)
+    assert [dimension(size) for size in ("h", "8*h")] == ["h", "h"]
+    assert [measure(size, {"h": 5}) for size in (7, "h", "8*h")] == [7, 5, 40]
+    spans = {"B": Span(1, 1), "h": Span(4, 16), "w": Span(4, 32)}
+    assert Graph(inputs=(latent,), outputs=(image,), dimensions=spans, artifacts=()).dimensions == spans
+    with pytest.raises(ValueError, match="`dimensions` lacks w"):
+        Graph(inputs=(latent,), outputs=(image,), dimensions={"B": Span(1, 1), "h": Span(4, 16)}, artifacts=())

@@ -1,0 +1,93 @@
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_flux import FLUX, SD3, Opener, encoder, encoder_graph, manifest, to_zero
+from fake_prompts import WORDS, flux, hidden, write_tokenizer
+
+from elastic_runtime import Bundle, BundleError, MissingError, UsageError
+from elastic_runtime.contract.manifest import Text
+from elastic_runtime.denoising.prompts import encode
+
+
+def both(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ids = feeds["input_ids"].astype(np.float32)
+    return {"pooled": ids[:, :2], "penultimate_hidden_state": np.repeat(ids[:, :, None], 2, axis=2)}
+
+
+def test_flux_takes_the_pooled_of_one_and_the_tokens_of_the_other(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    found = encode(opener.bundle, ["a red cat", "a dog"], opener)
+    assert found.pooled.tolist() == [[2, 5, 3, 1, 1], [2, 4, 1, 1, 1]], "padded with its own mark"
+    assert found.hidden[:, :, 0].tolist() == [[2, 5, 3, 1, 0, 0, 0, 0], [2, 4, 1, 0, 0, 0, 0, 0]]
+    assert (found.hidden.dtype, found.hidden.shape) == (np.float32, (2, 8, 6))
+
+
+def test_encoders_are_open_one_at_a_time_and_read_each_prompt_once(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    found = encode(opener.bundle, ["a cat", "a dog", "a cat"], opener)
+    assert [name for name, _ in opener.opened] == ["text_encoder", "text_encoder_2"]
+    assert opener.beside == [(), ()]
+    assert all(session.closed for _, session in opener.opened)
+    assert [call["input_ids"] for call in opener.calls("text_encoder")] == [(2, 5)]
+    np.testing.assert_array_equal(found.hidden[0], found.hidden[2])
+    encode(opener.bundle, [f"{a} {b}" for a in WORDS[2:] for b in WORDS[2:]], opener)
+    assert {call["input_ids"][0] for call in opener.calls("text_encoder_2")[1:]} <= {3, 4}, "as many as a run takes"
+
+
+def test_sd3_joins_features_then_tokens_and_fills_with_zeros(tmp_path: Path) -> None:
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        write_tokenizer(tmp_path / name / "tokenizer.json")
+    clip = ("pooled", "penultimate_hidden_state")
+    encoders = tuple(
+        encoder(f"text_encoder{number}", f"tokenizer{number}/tokenizer.json", length, 0, *gives)
+        for number, length, gives in (("", 4, clip), ("_2", 4, clip), ("_3", 6, ("last_hidden_state",)))
+    )
+    shapes: dict[str, Any] = {"pooled": ("B", 2), "penultimate_hidden_state": ("B", 4, 2)}
+    graphs = {"text_encoder": encoder_graph(4, **shapes), "text_encoder_2": encoder_graph(4, **shapes)}
+    graphs |= {"text_encoder_3": encoder_graph(6, last_hidden_state=("B", 6, 6))}
+    whole = manifest(SD3, text=Text(encoders=encoders, length=12, width=6, pooled=4), **graphs)
+    opener = Opener(whole, to_zero, text_encoder=both, text_encoder_2=both, text_encoder_3=hidden(6))
+    found = encode(Bundle(tmp_path, whole), ["a cat"], opener)
+    assert found.pooled.tolist() == [[2, 3, 2, 3]]
+    assert found.hidden.shape == (1, 12, 6)
+    assert found.hidden[0, :4].tolist() == [[value] * 4 + [0, 0] for value in (2, 3, 1, 0)]
+    assert found.hidden[0, 4:10, 5].tolist() == [2, 3, 1, 0, 0, 0]
+    assert not found.hidden[0, 10:].any()
+
+
+def test_a_prompt_that_one_encoder_cuts_is_a_warning_and_keeps_its_end_mark(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    with pytest.warns(UserWarning, match=r"text_encoder sees the first 5 of 7 tokens of the prompt 'a red.*; text_encoder_2 sees all"):
+        found = encode(opener.bundle, ["a red cat a blue dog"], opener)
+    assert found.pooled.tolist() == [[2, 5, 3, 2, 1]]
+    assert found.hidden[0, :, 0].tolist() == [2, 5, 3, 2, 6, 4, 1, 0]
+
+
+def test_a_prompt_that_no_encoder_takes_whole_is_an_error_before_any_is_opened(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    with pytest.raises(UsageError, match=r"has 9 tokens and the model takes at most 8: shorten it"):
+        encode(opener.bundle, ["a cat", "a a a a a a a a"], opener)
+    assert not opener.opened
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encode(opener.bundle, ["a a a a a a a"], opener)
+    assert len(caught) == 1
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opener = flux(tmp_path)
+    bare = Opener(manifest(FLUX), to_zero)
+    with pytest.raises(UsageError, match="no text encoders in this bundle: give prompt_embeds and pooled_prompt_embeds"):
+        encode(bare.bundle, ["a cat"], bare)
+    (tmp_path / "tokenizer_2" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=re.escape("tokenizer.json is no tokenizer")):
+        encode(opener.bundle, ["a cat"], opener)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingError, match=r"pip install 'elastic-export\[ralu\]'"):
+        encode(opener.bundle, ["a cat"], opener)

@@ -1,0 +1,86 @@
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from fake_flux import FLUX, SCHNELL, SD3, Patches, denoiser_graph
+
+from elastic_runtime import FakeSession, Guidance, UsageError
+from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place
+from elastic_runtime.ralu.patches import raster
+
+TOKENS = np.random.default_rng(0).standard_normal((2, 6, 16))
+STRONG = Conditions(np.ones((2, 3, 6), np.float32), np.full((2, 5), 2, np.float32))
+WEAK = Conditions(np.zeros((2, 3, 6), np.float32), np.full((2, 5), 1, np.float32))
+
+
+def denoiser(patches: Patches, embedded: float | None = None) -> tuple[TokenDenoiser, list[dict[str, np.ndarray]]]:
+    fed: list[dict[str, np.ndarray]] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(dict(feeds))
+        return {"prediction": feeds["hidden_states"] * feeds["pooled_projections"][:, :1, None]}
+
+    return TokenDenoiser(FakeSession(denoiser_graph(patches), run), patches, embedded), fed
+
+
+def test_flux_is_fed_in_diffusers_words() -> None:
+    model, fed = denoiser(FLUX, 3.5)
+    got = model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.75, STRONG, None, Guidance())
+    np.testing.assert_allclose(got, 2 * TOKENS, rtol=1e-6)
+    assert got.dtype == np.float64
+    (feeds,) = fed
+    assert feeds["img_ids"].tolist() == [[0, row, column] for row in range(2) for column in range(3)]
+    assert feeds["timestep"].tolist() == [0.75] * 2
+    assert feeds["guidance"].tolist() == [3.5] * 2
+    np.testing.assert_array_equal(feeds["txt_ids"], np.zeros((3, 3)))
+    model, fed = denoiser(SCHNELL)
+    model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.75, STRONG, None, Guidance())
+    assert "guidance" not in fed[0]
+
+
+def test_sd3_is_placed_in_the_middle_of_its_table_in_every_stage() -> None:
+    model, fed = denoiser(SD3)
+    model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.5, STRONG, None, Guidance())
+    assert fed[0].keys() == {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "pos_ids"}
+    assert fed[0]["pos_ids"][0].tolist() == [11, 10], "24 places, 2 rows and 3 columns"
+    np.testing.assert_array_equal(place(np.array([[0.5, 1.5]]), (2, 3), SD3), [[11.5, 11.5]])
+    with pytest.raises(UsageError, match="24 x 24 places for patches, the picture has 8 x 26"):
+        place(raster(1, 8, 26)[0], (8, 26), SD3)
+
+
+def test_sd3_s_places_are_those_that_diffusers_crops() -> None:
+    torch = pytest.importorskip("torch", reason="compares with diffusers")
+    embeddings = pytest.importorskip("diffusers.models.embeddings", reason="compares with diffusers")
+    embed = embeddings.PatchEmbed(16, 16, 2, 4, 4, pos_embed_max_size=24)
+    embed.pos_embed = torch.stack(torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij"), dim=-1).reshape(1, -1, 2)
+    for rows, columns in ((8, 8), (5, 8), (24, 11)):
+        wanted = embed.cropped_pos_embed(2 * rows, 2 * columns)[0].numpy()
+        np.testing.assert_array_equal(place(raster(1, rows, columns)[0], (rows, columns), SD3), wanted)
+
+
+def test_guidance_leads_away_from_the_weak_branch_in_one_run() -> None:
+    model, fed = denoiser(SCHNELL)
+    got = model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.5, STRONG, WEAK, Guidance(3.0))
+    np.testing.assert_allclose(got, (1 + 3 * (2 - 1)) * TOKENS, rtol=1e-6)
+    assert [feeds["hidden_states"].shape[0] for feeds in fed] == [4]
+    fed.clear()
+    got = model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.9, STRONG, WEAK, Guidance(3.0, 0.2, 0.8))
+    np.testing.assert_allclose(got, 2 * TOKENS, rtol=1e-6)
+    assert [feeds["hidden_states"].shape[0] for feeds in fed] == [2]
+
+
+def test_pictures_with_tokens_in_other_places_run_alone_with_both_branches() -> None:
+    model, fed = denoiser(SCHNELL)
+    positions = np.stack([raster(1, 2, 3)[0], raster(1, 2, 3)[0] + 0.5])
+    got = model.guided(TOKENS, positions, (2, 3), 0.5, STRONG, WEAK, Guidance(3.0))
+    np.testing.assert_allclose(got, 4 * TOKENS, rtol=1e-6)
+    assert [feeds["hidden_states"].shape[0] for feeds in fed] == [2, 2]
+    np.testing.assert_array_equal(fed[1]["img_ids"][0], [0, 0.5, 0.5])
+
+
+def test_a_batch_larger_than_the_graph_s_takes_several_runs() -> None:
+    model, fed = denoiser(FLUX, 1.0)
+    rows = [np.concatenate([array] * 3) for array in (TOKENS, STRONG.hidden, STRONG.pooled)]
+    got = model.guided(rows[0], raster(6, 2, 3), (2, 3), 0.5, Conditions(rows[1], rows[2]), None, Guidance())
+    assert [len(feeds["guidance"]) for feeds in fed] == [3, 3]
+    np.testing.assert_allclose(got, 2 * rows[0], rtol=1e-6)

@@ -1,0 +1,225 @@
+"""The Core ML backend against a recording stand-in for coremltools: no Mac and no compiler."""
+
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elastic_runtime import (
+    Axis,
+    Budget,
+    BudgetError,
+    Bundle,
+    BundleError,
+    InferenceError,
+    MissingError,
+    Span,
+    UsageError,
+    cache,
+    open_session,
+)
+from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.contract.schedule import RectifiedFlow
+from elastic_runtime.sessions import coreml
+
+PACKAGE = "coreml/denoiser.mlpackage"
+
+
+@dataclass
+class StandIn:
+    """What coremltools was asked for, and a model that answers with the sum of its feeds."""
+
+    compiled: list[str] = field(default_factory=list)
+    loaded: list[tuple[str, str, str | None]] = field(default_factory=list)
+    fed: list[dict[str, np.ndarray]] = field(default_factory=list)
+    fails: str | None = None
+
+    def module(self) -> Any:
+        def compile_model(source: str, destination: str) -> str:
+            if self.fails == "compile":
+                raise RuntimeError("no")
+            self.compiled.append(source)
+            Path(destination).mkdir()
+            return destination
+
+        def load(path: str, units: str, name: str | None) -> Any:
+            self.loaded.append((path, units, name))
+            return SimpleNamespace(predict=predict)
+
+        def predict(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if self.fails == "predict":
+                raise RuntimeError("no")
+            self.fed.append(feeds)
+            return {"prediction": feeds["sample"].astype(np.float16) * 2}
+
+        models = SimpleNamespace(CompiledMLModel=load, utils=SimpleNamespace(compile_model=compile_model))
+        units = SimpleNamespace(ALL="ALL", CPU_ONLY="CPU_ONLY", CPU_AND_GPU="CPU_AND_GPU", CPU_AND_NE="CPU_AND_NE")
+        return SimpleNamespace(__version__="9.0", models=models, ComputeUnit=units)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
+    made = StandIn()
+    monkeypatch.setitem(sys.modules, "coremltools", made.module())
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr(coreml.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return made
+
+
+def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops: bool = False) -> Bundle:
+    """A bundle whose package is a folder of two files; with `loops`, the graph takes a count too."""
+    for name in ("Manifest.json", "Data/com.apple.CoreML/model.mlmodel"):
+        path = folder / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    calls = {
+        "functions": tuple(CoremlCall(function=f"latents_{16 * j}", budget={"latents": 16 * j}, sizes={"B": 1, "J": j}) for j in (2, 4)),
+        "range": (CoremlCall(function="main", budget={}, sizes={}),),
+    }[shapes]
+    artifact = CoremlArtifact(
+        precision="fp16", package=PACKAGE, deployment_target=target, shapes=shapes, batch=Span(1, 1), calls=calls, reductions="fp32",
+        files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()),
+        toolchain={"coremltools": "9.0"},
+    )  # type: ignore[arg-type]  # fmt: skip
+    shape = ("B", 1, 2, 2)
+    count = (TensorSpec(name="loops", dtype="int64", shape=()),) if loops else ()
+    graph = Graph(
+        inputs=(
+            TensorSpec(name="sample", dtype="float32", shape=shape),
+            TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
+            TensorSpec(name="latent_ids", dtype="int64", shape=("J",)),
+            *count,
+        ),
+        outputs=(TensorSpec(name="prediction", dtype="float32", shape=shape),),
+        dimensions={"B": Span(1, 4), "J": Span(1, 16)},
+        artifacts=(artifact,),
+    )
+    axis = Axis(name="latents", min=16, max=256, step=16, default=64, input="latent_ids", carrier="length", unit=16, dimension="J")
+    model = Model(
+        name="tiny", family="elit-sit", config={}, prediction="velocity", schedule=RectifiedFlow(), sample_shape=(1, 2, 2), num_classes=3,
+        null_label=3, weights="random",
+    )  # fmt: skip
+    provenance = Provenance(command="test", created="2026-11-20T00:00:00+00:00", versions={})
+    write_manifest(
+        folder, Manifest(schema_version=1, model=model, axes=(axis,), graphs={"denoiser": graph}, cost=(), provenance=provenance)
+    )
+    return Bundle.open(folder, hashes=True)
+
+
+def feeds(j: int, batch: int = 1) -> dict[str, np.ndarray]:
+    return {
+        "sample": np.full((batch, 1, 2, 2), 1.5, np.float32),
+        "class_labels": np.zeros(batch, np.int64),
+        "latent_ids": np.arange(j, dtype=np.int64),
+    }
+
+
+def test_functions_are_loaded_when_first_used_and_integers_are_narrowed(stand_in: StandIn, tmp_path: Path) -> None:
+    with open_session(bundle(tmp_path / "b"), compute_units="cpu+ane") as session:
+        assert stand_in.loaded == []
+        for j in (2, 4, 2):
+            output = session.run(feeds(j))["prediction"]
+            assert (output.dtype, output.max()) == (np.float32, 3.0)
+        assert [(units, name) for _, units, name in stand_in.loaded] == [("CPU_AND_NE", "latents_32"), ("CPU_AND_NE", "latents_64")]
+        assert {name: array.dtype.name for name, array in stand_in.fed[0].items()} == {
+            "sample": "float32", "class_labels": "int32", "latent_ids": "int32",
+        }  # fmt: skip
+        assert (session.batch, session.budgets) == (Span(1, 1), (Budget(latents=32), Budget(latents=64)))
+        assert session.where == "Core ML cpu+ane, macOS 15.1, coremltools 9.0"
+    with pytest.raises(InferenceError, match="this session is closed"):
+        session.run(feeds(2))
+
+
+def test_a_budget_without_a_function_names_those_that_exist(stand_in: StandIn, tmp_path: Path) -> None:
+    with open_session(bundle(tmp_path / "b")) as session:
+        with pytest.raises(
+            BudgetError, match=r"not compiled for B 1, J 3; it takes latents=32 \(B 1, J 2\); latents=64 \(B 1, J 4\).*--budgets"
+        ):
+            session.run(feeds(3))
+        with pytest.raises(BudgetError, match="not compiled for B 2, J 4"):
+            session.run(feeds(4, batch=2))
+    assert stand_in.fed == []
+
+
+def test_an_open_range_is_one_function_opened_by_no_name(stand_in: StandIn, tmp_path: Path) -> None:
+    with open_session(bundle(tmp_path / "b", "range")) as session:
+        session.run(feeds(7))
+        assert [name for _, _, name in stand_in.loaded] == [None]
+        assert session.budgets is None
+        with pytest.raises(BudgetError, match="it takes every budget in batches of 1-1"):
+            session.run(feeds(7, batch=2))
+
+
+def test_an_open_count_is_fed_as_a_vector_since_there_are_no_scalars(stand_in: StandIn, tmp_path: Path) -> None:
+    with open_session(bundle(tmp_path / "b", "range", loops=True)) as session:
+        session.run(feeds(2) | {"loops": np.array(3, np.int64)})
+    fed = stand_in.fed[0]["loops"]
+    assert (fed.dtype.name, fed.tolist()) == ("int32", [3])
+
+
+def test_a_package_is_compiled_once(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bundle(tmp_path / "b")
+    for _ in range(3):
+        open_session(made).close()
+    assert stand_in.compiled == [str(tmp_path / "b" / PACKAGE)]
+    kept = list((tmp_path / "cache" / "elastic-export" / "coreml").iterdir())
+    assert [path.suffix for path in kept] == [".mlmodelc"]
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.2", ("", "", ""), "arm64"))
+    open_session(made).close()
+    assert len(stand_in.compiled) == 2
+
+
+def test_the_cache_is_where_a_mac_keeps_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache.folder("coreml") == Path.home() / "Library" / "Caches" / "elastic-export" / "coreml"
+
+
+def test_failures_are_named_and_leave_no_half_compiled_package(stand_in: StandIn, tmp_path: Path) -> None:
+    made = bundle(tmp_path / "b")
+    stand_in.fails = "compile"
+    with pytest.raises(BundleError, match="Core ML cannot compile .*denoiser.mlpackage: no"):
+        open_session(made)
+    assert list((tmp_path / "cache" / "elastic-export" / "coreml").iterdir()) == []
+    stand_in.fails = "predict"
+    with open_session(made) as session, pytest.raises(InferenceError, match="Core ML failed in function 'latents_32': no"):
+        session.run(feeds(2))
+    with pytest.raises(UsageError, match="no compute units 'tpu'; there are all, cpu, cpu.gpu, cpu.ane"):
+        open_session(made, compute_units="tpu")
+
+
+@pytest.mark.parametrize(("target", "needed"), [("iOS26", 26), ("macOS26", 26)])
+def test_a_system_that_is_too_old_is_named_with_the_one_that_is_needed(stand_in: StandIn, tmp_path: Path, target: str, needed: int) -> None:
+    with pytest.raises(MissingError, match=f"the package is for {target}, which is macOS {needed} or newer, and this is macOS 15"):
+        open_session(bundle(tmp_path / "b", target=target))
+
+
+def test_what_is_missing_is_named(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bundle(tmp_path / "b", target="iOS15")
+    monkeypatch.setattr(coreml.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=r"coremltools is not installed: pip install 'elastic-export\[coreml\]'"):
+        open_session(made)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    with pytest.raises(MissingError, match="Core ML needs macOS, and this is Linux"):
+        open_session(made)
+
+
+def test_an_edited_package_is_named(tmp_path: Path) -> None:
+    made = bundle(tmp_path / "b")
+    path = made.folder / PACKAGE / "Data/com.apple.CoreML/model.mlmodel"
+    path.write_text(path.read_text()[::-1])
+    with pytest.raises(BundleError, match="model.mlmodel is damaged: its SHA-256"):
+        Bundle.open(made.folder, hashes=True)
+    path.unlink()
+    with pytest.raises(BundleError, match="model.mlmodel is missing"):
+        Bundle.open(made.folder)
+    assert isinstance(made.manifest.graphs["denoiser"].artifacts[0].files[0], FileEntry)

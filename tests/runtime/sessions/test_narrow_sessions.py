@@ -1,0 +1,49 @@
+"""An artifact that offers less than its graph is checked at what it offers, in runs that it takes."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import manifest, session
+
+from elastic_runtime import Budget, BundleError, Span
+from elastic_runtime.contract.manifest import CoremlArtifact, FileEntry
+from elastic_runtime.contract.reference import check, pack, tolerance
+
+
+def recorded(*budgets: Budget) -> tuple[Any, dict[str, np.ndarray]]:
+    feeds = {
+        "sample": np.arange(3 * 256, dtype=np.float32).reshape(3, 4, 8, 8),
+        "timestep": np.zeros(3, np.float32),
+        "class_labels": np.zeros(3, np.int64),
+    }
+    bundle: Any = SimpleNamespace(manifest=manifest(), folder="bundle")
+    return bundle, pack("denoiser", feeds, {budget: {"prediction": feeds["sample"] * 2} for budget in budgets})
+
+
+def test_recorded_budgets_that_it_does_not_offer_are_left_out() -> None:
+    bundle, arrays = recorded(Budget(latents=16), Budget(latents=64))
+    narrow = session(lambda x, t, labels, kept: x * 2)
+    narrow.batch, narrow.budgets = Span(1, 1), (Budget(latents=64),)
+    rows = list(check(bundle, "denoiser", narrow, 1e-6, arrays))
+    assert [(row.budget, row.passed) for row in rows] == [({"latents": 64}, True)]
+    assert [call["sample"][0] for call in narrow.calls] == [1, 1, 1]
+
+
+def test_a_budget_that_was_not_recorded_is_named() -> None:
+    bundle, arrays = recorded(Budget(latents=64))
+    narrow = session(lambda x, t, labels, kept: x)
+    narrow.budgets = (Budget(latents=64), Budget(latents=32))
+    with pytest.raises(BundleError, match=r"no outputs of 'denoiser' at latents=32"):
+        list(check(bundle, "denoiser", narrow, 1e-6, arrays))
+
+
+@pytest.mark.parametrize(("compression", "bound"), [(None, 2e-2), ("int8", 3e-2), ("palette4", 2.5e-1)])
+def test_fewer_bits_have_a_wider_bound(compression: Any, bound: float) -> None:
+    artifact = CoremlArtifact(
+        precision="fp16", files=(FileEntry(path="p", bytes=0, sha256=""),), toolchain={},
+        package="p", deployment_target="iOS18", shapes="range", batch=Span(1, 1), calls=(),
+        reductions="fp32", compression=compression,
+    )  # fmt: skip
+    assert tolerance(artifact) == bound

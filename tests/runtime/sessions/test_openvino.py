@@ -1,0 +1,134 @@
+"""OpenVINO on a graph written by hand, and on a golden checkpoint."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from fakes import manifest, write_bundle
+
+from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
+from elastic_runtime.contract.reference import TOLERANCE, check
+
+# Not importorskip: importing OpenVINO is the backend's affair.
+pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="these tests run OpenVINO: pip install 'elastic-export[openvino]'")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle whose graph answers `sample + length of latent_ids`."""
+    onnx = pytest.importorskip("onnx", reason="writing the graph needs onnx")
+    from onnx import TensorProto, helper
+
+    folder = tmp_path_factory.mktemp("openvino") / "tiny"
+    described = manifest().graphs["denoiser"]
+    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    inputs, outputs = (
+        [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], list(spec.shape)) for spec in specs]
+        for specs in (described.inputs, described.outputs)
+    )
+    nodes = [
+        helper.make_node("Shape", ["latent_ids"], ["length"]),
+        helper.make_node("Cast", ["length"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["sample", "number"], ["prediction"]),
+    ]
+    path = folder / "onnx" / "denoiser.onnx"
+    path.parent.mkdir(parents=True)
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    artifact = OnnxArtifact(precision="fp32", files=(entry(folder, path),), toolchain={}, opset=20)
+    write_manifest(folder, manifest(artifacts=(artifact,)))
+    return Bundle.open(folder)
+
+
+def feeds(batch: int, kept: int) -> dict[str, np.ndarray]:
+    sample = np.random.default_rng(batch).standard_normal((batch, 4, 8, 8)).astype(np.float32)
+    return {
+        "sample": sample,
+        "timestep": np.zeros(batch, np.float32),
+        "class_labels": np.zeros(batch, np.int64),
+        "latent_ids": np.arange(kept),
+    }
+
+
+def test_every_size_runs_and_outputs_are_the_callers_own(tiny: Bundle) -> None:
+    with open_session(tiny, name="openvino", threads=1) as session:
+        results = []
+        for batch, kept in ((1, 16), (3, 2), (1, 16)):
+            given = feeds(batch, kept)
+            results.append(session.run(given)["prediction"])
+            np.testing.assert_allclose(results[-1], given["sample"] + kept, atol=1e-6)
+        np.testing.assert_array_equal(results[0], results[2])
+        assert session.where.startswith("openvino 20")
+        assert session.where.endswith("CPU f32")
+    with pytest.raises(InferenceError, match="closed"):
+        session.run(feeds(1, 16))
+
+
+def test_a_count_of_no_dimensions_stays_one(tmp_path: Path) -> None:
+    """`loops` is 0-d in graphs of looped models."""
+    onnx = pytest.importorskip("onnx", reason="writing the graph needs onnx")
+    from onnx import TensorProto, helper
+
+    loops = TensorSpec(name="loops", dtype="int64", shape=())
+    tripled = TensorSpec(name="prediction", dtype="int64", shape=())
+    path = tmp_path / "denoiser.onnx"
+    ends = [helper.make_tensor_value_info(spec.name, TensorProto.INT64, []) for spec in (loops, tripled)]
+    three = helper.make_tensor("three", TensorProto.INT64, [], [3])
+    graph = helper.make_graph([helper.make_node("Mul", ["loops", "three"], ["prediction"])], "tripled", ends[:1], ends[1:], [three])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    artifact = OnnxArtifact(precision="fp32", files=(entry(tmp_path, path),), toolchain={}, opset=20)
+    counted = Graph(inputs=(loops,), outputs=(tripled,), dimensions={"B": Span(1, 1)}, artifacts=(artifact,))
+    write_manifest(tmp_path, msgspec.structs.replace(manifest(artifacts=(artifact,)), graphs={"denoiser": counted}))
+    with open_session(Bundle.open(tmp_path), name="openvino", threads=1) as session:
+        assert session.run({"loops": np.array(4)})["prediction"] == 12
+
+
+def test_it_draws_pictures_as_any_backend_does(tiny: Bundle) -> None:
+    with ElasticPipeline.from_pretrained(tiny, "openvino", threads=1) as pipe:
+        noise = np.zeros((2, 4, 8, 8))
+        drawn = pipe([1, 2], num_inference_steps=1, noise=noise, output_type="latent").images
+    np.testing.assert_allclose(drawn, -16.0)
+
+
+def test_the_default_precision_holds_the_tolerance_of_a_golden_model(golden_bundle: Callable[[str], Bundle]) -> None:
+    bundle = golden_bundle("c")
+    with open_session(bundle, name="openvino", threads=1) as session:
+        rows = list(check(bundle, "denoiser", session, TOLERANCE["fp32"]))
+    assert len(rows) > 2
+    assert all(row.passed for row in rows)
+
+
+def test_an_unknown_wish_is_answered_with_what_there_is(tiny: Bundle) -> None:
+    with pytest.raises(UsageError, match="precision is f32, bf16 or f16, got 'f8'"):
+        open_session(tiny, name="openvino", precision="f8")
+    with pytest.raises(MissingError, match="no device 'ABACUS' here; it has .*CPU"):
+        open_session(tiny, name="openvino", device="ABACUS")
+
+
+def test_an_artifact_that_is_no_graph_is_said_to_be_damaged(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"OpenVINO cannot open .*denoiser\.onnx"):
+        open_session(write_bundle(tmp_path / "b"), name="openvino")
+
+
+def test_a_missing_package_is_answered_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingError, match=r"pip install 'elastic-export\[openvino\]'"):
+        open_session(write_bundle(tmp_path / "b"), name="openvino")
+
+
+def test_opening_loads_no_telemetry(tiny: Bundle) -> None:
+    program = """
+import sys
+from elastic_runtime import Bundle, open_session
+open_session(Bundle.open(sys.argv[1]), name="openvino").close()
+print(sorted(name for name in sys.modules if name.startswith("openvino_telemetry")))
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tiny.folder)], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr

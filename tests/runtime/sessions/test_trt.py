@@ -1,0 +1,247 @@
+"""The TensorRT session against recording stand-ins: what it asks of the library and of CUDA, in which order, and what it refuses.
+
+No GPU took part: `make gpu-check` is for that.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fake_gpu
+import msgspec
+import numpy as np
+import pytest
+from fakes import manifest, write_bundle
+
+from elastic_runtime import InferenceError, MissingError, open_session
+from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.manifest import Network, Profile, Range, TrtArtifact
+from elastic_runtime.errors import BundleError
+
+VERSION = "1.7.1.116"
+BUCKETS = ((1, 4), (5, 8), (9, 16))
+
+
+def profile(low: int, high: int) -> Profile:
+    return Profile(dimensions={"B": Range(1, 2, 4), "J": Range(low, high, high)})
+
+
+def trt_bundle(folder: Path, content: bytes = b"an engine", others: tuple[dict[str, Any], ...] = (), **changes: Any) -> Bundle:
+    """A bundle with an ONNX file that nothing here can run, and an engine (and `others` like it)."""
+    plain = write_bundle(folder)
+    onnx = plain.manifest.graphs["denoiser"].artifacts[0]
+    artifacts = []
+    for i, more in enumerate(({}, *others)):
+        file = folder / "trt" / f"{i}.engine"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        whole: dict[str, Any] = {
+            "precision": "fp32", "files": (entry(folder, file),), "toolchain": {"tensorrt_rtx": VERSION}, "builder": "tensorrt_rtx",
+            "builder_version": VERSION, "sms": (86, 89), "source": onnx.path, "source_sha256": onnx.files[0].sha256,
+            "profiles": tuple(profile(*bucket) for bucket in BUCKETS), "network": Network(layers=10, attentions=1, loops=0),
+        }  # fmt: skip
+        artifacts.append(TrtArtifact(**whole | changes | more))
+    write_manifest(folder, manifest(artifacts=(onnx, *artifacts)))
+    return Bundle.open(folder)
+
+
+def feeds(latents: int, batch: int = 2, value: float = 0.0) -> dict[str, np.ndarray]:
+    return {
+        "sample": np.full((batch, 4, 8, 8), value, np.float32),
+        "timestep": np.zeros(batch, np.float32),
+        "class_labels": np.zeros(batch, np.int64),
+        "latent_ids": np.arange(latents),
+    }
+
+
+def test_one_context_a_profile_shares_scratch_and_buffers_and_is_made_when_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with open_session(trt_bundle(tmp_path)) as session:
+        assert not gpu.named("create_context")
+        for latents in (3, 8, 4, 16, 7):
+            np.testing.assert_array_equal(session.run(feeds(latents, value=latents))["prediction"], latents + 1)
+    assert [call[1] for call in gpu.named("set_profile")] == [0, 1, 2]
+    assert {call[1] for call in gpu.named("create_context")} == {"eager"}  # RTX: no stand-in kernels under a graph
+    scratch = gpu.named("set_device_memory")
+    assert len(scratch) == 3
+    assert len(set(scratch)) == 1  # the same memory for all three
+    assert len(gpu.named("malloc")) == 1 + 5  # scratch, then one buffer a tensor at the largest profile
+    assert ("malloc", gpu.named("malloc")[1][1], 4 * 4 * 8 * 8 * 4) in gpu.calls  # sample: 4 pictures of 4x8x8 float32
+
+
+def test_a_budget_between_buckets_runs_at_its_own_size_in_the_next_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with open_session(trt_bundle(tmp_path)) as session:
+        session.run(feeds(6, batch=3))
+    assert ("set_input_shape", 1, "latent_ids", (6,)) in gpu.calls
+    assert ("set_input_shape", 1, "sample", (3, 4, 8, 8)) in gpu.calls
+    assert ("upload", 6 * 8) in gpu.calls  # never padded
+
+
+def test_graphs_are_captured_at_the_second_run_and_again_after_a_change_of_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    events = ("execute", "begin_capture", "end_capture", "launch", "destroy_executable")
+
+    def told(latents: int, value: float) -> list[str]:
+        start = len(gpu.calls)
+        np.testing.assert_array_equal(session.run(feeds(latents, value=value))["prediction"], value + 1)
+        return [" ".join(map(str, call[::2])) if call[0] == "execute" else call[0] for call in gpu.calls[start:] if call[0] in events]
+
+    capture = ["begin_capture", "execute captured", "end_capture", "launch"]
+    with open_session(trt_bundle(tmp_path)) as session:
+        assert told(6, 1) == ["execute plain"]
+        assert told(6, 2) == capture
+        assert told(6, 3) == ["launch"]
+        assert told(8, 4) == ["destroy_executable", "execute plain"]  # the same profile at another shape
+        assert told(6, 5) == ["execute plain"]  # A -> B -> A: never the old graph
+        assert told(6, 6) == capture
+        assert told(16, 7) == ["execute plain"]  # another profile, another context:
+        assert told(6, 8) == ["launch"]  # the graph of this one still holds
+    assert len(gpu.named("destroy_executable")) == 2
+
+
+def test_without_graphs_every_run_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with open_session(trt_bundle(tmp_path), cuda_graphs=False) as session:
+        for _ in range(3):
+            session.run(feeds(8))
+    assert [call[2] for call in gpu.named("execute")] == ["plain"] * 3
+
+
+def test_an_engine_that_cannot_be_captured_still_runs_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    gpu.capturable = False
+    with open_session(trt_bundle(tmp_path)) as session:
+        for value in range(4):
+            np.testing.assert_array_equal(session.run(feeds(8, value=value))["prediction"], value + 1)
+        assert session.where.endswith("without CUDA graphs")
+    assert len(gpu.named("begin_capture")) == 1
+    assert "cudaStreamEndCapture failed" in caplog.text
+
+
+def test_close_lets_go_of_graphs_then_engine_then_memory_and_the_session_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    session = open_session(trt_bundle(tmp_path))
+    for _ in range(2):
+        session.run(feeds(8))
+    session.close()
+    order = [call[0] for call in gpu.calls]
+    assert order.index("destroy_executable") < order.index("engine_gone") < order.index("free") < order.index("destroy_stream")
+    assert not gpu.memory  # every allocation was freed
+    session.close()
+    assert order == [call[0] for call in gpu.calls]  # a second close does nothing
+    with pytest.raises(InferenceError, match="closed"):
+        session.run(feeds(8))
+
+
+def test_full_tensorrt_takes_the_allocation_strategy_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.3.0")
+    made = trt_bundle(tmp_path, builder="tensorrt", builder_version="10.3.0", sms=(87,))
+    with open_session(made) as session:
+        session.run(feeds(8))
+        assert session.where == "tensorrt 10.3.0 on Fake GPU (sm87)"
+    assert ("create_context", "user managed") in gpu.calls
+
+
+def test_a_stripped_engine_takes_its_weights_from_the_onnx_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    open_session(trt_bundle(tmp_path, refit=True, stripped=True)).close()
+    assert gpu.named("refit_from_file", "refit_engine") == [("refit_from_file", "denoiser.onnx"), ("refit_engine",)]
+
+
+def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    streaming = trt_bundle(tmp_path / "a", weight_streaming=True)
+    open_session(streaming, weight_streaming_bytes=5).close()
+    open_session(streaming).close()
+    assert gpu.named("weight_budget") == [("weight_budget", 5), ("weight_budget", 123)]  # 123: the library's own advice
+    with pytest.raises(MissingError, match="does not stream weights; build it with: elastic-export trt BUNDLE --weight-streaming"):
+        open_session(trt_bundle(tmp_path / "b"), weight_streaming_bytes=5)
+
+
+@pytest.mark.parametrize(
+    ("machine", "changes", "said"),
+    [
+        ({"sm": 75}, {}, "this GPU is an sm 75 .* elastic-export trt BUNDLE --sm 75"),
+        ({"version": "1.8.0.1"}, {}, r"here is 1.8.0.1. Install that version \(pip install tensorrt-rtx==1.7.1.116\)"),
+        (
+            {"name": "tensorrt", "sm": 87, "version": "10.7.0"},
+            {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,)},
+            "here is 10.7.0",
+        ),
+        (
+            {"name": "tensorrt", "sm": 87, "version": "11.0.0"},
+            {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True},
+            "here is 11.0.0",
+        ),
+    ],
+)
+def test_stale_and_foreign_engines_are_refused_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    gpu = fake_gpu.install(monkeypatch, **machine)
+    with pytest.raises(MissingError, match=said):
+        open_session(trt_bundle(tmp_path, **changes), name="trt")
+    assert not gpu.named("deserialize")
+
+
+def test_a_version_compatible_engine_opens_in_a_later_version_of_its_major(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.7.0")
+    changes = {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True}
+    open_session(trt_bundle(tmp_path, **changes)).close()
+
+
+def test_the_engine_for_this_gpu_is_chosen_among_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch, sm=120)
+    made = trt_bundle(tmp_path, others=({"sms": (120,)},))
+    with open_session(made) as session:
+        assert session.where.endswith("(sm120)")
+    assert len(gpu.named("deserialize")) == 1
+
+
+def test_a_size_that_no_profile_takes_is_an_error_that_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu.install(monkeypatch)
+    with (
+        open_session(trt_bundle(tmp_path, profiles=(profile(5, 8),))) as session,
+        pytest.raises(InferenceError, match="no profile of this engine takes B=2, J=16; there are B 1-4, J 5-8"),
+    ):
+        session.run(feeds(16))
+
+
+def test_a_loop_count_is_part_of_what_a_graph_was_captured_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured loop may hold its trip count, so the graph is not used at another one."""
+    gpu = fake_gpu.install(monkeypatch)
+    opened = trt_bundle(tmp_path)
+    graph = opened.manifest.graphs["denoiser"]
+    loops = msgspec.structs.replace(graph.inputs[0], name="loops", dtype="int64", shape=())
+    opened.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, inputs=(*graph.inputs, loops))
+    with open_session(opened) as session:
+        for count in (2, 2, 3, 3):
+            session.run(feeds(8) | {"loops": np.array(count)})
+    assert [call[2] for call in gpu.named("execute")] == ["plain", "captured", "plain", "captured"]
+
+
+def test_a_damaged_engine_is_reported_with_the_librarys_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with pytest.raises(BundleError, match="the magic tag does not match. Build it again with: elastic-export trt"):
+        open_session(trt_bundle(tmp_path, content=b"damaged"))
+    assert ("destroy_stream", 7) in gpu.calls
+
+
+def test_without_bindings_or_device_the_refusal_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(MissingError, match=r"and the CUDA bindings are not installed \(pip install cuda-bindings\)"):
+        open_session(trt_bundle(tmp_path), name="trt")
+
+
+def test_on_this_machine_the_real_bindings_say_whether_there_is_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    from elastic_runtime.sessions.trt import gpu
+
+    sm, name = gpu()
+    if sm is not None:
+        pytest.skip(f"there is a GPU here: {name}")
+    with pytest.raises(MissingError, match=f"the engine is for sm 86, 89 and tensorrt_rtx {VERSION}, and there is no CUDA device here"):
+        open_session(trt_bundle(tmp_path), name="trt")
