@@ -19,7 +19,7 @@ from elastic_runtime import Budget, Bundle, MissingError, Session, Span
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import Graph, Manifest, TrtArtifact
 from elastic_runtime.contract.reference import TOLERANCE, axis_feeds
-from elastic_runtime.sessions.session import obstacles, open_artifact
+from elastic_runtime.sessions.opening import obstacles, open_artifact
 
 Arrays = dict[str, np.ndarray]
 GRAPH = "denoiser"

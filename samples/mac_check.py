@@ -22,7 +22,8 @@ import numpy as np
 from elastic_runtime import Bundle, MissingError
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import CoremlArtifact
-from elastic_runtime.contract.reference import axis_feeds, check, tolerance, unpack
+from elastic_runtime.contract.reference import axis_feeds, tolerance, unpack
+from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle
 
 COLUMNS = "{:<34} {:<8} {:<14} {:>9} {:>9} {:>9} {:>5}  {}"

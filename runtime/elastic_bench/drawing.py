@@ -15,7 +15,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import compare
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu import PRESETS, RaluPipeline
-from elastic_runtime.sessions.session import open_session
+from elastic_runtime.sessions.opening import open_session
 
 if TYPE_CHECKING:
     from elastic_bench.measure import Entry

@@ -209,6 +209,7 @@ def _report(entry: Entry, bundle: Bundle, settings: Settings) -> RuntimeReport:
         artifact=runtime.artifact,
         precision=runtime.precision,
         where=loaded.where if loaded else None,
+        processor=loaded.processor if loaded else None,
         missing=entry.missing,
         failure=entry.failure,
         checked=entry.checked,

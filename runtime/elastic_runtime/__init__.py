@@ -29,7 +29,8 @@ from elastic_runtime.errors import (
 from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
 from elastic_runtime.ralu import Caching, Plan, RaluOutput, RaluPipeline, RaluProgress, RaluRecord, fit_plan
 from elastic_runtime.sessions.fake import FakeSession
-from elastic_runtime.sessions.session import Session, open_session
+from elastic_runtime.sessions.opening import open_session
+from elastic_runtime.sessions.session import Session
 
 __all__ = [
     "Auto",

@@ -23,7 +23,8 @@ from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.sampling.fitting import sampler as fitting
 from elastic_runtime.sampling.fitting import start as beginning
 from elastic_runtime.sampling.flow import Loop, Step, after
-from elastic_runtime.sessions.session import Session, open_artifact, open_session
+from elastic_runtime.sessions.opening import open_artifact, open_session
+from elastic_runtime.sessions.session import Session
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]

@@ -25,7 +25,8 @@ from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.denoising.denoiser import Denoiser, Guidance
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
-from elastic_runtime.sessions.session import Session, candidates, open_artifact
+from elastic_runtime.sessions.opening import candidates, open_artifact
+from elastic_runtime.sessions.session import Session
 
 VERSION = 1
 SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
@@ -84,8 +85,7 @@ def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
 def rates(session: Session, device: Device) -> Rates:
     """Peak rates of what the session runs on, before anything was measured."""
     origin = session.origin
-    on_gpu = bool(device.gpus) and (re.search("CUDA", session.where) or (origin is not None and origin.backend in ("trt", "coreml")))
-    return Rates.of(peak(device, "gpu" if on_gpu else "cpu"), origin.artifact.precision if origin else "fp32")
+    return Rates.of(peak(device, session.processor), origin.artifact.precision if origin else "fp32")
 
 
 def load(who: Identity) -> Calibration | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from elastic_runtime.device.record import Cpu, Device, Gpu
+from elastic_runtime.device.record import Cpu, Device, Gpu, Processor
 
 GB, TERA = 1e9, 1e12
 # Where nothing tells a CPU's clock or a machine's memory bandwidth: values that few machines fall short of.
@@ -83,12 +83,15 @@ def listed_peak(entry: Entry) -> Peak:
     return Peak(name=entry.name, flops=flops, bandwidth=entry.bandwidth.value * GB, origin="the catalogue", listed=entry.id)
 
 
-def peak(device: Device, processor: Literal["cpu", "gpu"]) -> Peak:
-    """Peak figures of the CPU or the first GPU of `device`, listed or estimated."""
+def peak(device: Device, processor: Processor) -> Peak:
+    """Peak figures of the CPU or the first GPU of `device`, listed or estimated.
+
+    An NPU, of which mostly nothing is known but its int8 rate, is taken for the GPU beside it; where there is no GPU either, for the CPU.
+    """
     entry = matched(device)
     if entry and (entry.kind == "cpu") == (processor == "cpu"):
         return listed_peak(entry)
-    if processor == "gpu" and device.gpus:
+    if processor != "cpu" and device.gpus:
         return _gpu(device.gpus[0])
     return _cpu(device.cpu)
 

@@ -21,7 +21,8 @@ from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import Plan, full, preset
 from elastic_runtime.sampling.flow import after
 from elastic_runtime.sampling.stages import RaluStep, from_draws, ralu
-from elastic_runtime.sessions.session import Session, batches, obstacles, open_session
+from elastic_runtime.sessions.opening import obstacles, open_session
+from elastic_runtime.sessions.session import Session, batches
 
 # callback(pipe, step_index, sigma, {"latents": tokens (B, S, C)}) -> a dict that may hold other "latents"
 Callback = Callable[["RaluPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]

@@ -10,11 +10,13 @@ import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Graph
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
+from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
-OPENS = ("onnx",)
 PRECISIONS = ("f32", "bf16", "f16")
+PROCESSORS: dict[str, Processor] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
 
 
 def obstacle(artifact: Artifact) -> str | None:
@@ -22,10 +24,6 @@ def obstacle(artifact: Artifact) -> str | None:
     if importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: pip install 'elastic-export[openvino]'"
     return None
-
-
-def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "OpenvinoSession":
-    return OpenvinoSession(bundle, graph, artifact, **options)
 
 
 class OpenvinoSession(Session):
@@ -53,6 +51,7 @@ class OpenvinoSession(Session):
             self._request = core.compile_model(str(bundle.file(artifact.path)), device, settings).create_infer_request()
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
+        self.processor = PROCESSORS[device]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {precision}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -80,3 +79,13 @@ def without_telemetry() -> Iterator[None]:
     finally:
         del sys.modules[name]
         sys.modules.update(before)
+
+
+BACKEND = Backend(
+    name="openvino",
+    opens=("onnx",),
+    obstacle=obstacle,
+    open=OpenvinoSession,
+    threads=True,
+    ways={"openvino": Way("cpu"), "openvino-bf16": Way("cpu", {"precision": "bf16"}, precision="bf16")},
+)

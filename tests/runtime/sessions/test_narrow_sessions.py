@@ -9,7 +9,8 @@ from fakes import manifest, session
 
 from elastic_runtime import Budget, BundleError, Span
 from elastic_runtime.contract.manifest import CoremlArtifact, FileEntry
-from elastic_runtime.contract.reference import check, pack, tolerance
+from elastic_runtime.contract.reference import pack, tolerance
+from elastic_runtime.sessions.checking import check
 
 
 def recorded(*budgets: Budget) -> tuple[Any, dict[str, np.ndarray]]:

@@ -14,7 +14,8 @@ from fakes import manifest, write_bundle
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.contract.bundle import entry, write_manifest
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
-from elastic_runtime.contract.reference import TOLERANCE, check
+from elastic_runtime.contract.reference import TOLERANCE
+from elastic_runtime.sessions.checking import check
 
 # Not importorskip: importing OpenVINO is the backend's affair.
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="these tests run OpenVINO: pip install 'elastic-export[openvino]'")
