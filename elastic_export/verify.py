@@ -77,7 +77,7 @@ def verify_artifact(
     opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
     if opened is None:
         return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
-    limit = tolerance if tolerance is not None else reference.tolerance(artifact)
+    limit = tolerance if tolerance is not None else artifact.tolerance
     rows = []
     with opened as session:
         for row in check(bundle, graph, session, limit, arrays):

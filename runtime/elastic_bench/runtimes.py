@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact
-from elastic_runtime.contract.reference import TOLERANCE, tolerance
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.opening import backends, obstacles, open_artifact, open_session
@@ -75,7 +75,7 @@ class SessionRuntime:
                 decoder = open_session(bundle, "decoder", backend.name, **options)
             except MissingError:  # its pictures are then not timed
                 decoder = None
-        return Opened(denoiser, decoder, max(tolerance(artifact), TOLERANCE[way.precision] if way.precision else 0.0))
+        return Opened(denoiser, decoder, max(artifact.tolerance, PRECISIONS[way.precision].tolerance if way.precision else 0.0))
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:
@@ -83,7 +83,7 @@ def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:
     backend, way = ways()[name]
     artifacts = [artifact for artifact in bundle.manifest.graphs[GRAPH].artifacts if artifact.target in backend.opens]
     if not artifacts:
-        return [SessionRuntime(name, name, None, way.precision or "fp32")]
+        return [SessionRuntime(name, name, None, way.precision or EXACT)]
     several = len(artifacts) > 1
     return [
         SessionRuntime(

@@ -22,6 +22,7 @@ from elastic_runtime.choosing.policy import Choice
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.denoising.denoiser import Denoiser, Guidance
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
@@ -85,7 +86,7 @@ def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
 def rates(session: Session, device: Device) -> Rates:
     """Peak rates of what the session runs on, before anything was measured."""
     origin = session.origin
-    return Rates.of(peak(device, session.processor), origin.artifact.precision if origin else "fp32")
+    return Rates.of(peak(device, session.processor), origin.artifact.precision if origin else EXACT)
 
 
 def load(who: Identity) -> Calibration | None:
@@ -157,11 +158,17 @@ def points(
 def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Each candidate is opened, timed at the largest budget and closed. One that fails to open is left out, and the log says why.
+    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked, and whoever wants
+    that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget and closed. One that fails to open
+    is left out, and the log says why.
     """
-    found, _ = candidates(bundle, graph)
-    if len(found) < 2:
+    able, _ = candidates(bundle, graph)
+    if len(able) < 2:
         return None
+    most_exact = min(artifact.rank for _, artifact in able)
+    found = [(name, artifact) for name, artifact in able if artifact.rank == most_exact]
+    if len(found) == 1:
+        return found[0][0], found[0][1].path
     here = device()
     who = {
         "candidates": [[name, artifact.path, *(file.sha256 for file in artifact.files)] for name, artifact in found],

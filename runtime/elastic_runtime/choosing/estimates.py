@@ -14,6 +14,7 @@ from elastic_runtime.choosing.policy import Choice
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.denoising.denoiser import Guidance
 from elastic_runtime.device import Device, probe
 from elastic_runtime.errors import BudgetError
@@ -92,7 +93,7 @@ class Gauge:
 
     @property
     def _precision(self) -> str:
-        return self.session.origin.artifact.precision if self.session.origin else "fp32"
+        return self.session.origin.artifact.precision if self.session.origin else EXACT
 
     def _measure(self) -> tuple[tuple[Point, ...], float]:
         middle = float(times(self.manifest.model, "", 2)[1])

@@ -11,18 +11,7 @@ import numpy as np
 
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, TensorSpec, Verification
-
-# Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
-TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
-# The same for weights that are stored in fewer bits: no fault of the lowering, but a bound that a broken one would miss.
-COMPRESSED = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
-
-
-def tolerance(artifact: Artifact) -> float:
-    """The bound that an artifact is held to."""
-    compression = artifact.compression if isinstance(artifact, CoremlArtifact) else None
-    return max(TOLERANCE[artifact.precision], COMPRESSED[compression] if compression else 0.0)
+from elastic_runtime.contract.manifest import TensorSpec, Verification
 
 
 def pack(graph: str, feeds: Mapping[str, np.ndarray], outputs: Mapping[Budget, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

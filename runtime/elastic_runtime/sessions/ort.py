@@ -7,6 +7,7 @@ import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Graph
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
@@ -27,8 +28,9 @@ def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
-    if artifact.precision == "bf16":  # found with 1.31: no Gemm, Conv or Attention for bfloat16
-        return "ONNX Runtime has no bfloat16 kernels for these graphs; bf16 is for TensorRT: elastic-export trt BUNDLE"
+    if "ort" not in (able := PRECISIONS[artifact.precision].backends):
+        others = f"which are for {' and '.join(able)}" if able else "and nothing else has yet"
+        return f"ONNX Runtime has no kernels for {artifact.precision} graphs of ours, {others}: open an artifact of another precision"
     return None
 
 

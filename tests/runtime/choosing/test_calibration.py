@@ -3,9 +3,11 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import write_bundle
 from recordings import MACHINES
@@ -13,6 +15,7 @@ from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
 from elastic_runtime.choosing.calibration import fastest, folder, identity, peak_bytes, points, rates
+from elastic_runtime.contract.manifest import CoremlArtifact
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import opening
@@ -180,6 +183,33 @@ def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(
     rooms(monkeypatch, Room("one", machine, 1.0, broken=True), Room("two", machine, 1.0, broken=True))
     with pytest.raises(InferenceError, match="the driver is too old"):
         fastest(bundle, "denoiser", device, machine.clock)
+
+
+def test_fewer_bits_never_win_by_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    graph = bundle.manifest.graphs["denoiser"]
+    (exact,) = graph.artifacts
+    half = msgspec.structs.replace(
+        exact, precision="fp16", files=(msgspec.structs.replace(exact.files[0], path="onnx/denoiser.fp16.onnx"),)
+    )
+    palette = CoremlArtifact(
+        precision="fp16", package="coreml/denoiser.mlpackage", files=exact.files, toolchain={}, deployment_target="iOS18", shapes="range",
+        batch=graph.batch, calls=(), reductions="fp32",
+    )  # fmt: skip
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    slow, fast = Room("slow", machine, 2.0), Room("fast", machine, 1.0)
+    fast.record = replace(fast.record, opens=("coreml",))
+    rooms(monkeypatch, slow, fast)
+
+    def chosen(*artifacts: Any) -> tuple[str, str] | None:
+        bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=artifacts)
+        return fastest(bundle, "denoiser", device, machine.clock)
+
+    assert chosen(half, palette) == ("fast", palette.package)
+    opened = fast.opened
+    assert chosen(half, msgspec.structs.replace(palette, compression="palette4")) == ("slow", half.path)
+    assert chosen(exact, half) == ("slow", exact.path)
+    assert fast.opened == opened, "what cannot be chosen is not measured"
 
 
 def test_measuring_runs_the_denoiser_as_pictures_do() -> None:
