@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from elastic_runtime import Budget, Bundle, ElasticPipeline, PipelineOutput, Session, StepRecord, open_session
+from elastic_runtime import Budget, Bundle, ElasticPipeline, Result, Session, StepRecord, open_session
 from elastic_runtime.sessions.session import Arrays
 from record import machine, versions
 
@@ -52,7 +52,7 @@ class Way:
 
     def draw(self, label: int, options: argparse.Namespace) -> np.ndarray:
         begun = time.perf_counter()
-        result: PipelineOutput = self.pipeline(
+        result: Result = self.pipeline(
             [label] * options.pictures,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from fakes import manifest as elit_manifest
 
-from elastic_runtime import Bundle, FakeSession, Session, Span
-from elastic_runtime.contract.manifest import FileEntry, Graph, Manifest, Model, Patches, TensorSpec, Text, TextEncoder, Vae
+from elastic_runtime import Axis, Bundle, FakeSession, Session, Span
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, Graph, Manifest, Model, Patches, TensorSpec, Text, TextEncoder, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 CHANNELS, SIZE, UPSCALE, WIDTH, POOLED = 4, 2, 4, 6, 5
@@ -63,6 +63,9 @@ def encoder(graph: str, tokenizer: str, length: int, pad: int, *gives: str) -> T
     return TextEncoder(graph=graph, tokenizer=file, max_length=length, pad_token_id=pad, gives=gives)  # type: ignore[arg-type]
 
 
+TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
+
+
 def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None, decoder: bool = True, **graphs: Graph) -> Manifest:
     """A model of 64 x 64 px pictures: latents (4, 16, 16), so 64 tokens."""
     old = elit_manifest()
@@ -81,7 +84,7 @@ def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None
         text=text,
     )
     every = {"denoiser": denoiser_graph(patches)} | ({"decoder": DECODER} if decoder else {}) | graphs
-    return Manifest(schema_version=1, model=model, axes=(), graphs=every, cost=(), provenance=old.provenance)
+    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(TOKENS,), graphs=every, cost=(), provenance=old.provenance)
 
 
 class Opener:

@@ -5,6 +5,7 @@ Weights are read once a run however few latents work on them: below the budget w
 saves arithmetic and no time.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,21 +75,29 @@ class Costs:
     """
 
     def __init__(self, manifest: Manifest, rates: Rates, precision: str = "fp32", points: Iterable[Point] = ()):
-        self._rows = {Budget(**row.budget): Work(row.flops, row.weight_bytes, row.activation_bytes) for row in manifest.cost}
+        self._table = {Budget(**row.budget): Work(row.flops, row.weight_bytes, row.activation_bytes) for row in manifest.cost}
+        self._rows = dict(self._table)  # and those between, as they are asked for
+        self._quadratic = any(axis.carrier == "shape" for axis in manifest.axes)  # attention over all tokens, exactly
         self._bytes = HALF.get(precision, 1.0)
         self.rates = rates
         self.points = tuple(points)
         self._lines = {name: self._by_batch(name) for name in ("seconds", "growth")}
 
     def work(self, budget: Budget) -> Work:
-        """FLOPs and bytes of a budget; between rows of the manifest's table, a straight line between the nearest."""
-        if budget in self._rows or not self._rows:
-            return self._rows.get(budget, Work(0.0, 0.0, 0.0))
+        """FLOPs and bytes of a budget; between rows of the manifest's table a straight line, or for a picture's own tokens a parabola."""
+        if budget not in self._rows:
+            self._rows[budget] = self._between(budget) if self._table else Work(0.0, 0.0, 0.0)
+        return self._rows[budget]
+
+    def _between(self, budget: Budget) -> Work:
         size = _size(budget)
-        rows = sorted(self._rows.items(), key=lambda row: _size(row[0]))
-        sizes = [_size(each) for each, _ in rows]
-        columns = ("flops", "weight_bytes", "activation_bytes")
-        return Work(*(float(np.interp(size, sizes, [getattr(work, name) for _, work in rows])) for name in columns))
+        rows = sorted(self._table, key=_size)
+        sizes, table = [_size(row) for row in rows], [self._table[row] for row in rows]
+        columns = [[getattr(work, name) for work in table] for name in ("flops", "weight_bytes", "activation_bytes")]
+        if self._quadratic and len(sizes) > 2:
+            places = [0, len(sizes) // 2, -1]
+            return Work(*(_parabola([sizes[i] for i in places], [column[i] for i in places], size) for column in columns))
+        return Work(*(float(np.interp(size, sizes, column)) for column in columns))
 
     def seconds(self, budget: Budget, batch: int) -> float:
         """Predicted seconds of one run of `batch` samples."""
@@ -127,6 +136,12 @@ def roofline(work: Work, batch: int, rates: Rates, share: float = 1.0) -> float:
 
 def _size(budget: Mapping[str, int]) -> float:
     return float(np.prod([float(value) for value in budget.values()])) if budget else 1.0
+
+
+def _parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """The parabola through three points, at `at` (Lagrange)."""
+    terms = (y[i] * math.prod((at - x[j]) / (x[i] - x[j]) for j in range(3) if j != i) for i in range(3))
+    return float(sum(terms))
 
 
 def _over_batches(lines: dict[int, tuple[np.ndarray, np.ndarray]], flops: float, batch: int) -> float:

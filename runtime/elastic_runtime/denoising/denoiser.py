@@ -1,43 +1,16 @@
-"""From a session to a guided prediction: the feeds of a budget, batches, and the branches of guidance."""
+"""From a session to a guided prediction of pictures of classes: the feeds of a budget, batches, and the branches of guidance."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elastic_runtime.choosing.policy import Choice
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
+from elastic_runtime.denoising.guidance import Branches, Guidance
 from elastic_runtime.denoising.router import Routed, Routing, Slots, compiled, fraction
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.sessions.session import Arrays, Session, batches
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """`v_weak + scale * (v_cond - v_weak)` for times in [low, high]; elsewhere the conditional prediction alone.
-
-    Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label (classifier-free
-    guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller budget only). With a smaller
-    budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv 2603.06351).
-    """
-
-    scale: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
-    auto: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
-            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-                raise UsageError(f"{name} is a number, got {value!r}")
-        if not self.scale >= 1.0 or self.scale == float("inf"):
-            raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise UsageError(f"the guidance interval must lie in 0 to 1 and rise, got {self.low} to {self.high}")
-
-    def active(self, time: float) -> bool:
-        return self.scale > 1.0 and self.low <= time <= self.high
 
 
 @dataclass(frozen=True)
@@ -89,21 +62,28 @@ class Denoiser:
             return Routing(drop, weak)
         return Routing(drop, weak, *(Slots.of(self._slots, self._session.budgets, each) for each in (drop, weak)))
 
-    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, choice: Choice, routing: Routing) -> Answer:
+    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, branches: Branches, routing: Routing) -> Answer:
         """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same size."""
         model = self._manifest.model
-        strong = self._branch(labels, choice.budget, routing.drop, routing.slots)
-        same = guidance.auto and choice.guidance_budget == choice.budget and routing.guidance_drop == routing.drop
+        strong = self._branch(labels, branches.strong, routing.drop, routing.slots)
+        same = guidance.auto and branches.weak == branches.strong and routing.guidance_drop == routing.drop
         if same or not guidance.active(model.schedule.share(time)):
             ((prediction, routed),) = self._predict(x, time, [strong])
             return Answer(prediction, routed)
         weak_labels = labels if guidance.auto else np.full_like(labels, model.null_label)
-        weak = self._branch(weak_labels, choice.guidance_budget, routing.guidance_drop, routing.guidance_slots)
+        weak = self._branch(weak_labels, branches.weak, routing.guidance_drop, routing.guidance_slots)
         (prediction, routed), (low, low_routed) = self._predict(x, time, [strong, weak])
         # A variance is no direction to guide in: it is the conditional branch's, as are the channels that the model leaves out.
         guided = model.guided_channels or (model.sample_shape[0] if model.learned_variance else None)
         prediction[:, :guided] = low[:, :guided] + guidance.scale * (prediction[:, :guided] - low[:, :guided])
         return Answer(prediction, routed, low_routed)
+
+    def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+        """Run once on `batch` samples of noise, as an unguided step does."""
+        model = self._manifest.model
+        shape = (batch, *model.sample_shape)
+        x = np.zeros(shape, dtype=np.int64) if model.tokens else source.standard_normal(shape)
+        self.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Branches(budget, budget), self.routing())
 
     def _branch(self, labels: np.ndarray, budget: Budget, drop: float, slots: Slots | None) -> Branch:
         if slots:

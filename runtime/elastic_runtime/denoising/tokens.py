@@ -1,11 +1,13 @@
 """From a session to a guided prediction over tokens with positions: FLUX and SD3 in diffusers' words."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from elastic_runtime.contract.manifest import Patches
-from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sessions.session import Session, batches
 
@@ -62,6 +64,20 @@ class TokenDenoiser:
             halves = np.split(self._predict(np.concatenate([x[part]] * len(branches)), ids, sigma, hidden, pooled), len(branches))
             predicted.append(halves[-1] + guidance.scale * (halves[0] - halves[-1]) if len(halves) > 1 else halves[0])
         return np.concatenate(predicted)
+
+    def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+        """Run once on `batch` samples of noise with as many tokens as `budget` says and the longest text, as an unguided step does."""
+        specs = {spec.name: spec.shape for spec in self._session.graph.inputs}
+        spans = self._session.graph.dimensions
+        text, wide = specs["encoder_hidden_states"][1:]
+        length = spans[text].max if isinstance(text, str) else text
+        tokens, values = budget["tokens"], int(specs["hidden_states"][-1])
+        conditions = Conditions(
+            np.zeros((batch, length, int(wide)), np.float32), np.zeros((batch, int(specs["pooled_projections"][-1])), np.float32)
+        )
+        side = math.isqrt(tokens)
+        x, positions = source.standard_normal((batch, tokens, values)), np.zeros((batch, tokens, 2))
+        self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, ids: np.ndarray, sigma: float, hidden: np.ndarray, pooled: np.ndarray) -> np.ndarray:
         """It takes as few runs as the session's batch span allows."""

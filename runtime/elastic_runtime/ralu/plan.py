@@ -5,13 +5,14 @@ patches with the most edges, then all of them. A plan of one stage is plain full
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import whole_steps
 from elastic_runtime.errors import UsageError
 
@@ -25,6 +26,7 @@ class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
     On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is nothing.
+    `shift` says how its steps are spaced.
     """
 
     start: float
@@ -32,10 +34,15 @@ class Stage:
     sigmas: tuple[float, ...]
     alpha: float
     beta: float
+    shift: float = 1.0
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
+        """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
+        return sigmas(self.start if sigma is None else 1.0 - sigma, self.end, steps, self.shift)
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,19 @@ class Plan:
         """The stages in order, with the sigmas that each visits."""
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
-            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta))
+            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta, shift))
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
+
+    def spread(self, total: int) -> "Plan":
+        """The same stages in `total` steps, shared out as they are now, at least one a stage.
+
+        Raises: UsageError for fewer steps than stages.
+        """
+        if total < len(self.steps):
+            raise UsageError(f"a plan of {len(self.steps)} stages takes at least as many steps, got {total}")
+        return replace(self, steps=shares(self.steps, total))
 
     def grown(self, patches: int) -> int:
         """How many of `patches` low-resolution patches grow in the mixed stage.
@@ -125,6 +141,16 @@ class Plan:
     def step_tokens(self, height: int, width: int) -> tuple[int, ...]:
         """Image tokens of each step."""
         return tuple(count for count, steps in zip(self.tokens(height, width), self.steps, strict=True) for _ in range(steps))
+
+
+def shares(weights: Sequence[int], total: int) -> tuple[int, ...]:
+    """`total` whole numbers in proportion to `weights`, none below one: the largest remainders are rounded up."""
+    rest, whole = total - len(weights), sum(weights)
+    exact = [rest * weight / whole for weight in weights]
+    counts = [int(share) for share in exact]
+    for index in sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])[: rest - sum(counts)]:
+        counts[index] += 1
+    return tuple(1 + count for count in counts)
 
 
 def restart(end: float, z: float) -> tuple[float, float, float]:
@@ -187,9 +213,12 @@ def _is_number(value: Any) -> bool:
 
 # The authors' plans for FLUX.1-dev, named for how much less they compute than 50 plain steps.
 PRESETS = {
-    "4x": Plan((5, 6, 7), (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317, 0.3),
-    "7x": Plan((2, 3, 5), (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261, 0.1),
+    "4x": Plan(OWN_STEPS["4x"], (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317, 0.3),
+    "7x": Plan(OWN_STEPS["7x"], (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261, 0.1),
 }
+
+
+FULL = "full"
 
 
 def preset(name: str) -> Plan:
