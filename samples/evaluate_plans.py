@@ -108,8 +108,12 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
         found.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
-    names = ("plan", "accuracy", "frechet_distance")
-    quality = [{"budget": {}} | {name: row[name] for name in names} for row in found if ABLATION not in row["plan"]]
+    names = ("steps", "accuracy", "frechet_distance")
+    quality = [
+        {"budget": {}, "plan": row["plan"].partition(",")[0]} | {name: row[name] for name in names}
+        for row in found
+        if ABLATION not in row["plan"]
+    ]
     evaluation = {
         "protocol": asdict(protocol),
         "real": grader.real,

@@ -93,13 +93,12 @@ def trials(entries: "list[Entry]", bundle: Bundle, ways: list[Drawing], settings
 
 
 def plan_budgets(bundle: Bundle, name: str) -> tuple[Budget, ...]:
-    """What a preset asks of the denoiser, a budget for each of its stages; nothing where the bundle's own picture does not take it."""
+    """What `full` or a preset asks of the denoiser, a budget for each stage; nothing where the bundle's own picture does not take it."""
     try:
         drawing = RaluPipeline(bundle, partial(open_session, bundle)).drawing(name)  # which opens nothing
     except UsageError:
         return ()
-    whole = Budget(**bundle.manifest.cost[-1].budget)
-    return tuple(Budget(**{**whole, "S": count}) for count in drawing.plan.tokens(*drawing.size))
+    return tuple(Budget(tokens=count) for count in drawing.plan.tokens(*drawing.size))
 
 
 def _plan(way: Drawing, bundle: Bundle) -> str | None:

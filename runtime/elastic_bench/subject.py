@@ -185,7 +185,8 @@ class Subject:
         graph = self._bundle.manifest.graphs[GRAPH]
         batched = {spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"}
         feeds = {name: array[rows % len(array)] if name in batched else array for name, array in self._feeds.items()}
-        return cut(graph.inputs, feeds, budget) | axis_feeds(self._bundle.manifest.axes, budget)
+        axes = self._bundle.manifest.axes
+        return cut(graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
 
 
 def drawable(bundle: Bundle) -> bool:

@@ -64,8 +64,9 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
     assert all(rows[name]["accuracy"] == 1 for name in rows if "7x" not in name)
     assert rows["7x"]["accuracy"] < 0.7
     assert rows["7x"]["frechet_distance"] > rows["4x"]["frechet_distance"]
-    assert {row["plan"] for row in figures["quality"]} == {name for name in rows if "without" not in name}
-    assert all(Quality(**row).where == row["plan"] for row in figures["quality"])
+    graded = [msgspec.convert(row, Quality) for row in figures["quality"]]
+    assert {row.where for row in graded} == {name for name in rows if "without" not in name}
+    assert all(list(row.steps or ()) == rows[row.where]["steps"] for row in graded)
     assert rows["4x"]["tokens"] == [256, 256 + 3 * 76, 1024]
     assert (rows["4x"]["steps"], rows["full, 3 steps"]["steps"]) == ([5, 6, 7], [3])
     assert all(row["milliseconds"] > 0 for row in rows.values())

@@ -13,7 +13,9 @@ from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
 from elastic_runtime.errors import BundleError, ElasticError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Steps by stage that a plan of this name has where none are said: the presets'.
+OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
 R = TypeVar("R")
 
 
@@ -297,17 +299,26 @@ class Cost(_Record, frozen=True, kw_only=True):
 
 
 class Quality(_Record, frozen=True, kw_only=True):
-    """What the model card measured at a budget, or along a plan that it names (see the card for the protocol)."""
+    """What the model card measured at a budget, or along a plan of `steps` by stage (see the card for the protocol)."""
 
     budget: dict[str, int]
     accuracy: float
     frechet_distance: float
     plan: str | None = None
+    steps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.plan is None:
+            raise ValueError(f"`steps` are a plan's, got {list(self.steps)} without `plan`")
 
     @property
     def where(self) -> str:
-        """The plan, or the budget as in `budget.key`."""
-        return self.plan or key(self.budget)
+        """The plan, with its steps unless they are the preset's own, or the budget as in `budget.key`."""
+        if self.plan is None:
+            return key(self.budget)
+        if self.steps is None or self.steps == OWN_STEPS.get(self.plan):
+            return self.plan
+        return f"{self.plan}, {'+'.join(map(str, self.steps))} steps"
 
 
 class Provenance(_Record, frozen=True, kw_only=True):
@@ -366,18 +377,39 @@ class Manifest(_Record, frozen=True, kw_only=True):
 
 
 def decode(text: bytes, where: str) -> Manifest:
-    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong."""
-    return read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", "export the bundle again", BundleError)
+    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
+
+    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their axis.
+    """
+    again = "export the bundle again"
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
+    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+        raise BundleError(
+            f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
+        )
+    return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
 
 
-def read_record(text: bytes, where: str, kind: type[R], version: int, what: str, again: str, error: type[ElasticError]) -> R:
-    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`."""
+def read_record(
+    text: bytes,
+    where: str,
+    kind: type[R],
+    version: int,
+    what: str,
+    again: str,
+    error: type[ElasticError],
+    older: tuple[int, ...] = (),
+) -> R:
+    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`.
+
+    `older` versions are read by the same fields.
+    """
     advice = again[0].upper() + again[1:]
     try:
         found = msgspec.json.decode(text).get("schema_version")
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
         raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
-    if found != version:
+    if found != version and found not in older:
         newer = isinstance(found, int) and found > version
         way = "upgrade with: pip install -U elastic-export" if newer else again
         raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")

@@ -356,7 +356,7 @@ class RaluPipeline:
 def _check_session(session: Session, drawing: Drawing, count: int, guidance: Guidance) -> None:
     """Raise BudgetError, before anything is drawn, unless the session takes each stage's tokens and the batches that will run."""
     if session.budgets is not None:
-        compiled = sorted({budget["S"] for budget in session.budgets if "S" in budget})
+        compiled = sorted({budget["tokens"] for budget in session.budgets if "tokens" in budget})
         if missing := [tokens for tokens in drawing.plan.tokens(*drawing.size) if compiled and tokens not in compiled]:
             wider = ",".join(map(str, sorted({*compiled, *missing})))
             raise BudgetError(

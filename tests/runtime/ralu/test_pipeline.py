@@ -313,7 +313,7 @@ def test_what_the_session_was_compiled_for_is_checked_before_the_first_step() ->
     pipe, opener = pipeline()
     session = opener("denoiser")
     pipe._sessions["denoiser"] = session
-    session.budgets = tuple(Budget(S=count, T=3) for count in (16, 19, 64))
+    session.budgets = tuple(Budget(tokens=count, T=3) for count in (16, 19, 64))
     with pytest.raises(BudgetError, match=r"for 16, 19, 64 image tokens, and a stage of the plan needs 28: .* --budgets 16,19,28,64"):
         pipe(**EMBEDS, plan="4x")
     assert not opener.calls("denoiser")
