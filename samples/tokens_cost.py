@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> None:
     bundle, console = Bundle.open(options.bundle), Console(width=160)
     axis, batch = bundle.manifest.axis("tokens"), bundle.manifest.graphs["denoiser"].batch
     with open_session(bundle, threads=options.threads, spinning=False) as session:
-        ways = [Way(ElasticPipeline(bundle, each)) for each in (session, AllSlots(session, Budget(tokens=axis.max)))]
+        ways = [Way(ElasticPipeline(bundle, {"denoiser": each})) for each in (session, AllSlots(session, Budget(tokens=axis.max)))]
         measure(ways, bundle.manifest.model.num_classes, options)
     sized, whole = ways
     a, b = (statistics.median(way.seconds) for way in ways)

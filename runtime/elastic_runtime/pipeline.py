@@ -39,9 +39,10 @@ Subject = str | int | Sequence[str] | Sequence[int]
 class ElasticPipeline:
     """Pictures from a bundle of any kind. Close it, or use it in a `with` block.
 
-    `open_graph(name)` opens a graph of the bundle when it is first needed; text encoders one after the other, each closed before the next,
-    and before the denoiser. Several threads may draw with one pipeline at once: each drawing has its own state, and what they share (the
-    sessions, and what was measured of them) is safe. Which session runs on several threads at a time, its backend says.
+    `open_graph(name)` opens a graph of the bundle when it is first needed; text encoders one after the other, each
+    closed before the next, and before the denoiser. Several threads may draw with one pipeline at once: each drawing
+    has its own state, and what they share (the sessions, and what was measured of them) is safe. Which session runs on
+    several threads at a time, its backend says.
     """
 
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Session] | Mapping[str, Session], clock: Clock = time.perf_counter):
@@ -55,7 +56,8 @@ class ElasticPipeline:
     def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
         """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
 
-        Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is taken.
+        Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is
+        taken.
 
         Raises: BundleError, and MissingError where nothing here can run its denoiser.
         """
@@ -97,7 +99,8 @@ class ElasticPipeline:
             self.__dict__.pop("gauge", None)
 
     def session(self, graph: str) -> Session:
-        """The open session of a graph of the bundle, opened now if it is the first time; a text encoder is the caller's to close."""
+        """The open session of a graph of the bundle, opened now if it is the first time; a text encoder is the caller's
+        to close."""
         with self._lock:
             if graph in self._sessions:
                 return self._sessions[graph]
@@ -155,12 +158,14 @@ class ElasticPipeline:
     ) -> Result:
         """Draw a picture for each class label or prompt.
 
-        `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of `Request`;
-        besides, `generator` is a source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called
-        as `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other "latents"; ddpm
-        and ddim add "denoised", the picture that the model saw in the state before, and a router adds "mask", the tokens it kept, bool (B, L).
+        `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of
+        `Request`; besides, `generator` is a source of all noise, or one for each picture, in place of seeds, and
+        `callback_on_step_end` is called as `callback(pipe, step_index, timestep, {"latents": state})` after each step,
+        and may return a dict with other "latents"; ddpm and ddim add "denoised", the picture that the model saw in the
+        state before, and a router adds "mask", the tokens it kept, bool (B, L).
 
-        Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not finite.
+        Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not
+        finite.
         """
         names = ("class_labels", "prompt")
         if subject is not None:
@@ -230,7 +235,8 @@ class ElasticPipeline:
     def iterate(self, request: Request, *, generator: Generators | None = None) -> Generator[Progress, np.ndarray | None, None]:
         """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state.
 
-        Whether `output_type` asks for pictures tells a policy that keeps to a time if the last state is to become some, which takes time.
+        Whether `output_type` asks for pictures tells a policy that keeps to a time if the last state is to become some,
+        which takes time.
         """
         steps, replacement = self._iterate(self._drawing(request, generator), self._clock(), self._measuring), None
         while True:
@@ -241,7 +247,8 @@ class ElasticPipeline:
             replacement = yield progress
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
-        """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the pixels."""
+        """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the
+        pixels."""
         return latents if output_type == "latent" else pictures(self.decode(latents), output_type)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -261,10 +268,9 @@ class ElasticPipeline:
             raise UsageError(why)  # not after minutes of denoising
         return BudgetDrawing(self.bundle, request, generator)
 
-    def _iterate(
-        self, drawing: Drawing, begun: float, measuring: float
-    ) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
-        """The one loop: every step is chosen for, taken, recorded and checked here. `begun` is when the pictures were asked for."""
+    def _iterate(self, drawing: Drawing, begun: float, measuring: float) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
+        """The one loop: every step is chosen for, taken, recorded and checked here. `begun` is when the pictures were
+        asked for."""
         drawing.prepare(self.session)
         gauge, policy = self.gauge, drawing.policy()
         state = policy.init(drawing.outlook(gauge, finishes=drawing.request.output_type != "latent"))
@@ -304,6 +310,12 @@ class ElasticPipeline:
         picture = self.decode(np.zeros((1, channels, height // 2, width // 2)))
         size = model.patches.size if model.patches else 1
         edge_scores(picture, size * (model.vae.upscale if model.vae else 1))
+
+
+def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
+    """Fields of a request that a bundle's kind of model does not take, and how it draws, in words."""
+    drawing = PlanDrawing if bundle.manifest.model.patches else BudgetDrawing
+    return drawing.unfit, drawing.kind
 
 
 class _Opener:

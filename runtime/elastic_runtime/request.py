@@ -1,12 +1,13 @@
 """What is to be drawn and how, as a record; and what was drawn.
 
-A request is JSON for the command line, a server and a picture's metadata: `to_json` writes it, `from_json` reads it strictly.
+A request is JSON for the command line, a server and a picture's metadata: `to_json` writes it, `from_json` reads it
+strictly.
 """
 
 import base64
 import io
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,21 +29,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """A drawing in diffusers' words. What a field does not say is left to the bundle.
 
     What to draw, in one of three ways:
-        class_labels: classes, 0 to num_classes - 1. prompt: texts, which the bundle's text encoders read; with negative_prompt, what
-        guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds (B, P), and their negative ones.
-        num_images_per_prompt: pictures of each.
+        class_labels: classes, 0 to num_classes - 1. prompt: texts, which the bundle's text encoders read; with
+        negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
+        (B, P), and their negative ones. num_images_per_prompt: pictures of each.
     How:
         num_inference_steps: denoising steps (20); of a model that is drawn along plans those of plan `full`.
-        guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in. true_cfg_scale:
-        classifier-free guidance on top of a distilled one. guidance_interval: times between which guidance acts (1 is pure noise).
-        autoguidance: the weak branch keeps the label and differs by its smaller budget. sampler, temperature: see `sampling.fitting`.
-        height, width: in pixels, for models that take any size. plan: `4x`, `7x`, `full`, or a `Plan`. caching: steps whose prediction
-        is extrapolated.
+        guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
+        true_cfg_scale: classifier-free guidance on top of a distilled one. guidance_interval: times between which
+        guidance acts (1 is pure noise). autoguidance: the weak branch keeps the label and differs by its smaller
+        budget. sampler, temperature: see `sampling.fitting`. height, width: in pixels, for models that take any size.
+        plan: `4x`, `7x`, `full`, or a `Plan`. caching: steps whose prediction is extrapolated.
     What chooses:
-        budget, guidance_budget: points on the bundle's axes; or policy, asked before each step. drop_fraction, guidance_drop_fraction:
-        shares of a router's kept tokens to drop.
-    seeds: one a picture, or one to count up from; the same seed gives the same picture, alone and in any batch. noise: initial noise
-    (B, C, h, w) in their place. output_type: pil, np or latent.
+        budget, guidance_budget: points on the bundle's axes; or policy, asked before each step. drop_fraction,
+        guidance_drop_fraction: shares of a router's kept tokens to drop.
+    seeds: one a picture, or one to count up from; the same seed gives the same picture, alone and in any batch. noise:
+    initial noise (B, C, h, w) in their place. output_type: pil, np or latent.
     """
 
     class_labels: int | tuple[int, ...] | None = None
@@ -93,11 +94,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class StepRecord:
     """What one step used: its times, the budgets of its branches (None where a branch did not run) and its seconds.
 
-    `stage` counts a plan's stages from 0; its first step's seconds include what led to it: the preview, its edges, growing and noise.
-    `computed` is false where caching stood in for the network.
+    `stage` counts a plan's stages from 0; its first step's seconds include what led to it: the preview, its edges,
+    growing and noise. `computed` is false where caching stood in for the network.
 
-    Where a router keeps as many tokens as the picture needs (DC-DiT), `kept` are those of each picture and `slots` how many there was
-    room for, which a budget caps: where `kept` is more, the cap bit. Runs that had to be done again are counted in `reruns`.
+    Where a router keeps as many tokens as the picture needs (DC-DiT), `kept` are those of each picture and `slots` how
+    many there was room for, which a budget caps: where `kept` is more, the cap bit. Runs that had to be done again are
+    counted in `reruns`.
 
     `predicted` is what the cost model gave it, where the policy asked; `reason` is why the policy chose these budgets.
     """
@@ -121,7 +123,8 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Progress:
-    """A step with its record, as `ElasticPipeline.iterate` yields it; `mask` tells which tokens a router kept, bool (B, L)."""
+    """A step with its record, as `ElasticPipeline.iterate` yields it; `mask` tells which tokens a router kept, bool (B,
+    L)."""
 
     step: Step
     record: StepRecord
@@ -132,9 +135,10 @@ class Progress:
 class Result:
     """What was drawn.
 
-    `images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W). `steps` tells what was spent. `seconds` is
-    the time from the call to the pictures, without what a first call takes to calibrate. `plan` is the one that was drawn along, in the steps
-    that it took. `request` draws the same pictures again: its seeds and what the policy chose are in it.
+    `images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W). `steps` tells what was
+    spent. `seconds` is the time from the call to the pictures, without what a first call takes to calibrate. `plan` is
+    the one that was drawn along, in the steps that it took. `request` draws the same pictures again: its seeds and what
+    the policy chose are in it.
     """
 
     images: Any

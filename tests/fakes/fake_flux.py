@@ -15,6 +15,7 @@ CHANNELS, SIZE, UPSCALE, WIDTH, POOLED = 4, 2, 4, 6, 5
 # velocity(feeds) -> (B, S, C): what a fake denoiser computes
 Field = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
+TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
 FLUX = Patches(size=SIZE, positions="img_ids", guidance_embeds=True)
 SCHNELL = Patches(size=SIZE, positions="img_ids")
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
@@ -61,9 +62,6 @@ def encoder_graph(length: int, **outputs: tuple[int | str, ...]) -> Graph:
 def encoder(graph: str, tokenizer: str, length: int, pad: int, *gives: str) -> TextEncoder:
     file = FileEntry(path=tokenizer, bytes=0, sha256="")
     return TextEncoder(graph=graph, tokenizer=file, max_length=length, pad_token_id=pad, gives=gives)  # type: ignore[arg-type]
-
-
-TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
 
 
 def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None, decoder: bool = True, **graphs: Graph) -> Manifest:

@@ -36,7 +36,8 @@ class BudgetOutlook(Outlook):
         return ([flops for flops, _ in rows], [accuracy / best for _, accuracy in rows]) if best > 0 else None
 
     def quality(self, option: Option) -> float:
-        """A straight line in FLOPs between the table's rows and level beyond them; without one the share of the largest's FLOPs."""
+        """A straight line in FLOPs between the table's rows and level beyond them; without one the share of the
+        largest's FLOPs."""
         budget, flops = option.budget, self._flops(option.budget)
         if self._accuracy is None:
             most = self._flops(self.gauge.budgets[-1])

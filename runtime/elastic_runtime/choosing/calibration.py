@@ -1,7 +1,8 @@
-"""A few seconds of measuring that correct the cost model, kept in the user's cache, and the choice between several artifacts.
+"""A few seconds of measuring that correct the cost model, kept in the user's cache, and the choice between several
+artifacts.
 
-A calibration belongs to one artifact, backend, version, device, power mode and set of session options: change any of them and another
-one is made. A damaged file is made again, and the log says so.
+A calibration belongs to one artifact, backend, version, device, power mode and set of session options: change any of
+them and another one is made. A damaged file is made again, and the log says so.
 """
 
 import datetime
@@ -44,7 +45,8 @@ Identity = dict[str, Any]
 
 
 class Measured(NamedTuple):
-    """Points of one run each, and seconds a picture: from its last step to the picture, and into the later stages of a plan."""
+    """Points of one run each, and seconds a picture: from its last step to the picture, and into the later stages of a
+    plan."""
 
     points: tuple[Point, ...]
     finish: float
@@ -54,8 +56,8 @@ class Measured(NamedTuple):
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What was measured and for whom.
 
-    `finish` is seconds a picture from its last step to the picture: decoder and conversion. `preview` is those that a plan takes between
-    its stages: the decoder at half the sides, edges, and noise.
+    `finish` is seconds a picture from its last step to the picture: decoder and conversion. `preview` is those that a
+    plan takes between its stages: the decoder at half the sides, edges, and noise.
     """
 
     version: int
@@ -125,9 +127,11 @@ def calibrate(who: Identity, measure: Callable[[], Measured]) -> Calibration:
 
 
 def offered(axes: Sequence[Axis], session: Session) -> list[Budget]:
-    """Budgets of a session, at most about `MOST`: every one, or evenly chosen ones with the ends and the default of each axis.
+    """Budgets of a session, at most about `MOST`: every one, or evenly chosen ones with the ends and the default of
+    each axis.
 
-    Where an axis is carried by a picture's own tokens, they are those of the stages of RALU's plans at the largest picture.
+    Where an axis is carried by a picture's own tokens, they are those of the stages of RALU's plans at the largest
+    picture.
     """
     if session.budgets is not None:
         return [Budget(**{axis.name: budget[axis.name] for axis in axes}) for budget in session.budgets]
@@ -150,11 +154,13 @@ def points(
     session: Session, manifest: Manifest, budgets: Sequence[Budget], clock: Clock, time: float | None = None, opened: int | None = None,
     seconds: float = SECONDS,
 ) -> tuple[Point, ...]:  # fmt: skip
-    """Measure one run at the ends and the middle of `budgets`, in batches of the session's smallest and its double (guidance).
+    """Measure one run at the ends and the middle of `budgets`, in batches of the session's smallest and its double
+    (guidance).
 
-    Rounds visit every point in turn, so that a drifting machine slows all alike; of two runs in a row the second counts, as in a
-    picture a step follows a step. A model so large that a run takes longer than `PATIENCE` is run no larger than that. `time` is what
-    the model is told, by default the middle of the schedule; `opened` is the process's peak memory when the session was opened.
+    Rounds visit every point in turn, so that a drifting machine slows all alike; of two runs in a row the second
+    counts, as in a picture a step follows a step. A model so large that a run takes longer than `PATIENCE` is run no
+    larger than that. `time` is what the model is told, by default the middle of the schedule; `opened` is the process's
+    peak memory when the session was opened.
     """
     denoiser, source = evaluator(session, manifest), np.random.default_rng(0)
     moment = middle(manifest.model) if time is None else time
@@ -203,7 +209,8 @@ def middle(model: Model) -> float:
 def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Each candidate is opened, timed at the largest budget and closed. One that fails to open is left out, and the log says why.
+    Each candidate is opened, timed at the largest budget and closed. One that fails to open is left out, and the log
+    says why.
     """
     found, _ = candidates(bundle, graph)
     if len(found) < 2:
@@ -288,7 +295,9 @@ def _load(who: Identity, prefix: str, kind: type[Kept]) -> Kept | None:
 
 
 def _sound(kept: Calibration) -> bool:
-    return bool(kept.points) and kept.finish >= 0 and kept.preview >= 0 and all(point.seconds > 0 and point.batch > 0 for point in kept.points)
+    return (
+        bool(kept.points) and kept.finish >= 0 and kept.preview >= 0 and all(point.seconds > 0 and point.batch > 0 for point in kept.points)
+    )
 
 
 def _store(found: Calibration | Chosen, prefix: str) -> None:

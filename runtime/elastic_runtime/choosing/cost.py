@@ -1,12 +1,12 @@
 """What a budget costs, as pure functions: time by the roofline of a device, corrected by measured points, and memory.
 
-A step of `batch` samples takes `overhead + max(FLOPs / (peak x efficiency), bytes / bandwidth)` (the roofline model, Williams et al. 2009).
-Weights are read once a run however few latents work on them: below the budget where both terms are equal, the knee, a smaller budget
-saves arithmetic and no time.
+A step of `batch` samples takes `overhead + max(FLOPs / (peak x efficiency), bytes / bandwidth)` (the roofline model,
+Williams et al. 2009). Weights are read once a run however few latents work on them: below the budget where both terms
+are equal, the knee, a smaller budget saves arithmetic and no time.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.device import Peak
+from elastic_runtime.ralu.plan import Plan
 
 # Share of the peak rate that the matrix products of these graphs reach in a well-tuned runtime: 0.3 for small models, 0.7 for large ones.
 EFFICIENCY = 0.5
@@ -41,7 +42,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a processor gives a runtime: FLOP/s at best, the share of it that is reached, bytes a second, seconds a run."""
+    """What a processor gives a runtime: FLOP/s at best, the share of it that is reached, bytes a second, seconds a
+    run."""
 
     flops: float
     bandwidth: float
@@ -60,7 +62,8 @@ class Rates:
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One measured run: seconds, and the bytes by which the process's peak memory had grown since the session was opened."""
+    """One measured run: seconds, and the bytes by which the process's peak memory had grown since the session was
+    opened."""
 
     budget: dict[str, int]
     batch: int
@@ -71,7 +74,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Costs:
     """Predictions for one graph of a bundle, on one device: by measured `points` where there are some, else by `rates`.
 
-    Between measured budgets time is a straight line in FLOPs, and between or beyond measured batches a straight line in the batch.
+    Between measured budgets time is a straight line in FLOPs, and between or beyond measured batches a straight line in
+    the batch.
     """
 
     def __init__(self, manifest: Manifest, rates: Rates, precision: str = "fp32", points: Iterable[Point] = ()):
@@ -84,7 +88,8 @@ class Costs:
         self._lines = {name: self._by_batch(name) for name in ("seconds", "growth")}
 
     def work(self, budget: Budget) -> Work:
-        """FLOPs and bytes of a budget; between rows of the manifest's table a straight line, or for a picture's own tokens a parabola."""
+        """FLOPs and bytes of a budget; between rows of the manifest's table a straight line, or for a picture's own
+        tokens a parabola."""
         if budget not in self._rows:
             self._rows[budget] = self._between(budget) if self._table else Work(0.0, 0.0, 0.0)
         return self._rows[budget]
@@ -166,8 +171,21 @@ def _line(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return float(y[a] + (y[b] - y[a]) / (x[b] - x[a]) * (at - x[a]))
 
 
+def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: Container[int] = frozenset()) -> int:
+    """FLOPs of a picture of `size` (rows, columns) of full-resolution tokens along a plan, one sample and one branch of
+    guidance.
+
+    Text encoders and the decoder are not counted; `skipped` steps cost nothing. It comes from the manifest's cost
+    table.
+    """
+    work = Costs(manifest, Rates(1.0, 1.0)).work
+    tokens = plan.step_tokens(*size)
+    return round(sum(work(Budget(tokens=count)).flops for step, count in enumerate(tokens) if step not in skipped))
+
+
 def forecast(manifest: Manifest, peak: Peak, precision: str = "fp16") -> dict[str, Any]:
-    """What a step of one sample takes at best on a device that is not here: `{"seconds": {budget: ...}, "knee", "tokens"}`.
+    """What a step of one sample takes at best on a device that is not here: `{"seconds": {budget: ...}, "knee",
+    "tokens"}`.
 
     `tokens` is K*, below which the blocks' weights take longer to read than their arithmetic does, whatever the model.
     """

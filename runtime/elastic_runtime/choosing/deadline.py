@@ -19,9 +19,11 @@ RECENT = 5  # steps whose pace still counts
 
 @dataclass(frozen=True)
 class Underway:
-    """One picture's state: what it may still become, the times still to visit, what was measured of late, and the clock.
+    """One picture's state: what it may still become, the times still to visit, what was measured of late, and the
+    clock.
 
-    `asked` are the steps of the whole run as first asked for; `course` is None before the first step of a model that is drawn along plans.
+    `asked` are the steps of the whole run as first asked for; `course` is None before the first step of a model that is
+    drawn along plans.
     """
 
     options: tuple[Option, ...]
@@ -38,13 +40,15 @@ class Underway:
     def pace(self) -> float:
         """Seconds over prediction: the median of the last steps, or the last one where that was slower.
 
-        A slower machine is believed at once, since late is worse than poor; a faster one when most of the last steps were.
+        A slower machine is believed at once, since late is worse than poor; a faster one when most of the last steps
+        were.
         """
         return max(statistics.median(self.ratios), self.ratios[-1]) if self.ratios else 1.0
 
     @property
     def hiccup(self) -> float:
-        """Seconds by which one more step like the worst of late would exceed the pace: what must stay in hand until the end."""
+        """Seconds by which one more step like the worst of late would exceed the pace: what must stay in hand until the
+        end."""
         if not self.ratios or self.course is None or not self.course.times:
             return 0.0
         return (max(self.ratios) - self.pace) * self.outlook.step(self.options[0], self.course)
@@ -53,14 +57,16 @@ class Underway:
 class Deadline(Record, frozen=True, tag="deadline"):
     """The best pictures that are done `seconds` after they were asked for.
 
-    Before each step it takes the best budget that all steps still to come could have in the time that is left, at the pace of the last
-    steps; time that is saved goes to later, cleaner steps. Where even the cheapest budget is too slow, the rest of the run is spread over
-    fewer steps (samplers that can resume; others run at the cheapest). Of a model that is drawn along plans it takes the best plan and
-    number of steps before the first step, and after it spreads what is left of the stages over fewer steps where time gets short.
-    `margin` is the share of the time that is kept for what nothing predicts. Fewer than `least_steps` are never planned for; a picture that is
-    already late is finished as fast as it goes.
+    Before each step it takes the best budget that all steps still to come could have in the time that is left, at the
+    pace of the last steps; time that is saved goes to later, cleaner steps. Where even the cheapest budget is too slow,
+    the rest of the run is spread over fewer steps (samplers that can resume; others run at the cheapest). Of a model
+    that is drawn along plans it takes the best plan and number of steps before the first step, and after it spreads
+    what is left of the stages over fewer steps where time gets short. `margin` is the share of the time that is kept
+    for what nothing predicts. Fewer than `least_steps` are never planned for; a picture that is already late is
+    finished as fast as it goes.
 
-    Raises, before the first step: UnreachableError where `least_steps` at the cheapest budget would take longer on an idle machine.
+    Raises, before the first step: UnreachableError where `least_steps` at the cheapest budget would take longer on an
+    idle machine.
     """
 
     seconds: float
@@ -114,7 +120,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
         return choice, replace(state, course=course.onward(), predicted=predicted, clock=seconds)
 
     def _reachable(self, outlook: Outlook, cheapest: Option, steps: int) -> None:
-        """Raise UnreachableError with the nearest time, where `steps` of the cheapest option take longer than there is."""
+        """Raise UnreachableError with the nearest time, where `steps` of the cheapest option take longer than there
+        is."""
         least = outlook.over(cheapest, outlook.course(cheapest, steps)) + outlook.finish
         if least > self.seconds:
             raise UnreachableError(
@@ -139,7 +146,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
         return replace(state, elapsed=state.elapsed + took, ratios=ratios, measured=state.measured + 1)
 
     def _replanned(self, state: Underway, left: float) -> Course:
-        """The times to visit: as densely as was first asked for where the cheapest budget affords it, else as many as it affords.
+        """The times to visit: as densely as was first asked for where the cheapest budget affords it, else as many as
+        it affords.
 
         They are never further apart than `least_steps` of a whole run: what is late gets no better by being poor.
         """
@@ -157,7 +165,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
 
 
 def most(affordable: Callable[[int], bool], least: int, largest: int) -> int:
-    """The largest number from `least` to `largest` that is affordable, where fewer always are; `least` where none is."""
+    """The largest number from `least` to `largest` that is affordable, where fewer always are; `least` where none
+    is."""
     if affordable(largest):
         return largest
     low, high = least, largest

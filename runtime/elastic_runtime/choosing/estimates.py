@@ -1,4 +1,5 @@
-"""What a policy may know before it chooses: the ways to draw, their time, memory and quality here, and the pace of late."""
+"""What a policy may know before it chooses: the ways to draw, their time, memory and quality here, and the pace of
+late."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,12 +29,13 @@ Evaluations = tuple[np.ndarray, np.ndarray]
 
 
 class Gauge:
-    """How fast a session is here: predictions, made when first asked for, and the pace of the latest steps against them.
+    """How fast a session is here: predictions, made when first asked for, and the pace of the latest steps against
+    them.
 
     `spent` is the time that looking at the device and measuring took: once for a session, and no part of any picture's.
 
-    `finish()` makes a picture of a last state and `preview()` does what leads to a plan's second stage, both to be timed; `opened` is the
-    process's peak memory when the session was opened.
+    `finish()` makes a picture of a last state and `preview()` does what leads to a plan's second stage, both to be
+    timed; `opened` is the process's peak memory when the session was opened.
     """
 
     def __init__(
@@ -124,8 +126,9 @@ def clipped(predicted: float, seconds: float) -> float:
 class Outlook(ABC):
     """One drawing's prospects: `count` pictures at once, with a guidance.
 
-    `steps` are those that were asked for, where that was said. `finishes` tells whether the last state becomes a picture, which takes time of
-    its own. What is open to choice differs with the model: budgets on its axes (`BudgetOutlook`), or plans (`PlanOutlook`).
+    `steps` are those that were asked for, where that was said. `finishes` tells whether the last state becomes a
+    picture, which takes time of its own. What is open to choice differs with the model: budgets on its axes
+    (`BudgetOutlook`), or plans (`PlanOutlook`).
     """
 
     named: str  # what a user names instead of leaving the choice to a policy
@@ -196,7 +199,8 @@ class Outlook(ABC):
 
     @abstractmethod
     def evaluations(self, course: Course) -> list[Evaluations]:
-        """For each stage still to come: how many evaluations of the model each step takes that are guided, and how many that are not."""
+        """For each stage still to come: how many evaluations of the model each step takes that are guided, and how many
+        that are not."""
 
     @abstractmethod
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:

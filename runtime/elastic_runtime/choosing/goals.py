@@ -1,4 +1,5 @@
-"""Policies that settle on one way to draw before the first step: by memory, by time, by quality, or by all that is known here."""
+"""Policies that settle on one way to draw before the first step: by memory, by time, by quality, or by all that is
+known here."""
 
 import math
 
@@ -20,8 +21,8 @@ def positive(value: float, what: str, unit: str) -> None:
 class FitMemory(Settled, frozen=True, tag="fit_memory"):
     """The best way to draw in which the process is predicted to stay within `limit` bytes at its peak.
 
-    The process's own share is what it held when the bundle was open; what a run adds comes from a kept calibration, or from the
-    manifest's activations. GPU memory that a backend holds apart from the process is not counted.
+    The process's own share is what it held when the bundle was open; what a run adds comes from a kept calibration, or
+    from the manifest's activations. GPU memory that a backend holds apart from the process is not counted.
     """
 
     limit: float
@@ -45,7 +46,8 @@ class FitMemory(Settled, frozen=True, tag="fit_memory"):
 
 
 class FitLatency(Settled, frozen=True, tag="fit_latency"):
-    """The best way to draw in which the pictures are predicted to take at most `seconds`. It is not decided again while they are drawn."""
+    """The best way to draw in which the pictures are predicted to take at most `seconds`. It is not decided again while
+    they are drawn."""
 
     seconds: float
     guidance_budget: Budget | None = None
@@ -100,9 +102,9 @@ class Quality(Settled, frozen=True, tag="quality"):
 class Auto(Settled, frozen=True, tag="auto"):
     """What suits this machine when nothing is asked for: enough quality in the least time.
 
-    With a quality table it is the cheapest way that keeps `floor` of the best accuracy, else the model's usual one. Larger budgets that
-    take the same time by the device's peak rates are free, so the largest of them is taken; and where memory is short, the largest that
-    fits. Nothing is measured: the same machine chooses the same each time.
+    With a quality table it is the cheapest way that keeps `floor` of the best accuracy, else the model's usual one.
+    Larger budgets that take the same time by the device's peak rates are free, so the largest of them is taken; and
+    where memory is short, the largest that fits. Nothing is measured: the same machine chooses the same each time.
     """
 
     floor: float = 0.99

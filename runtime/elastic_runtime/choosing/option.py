@@ -11,9 +11,9 @@ from elastic_runtime.ralu.plan import Plan
 class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Budgets of one step: for the conditional branch, and for the one it is guided against.
 
-    `plan` is what to draw along, where the model is drawn along plans; it counts before the first step. `steps` are those left, this one counted, of
-    each stage still to come, where the policy wants other numbers than are planned. `predicted` is the step's seconds by the cost
-    model; `reason` says in a few words why.
+    `plan` is what to draw along, where the model is drawn along plans; it counts before the first step. `steps` are
+    those left, this one counted, of each stage still to come, where the policy wants other numbers than are planned.
+    `predicted` is the step's seconds by the cost model; `reason` says in a few words why.
     """
 
     budget: Budget
@@ -26,7 +26,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 @dataclass(frozen=True)
 class Option:
-    """Budgets of both branches and steps, by stage: one stage for all steps, or those of `plan`. `name` is what users call it."""
+    """Budgets of both branches and steps, by stage: one stage for all steps, or those of `plan`. `name` is what users
+    call it."""
 
     name: str
     budgets: tuple[Budget, ...]

@@ -1,6 +1,6 @@
 """The outlook of a model that is drawn along plans: which plan, in how many steps (RALU, arXiv 2507.08422)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,7 +9,7 @@ import numpy as np
 from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import plan_label
+from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import Plan
@@ -21,7 +21,8 @@ SURER = 1e-6  # of the quality: of two ways that the card grades alike, the one 
 
 
 class PlanOutlook(Outlook):
-    """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns) of whole-picture tokens.
+    """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns)
+    of whole-picture tokens.
 
     `usual_name` is the one that is drawn where nothing is asked for.
     """
@@ -44,22 +45,30 @@ class PlanOutlook(Outlook):
 
     @cached_property
     def _rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By plan: FLOPs of the graded rows, rising, and their accuracy over the best of all; more steps of a plan never count as worse."""
+        """By plan: FLOPs of the graded rows, rising, and their accuracy over the best of all; more steps of a plan
+        never count as worse."""
         rows: dict[str, list[tuple[float, float]]] = {}
         best = max((row.accuracy for row in self.gauge.manifest.quality), default=0.0)
-        for row in self.gauge.manifest.quality:
-            if best > 0 and row.plan in self.plans and row.steps:
-                plan = replace(self.plans[row.plan], steps=row.steps)
-                rows.setdefault(row.plan, []).append((self._flops(plan), row.accuracy / best))
+        for row, name, plan in self._graded_plans():
+            if best > 0:
+                rows.setdefault(name, []).append((self._flops(plan), row.accuracy / best))
         columns = {name: np.array(sorted(pairs)).T for name, pairs in rows.items()}
         return {name: (flops, np.maximum.accumulate(accuracy)) for name, (flops, accuracy) in columns.items()}
+
+    def _graded_plans(self) -> Iterator[tuple[Quality, str, Plan]]:
+        """The card's rows of plans that may be drawn, each with its plan's name and the plan in the steps of the
+        row."""
+        for row in self.gauge.manifest.quality:
+            if row.plan is not None and row.plan in self.plans and row.steps:
+                yield row, row.plan, replace(self.plans[row.plan], steps=row.steps)
 
     @property
     def graded(self) -> bool:
         return bool(self._rows)
 
     def quality(self, option: Option) -> float:
-        """A straight line in FLOPs between a plan's rows, and level beyond; a plan that the card does not grade counts as its worst.
+        """A straight line in FLOPs between a plan's rows, and level beyond; a plan that the card does not grade counts
+        as its worst.
 
         Without a table more arithmetic counts as better.
         """
@@ -75,9 +84,7 @@ class PlanOutlook(Outlook):
         """Each plan in its own steps, and in those that the card grades."""
         self._no_weak(guidance_budget)
         options = [self._option(name, plan) for name, plan in self.plans.items()]
-        for row in self.gauge.manifest.quality:
-            if row.plan in self.plans and row.steps:
-                options.append(self._option(row.plan, replace(self.plans[row.plan], steps=row.steps)))
+        options += [self._option(name, plan) for _, name, plan in self._graded_plans()]
         unique = {(option.name, option.steps): option for option in options}
         return sorted(unique.values(), key=lambda option: self._flops(_plan(option)))
 
@@ -113,7 +120,8 @@ class PlanOutlook(Outlook):
         return [(guided, 1 - guided) for guided in rows]
 
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
-        """In the mixed stage each picture runs by itself, both of its branches together (see `TokenDenoiser.guided`)."""
+        """In the mixed stage each picture runs by itself, both of its branches together (see
+        `TokenDenoiser.guided`)."""
         alone = len(option.steps) > 1 and stage == 1
         rows, times = (1, self.count) if alone else (self.count, 1)
         sizes = [part.stop - part.start for part in batches(self.gauge.session, rows * (2 if guided else 1))]
@@ -136,7 +144,9 @@ class PlanOutlook(Outlook):
 
     def _no_weak(self, guidance_budget: Budget | None) -> None:
         if guidance_budget is not None:
-            raise UsageError(f"{self.gauge.manifest.model.name} runs both branches of guidance at the same tokens: leave guidance_budget out")
+            raise UsageError(
+                f"{self.gauge.manifest.model.name} runs both branches of guidance at the same tokens: leave guidance_budget out"
+            )
 
 
 def _plan(option: Option) -> Plan:

@@ -1,8 +1,8 @@
 """What chooses how a picture is drawn: asked before each step, for each branch of guidance.
 
-A policy is immutable. `init` gives the state for one picture; `next` takes the state and the step and returns a choice with
-the state that follows, so that a policy can be shared by threads and replayed in tests. Those of this package are records: they read and
-write as JSON in a request.
+A policy is immutable. `init` gives the state for one picture; `next` takes the state and the step and returns a choice
+with the state that follows, so that a policy can be shared by threads and replayed in tests. Those of this package are
+records: they read and write as JSON in a request.
 """
 
 from typing import Any, Protocol
@@ -19,7 +19,8 @@ class Policy(Protocol):
     """`init` before the first step, `next` before each step."""
 
     def init(self, outlook: Outlook) -> Any:
-        """Return the state before the first step; `outlook` tells what there is to choose and what it takes here, and measures when asked.
+        """Return the state before the first step; `outlook` tells what there is to choose and what it takes here, and
+        measures when asked.
 
         Raises: BudgetError for what the axes cannot give; UnreachableError for a goal that nothing reaches.
         """

@@ -40,8 +40,8 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """A named elastic dimension (`latents`, `tokens`, `loops`) and how a graph input carries it.
 
     A `length` carrier is a 1-D int64 input that is always `arange(value / unit)`: its length, which the graph's shapes
-    call `dimension`, is the budget. A `value` carrier is a 0-d int64 input that holds the value itself. A `shape` carrier
-    is no input of its own: the budget is the open dimension `dimension` of the data, of `input` among them.
+    call `dimension`, is the budget. A `value` carrier is a 0-d int64 input that holds the value itself. A `shape`
+    carrier is no input of its own: the budget is the open dimension `dimension` of the data, of `input` among them.
     """
 
     name: str
@@ -74,7 +74,8 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return range(self.min, self.max + 1, self.step)
 
     def doublings(self) -> list[int]:
-        """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of 16-256."""
+        """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of
+        16-256."""
         wanted = [self.min * 2**n for n in range((self.max // self.min).bit_length())]
         return sorted({min(self.values, key=lambda value: abs(value - want)) for want in [*wanted, self.max]})
 

@@ -32,7 +32,8 @@ class FileEntry(_Record, frozen=True, kw_only=True):
 
 
 class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one (`8*h`)."""
+    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one
+    (`8*h`)."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -118,7 +119,8 @@ class Profile(_Record, frozen=True, kw_only=True):
 
 
 class Network(_Record, frozen=True, kw_only=True):
-    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while building."""
+    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while
+    building."""
 
     layers: int
     attentions: int
@@ -128,7 +130,8 @@ class Network(_Record, frozen=True, kw_only=True):
 class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
     """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
 
-    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
+    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their
+    weights.
     """
 
     builder: Literal["tensorrt", "tensorrt_rtx"]
@@ -145,7 +148,8 @@ class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
 
 
 class CoremlCall(_Record, frozen=True, kw_only=True):
-    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it takes.
+    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
+    takes.
 
     No sizes: one function takes every size in the graph's spans (and the artifact's batch).
     """
@@ -158,8 +162,9 @@ class CoremlCall(_Record, frozen=True, kw_only=True):
 class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
     """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
 
-    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes (`enumerated`) or with
-    open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is the precision of its norms.
+    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes
+    (`enumerated`) or with open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is
+    the precision of its norms.
     """
 
     package: str
@@ -207,11 +212,13 @@ class Vae(_Record, frozen=True, kw_only=True):
 
 
 class Patches(_Record, frozen=True, kw_only=True):
-    """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and out alike.
+    """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and
+    out alike.
 
-    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are; `pos_ids`
-    (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred. A row or a column is
-    one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
+    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are;
+    `pos_ids` (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred.
+    A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
+    that the model was distilled with.
     """
 
     size: int
@@ -229,7 +236,8 @@ class Patches(_Record, frozen=True, kw_only=True):
 class TextEncoder(_Record, frozen=True, kw_only=True):
     """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
 
-    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see `Text`.
+    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see
+    `Text`.
     """
 
     graph: str
@@ -240,11 +248,12 @@ class TextEncoder(_Record, frozen=True, kw_only=True):
 
 
 class Text(_Record, frozen=True, kw_only=True):
-    """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B, `pooled`).
+    """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B,
+    `pooled`).
 
-    In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by features too and
-    padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks to `length` are zeros.
-    Without encoders the embeddings come from elsewhere.
+    In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
+    features too and padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks
+    to `length` are zeros. Without encoders the embeddings come from elsewhere.
     """
 
     encoders: tuple[TextEncoder, ...]
@@ -256,9 +265,9 @@ class Text(_Record, frozen=True, kw_only=True):
 class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
-    Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models take prompts
-    and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder
-    that is not here.
+    Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
+    take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
+    white, or codes of a decoder that is not here.
     """
 
     name: str
@@ -290,7 +299,8 @@ class Model(_Record, frozen=True, kw_only=True):
 
 
 class Cost(_Record, frozen=True, kw_only=True):
-    """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations in float32."""
+    """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations in
+    float32."""
 
     budget: dict[str, int]
     flops: int
@@ -380,7 +390,8 @@ class Manifest(_Record, frozen=True, kw_only=True):
 def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
 
-    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their axis.
+    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
+    axis.
     """
     again = "export the bundle again"
     manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
@@ -401,7 +412,8 @@ def read_record(
     error: type[ElasticError],
     older: tuple[int, ...] = (),
 ) -> R:
-    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`.
+    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of
+    `error`.
 
     `older` versions are read by the same fields.
     """

@@ -1,9 +1,9 @@
 """Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
 
 The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
-`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open dimensions that no
-axis explains, a budget names their sizes too (`T=8,tokens=64`). Of them, and of axes that the data's shape carries, it is fed the
-first rows of the feeds.
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open
+dimensions that no axis explains, a budget names their sizes too (`T=8,tokens=64`). Of them, and of axes that the data's
+shape carries, it is fed the first rows of the feeds.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,7 +56,8 @@ def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
 
 
 def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Budget, axes: Iterable[Axis] = ()) -> dict[str, np.ndarray]:
-    """The first rows of `feeds`, as many along each open dimension as `budget` names, itself or by the axis that it carries."""
+    """The first rows of `feeds`, as many along each open dimension as `budget` names, itself or by the axis that it
+    carries."""
     shapes = {spec.name: spec.shape for spec in specs}
     carried = {axis.dimension: budget[axis.name] for axis in axes if axis.carrier == "shape" and axis.name in budget}
     sizes = dict(budget) | carried

@@ -38,7 +38,8 @@ class Conditioning:
     def check(self, bundle: Bundle, guided: bool) -> int:
         """How many there are.
 
-        Raises: UsageError for none or several of the three ways, one that the model does not take, or a negative one without effect.
+        Raises: UsageError for none or several of the three ways, one that the model does not take, or a negative one
+        without effect.
         """
         ways = {"prompt": self.prompt, "prompt_embeds": self.prompt_embeds, "class_labels": self.class_labels}
         given = [name for name, value in ways.items() if value is not None]

@@ -1,4 +1,5 @@
-"""From a session to a guided prediction of pictures of classes: the feeds of a budget, batches, and the branches of guidance."""
+"""From a session to a guided prediction of pictures of classes: the feeds of a budget, batches, and the branches of
+guidance."""
 
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from elastic_runtime.sessions.session import Arrays, Session, batches
 
 @dataclass(frozen=True)
 class Branch:
-    """What one branch of guidance is asked: its labels (B,), its budget, what it drops, and how its slots are sized (None: not at all)."""
+    """What one branch of guidance is asked: its labels (B,), its budget, what it drops, and how its slots are sized
+    (None: not at all)."""
 
     labels: np.ndarray
     budget: Budget
@@ -49,7 +51,8 @@ class Denoiser:
         self._slots = next((axis for axis in manifest.axes if axis.input == "slots"), None) if counts else None
 
     def routing(self, drop: float = 0.0, guidance_drop: float | None = None) -> Routing:
-        """The state before a picture's first step; the weak branch drops what the other does where nothing else is said.
+        """The state before a picture's first step; the weak branch drops what the other does where nothing else is
+        said.
 
         Raises: UsageError for fractions outside [0, 1), or for a model that drops nothing.
         """
@@ -63,7 +66,8 @@ class Denoiser:
         return Routing(drop, weak, *(Slots.of(self._slots, self._session.budgets, each) for each in (drop, weak)))
 
     def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, branches: Branches, routing: Routing) -> Answer:
-        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same size."""
+        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same
+        size."""
         model = self._manifest.model
         strong = self._branch(labels, branches.strong, routing.drop, routing.slots)
         same = guidance.auto and branches.weak == branches.strong and routing.guidance_drop == routing.drop
@@ -91,7 +95,8 @@ class Denoiser:
         return Branch(labels, budget, drop, slots)
 
     def _predict(self, x: np.ndarray, time: float, branches: list[Branch]) -> list[tuple[np.ndarray, Routed | None]]:
-        """Prediction of each branch for `x`, in one run where all begin at the same budget: slots that differ would be padded."""
+        """Prediction of each branch for `x`, in one run where all begin at the same budget: slots that differ would be
+        padded."""
         budgets = [branch.first for branch in branches]
         if len(set(budgets)) > 1:
             outputs = [self._run(x, time, branch, budget) for branch, budget in zip(branches, budgets, strict=True)]
@@ -127,7 +132,8 @@ class Denoiser:
         return self._outputs(x, time, branch.labels, _rows(branch), budget)
 
     def _outputs(self, x: np.ndarray, time: float, labels: np.ndarray, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
-        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span allows."""
+        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span
+        allows."""
         runs = []
         for rows in batches(self._session, len(x)):
             feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)

@@ -13,9 +13,10 @@ from elastic_runtime.errors import UsageError
 class Guidance:
     """`v_weak + scale * (v_cond - v_weak)` for times in [low, high]; elsewhere the conditional prediction alone.
 
-    Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label (classifier-free
-    guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller budget only). With a smaller
-    budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv 2603.06351).
+    Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label
+    (classifier-free guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller
+    budget only). With a smaller budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv
+    2603.06351).
     """
 
     scale: float = 1.0

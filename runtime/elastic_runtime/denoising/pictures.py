@@ -49,7 +49,8 @@ def values(manifest: Manifest, decoder: Session | None, latents: np.ndarray) -> 
 
 
 def decode(decoder: Session, vae: Vae, latents: np.ndarray) -> np.ndarray:
-    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much memory.
+    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much
+    memory.
 
     Raises: InferenceError where a picture is not finite, as half precision can make it.
     """

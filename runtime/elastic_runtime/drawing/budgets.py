@@ -29,13 +29,14 @@ STEPS = 20
 class BudgetDrawing(Drawing):
     """A loop over the times of a sampler, whose steps have budgets."""
 
+    kind = "at budgets"
     unfit = (
         "prompt", "negative_prompt", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
         "true_cfg_scale", "height", "width", "plan", "caching",
     )  # fmt: skip
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
-        super().__init__(bundle, request, generator, f"classes at budgets ({', '.join(axis.name for axis in bundle.manifest.axes) or 'none'})")
+        super().__init__(bundle, request, generator)
         interval = request.guidance_interval
         if not isinstance(interval, Sequence) or len(interval) != 2:
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")
@@ -87,7 +88,8 @@ class BudgetDrawing(Drawing):
         self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise)
 
     def step(self, replacement: np.ndarray | None) -> Step:
-        self._guided, self._answers = False, []
+        self._guided = False
+        self._answers: list[Answer] = []  # of this step
         step = self._loop.send(replacement)
         self._left -= 1
         step = replace(step, index=self._index, steps=self._index + 1 + self._left)
@@ -115,7 +117,7 @@ class BudgetDrawing(Drawing):
         self._choice = choice
         if choice.steps in (None, (self._left,)):
             return replacement
-        (self._left,) = choice.steps  # type: ignore[misc]
+        (self._left,) = choice.steps
         self._loop.close()
         self._loop = self._run(self._predict, after(step, replacement), self._left, self._noise, step.next_time)
         return None

@@ -23,21 +23,24 @@ Opener = Callable[[str], Session]
 
 
 class Drawing(ABC):
-    """One request on one bundle, checked as far as nothing need be opened for it; its state is its own, so that pipelines can be shared.
+    """One request on one bundle, checked as far as nothing need be opened for it; its state is its own, so that
+    pipelines can be shared.
 
-    The pipeline calls `prepare`, asks the policy, and then `begin`, and `step` and `follow` in turn until nothing is left.
+    The pipeline calls `prepare`, asks the policy, and then `begin`, and `step` and `follow` in turn until nothing is
+    left.
     """
 
     guidance: Guidance
     plan: Plan | None = None
-    unfit: Sequence[str]  # fields of a request that this kind of model does not take
+    kind: str  # how this kind of model draws, in words
+    unfit: Sequence[str]  # fields of a request that it does not take
 
-    def __init__(self, bundle: Bundle, request: Request, generator: Generators | None, kind: str):
+    def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         self.bundle, self.request, self.model = bundle, request, bundle.manifest.model
         default = Request()
         for name in self.unfit:
             if _given(getattr(request, name), getattr(default, name)):
-                raise UsageError(f"{name} does not fit {self.model.name}, which draws {kind}")
+                raise UsageError(f"{name} does not fit {self.model.name}, which draws {self.kind}")
         self._generator = generator
         self.seeds: tuple[int, ...] | None = None
 

@@ -1,4 +1,5 @@
-"""Drawing along a plan: FLUX and SD3 over tokens with positions, at one resolution or at mixed ones (RALU, arXiv 2507.08422)."""
+"""Drawing along a plan: FLUX and SD3 over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
+2507.08422)."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,22 +37,21 @@ OWN = "own"  # a plan of the caller's, which no card grades
 class PlanDrawing(Drawing):
     """A loop over the stages of a plan; `size` is (rows, columns) of full-resolution tokens."""
 
-    unfit = ("budget", "guidance_budget", "drop_fraction", "guidance_drop_fraction", "autoguidance", "temperature")
+    kind = "along a plan"
+    unfit = (
+        "budget", "guidance_budget", "drop_fraction", "guidance_drop_fraction", "autoguidance", "sampler", "temperature",
+    )  # fmt: skip
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
-        super().__init__(bundle, request, generator, "along a plan")
+        super().__init__(bundle, request, generator)
         assert self.model.patches is not None
         self._patches: Patches = self.model.patches
         self._upscale = self.model.vae.upscale if self.model.vae else 1
-        if request.sampler not in (None, "euler"):
-            raise UsageError(f"{self.model.name} draws along a plan with euler, got sampler {request.sampler!r}")
         self.size, self.plans = self._planned()
         self.name = next(iter(self.plans))
         if request.caching is not None:
             self._check_caching(request.caching)
-        self._embedded, self.guidance = guidance_of(
-            self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval
-        )
+        self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
         if request.caching and self.guidance.scale > 1 and tuple(request.guidance_interval) != (0.0, 1.0):
             raise UsageError(
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
@@ -85,7 +85,8 @@ class PlanDrawing(Drawing):
         return Fixed() if self.request.policy is None else self.request.policy
 
     def prepare(self, open_graph: Opener) -> None:
-        """Text encoders are read one after the other, each closed before the next, and all before the denoiser is opened."""
+        """Text encoders are read one after the other, each closed before the next, and all before the denoiser is
+        opened."""
         strong, weak = self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
         self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
         self._open_graph = open_graph
@@ -140,6 +141,7 @@ class PlanDrawing(Drawing):
             "plan": plan_label(self.name_of(self.plan), self.plan.steps),
             "height": self.size[0] * pixels,
             "width": self.size[1] * pixels,
+            "size": self.size,
             "tokens": self.plan.tokens(*self.size),
             "embedded_guidance": self._embedded,
             "guidance": self.guidance.scale,
@@ -192,7 +194,8 @@ class PlanDrawing(Drawing):
         return size, self._taking(chosen, size)
 
     def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
-        """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the error."""
+        """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
+        error."""
         self.size = size
         taking, faults = {}, []
         for name, plan in plans.items():
@@ -269,3 +272,22 @@ class PlanDrawing(Drawing):
         except BudgetError as error:
             return error
         return None
+
+
+def plans_of(bundle: Bundle, request: Request) -> tuple[tuple[int, int], dict[str, Plan]]:
+    """The size in tokens of a request's picture, and the plans that may be drawn for it, by name; nothing is opened.
+
+    Raises: UsageError where the bundle takes none.
+    """
+    drawing = PlanDrawing(bundle, request, None)
+    return drawing.size, drawing.plans
+
+
+def takes(bundle: Bundle, name: str) -> tuple[tuple[int, int], Plan]:
+    """The size in tokens of the bundle's own picture, and the plan of that name for it.
+
+    Raises: UsageError where the bundle does not take it.
+    """
+    subject = {"class_labels": (0,)} if bundle.manifest.model.num_classes else {"prompt": ("",)}
+    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=1.0))
+    return size, plans[name]

@@ -1,7 +1,7 @@
 """A RALU plan: how many steps at which resolution, between which times (arXiv 2507.08422).
 
-Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width, then grows the
-patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
+Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width,
+then grows the patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
 """
 
 import math
@@ -25,8 +25,8 @@ LEAST_Z = 2.0
 class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
-    On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is nothing.
-    `shift` says how its steps are spaced.
+    On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
+    nothing. `shift` says how its steps are spaced.
     """
 
     start: float
@@ -55,7 +55,8 @@ class Plan:
         shifts: how much each stage dwells on noise; 1 is evenly.
         z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
         up_ratio: share of the low-resolution patches that grow in the mixed stage, between 0 and 1.
-        renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared with.
+        renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared
+        with.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -144,24 +145,28 @@ class Plan:
 
 
 def shares(weights: Sequence[int], total: int) -> tuple[int, ...]:
-    """`total` whole numbers in proportion to `weights`, none below one: the largest remainders are rounded up."""
-    rest, whole = total - len(weights), sum(weights)
-    exact = [rest * weight / whole for weight in weights]
-    counts = [int(share) for share in exact]
-    for index in sorted(range(len(weights)), key=lambda i: counts[i] - exact[i])[: rest - sum(counts)]:
-        counts[index] += 1
-    return tuple(1 + count for count in counts)
+    """`total` in whole numbers in proportion to `weights`, none below one: what is furthest from its share is mended
+    first."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    while (rest := total - sum(counts)) != 0:
+        step = 1 if rest > 0 else -1
+        changeable = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(changeable, key=lambda i: step * (exact[i] - counts[i]))] += step
+    return tuple(counts)
 
 
 def restart(end: float, z: float) -> tuple[float, float, float]:
-    """Where the stage after one that ended at time `end` starts, and the (alpha, beta) of its renoising (section 3.3)."""
+    """Where the stage after one that ended at time `end` starts, and the (alpha, beta) of its renoising (section
+    3.3)."""
     whole = z * (1 - end) + end
     start = end / whole
     return start, 1 - start, 1 / whole
 
 
 def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, ...]:
-    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1) s)`."""
+    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1)
+    s)`."""
     high, low = (s / (shift - (shift - 1) * s) for s in (1 - start, 1 - end))
     even = np.linspace(high, low, steps + 1)
     return tuple(float(s) for s in shift * even / (1 + (shift - 1) * even))
@@ -170,7 +175,8 @@ def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, .
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
 
-    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps evenly.
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps
+    evenly.
     """
     numbers = ("shift", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     if odd := [name for name in numbers if not _is_number(scheduler.get(name, 1.0))]:

@@ -1,4 +1,5 @@
-"""What is left of a run: the times still to visit, stage by stage, and how they are spaced anew on another number of steps."""
+"""What is left of a run: the times still to visit, stage by stage, and how they are spaced anew on another number of
+steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ Space = Callable[[int, float | None, int], np.ndarray]
 class Course:
     """The times still to visit, one array a stage, the stage under way first; each has one time more than its steps.
 
-    `grids` are the times first asked for, which a run is never spaced more densely than. `first` numbers the stage under way. A course that is not
-    `flexible` keeps its times.
+    `grids` are the times first asked for, which a run is never spaced more densely than. `first` numbers the stage
+    under way. A course that is not `flexible` keeps its times.
     """
 
     times: tuple[np.ndarray, ...]

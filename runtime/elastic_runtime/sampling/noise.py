@@ -1,4 +1,5 @@
-"""Where a picture's noise comes from: one generator for all, or one for each picture, which is then the same in any batch."""
+"""Where a picture's noise comes from: one generator for all, or one for each picture, which is then the same in any
+batch."""
 
 from collections.abc import Sequence
 from typing import Protocol

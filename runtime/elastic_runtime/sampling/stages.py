@@ -1,7 +1,7 @@
 """The RALU loop, as a generator: Euler steps over stages of mixed resolution (arXiv 2507.08422, sections 3.1 to 3.3).
 
-It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs from outside
-are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
+It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs
+from outside are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
 """
 
 from collections.abc import Callable, Generator
@@ -29,7 +29,8 @@ Draw = Callable[[tuple[int, ...]], np.ndarray]
 class RaluStep(Step):
     """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
 
-    Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution, with halves.
+    Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution,
+    with halves.
     """
 
     stage: int
@@ -49,11 +50,12 @@ def ralu(
 ) -> RaluLoop:
     """Sample along `plan` from `noise`, full-resolution latents (B, C, h, w) that are packed in patches of `size`.
 
-    The last step's tokens are the whole picture's, in raster order. `left` are the steps left by stage, by default the plan's: the loop
-    counts them down, and between two steps the caller may change those of the stage under way and of later ones, which are then spaced anew.
+    The last step's tokens are the whole picture's, in raster order. `left` are the steps left by stage, by default the
+    plan's: the loop counts them down, and between two steps the caller may change those of the stage under way and of
+    later ones, which are then spaced anew.
 
-    Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of patches
-    that is none.
+    Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of
+    patches that is none.
     """
     check_size(noise.shape[2], noise.shape[3], plan, size)
     batch, rows, columns = len(noise), noise.shape[2] // size, noise.shape[3] // size
@@ -93,7 +95,8 @@ def check_size(height: int, width: int, plan: Plan, size: int) -> None:
 def _steps(
     velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, left: list[int], index: int, number: int
 ) -> Generator[RaluStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
-    """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the stage's last sigma."""
+    """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the
+    stage's last sigma."""
     x, sigmas = x.astype(np.float64), stage.sigmas
     if left[number] != stage.steps:
         sigmas = stage.spaced(left[number])
@@ -103,9 +106,7 @@ def _steps(
         sigma, following, *_ = sigmas
         v = velocity(x, positions, sigma, index, number)
         left[number] -= 1
-        step = RaluStep(
-            index, index + 1 + sum(left), sigma, following, x + (following - sigma) * v, stage=number, positions=positions
-        )
+        step = RaluStep(index, index + 1 + sum(left), sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
         x = after(step, (yield step))
         index, sigmas = index + 1, sigmas[1:]
     return x, v, index, following
