@@ -11,8 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from elastic_runtime.errors import UsageError
+from elastic_runtime.pipeline import ElasticPipeline
 
 KEPT = (255, 140, 0)
+ROWS = 10  # steps of a sheet of kept tokens
 
 
 def highlighted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -22,6 +24,29 @@ def highlighted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     whole = picture.convert("RGB")
     whole.paste(Image.blend(whole, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
     return whole
+
+
+class KeptTokens:
+    """What a router kept at up to `ROWS` of a picture's steps, seen as they are drawn."""
+
+    def __init__(self, steps: int | None):
+        count = steps or ROWS
+        self._shown = set(np.linspace(0, count - 1, min(count, ROWS)).round().astype(int).tolist())
+        self._seen: dict[int, dict[str, np.ndarray]] = {}
+
+    def see(self, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep what the callback of step `index` was given, if it is one of those to show."""
+        if index in self._shown:
+            self._seen[index] = arrays
+
+    def sheet(self, pipe: ElasticPipeline, column_names: Sequence[str]) -> Image.Image:
+        """A row a step, a column a picture; what was kept is tinted."""
+        rows = []
+        for arrays in self._seen.values():
+            pictures = pipe.images(arrays.get("denoised", arrays["latents"]))
+            rows.append([highlighted(*pair) for pair in zip(pictures, arrays["mask"], strict=True)])
+        names = [f"step {index + 1}: {arrays['mask'].mean():.0%}" for index, arrays in self._seen.items()]
+        return grid(rows, names, column_names, least=128)
 
 
 def grid(

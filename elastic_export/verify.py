@@ -28,12 +28,12 @@ OnRow = Callable[[str, Artifact, Verification], None]
 def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray]:
     """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file.
 
-    The feeds are those of the largest open dimensions, of which each budget takes its first rows.
+    The feeds are those of the largest shapes, of which each budget takes its first rows.
     """
     import torch
 
     outputs = {}
-    carriers = {axis.input for axis in graph.axes}
+    carriers = {axis.input for axis in graph.axes if axis.carrier != "shape"}
     size = min(max(2, graph.batch.min), graph.batch.max)
     with torch.inference_mode():
         for budget in budgets:
@@ -41,7 +41,8 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray
             result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
             results = result if isinstance(result, tuple) else (result,)
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
-    largest = {name: span.max for name, span in graph.open_dimensions.items()}
+    largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
+    largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     whole = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
     return reference.pack(graph.name, {name: array for name, array in whole.items() if name not in carriers}, outputs)
 

@@ -123,7 +123,7 @@ def evaluate(
     Raises: UsageError and its kinds for a bundle, budget or protocol that does not fit.
     """
     check(bundle, protocol)
-    pipe, manifest = ElasticPipeline(bundle, session), bundle.manifest
+    pipe, manifest = ElasticPipeline(bundle, {"denoiser": session}), bundle.manifest
     budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
     grader = Grader.of(judge, protocol.samples, as_drawn=lambda images: as_drawn(images, manifest.model))
     rows: list[dict[str, Any]] = []

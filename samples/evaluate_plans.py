@@ -20,16 +20,18 @@ from PIL import Image
 from classifier import Judge, load_judge
 from digits import Digits
 from elastic_export.pictures import grid, save
-from elastic_runtime import Bundle, Plan, RaluPipeline, UsageError
-from elastic_runtime.contract.manifest import Model
+from elastic_runtime import Bundle, ElasticPipeline, UsageError
+from elastic_runtime.choosing.cost import plan_flops
+from elastic_runtime.contract.manifest import Manifest, Model, plan_label
 from elastic_runtime.denoising.pictures import pictures
-from elastic_runtime.ralu.cost import picture_flops
-from elastic_runtime.ralu.plan import PRESETS, full
+from elastic_runtime.ralu.plan import FULL, PRESETS, Plan, full
 from grading import Grader, integers, run, tell
 from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
 
 SIDE, CLASSES = 64, 10
+# Presets in this share of their own steps, too.
+SPREAD = {"4x": (0.5, 2, 3), "7x": (0.4, 0.6, 2, 4)}
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,46 @@ class Protocol:
 def check(bundle: Bundle, protocol: Protocol) -> None:
     """Raise UsageError unless the bundle draws what the judge can grade, in equal numbers of each class."""
     model = bundle.manifest.model
-    side = model.sample_shape[-1] * (model.vae.upscale if model.vae else 1)
-    if model.patches is None or model.num_classes != CLASSES or side != SIDE:
+    pixels = model.sample_shape[-1] * (model.vae.upscale if model.vae else 1)
+    if model.patches is None or model.num_classes != CLASSES or pixels != SIDE:
         raise UsageError(
-            f"the judge knows digits of {SIDE}x{SIDE} pixels drawn along a plan; {bundle.folder} draws {side}x{side} in "
+            f"the judge knows digits of {SIDE}x{SIDE} pixels drawn along a plan; {bundle.folder} draws {pixels}x{pixels} in "
             f"{model.num_classes} classes{'' if model.patches else ' at budgets: see samples/evaluate.py'}"
         )
     if protocol.samples < 2 * CLASSES or protocol.samples % CLASSES:
         raise UsageError(f"--samples must be a multiple of the {CLASSES} classes, 20 or more, got {protocol.samples}")
 
 
-def flops(model: Model, plan: Plan) -> int:
+def side(model: Model) -> int:
+    """Tokens along a side of the bundle's own picture."""
+    assert model.patches is not None
+    return model.sample_shape[-1] // model.patches.size
+
+
+def flops(manifest: Manifest, plan: Plan) -> int:
     """FLOPs of a picture, one branch of guidance."""
-    side = model.sample_shape[-1] // _size(model)
-    return picture_flops(model, plan, (side, side))
+    return plan_flops(manifest, plan, (side(manifest.model),) * 2)
 
 
-def rows(model: Model, steps: tuple[int, ...]) -> dict[str, Plan]:
-    """What is graded, by name: plain sampling with `steps`, and as many as a preset has or costs; presets; their ablations."""
-    tokens = (model.sample_shape[-1] // _size(model)) ** 2
+def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
+    """What is graded, by name: plain sampling with `steps`, and as many as a preset has or costs; presets, their ablations, and presets in
+    fewer and more steps, which policies interpolate between."""
+    tokens = side(manifest.model) ** 2
 
     def plain(count: int) -> Plan:
-        return full(count, tokens, model.config.get("scheduler", {}))
+        return full(count, tokens, manifest.model.config.get("scheduler", {}))
 
-    alike = {plan.total for plan in PRESETS.values()} | {round(flops(model, plan) / flops(model, plain(1))) for plan in PRESETS.values()}
-    found = {f"full, {count} steps": plain(count) for count in sorted({*steps, *alike}, reverse=True)}
+    one = flops(manifest, plain(1))
+    alike = {plan.total for plan in PRESETS.values()} | {round(flops(manifest, plan) / one) for plan in PRESETS.values()}
+    plans = {f"{FULL}, {count} steps": plain(count) for count in sorted({*steps, *alike}, reverse=True)}
     for name, plan in PRESETS.items():
-        found |= {name: plan, f"{name} {ABLATION}": replace(plan, renoise=False)}
-    return found
+        plans |= {name: plan, f"{name} {ABLATION}": replace(plan, renoise=False)}
+        spread = [plan.spread(max(len(plan.steps), round(share * plan.total))) for share in SPREAD[name]]
+        plans |= {plan_label(name, each.steps): each for each in spread}
+    return plans
 
 
-def draw(pipe: RaluPipeline, plan: Plan, labels: np.ndarray, first: int, protocol: Protocol) -> np.ndarray:
+def draw(pipe: ElasticPipeline, plan: Plan, labels: np.ndarray, first: int, protocol: Protocol) -> np.ndarray:
     """Pictures of `labels` as the judge takes them, (B, 1, H, W) in [-1, 1]; the first has the noise of picture `first`."""
     result = pipe(
         class_labels=labels.tolist(),
@@ -88,28 +99,31 @@ def draw(pipe: RaluPipeline, plan: Plan, labels: np.ndarray, first: int, protoco
     return result.images.mean(axis=-1)[:, None] * 2 - 1
 
 
-def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protocol, batch: int = 50) -> dict[str, Any]:
+def evaluate(bundle: Bundle, pipe: ElasticPipeline, judge: Judge, protocol: Protocol, batch: int = 50) -> dict[str, Any]:
     """Figures of each of `rows`: `quality` as the manifest holds it, and `evaluation` with all that made them.
 
     Raises: UsageError for a bundle or protocol that does not fit.
     """
     check(bundle, protocol)
-    model = bundle.manifest.model
-    side = model.sample_shape[-1] // _size(model)
+    manifest, size = bundle.manifest, (side(bundle.manifest.model),) * 2
     grader = Grader.of(judge, protocol.samples, SIDE)
     labels = np.arange(protocol.samples) % CLASSES
-    plans, found = rows(model, protocol.full), []
+    plans, found = rows(manifest, protocol.full), []
     for name, plan in plans.items():
         begun, parts = time.perf_counter(), []
         for first in range(0, protocol.samples, batch):
             parts.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
             tell(name, min(first + batch, protocol.samples), protocol.samples, begun)
-        row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(side, side)), "flops": flops(model, plan)}
+        row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(*size)), "flops": flops(manifest, plan)}
         found.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
-    names = ("plan", "accuracy", "frechet_distance")
-    quality = [{"budget": {}} | {name: row[name] for name in names} for row in found if ABLATION not in row["plan"]]
+    names = ("steps", "accuracy", "frechet_distance")
+    quality = [
+        {"budget": {}, "plan": row["plan"].partition(",")[0]} | {name: row[name] for name in names}
+        for row in found
+        if ABLATION not in row["plan"]
+    ]
     evaluation = {
         "protocol": asdict(protocol),
         "real": grader.real,
@@ -122,7 +136,7 @@ def evaluate(bundle: Bundle, pipe: RaluPipeline, judge: Judge, protocol: Protoco
     return {"quality": quality, "evaluation": evaluation}
 
 
-def timed(pipe: RaluPipeline, plans: list[Plan], protocol: Protocol) -> list[float]:
+def timed(pipe: ElasticPipeline, plans: list[Plan], protocol: Protocol) -> list[float]:
     """Median milliseconds of one picture for each plan, in turns."""
     taken: list[list[float]] = [[] for _ in plans]
     for turn in range(protocol.rounds):
@@ -133,17 +147,12 @@ def timed(pipe: RaluPipeline, plans: list[Plan], protocol: Protocol) -> list[flo
     return [float(np.median(each)) for each in taken]
 
 
-def sheet(pipe: RaluPipeline, protocol: Protocol) -> Image.Image:
+def sheet(pipe: ElasticPipeline, protocol: Protocol) -> Image.Image:
     """Each digit along each of `rows`, from the same noise in a column."""
-    plans = rows(pipe.bundle.manifest.model, protocol.full)
+    plans = rows(pipe.bundle.manifest, protocol.full)
     labels = np.arange(CLASSES)
     drawn = [pictures(draw(pipe, plan, labels, 0, protocol), "pil") for plan in plans.values()]
     return grid(drawn, list(plans))
-
-
-def _size(model: Model) -> int:
-    assert model.patches is not None
-    return model.patches.size
 
 
 def main(given: argparse.Namespace) -> None:
@@ -151,7 +160,7 @@ def main(given: argparse.Namespace) -> None:
     bundle = Bundle.open(given.bundle)
     protocol = Protocol(given.samples, tuple(given.full), given.guidance, given.seed, given.rounds)
     old = read(given.output) if given.output.exists() else {}
-    with RaluPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
+    with ElasticPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
         figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)
         if given.picture:
             save(sheet(pipe, protocol), given.picture)

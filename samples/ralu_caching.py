@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from elastic_export.cli.options import integers
-from elastic_runtime import Caching, RaluOutput, RaluPipeline
-from elastic_runtime.ralu.cost import picture_flops
+from elastic_runtime import Caching, ElasticPipeline, Result
+from elastic_runtime.choosing.cost import plan_flops
+from elastic_runtime.drawing.plans import takes
 
 KINDS = {"reuse": 0, "extrapolate": 1}
 
@@ -26,26 +27,25 @@ def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 
-def rows(pipe: RaluPipeline, plan: str, interval: int, seed: int, **subject: Any) -> list[tuple[str, ...]]:
+def rows(pipe: ElasticPipeline, plan: str, interval: int, seed: int, **subject: Any) -> list[tuple[str, ...]]:
     """A row without caching, and one for each kind of it."""
-    model = pipe.bundle.manifest.model
-    drawing = pipe.drawing(plan)
+    manifest, (size, steps) = pipe.bundle.manifest, takes(pipe.bundle, plan)
     count = len(subject.get("class_labels") or subject.get("prompt") or ())
 
-    def draw(caching: Caching | None) -> RaluOutput:
+    def draw(caching: Caching | None) -> Result:
         generators = [np.random.default_rng([seed, index]) for index in range(count)]
-        return pipe(**subject, plan=drawing.plan, caching=caching, generator=generators, output_type="np")
+        return pipe(**subject, plan=steps, caching=caching, generator=generators, output_type="np")
 
     draw(None)  # a first run opens and warms up
     whole = draw(None)
     seconds = sum(step.seconds for step in whole.steps)
-    found = [(plan, "all steps", f"{drawing.plan.total}", "1.00", "1.00", "-")]
+    found = [(plan, "all steps", f"{steps.total}", "1.00", "1.00", "-")]
     for name, order in KINDS.items():
-        caching = Caching.every(drawing.plan, interval, order)  # type: ignore[arg-type]
+        caching = Caching.every(steps, interval, order)  # type: ignore[arg-type]
         cached = draw(caching)
-        computed = drawing.plan.total - len(caching.skip)
+        computed = steps.total - len(caching.skip)
         faster = seconds / sum(step.seconds for step in cached.steps)
-        less = picture_flops(model, drawing.plan, drawing.size) / picture_flops(model, drawing.plan, drawing.size, caching.skip)
+        less = plan_flops(manifest, steps, size) / plan_flops(manifest, steps, size, caching.skip)
         found.append((plan, name, f"{computed}", f"{less:.2f}", f"{faster:.2f}", f"{psnr(cached.images, whole.images):.1f}"))
     return found
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject: dict[str, Any] = {"class_labels": integers(options.classes)} if options.classes else {"prompt": options.prompt}
     subject |= {"guidance_scale": options.guidance}
     print("plan, caching, steps computed, times fewer FLOPs, times faster, PSNR dB")
-    with RaluPipeline.from_pretrained(options.bundle) as pipe:
+    with ElasticPipeline.from_pretrained(options.bundle) as pipe:
         for plan in options.plans:
             for row in rows(pipe, plan, options.interval, options.seed, **subject):
                 print(", ".join(row))

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from elastic_runtime import Budget, Bundle, ElasticPipeline, PipelineOutput, Session, StepRecord, open_session
+from elastic_runtime import Budget, Bundle, ElasticPipeline, Result, Session, StepRecord, open_session
 from elastic_runtime.sessions.session import Arrays
 from record import machine, versions
 
@@ -52,7 +52,7 @@ class Way:
 
     def draw(self, label: int, options: argparse.Namespace) -> np.ndarray:
         begun = time.perf_counter()
-        result: PipelineOutput = self.pipeline(
+        result: Result = self.pipeline(
             [label] * options.pictures,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> None:
     bundle, console = Bundle.open(options.bundle), Console(width=160)
     axis, batch = bundle.manifest.axis("tokens"), bundle.manifest.graphs["denoiser"].batch
     with open_session(bundle, threads=options.threads, spinning=False) as session:
-        ways = [Way(ElasticPipeline(bundle, each)) for each in (session, AllSlots(session, Budget(tokens=axis.max)))]
+        ways = [Way(ElasticPipeline(bundle, {"denoiser": each})) for each in (session, AllSlots(session, Budget(tokens=axis.max)))]
         measure(ways, bundle.manifest.model.num_classes, options)
     sized, whole = ways
     a, b = (statistics.median(way.seconds) for way in ways)

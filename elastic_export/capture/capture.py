@@ -97,13 +97,14 @@ def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
 def probe_budgets(axes: tuple[Axis, ...], open_dimensions: Mapping[str, Span] | None = None) -> list[Budget]:
     """The budgets to prove: along each axis its probes, the other axes at their defaults.
 
-    Sizes of open dimensions go together where there are no axes: all at the same end, all off the beaten track, and each in turn
-    at its middle while the others are off the track.
+    What decides shapes alone (open dimensions, and axes that the data's shape carries) goes together: all at the same end, all off
+    the beaten track, and each in turn at its middle while the others are off the track.
     """
     defaults = {axis.name: axis.default for axis in axes}
     points = [Budget(**defaults | {axis.name: value}) for axis in axes for value in axis.probes()]
-    if not axes and open_dimensions:
-        sizes = {name: range(span.min, span.max + 1) for name, span in open_dimensions.items()}
+    if all(axis.carrier == "shape" for axis in axes) and (axes or open_dimensions):
+        sizes = {axis.name: axis.values for axis in axes}
+        sizes |= {name: range(span.min, span.max + 1) for name, span in (open_dimensions or {}).items()}
         odd = {name: (found := probes(values))[min(1, len(found) - 1)] for name, values in sizes.items()}
         turns = [odd | {name: values[len(values) // 2]} for name, values in sizes.items()]
         ends = [{name: values[end] for name, values in sizes.items()} for end in (0, -1)]

@@ -1,7 +1,8 @@
 """A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph that is loaded when its turn comes."""
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, te
 from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, read_vae
 from elastic_runtime.contract import manifest
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import BudgetError, ModelError
-from elastic_runtime.ralu.cost import STEP
 from elastic_targets.capture import GraphCapture
 
 FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
@@ -47,11 +47,12 @@ class Sizes:
     def tokens(self) -> Span:
         return Span((self.latent.min // self.patch) ** 2, (self.latent.max // self.patch) ** 2)
 
-    @property
-    def stages(self) -> list[int]:
-        """Token counts of RALU's stages for the largest picture: a quarter, that with some patches grown, and all."""
-        low = self.tokens.max // 4
-        return [low, *(low + 3 * int(low * share) for share in GROWN), self.tokens.max]
+
+def stages(axis: Axis) -> list[int]:
+    """Token counts of RALU's stages for the largest picture, those that `axis` offers: a quarter, that with some patches grown, all."""
+    low = axis.max // 4
+    counts = [low, *(low + 3 * int(low * share) for share in GROWN), axis.max]
+    return [count for count in dict.fromkeys(counts) if count in axis.values]
 
 
 def capture_folder(
@@ -62,6 +63,7 @@ def capture_folder(
     name: str | None = None,
     digest: bool = True,
     packaged: bool = False,
+    spans: Mapping[str, Span] | None = None,
 ) -> Capture:
     """Capture a diffusers folder of FLUX or SD3; no weights are read before a graph is asked for.
 
@@ -70,9 +72,10 @@ def capture_folder(
         size: sides of pictures in pixels; None for the model's usual one and down to half of it.
         name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
         packaged: whether it is the packaged sample of that name, whose card has figures and whose place is nobody's business.
+        spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
-        BudgetError for sides that do not divide into patches.
+        BudgetError for sides that do not divide into patches, and for an axis or a span that there is not at this size.
     """
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
@@ -87,9 +90,9 @@ def capture_folder(
     built: Any = folder.build("transformer", transformer)
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
     patches, channels = family.patches(config), family.channels(config)
-    has_vae = "vae" in folder.listed and (path / "vae" / "config.json").is_file()
-    vae = read_vae(path / "vae", channels) if has_vae else None
-    sizes = _sizes(folder, family, config, patches, vae, size)
+    vae = listed_vae(folder, channels)
+    sizes = picture_sizes(folder, family, config, vae, size)
+    axis = _axis(sizes, spans or {}, name or path.name)
 
     encoders = [component for component in chosen if component.startswith("text_encoder")]
     text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders)
@@ -106,7 +109,7 @@ def capture_folder(
             "leave the encoders out with --components transformer,vae"
         )
     if "transformer" in chosen:
-        graphs.append(_denoiser(folder, family, transformer, config, sizes, length, batch))
+        graphs.append(_denoiser(folder, family, transformer, config, axis, length, batch))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
         graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
@@ -115,20 +118,20 @@ def capture_folder(
     parameters = {component: folder.parameters(component) for component in chosen}
     width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
 
-    def cost(stage: Budget) -> manifest.Cost:
-        count = stage.get("S", sizes.tokens.max)
+    def cost(count: int) -> manifest.Cost:
         values = dit_activation_values(count + length, width, heads)
-        return priced(stage, STEP[family.name](config, count, length), parameters["transformer"], values)
+        return priced(Budget(**{axis.name: count}), family.flops(config, count, length), parameters["transformer"], values)
 
-    stages = next((graph.stages or (Budget(),) for graph in graphs if graph.name == "denoiser"), ())
-    costs = tuple(cost(stage) for stage in sorted(stages, key=lambda stage: stage.get("S", 0)))
+    # FLOPs are exactly quadratic in the tokens: three rows give every other.
+    middle = axis.values[len(axis.values) // 2]
+    costs = tuple(map(cost, sorted({axis.min, middle, axis.max}))) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
-    values["decoder"] = decoder_values(folder.config("vae"), sizes.pixels.max) if has_vae else 0
+    values["decoder"] = decoder_values(folder.config("vae"), sizes.pixels.max) if vae else 0
     for graph in graphs:
         component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
-    side = sizes.latent.max
+    side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
     return Capture(
         model=manifest.Model(
             name=name or path.resolve().name,
@@ -144,7 +147,7 @@ def capture_folder(
             patches=patches,
             text=text,
         ),
-        axes=(),
+        axes=(axis,) if "transformer" in chosen else (),
         graphs=graphs,
         cost=costs,
         quality=quality(name) if packaged and name else (),
@@ -173,9 +176,17 @@ def _config(folder: Folder) -> dict[str, Any]:
     return folder.config("transformer")
 
 
-def _sizes(
-    folder: Folder, family: TokenFamily, config: tokens.Config, patches: manifest.Patches, vae: manifest.Vae | None, size: Span | None
-) -> Sizes:
+def listed_vae(folder: Folder, channels: int) -> manifest.Vae | None:
+    """Facts of the folder's VAE, whether or not it is exported; None where the folder has none."""
+    return read_vae(folder.path / "vae", channels) if "vae" in folder.listed and (folder.path / "vae" / "config.json").is_file() else None
+
+
+def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, vae: manifest.Vae | None, size: Span | None) -> Sizes:
+    """Sides of pictures: `size` in pixels, or the model's usual one and down to half of it.
+
+    Raises: BudgetError for sides that do not divide into patches, or that the model has no places for.
+    """
+    patches = family.patches(config)
     upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
     usual = family.side(config)
     if usual is None:
@@ -190,24 +201,42 @@ def _sizes(
     return Sizes(size, upscale, patches.size)
 
 
+def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
+    """The axis `tokens` of these sizes, narrowed to what was asked for.
+
+    Raises: BudgetError for another axis, or tokens that no picture of these sizes has.
+    """
+    axis = tokens.axis(sizes.tokens)
+    if others := [other for other in spans if other != axis.name]:
+        raise BudgetError(f"{name} has no axis {others[0]!r}; it has {axis.name}")
+    if (span := spans.get(axis.name)) is None:
+        return axis
+    least = (sizes.pixels.min // sizes.upscale // sizes.patch) ** 2
+    if not axis.min <= span.min <= span.max <= axis.max or span.max < least:
+        raise BudgetError(
+            f"--{axis.name} {span} does not go with sides of {sizes.pixels} pixels: their pictures have {least} to {axis.max} tokens, and "
+            f"their previews {axis.min} or more; give a span within {axis.span} that reaches {least}, or another --size"
+        )
+    return axis.narrow(span)
+
+
 def _denoiser(
-    folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, sizes: Sizes, length: int, batch: Span
+    folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, axis: Axis, length: int, batch: Span
 ) -> GraphCapture:
     inputs, patches = tokens.inputs(family, config), family.patches(config)
-    spans = {"S": sizes.tokens, "T": Span(1, length)}
-    opened = {name: span for name, span in spans.items() if span.min < span.max}
-    stages = [Budget(**{name: {"S": count, "T": length}[name] for name in opened}) for count in sizes.stages]
+    spans = {"S": axis.span, "T": Span(1, length)}
+    text = {"T": spans["T"]} if length > 1 else {}
     return GraphCapture(
         name="denoiser",
         module=None,
         load=lambda: family.wrap(folder.load("transformer", transformer)),
-        inputs=tokens.named(inputs, {name: span.max for name, span in spans.items() if name not in opened}),
+        inputs=inputs if text else tokens.named(inputs, {"T": length}),
         outputs=tokens.outputs(family, config),
-        axes=(),
+        axes=(axis,),
         batch=batch,
         feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
-        open_dimensions=opened,
-        stages=tuple(dict.fromkeys(stages)),
+        open_dimensions=text,
+        stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis)),
     )
 
 

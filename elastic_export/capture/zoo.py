@@ -12,15 +12,11 @@ from torch import nn
 from elastic_export.families import elit, elt, elt_masked
 from elastic_export.families.dc_dit import model as dc_dit
 from elastic_export.families.family import Family, agree
-from elastic_export.families.flux import PACKED
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
-from elastic_export.foreign.folder import Folder
-from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import sha256
 from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.errors import ModelError
-from elastic_runtime.ralu.cost import STEP
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
 DEFAULT = "elit-mnist"
@@ -159,48 +155,3 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
     if (told := config.pop("family", family.name)) != family.name:
         raise ModelError(f"--config {path} is of family {told!r}, but {family.name!r} was asked for")
     return config
-
-
-def _folder_row(name: str, path: Path, family: str) -> dict[str, Any]:
-    """The row of a packaged diffusers folder: its axis is the count of tokens, from a quarter to all of its usual picture's."""
-    folder = Folder.open(path)
-    config, vae = folder.config("transformer"), folder.config("vae")
-    tokens = (int(vae["sample_size"]) // 2 ** (len(vae["block_out_channels"]) - 1) // PACKED) ** 2
-    return {
-        "name": name,
-        "family": family,
-        "weights": "packaged",
-        "axes": f"tokens {tokens // 4}-{tokens}",
-        "gflops": [STEP[family](config, count, 1) / 1e9 for count in (tokens // 4, tokens)],
-        "parameters": folder.parameters("transformer"),
-    }
-
-
-def catalogue() -> list[dict[str, Any]]:
-    """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
-    rows = []
-    cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
-    listed = []
-    for name, card in cards.items():
-        if folder := locate(name):
-            rows.append(_folder_row(name, folder, card["family"]))
-            continue
-        family = FAMILIES[card["family"]]
-        listed.append((name, family, family.params(**card["config"]), "packaged"))
-    listed += [(name, family, params, "--checkpoint") for family in FAMILIES.values() for name, params in family.presets.items()]
-    for name, family, params, weights in listed:
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in family.build(params).parameters())
-        axes = family.axes(params)
-        ends = [Budget(**{axis.name: value(axis) for axis in axes}) for value in (lambda axis: axis.min, lambda axis: axis.max)]
-        rows.append(
-            {
-                "name": name,
-                "family": family.name,
-                "weights": weights,
-                "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
-                "gflops": [family.cost(params, end, parameters).flops / 1e9 for end in ends],
-                "parameters": parameters,
-            }
-        )
-    return rows

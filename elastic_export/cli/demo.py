@@ -102,23 +102,25 @@ def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: in
 @contextmanager
 def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
     """Export a sample that is drawn along plans: a column for each, and what runs it."""
-    from elastic_runtime.ralu import Plan, RaluPipeline
-    from elastic_runtime.ralu.cost import picture_flops
+    from elastic_runtime.choosing.cost import plan_flops
+    from elastic_runtime.drawing.plans import takes
+    from elastic_runtime.pipeline import ElasticPipeline
+    from elastic_runtime.ralu.plan import FULL, Plan
 
     bundle = _exported(folder, sample, {}, quiet)
 
-    def along(pipe: RaluPipeline, plan: Plan) -> Callable[[int], Any]:
+    def along(pipe: ElasticPipeline, plan: Plan) -> Callable[[int], Any]:
         return lambda digit: pipe(class_labels=[digit], plan=plan, guidance_scale=guidance, generator=_noise(seed, digit))
 
-    with RaluPipeline.from_pretrained(bundle) as pipe:
-        model, whole = bundle.manifest.model, f"full {steps}"
-        drawings = {f"full {count}": pipe.drawing("full", count) for count in (steps, max(1, steps // 2))}
-        drawings |= {name: pipe.drawing(name) for name in PLANS}
-        flops = {name: picture_flops(model, drawing.plan, drawing.size) for name, drawing in drawings.items()}
+    with ElasticPipeline.from_pretrained(bundle) as pipe:
+        whole, (size, full) = f"full {steps}", takes(bundle, FULL)
+        plans = {f"full {count}": full.spread(count) for count in (steps, max(1, steps // 2))}
+        plans |= {name: takes(bundle, name)[1] for name in PLANS}
+        flops = {name: plan_flops(bundle.manifest, plan, size) for name, plan in plans.items()}
         yield (
             [
-                Column(f"plan {name}", name, along(pipe, drawing.plan), flops[name] / drawing.plan.total / 1e9, flops[name] / flops[whole])
-                for name, drawing in drawings.items()
+                Column(f"plan {name}", name, along(pipe, plan), flops[name] / plan.total / 1e9, flops[name] / flops[whole])
+                for name, plan in plans.items()
             ],
             pipe.where,
         )

@@ -56,11 +56,8 @@ def make(
         if folder := locate(model):
             from elastic_export.capture.folders import capture_folder
 
-            options: dict[str, object] = {f"--{name}": span for name, span in given.items()} | {
-                "--checkpoint": checkpoint,
-                "--config": config,
-                "--vae": vae,
-            }
+            others = {f"--{name}": span for name, span in given.items() if name != "tokens"}
+            options: dict[str, object] = {**others, "--checkpoint": checkpoint, "--config": config, "--vae": vae}
             options |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}
             if wrong := [name for name, value in options.items() if value]:
                 verb = "does" if len(wrong) == 1 else "do"
@@ -68,7 +65,7 @@ def make(
                     f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it"
                 )
             chosen, name = words(components) if components else None, Path(model).name
-            captured = capture_folder(folder, chosen, size, batch, name, not dry_run, model in samples())
+            captured = capture_folder(folder, chosen, size, batch, name, not dry_run, model in samples(), given)
         else:
             if components or size:
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")

@@ -13,10 +13,11 @@ def models(json: options.Json = False) -> None:
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt -o xl
     """
     try:
-        from elastic_export.capture import zoo
+        from elastic_export.capture.catalogue import catalogue
+        from elastic_export.capture.zoo import FAMILIES
     except ModuleNotFoundError as error:
         raise MissingError(f"the model zoo needs torch ({error}): pip install 'elastic-export[torch]'") from error
-    rows = zoo.catalogue()
+    rows = catalogue()
     if json:
         show.as_json("models", {"models": rows})
         return
@@ -32,6 +33,4 @@ def models(json: options.Json = False) -> None:
             for row in rows
         ],
     )
-    show.line(
-        f"Any other size: name a family ({', '.join(zoo.FAMILIES)}) with --checkpoint and --config. FLUX and SD3: a diffusers folder."
-    )
+    show.line(f"Any other size: name a family ({', '.join(FAMILIES)}) with --checkpoint and --config. FLUX and SD3: a diffusers folder.")

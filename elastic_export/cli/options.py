@@ -12,7 +12,8 @@ import typer
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
-from elastic_runtime.ralu import Plan, fit_plan
+from elastic_runtime.ralu.fit import fit as fit_plan
+from elastic_runtime.ralu.plan import Plan
 
 
 def span(text: str | Span) -> Span:

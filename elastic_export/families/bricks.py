@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from elastic_export.families.elt_masked import EltMaskedParams
 
 FLOAT32 = 4  # bytes a value
+TIME_FEATURES = 256  # sinusoids of a timestep
 
 
 def dit_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:
@@ -30,6 +31,11 @@ def attention(queries: int, keys: int, width: int) -> int:
 def cross_attention(queries: int, keys: int, width: int) -> int:
     """FLOPs of q, k, v and output projections (`queries` and `keys` tokens in all), without the attention product."""
     return 2 * (2 * queries + 2 * keys) * width**2
+
+
+def embedder(features: int, width: int) -> int:
+    """Multiply-adds of a condition's MLP: `features` to the width, and the width to itself."""
+    return features * width + width**2
 
 
 def embedders(tokens: int, width: int, patch_values: int, out_values: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 
@@ -62,6 +63,18 @@ def patches(config: Config) -> Patches:
     return Patches(size=PACKED, positions="img_ids", guidance_embeds=bool(config["guidance_embeds"]))
 
 
+def flops(config: Config, image: int, text: int) -> int:
+    """FLOPs of one pass over `image` and `text` tokens (see `bricks` for what counts)."""
+    width = config["attention_head_dim"] * config["num_attention_heads"]
+    double, single, both = config["num_layers"], config["num_single_layers"], image + text
+    conditions = 2 if config["guidance_embeds"] else 1
+    macs = (double + single) * (12 * both * width**2 + 2 * both**2 * width)  # both kinds: 4 for attention, 8 for the MLP
+    macs += (double * 12 + single * 3 + 2) * width**2
+    macs += conditions * embedder(TIME_FEATURES, width) + embedder(config["pooled_projection_dim"], width)
+    macs += image * (config["in_channels"] + (config["out_channels"] or config["in_channels"])) * width
+    return 2 * (macs + text * config["joint_attention_dim"] * width)
+
+
 FAMILY = TokenFamily(
     name="flux",
     class_name="FluxTransformer2DModel",
@@ -71,4 +84,5 @@ FAMILY = TokenFamily(
     side=lambda config: None,
     text_length=lambda config: 512 if config["guidance_embeds"] else 256,  # dev and schnell
     beside=0,
+    flops=flops,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.errors import ModelError
@@ -76,6 +77,19 @@ def patches(config: Config) -> Patches:
     return Patches(size=config["patch_size"], positions="pos_ids", table=config["pos_embed_max_size"])
 
 
+def flops(config: Config, image: int, text: int) -> int:
+    """FLOPs of one pass over `image` and `text` tokens (see `bricks` for what counts)."""
+    width = config["attention_head_dim"] * config["num_attention_heads"]
+    layers, both, dual = config["num_layers"], image + text, len(config.get("dual_attention_layers") or ())
+    area = config["patch_size"] ** 2
+    macs = layers * (12 * both * width**2 + 2 * both**2 * width + 12 * width**2)
+    macs -= (9 * text + 4) * width**2  # the last block's text side has no output, no MLP, and shift and scale alone
+    macs += dual * (4 * image * width**2 + 2 * image**2 * width + 3 * width**2) + 2 * width**2
+    macs += embedder(TIME_FEATURES, width) + embedder(config["pooled_projection_dim"], width)
+    macs += image * area * (config["in_channels"] + (config["out_channels"] or config["in_channels"])) * width
+    return 2 * (macs + text * config["joint_attention_dim"] * config["caption_projection_dim"])
+
+
 FAMILY = TokenFamily(
     name="sd3",
     class_name="SD3Transformer2DModel",
@@ -85,4 +99,5 @@ FAMILY = TokenFamily(
     side=lambda config: config["sample_size"],
     text_length=lambda config: 256,
     beside=77,
+    flops=flops,
 )

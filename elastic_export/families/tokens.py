@@ -11,11 +11,12 @@ import numpy as np
 from torch import nn
 
 from elastic_export.families.family import random_rows
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches, TensorSpec
 
 Config = Mapping[str, Any]
+AXIS = "tokens"  # the elastic dimension: S is its budget
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TokenFamily:
     name: as in the manifest. class_name: diffusers' class. wrap(transformer): the graph's module.
     patches(config): how it takes a latent. channels(config): of that latent. side(config): of its usual latent, None where the
     VAE tells. text_length(config): the most tokens that its pipeline takes from T5. beside: those of CLIP that come before them.
+    flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add.
     """
 
     name: str
@@ -35,6 +37,7 @@ class TokenFamily:
     side: Callable[[Config], int | None]
     text_length: Callable[[Config], int]
     beside: int
+    flops: Callable[[Config, int, int], int]
 
 
 def inputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
@@ -53,6 +56,13 @@ def inputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
 
 
+def axis(span: Span) -> Axis:
+    """`tokens`: S itself, every count in `span`."""
+    return Axis(
+        name=AXIS, min=span.min, max=span.max, step=1, default=span.max, input="hidden_states", carrier="shape", dimension="S",
+    )  # fmt: skip
+
+
 def named(specs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> tuple[TensorSpec, ...]:
     """The specs with the dimensions in `fixed` no longer open."""
     shapes = [tuple(fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape) for spec in specs]
@@ -64,11 +74,11 @@ def outputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
 
 
 def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, Span], budget: Budget, batch: int) -> dict[str, np.ndarray]:
-    """Noise, embeddings, times in (0, 1) and guidance scales for `batch` samples; S and T as `budget` says, else the largest.
+    """Noise, embeddings, times in (0, 1) and guidance scales for `batch` samples; `tokens` (S) and T as `budget` says, else the largest.
 
     Positions are rows and columns of a square picture of the largest S, halves among them, in no order: attention needs none.
     """
-    sizes = {"B": batch} | {name: budget.get(name, span.max) for name, span in spans.items()}
+    sizes = {"B": batch, "S": budget.get(AXIS, spans["S"].max), "T": budget.get("T", spans["T"].max)}
     side = patches.table or int(np.ceil(np.sqrt(spans["S"].max)))
     generator = np.random.default_rng(0)
     ranges = {"timestep": (0.05, 0.95), "guidance": (1.0, 5.0)}

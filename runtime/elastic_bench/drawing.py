@@ -1,7 +1,7 @@
-"""Pictures drawn in turns by every runtime in every way: their time, and how near they come to those of the full budget."""
+"""Pictures drawn in turns by every runtime in every way: their time, and how near they come to those of the full
+budget."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +13,9 @@ from elastic_bench.subject import Drawing
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import compare
+from elastic_runtime.drawing.plans import takes
 from elastic_runtime.errors import UsageError
-from elastic_runtime.ralu import PRESETS, RaluPipeline
-from elastic_runtime.sessions.opening import open_session
+from elastic_runtime.ralu.plan import PRESETS
 
 if TYPE_CHECKING:
     from elastic_bench.measure import Entry
@@ -26,10 +26,11 @@ Album = dict[str, np.ndarray]
 
 
 def drawings(bundle: Bundle, budgets: Sequence[Budget], settings: Settings) -> list[Drawing]:
-    """The ways to draw, the full budget first: each budget; with quality also at half and a quarter of the steps, and with the
-    smallest budget for the weak branch of guidance.
+    """The ways to draw, the full budget first: each budget; with quality also at half and a quarter of the steps, and
+    with the smallest budget for the weak branch of guidance.
 
-    Along plans: full resolution with all steps and, always, with half and a quarter of them; and the presets that the bundle takes.
+    Along plans: full resolution with all steps and, always, with half and a quarter of them; and the presets that the
+    bundle takes.
     """
     fewer = sorted({max(1, settings.steps // part) for part in (1, 2, 4)}, reverse=True)
     if bundle.manifest.model.patches:
@@ -46,8 +47,8 @@ def drawings(bundle: Bundle, budgets: Sequence[Budget], settings: Settings) -> l
 
 
 def trials(entries: "list[Entry]", bundle: Bundle, ways: list[Drawing], settings: Settings) -> tuple[tuple[Trial, ...], Album]:
-    """Draw in every way by every runtime that can; return trials where quality was asked for or there are plans, and the album of
-    the plain ways.
+    """Draw in every way by every runtime that can; return trials where quality was asked for or there are plans, and
+    the album of the plain ways.
 
     Without quality it ends, after at least one batch, when the slowest way has had its duration.
     """
@@ -93,13 +94,13 @@ def trials(entries: "list[Entry]", bundle: Bundle, ways: list[Drawing], settings
 
 
 def plan_budgets(bundle: Bundle, name: str) -> tuple[Budget, ...]:
-    """What a preset asks of the denoiser, a budget for each of its stages; nothing where the bundle's own picture does not take it."""
+    """What `full` or a preset asks of the denoiser, a budget for each stage; nothing where the bundle's own picture
+    does not take it."""
     try:
-        drawing = RaluPipeline(bundle, partial(open_session, bundle)).drawing(name)  # which opens nothing
+        size, plan = takes(bundle, name)
     except UsageError:
         return ()
-    whole = Budget(**bundle.manifest.cost[-1].budget)
-    return tuple(Budget(**{**whole, "S": count}) for count in drawing.plan.tokens(*drawing.size))
+    return tuple(Budget(tokens=count) for count in plan.tokens(*size))
 
 
 def _plan(way: Drawing, bundle: Bundle) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from elastic_bench.drawing import Album, drawings, trials
+from elastic_bench.drawing import Album, drawings, plan_budgets, trials
 from elastic_bench.pareto import recommend
 from elastic_bench.process import Process
 from elastic_bench.records import ROUNDS, BundleReport, Row, RuntimeReport, Settings, SingleStream
@@ -20,6 +20,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import compare
 from elastic_runtime.errors import BudgetError, ElasticError, MissingError, UsageError
+from elastic_runtime.ralu.plan import PRESETS
 
 QUERIES = 1024  # the least that MLPerf asks of a single stream
 LIMIT = 20  # times the duration of a row: the time limit of its single stream
@@ -63,17 +64,23 @@ class Entry:
 
 
 def points(bundle: Bundle, values: Sequence[int] | None = None) -> list[Budget]:
-    """The budgets to measure, smallest first: `values` of the bundle's first axis, or its doublings; other axes at their defaults.
+    """The budgets to measure, smallest first: `values` of the bundle's first axis, or its doublings; other axes at
+    their defaults.
 
     Of a model that is drawn along plans they are the tokens of the plans' stages.
 
-    Raises: BudgetError for a value that the axis does not offer, or for values where there is no axis.
+    Raises: BudgetError for a value that the axis does not offer, or for values where there is no axis, or where plans
+    choose them.
     """
     axes = bundle.manifest.axes
+    if values and (not axes or bundle.manifest.model.patches):
+        why = "draws along plans, which choose theirs" if axes else "has no axis"
+        raise BudgetError(f"{bundle.folder} {why}, so it takes no budgets: leave them out")
     if not axes:
-        if values:
-            raise BudgetError(f"{bundle.folder} has no axis, so it takes no budgets: leave them out")
-        return [Budget(**row.budget) for row in bundle.manifest.cost] or [Budget()]
+        return [Budget()]
+    if bundle.manifest.model.patches:
+        stages = {budget for name in ("full", *PRESETS) for budget in plan_budgets(bundle, name)}
+        return sorted(stages, key=lambda budget: budget["tokens"]) or [Budget().on(axes)]
     chosen = axes[0].doublings() if values is None else sorted(set(values))
     return [Budget(**{axes[0].name: value}).on(axes) for value in chosen]
 
@@ -118,7 +125,7 @@ def measure(
         name=bundle.folder.resolve().name,
         model=model.name,
         family=model.family,
-        axis=bundle.manifest.axes[0].name if bundle.manifest.axes else "tokens" if model.patches else None,
+        axis=bundle.manifest.axes[0].name if bundle.manifest.axes else None,
         weights=bundle.manifest.provenance.checkpoint_sha256 or model.weights,
         embedded_guidance=model.patches is not None and model.patches.guidance_embeds,
         runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
@@ -143,7 +150,7 @@ def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Set
     if entry.loaded is None:
         return
     for budget in budgets:
-        if entry.loaded.budgets is not None and budget not in entry.loaded.budgets:
+        if entry.loaded.budgets is not None and not any(budget.items() <= offered.items() for offered in entry.loaded.budgets):
             entry.skipped[key(budget)] = f"it was compiled for {', '.join(map(str, entry.loaded.budgets))}"
             continue
         entry.first[budget] = entry.ask("step", budget)

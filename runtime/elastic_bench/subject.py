@@ -10,16 +10,16 @@ from elastic_bench.energy import Counter
 from elastic_bench.machine import peak_memory
 from elastic_bench.records import Settings
 from elastic_bench.runtimes import GRAPH, Opened, Runtime
-from elastic_runtime.choosing.policy import Fixed
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
-from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.pictures import drawable
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.pipeline import ElasticPipeline
-from elastic_runtime.ralu import RaluPipeline
+from elastic_runtime.ralu.plan import FULL
+from elastic_runtime.request import Request
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.session import batches
 
@@ -27,7 +27,8 @@ Clock = Callable[[], float]
 
 
 class Loaded(NamedTuple):
-    """What opening told: on what it runs, which budgets it was compiled for (None: all), whether it can make pictures."""
+    """What opening told: on what it runs, which budgets it was compiled for (None: all), whether it can make
+    pictures."""
 
     where: str
     processor: Processor
@@ -39,7 +40,8 @@ class Loaded(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One turn: seconds of the first run after another budget, of each steady run, and the energy of all steady runs by source."""
+    """One turn: seconds of the first run after another budget, of each steady run, and the energy of all steady runs by
+    source."""
 
     entering: float
     steady: tuple[float, ...]
@@ -49,7 +51,8 @@ class Turn(NamedTuple):
 class Drawing(NamedTuple):
     """How a picture is drawn; `weak` is the budget of the weak branch (None: the same).
 
-    Of a model that is drawn along plans, `plan` names one of mixed resolution (None: full resolution), which has `steps` of its own.
+    Of a model that is drawn along plans, `plan` names one of mixed resolution (None: full resolution), which has
+    `steps` of its own.
     """
 
     budget: Budget
@@ -100,7 +103,8 @@ class Subject:
         return list(check(self._bundle, GRAPH, self._open.denoiser, self._open.tolerance))
 
     def turn(self, previous: Budget, budget: Budget, seconds: float) -> Turn:
-        """Run once at `previous`, then at `budget`: the first time, and again until `seconds` have passed, at least once."""
+        """Run once at `previous`, then at `budget`: the first time, and again until `seconds` have passed, at least
+        once."""
         self.step(previous)
         entering = self.step(budget)[0]
         before = {name: read() for name, read in self._counters.items()}
@@ -111,52 +115,40 @@ class Subject:
         return Turn(entering, tuple(steady), {name: read() - before[name] for name, read in self._counters.items()})
 
     def draw(self, way: Drawing, seed: int) -> tuple[float, np.ndarray]:
-        """A guided batch of pictures (or of latents, for token codes) from noise of `seed`: its seconds, and float32 (B, H, W, C).
+        """A guided batch of pictures (or of latents, for token codes) from noise of `seed`: its seconds, and float32
+        (B, H, W, C).
 
         Raises: InferenceError if they are not finite.
         """
+        sessions = {"denoiser": self._open.denoiser} | ({"decoder": self._open.decoder} if self._open.decoder else {})
+        pipe, request = ElasticPipeline(self._bundle, sessions), self._request(way, seed)
         begun = self._clock()
-        pictures = self._at_budget(way, seed) if self._bundle.manifest.model.patches is None else self._along_plan(way, seed)
+        pictures = np.asarray(pipe.draw(request, generator=np.random.default_rng(seed)).images)
         seconds = self._clock() - begun
         if not np.isfinite(pictures).all():
             raise InferenceError(f"{self._open.denoiser.where} drew values that are not finite at {way.plan or way.budget}")
         return seconds, np.asarray(pictures, dtype=np.float32)
 
-    def _at_budget(self, way: Drawing, seed: int) -> np.ndarray:
-        model, settings = self._bundle.manifest.model, self._settings
-        pipe = ElasticPipeline(self._bundle, self._open.denoiser, self._open.decoder)
-        labels = (seed + np.arange(settings.batch)) % model.num_classes
-        state = None
-        for progress in pipe.iterate(
-            labels.tolist(),
-            num_inference_steps=way.steps,
-            guidance=Guidance(settings.guidance),
-            policy=Fixed(way.budget, way.weak),
-            generator=np.random.default_rng(seed),
-        ):
-            state = progress.step.sample
-        assert state is not None
-        return np.asarray(pipe.images(state, "np" if drawable(self._bundle) else "latent"))
-
-    def _along_plan(self, way: Drawing, seed: int) -> np.ndarray:
-        """After class labels, or the recorded embeddings: text encoders are no part of a step, and a plan does not change them."""
+    def _request(self, way: Drawing, seed: int) -> Request:
+        """A batch after class labels, or after the recorded embeddings: text encoders are no part of a step, and a
+        budget does not change them."""
         model, rows = self._bundle.manifest.model, np.arange(self._settings.batch)
-        subject: dict[str, Any] = {"class_labels": ((seed + rows) % max(1, model.num_classes)).tolist()}
+        subject: dict[str, Any] = {"class_labels": tuple(((seed + rows) % max(1, model.num_classes)).tolist())}
         if not model.num_classes:
             names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
             subject = {name: self._feeds[feed][rows % len(self._feeds[feed])] for name, feed in names.items()}
             if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:
                 subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
-        sessions = {"denoiser": self._open.denoiser} | ({"decoder": self._open.decoder} if self._open.decoder else {})
-        drawn = RaluPipeline(self._bundle, sessions.__getitem__)(
+        if model.patches:
+            how: dict[str, Any] = {"plan": way.plan} if way.plan else {"plan": FULL, "num_inference_steps": way.steps}
+        else:
+            how = {"budget": way.budget, "guidance_budget": way.weak, "num_inference_steps": way.steps}
+        return Request(
             **subject,
-            plan=way.plan or "full",
-            num_inference_steps=None if way.plan else way.steps,
+            **how,
             guidance_scale=self._settings.guidance,
-            generator=np.random.default_rng(seed),
-            output_type="np" if drawable(self._bundle) else "latent",
+            output_type="np" if drawable(self._bundle.manifest) else "latent",
         )
-        return np.asarray(drawn.images)
 
     def stream(self, way: Drawing, queries: int, limit: float) -> tuple[float, ...]:
         """Seconds of one batch of pictures after another, until there are `queries` or `limit` seconds have passed."""
@@ -188,10 +180,5 @@ class Subject:
         graph = self._bundle.manifest.graphs[GRAPH]
         batched = {spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"}
         feeds = {name: array[rows % len(array)] if name in batched else array for name, array in self._feeds.items()}
-        return cut(graph.inputs, feeds, budget) | axis_feeds(self._bundle.manifest.axes, budget)
-
-
-def drawable(bundle: Bundle) -> bool:
-    """Whether the model's final state can become a picture here."""
-    model = bundle.manifest.model
-    return model.pixels or model.tokens == "grey" or (model.vae is not None and "decoder" in bundle.manifest.graphs)
+        axes = self._bundle.manifest.axes
+        return cut(graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)

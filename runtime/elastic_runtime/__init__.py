@@ -8,11 +8,12 @@ image = pipe(class_labels=[7], guidance_scale=4.0, budget=er.Budget(latents=64))
 from elastic_runtime.choosing.deadline import Deadline
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.goals import Auto, FitLatency, FitMemory, Quality
-from elastic_runtime.choosing.policy import Choice, Fixed, PerStep, Policy
+from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.choosing.policy import Fixed, PerStep, Policy, Replay
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.device import Device, probe
 from elastic_runtime.errors import (
     BudgetError,
@@ -26,8 +27,11 @@ from elastic_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from elastic_runtime.pipeline import ElasticPipeline, PipelineOutput, Progress, StepRecord
-from elastic_runtime.ralu import Caching, Plan, RaluOutput, RaluPipeline, RaluProgress, RaluRecord, fit_plan
+from elastic_runtime.pipeline import ElasticPipeline
+from elastic_runtime.ralu.caching import Caching
+from elastic_runtime.ralu.fit import fit as fit_plan
+from elastic_runtime.ralu.plan import Plan
+from elastic_runtime.request import Progress, Request, Result, StepRecord
 from elastic_runtime.sessions.fake import FakeSession
 from elastic_runtime.sessions.opening import open_session
 from elastic_runtime.sessions.session import Session
@@ -54,18 +58,17 @@ __all__ = [
     "InferenceError",
     "MissingError",
     "ModelError",
+    "Option",
     "Outlook",
     "PerStep",
-    "PipelineOutput",
     "Plan",
     "Policy",
     "Progress",
     "Quality",
-    "RaluOutput",
-    "RaluPipeline",
-    "RaluProgress",
-    "RaluRecord",
     "RegressionError",
+    "Replay",
+    "Request",
+    "Result",
     "Session",
     "Span",
     "StepRecord",

@@ -17,8 +17,9 @@ class GraphCapture:
     """One graph: a `torch.nn.Module` whose forward takes the inputs by name and in order.
 
     `feeds(budget, batch)` gives numpy arrays for every input; the same arguments give the same arrays. `open_dimensions`
-    are those that neither the batch nor an axis explains (S and T of FLUX, a decoder's h and w): a budget names sizes for them
-    as it names values for axes, the largest ones where it is silent, and smaller feeds are the first rows of larger ones.
+    are those that neither the batch nor an axis explains (T of FLUX, a decoder's h and w): a budget names sizes for them as it
+    names values for axes, the largest ones where it is silent. Where data carry a budget by their shape, as they carry these
+    sizes, smaller feeds are the first rows of larger ones.
     `stages` are budgets with a static function of their own where a target keeps no dimension open. A large model's module
     comes late: see `loaded`.
     """
@@ -69,13 +70,13 @@ class GraphCapture:
     @property
     def traced(self) -> Budget:
         """A budget to trace at: away from the ends, where exporting would take an open length for a fixed one, and from 0 and 1."""
-        spans = {axis.name: axis.values for axis in self.axes}
+        budgets = {axis.name: axis.values for axis in self.axes}
         sizes = {name: range(span.min, span.max + 1) for name, span in self.open_dimensions.items()}
-        # Each open dimension is a little off the others' middle, so that no two are taken for one.
-        return Budget(
-            **{name: values[max(len(values) // 2 - 1, 0)] for name, values in spans.items()},
-            **{name: values[min(max(len(values) // 2 - 1 + i, 0), len(values) - 1)] for i, (name, values) in enumerate(sizes.items())},
-        )
+        point = {name: values[max(len(values) // 2 - 1, 0)] for name, values in budgets.items()}
+        # Each open dimension is a little off the others' middle and the axes', so that no two are taken for one.
+        for i, (name, values) in enumerate(sizes.items(), start=len(budgets)):
+            point[name] = values[min(max(len(values) // 2 - 1 + i, 0), len(values) - 1)]
+        return Budget(**point)
 
     def example(self) -> dict[str, np.ndarray]:
         """Feeds to trace with."""

@@ -51,7 +51,7 @@ class Runtime:
             return velocity(feeds)
 
         session = FakeSession(opened.manifest.graphs["denoiser"], run)
-        session.budgets = None if self.takes is None else tuple(Budget(S=count, T=1) for count in self.takes)
+        session.budgets = None if self.takes is None else tuple(Budget(tokens=count, T=1) for count in self.takes)
         return Opened(session, FakeSession(DECODER, decode), 1e-5)
 
 
@@ -64,15 +64,15 @@ def bundle(folder: Path, patches: Patches = SCHNELL, classes: int = 5, **changes
         spec.name: generator.standard_normal([sizes.get(str(size), size) for size in spec.shape]).astype(np.float32)  # type: ignore[misc]
         for spec in graph.inputs
     } | {"timestep": np.array([0.3, 0.8], np.float32)}
-    budgets = [Budget(S=count, T=1) for count in TOKENS]
-    outputs = {budget: velocity(cut(graph.inputs, feeds, budget)) for budget in budgets}
+    budgets = [Budget(tokens=count, T=1) for count in TOKENS]
+    whole = manifest(patches, classes=classes)
+    outputs = {budget: velocity(cut(graph.inputs, feeds, budget, whole.axes)) for budget in budgets}
     np.savez(folder / "reference.npz", **pack("denoiser", feeds, outputs))  # type: ignore[arg-type]
     artifact = OnnxArtifact(precision="fp32", files=(entry(folder, folder / "onnx" / "denoiser.onnx"),), toolchain={}, opset=23)
-    whole = manifest(patches, classes=classes)
     whole = msgspec.structs.replace(
         whole,
         graphs=whole.graphs | {"denoiser": msgspec.structs.replace(graph, artifacts=(artifact,))},
-        cost=tuple(Cost(budget=dict(budget), flops=1000 * budget["S"], weight_bytes=4000, activation_bytes=1) for budget in budgets),
+        cost=tuple(Cost(budget={"tokens": count}, flops=1000 * count, weight_bytes=4000, activation_bytes=1) for count in TOKENS),
         reference=entry(folder, folder / "reference.npz"),
         **changes,
     )
@@ -91,7 +91,7 @@ def test_steps_are_timed_at_the_stages_tokens_and_pictures_along_plans(tmp_path:
     report, album = run(opened, None)
     (found,) = report.runtimes
     assert found.failure is None
-    assert [row.budget["S"] for row in found.rows] == list(TOKENS)
+    assert [row.budget["tokens"] for row in found.rows] == list(TOKENS)
     assert [row.step.p50 for row in found.rows] == pytest.approx([1e-3 * count for count in TOKENS])
     assert (report.axis, len(found.checked)) == ("tokens", 4)
     assert [(trial.plan, trial.steps) for trial in report.trials] == [
@@ -111,7 +111,7 @@ def test_a_plan_is_drawn_only_where_every_stage_was_compiled(tmp_path: Path) -> 
     report, _ = run(bundle(tmp_path / "b"), (16, 19, 64), None)
     narrow, wide = report.runtimes
     assert (narrow.failure, wide.failure) == (None, None)
-    assert "S=28,T=1" in narrow.skipped
+    assert "tokens=28" in narrow.skipped
     drawn = {name: [trial.plan for trial in report.trials if trial.runtime == name] for name in ("runtime-0", "runtime-1")}
     assert drawn["runtime-0"] == ["full, 8 steps", "full, 4 steps", "full, 2 steps", "7x"]
     assert drawn["runtime-1"][-2:] == ["4x", "7x"]
@@ -145,6 +145,6 @@ def test_plans_that_the_picture_is_too_small_for_are_left_out(tmp_path: Path) ->
     model = msgspec.structs.replace(opened.manifest.model, sample_shape=(4, 4, 4))
     small = Bundle(opened.folder, msgspec.structs.replace(opened.manifest, model=model))
     ways = drawings(small, points(small), SETTINGS)
-    assert ways == [Drawing(Budget(S=64, T=1), None, steps) for steps in (8, 4, 2)]
-    with pytest.raises(BudgetError, match="has no axis, so it takes no budgets"):
+    assert ways == [Drawing(Budget(tokens=4), None, steps) for steps in (8, 4, 2)]
+    with pytest.raises(BudgetError, match="draws along plans, which choose theirs, so it takes no budgets"):
         points(opened, [16])

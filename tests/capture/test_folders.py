@@ -9,11 +9,14 @@ pytest.importorskip("diffusers", reason="the folders are diffusers'")
 pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
 
 import folders
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from elastic_export.capture.folders import Sizes, capture_folder
+from elastic_export.capture.folders import Sizes, capture_folder, stages
+from elastic_export.families.flux import FAMILY as FLUX
+from elastic_export.families.tokens import axis
 from elastic_export.foreign.folder import Folder
 from elastic_runtime import Budget, BudgetError, ModelError, Span
 
@@ -57,8 +60,9 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
     assert (model.vae.scaling_factor, model.vae.shift_factor, model.vae.upscale) == (0.5, 0.1, 2)
     denoiser, decoder = captured.graphs[:2]
     assert denoiser.dimensions == {"B": Span(1, 2), "S": Span(4, 64), "T": Span(1, 6)}
-    assert [point["S"] for point in denoiser.stages] == [16, 19, 28, 64]
+    assert [point["tokens"] for point in denoiser.stages] == [16, 19, 28, 64]
     assert decoder.dimensions == {"B": Span(1, 2), "h": Span(4, 16), "w": Span(4, 16)}
+    assert captured.axes == denoiser.axes == (axis(Span(4, 64)),)
     assert set(captured.peaks) == {graph.name for graph in captured.graphs}
     assert captured.cost[0].flops > 0
     assert set(captured.files) == {"tokenizer/text_encoder/tokenizer.json", "tokenizer/text_encoder_2/tokenizer.json"}
@@ -66,13 +70,17 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
 
 def test_sizes_of_a_graph_are_filled_in_checked_and_traced_away_from_the_ends(whole: Path) -> None:
     graph = capture_folder(whole, None, None, ONE).graphs[0]
-    assert graph.at(Budget(S=20)) == Budget(S=20, T=6)
-    with pytest.raises(BudgetError, match="S 3 is not available: denoiser takes 4-64"):
-        graph.at(Budget(S=3))
+    assert graph.at(Budget(tokens=20)) == Budget(tokens=20, T=6)
+    with pytest.raises(BudgetError, match="tokens 3 is not available: this model offers 4-64; the nearest is 4"):
+        graph.at(Budget(tokens=3))
+    with pytest.raises(BudgetError, match="T 7 is not available: denoiser takes 1-6"):
+        graph.at(Budget(T=7))
     with pytest.raises(BudgetError, match="no axis 'latents'"):
         graph.at(Budget(latents=4))
-    assert all(span.min < graph.traced[name] < span.max for name, span in graph.open_dimensions.items())
-    large, small = graph.feeds(Budget(), 2), graph.feeds(Budget(S=5, T=2), 2)
+    spans = {"tokens": graph.axes[0].span} | graph.open_dimensions
+    assert all(span.min < graph.traced[name] < span.max for name, span in spans.items())
+    assert len(set(graph.traced.values())) == 2, "no two may be taken for one"
+    large, small = graph.feeds(Budget(), 2), graph.feeds(Budget(tokens=5, T=2), 2)
     assert (small["hidden_states"] == large["hidden_states"][:, :5]).all()
     assert (small["img_ids"] == large["img_ids"][:5]).all()
     assert (small["encoder_hidden_states"] == large["encoder_hidden_states"][:, :2]).all()
@@ -121,7 +129,7 @@ def test_other_components_need_the_transformer_s_config_alone(copy: Path) -> Non
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     captured = capture_folder(copy, ("vae",), None, ONE)
     assert [graph.name for graph in captured.graphs] == ["decoder"]
-    assert (captured.cost, captured.checkpoint_sha256) == ((), None)
+    assert (captured.axes, captured.cost, captured.checkpoint_sha256) == ((), (), None)
     with pytest.raises(ModelError, match="holds no safetensors weights"):
         capture_folder(copy, None, None, ONE)
 
@@ -134,10 +142,12 @@ def test_without_a_vae_a_pixel_is_the_latent_s(tmp_path: Path) -> None:
     assert captured.graphs[0].dimensions["S"] == Span(64, 1024)
 
 
-def test_costs_are_of_the_stages_and_the_decoder_s_peak_grows_with_the_picture(whole: Path) -> None:
+def test_three_costs_give_every_other_and_the_decoder_s_peak_grows_with_the_picture(whole: Path) -> None:
     small, large = (capture_folder(whole, None, size, Span(1, 2)) for size in (Span(32, 32), Span(64, 64)))
-    assert [row.budget for row in small.cost] == [{"S": count, "T": 6} for count in (16, 19, 28, 64)]
-    assert [row.flops for row in small.cost] == sorted({row.flops for row in small.cost})
+    assert [row.budget for row in small.cost] == [{"tokens": count} for count in (16, 40, 64)]
+    config = folders.flux().config
+    fitted = np.polyfit([row.budget["tokens"] for row in small.cost], [row.flops for row in small.cost], 2)
+    assert [round(np.polyval(fitted, count)) for count in range(16, 65)] == [FLUX.flops(config, count, 6) for count in range(16, 65)]
     grown = 2 * 4 * (64**2 - 32**2) * (3 * 8 + 8)
     assert large.peaks["decoder"] - small.peaks["decoder"] == grown, "bytes of the activations of a batch of two"
 
@@ -145,7 +155,21 @@ def test_costs_are_of_the_stages_and_the_decoder_s_peak_grows_with_the_picture(w
 def test_sizes_are_of_pictures_and_of_the_stages_of_the_largest() -> None:
     sizes = Sizes(Span(512, 1024), 8, 2)
     assert (sizes.latent, sizes.tokens) == (Span(32, 128), Span(256, 4096))
-    assert sizes.stages == [1024, 1330, 1945, 4096]  # as the paper's presets have them at 1024 px
+    assert stages(axis(sizes.tokens)) == [1024, 1330, 1945, 4096]  # as the paper's presets have them at 1024 px
+    assert stages(axis(Span(1500, 4096))) == [1945, 4096]
+
+
+def test_tokens_narrow_the_axis_that_the_sides_set(whole: Path) -> None:
+    narrow = capture_folder(whole, None, Span(16, 32), ONE, spans={"tokens": Span(16, 40)})
+    assert narrow.graphs[0].dimensions["S"] == narrow.axes[0].span == Span(16, 40)
+    assert [point["tokens"] for point in narrow.graphs[0].stages] == [19, 40]
+    assert narrow.model.sample_shape == (4, 12, 12), "the largest square picture: 6 x 6 tokens"
+    assert narrow.graphs[1].dimensions["h"] == Span(4, 16)
+    for span in (Span(2, 64), Span(16, 65), Span(4, 15)):
+        with pytest.raises(BudgetError, match=rf"--tokens {span} does not go with sides of 16-32 pixels: .* 16 to 64 tokens"):
+            capture_folder(whole, None, Span(16, 32), ONE, spans={"tokens": span})
+    with pytest.raises(BudgetError, match="has no axis 'latents'; it has tokens"):
+        capture_folder(whole, None, None, ONE, spans={"latents": Span(4, 8)})
 
 
 @pytest.mark.parametrize(

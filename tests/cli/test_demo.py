@@ -47,15 +47,15 @@ def test_the_packaged_flux_brings_its_card_and_tells_no_place(demo: Path) -> Non
     manifest = Bundle.open(demo / "ralu-digits").manifest
     assert manifest.provenance.checkpoint is None
     assert (manifest.model.family, manifest.model.num_classes, manifest.model.config["scheduler"]["shift"]) == ("flux", 10, 2.0)
-    assert [row.budget["S"] for row in manifest.cost] == [64, 82, 121, 256]
-    assert {"4x", "7x", "full, 20 steps"} <= {row.plan for row in manifest.quality}
+    assert [row.budget["tokens"] for row in manifest.cost] == [16, 136, 256]
+    assert {"4x", "7x", "full, 20 steps"} <= {row.where for row in manifest.quality}
     assert all(row.accuracy > 0.5 for row in manifest.quality)
 
 
 def test_it_is_listed_inspected_and_verified(demo: Path, run: Run) -> None:
     done = run("models", "--json")
     (row,) = (row for row in json.loads(done.out)["models"] if row["name"] == "ralu-digits")
-    assert (row["axes"], row["weights"]) == ("tokens 64-256", "packaged")
+    assert (row["axes"], row["weights"]) == ("tokens 16-256", "packaged")
     assert run("verify", demo / "ralu-digits").code == 0
     told = run("inspect", demo / "ralu-digits")
     assert "quality, from the model card" in told.out

@@ -20,7 +20,7 @@ import torch
 from conftest import Outcome
 from diffusers import FluxTransformer2DModel
 
-from elastic_runtime import Bundle, open_session
+from elastic_runtime import Bundle, Span, open_session
 
 Run = Callable[..., Outcome]
 
@@ -40,7 +40,10 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
     bundle = Bundle.open(tmp_path / "out", hashes=True)
     manifest = bundle.manifest
     assert list(manifest.graphs) == ["denoiser", "decoder", "text_encoder", "text_encoder_2"]
-    assert rows(bundle, "denoiser") == [(4, 1), (25, 4), (34, 4), (64, 6)]  # the middle of 1 to 6 is off the track, too
+    assert rows(bundle, "denoiser") == [(1, 4), (4, 25), (4, 34), (6, 64)]  # T, tokens; the middle of 1 to 6 is off the track, too
+    assert (manifest.axis("tokens").carrier, manifest.axis("tokens").span) == ("shape", Span(4, 64))
+    assert "denoiser/T=6,tokens=64/prediction" in bundle.reference()
+    assert [row.budget for row in manifest.cost] == [{"tokens": count} for count in (4, 34, 64)]
     assert rows(bundle, "decoder") == [(4, 4), (9, 9), (10, 9), (9, 10), (16, 16)]
     assert len(rows(bundle, "text_encoder")) == len(rows(bundle, "text_encoder_2")) == 1
     assert (
@@ -125,6 +128,7 @@ def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_
     [
         (["--latents", "4-8", "--vae", "x"], "has its own sizes and weights: --latents, --vae do not go with it"),
         (["--components", "vae,unet"], "--components are transformer, vae, text, got unet"),
+        (["--tokens", "4-65"], "--tokens 4-65 does not go with sides of 16-32 pixels"),
     ],
 )
 def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
@@ -179,7 +183,7 @@ def test_a_packaged_folder_is_a_sample_by_its_name(run: Run, tmp_path: Path, mon
     (tmp_path / "tiny-digits.json").write_text(json.dumps({"family": "flux", "quality": []}))
     monkeypatch.setattr(zoo, "_PRETRAINED", tmp_path)
     told = json.loads(run("models", "--json").out)["models"][0]
-    assert (told["name"], told["family"], told["weights"], told["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 16-64")
+    assert (told["name"], told["family"], told["weights"], told["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 4-64")
     assert 0 < told["gflops"][0] < told["gflops"][1]
     done = run("onnx", "tiny-digits", "-o", tmp_path / "out", "--dry-run", "--json")
     model = json.loads(done.out)["model"]

@@ -13,15 +13,15 @@ from fake_prompts import flux as with_text
 from fakes import write_bundle
 from PIL import Image
 
-from elastic_runtime import Bundle, RaluPipeline
+from elastic_runtime import Bundle, ElasticPipeline
 from elastic_runtime.contract.bundle import entry, write_manifest
-from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.manifest import Cost, Manifest
 
 Run = Callable[..., Outcome]
-CONFIG = {
-    "attention_head_dim": 8, "num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1, "guidance_embeds": False,
-    "in_channels": 16, "out_channels": None, "pooled_projection_dim": 5, "joint_attention_dim": 6,
-}  # fmt: skip
+# Exactly quadratic in the tokens, as attention is.
+COST = tuple(
+    Cost(budget={"tokens": count}, flops=count**2 + 100 * count, weight_bytes=1000, activation_bytes=10 * count) for count in (1, 512, 1024)
+)
 
 
 def opened(monkeypatch: pytest.MonkeyPatch, folder: Path, opener: Opener) -> Path:
@@ -29,13 +29,13 @@ def opened(monkeypatch: pytest.MonkeyPatch, folder: Path, opener: Opener) -> Pat
     import msgspec
 
     whole: Manifest = opener.bundle.manifest
-    model = msgspec.structs.replace(whole.model, config=CONFIG)
+    model = whole.model
     if model.text:
         encoders = tuple(msgspec.structs.replace(one, tokenizer=entry(folder, folder / one.tokenizer.path)) for one in model.text.encoders)
         model = msgspec.structs.replace(model, text=msgspec.structs.replace(model.text, encoders=encoders))
     folder.mkdir(exist_ok=True)
-    write_manifest(folder, msgspec.structs.replace(whole, model=model))
-    monkeypatch.setattr(RaluPipeline, "from_pretrained", lambda bundle, backend=None: RaluPipeline(bundle, opener))
+    write_manifest(folder, msgspec.structs.replace(whole, model=model, cost=COST))
+    monkeypatch.setattr(ElasticPipeline, "from_pretrained", lambda bundle, backend=None: ElasticPipeline(bundle, opener))
     opener.bundle = Bundle.open(folder)
     return folder
 
@@ -66,10 +66,10 @@ def test_json_tells_the_plan_the_steps_and_what_they_cost(run: Run, digits: Path
     assert told["schema"].startswith("elastic-export/generate/")
     assert told["schedule"]["steps"] == [4]
     assert [step["computed"] for step in told["steps"]] == [True, True, False, True]
-    assert [step["tokens"] for step in told["steps"]] == [32] * 4
+    assert [step["budget"]["tokens"] for step in told["steps"]] == [32] * 4
     assert told["flops"]["plan"] == told["flops"]["same_steps"] * 3 // 4
     assert told["classes"] == [0]
-    assert (told["height"], told["width"], told["guidance"], told["embedded_guidance"], told["cache"]) == (64, 32, 2.0, None, 2)
+    assert (told["height"], told["width"], told["guidance"], told["embedded_guidance"], told["skipped"]) == (64, 32, 2.0, None, 1)
     assert told["seconds"] >= sum(step["seconds"] for step in told["steps"])
 
 
@@ -114,8 +114,8 @@ def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -
         (["--plan", "3,0,5/0.3,0.4,1/0.3"], "at least 1 step, got 0"),
         (["--plan", "3,4,5/0.3,0.4,1/1"], "up_ratio lies between 0 and 1"),
         (["--steps", "5"], "--steps is for --plan full; plan 4x has steps of its own"),
-        (["--height", "50"], "height is a multiple of 16 px for this plan, got 50"),
-        (["--width", "0"], "width is a multiple of 16 px for this plan, got 0"),
+        (["--plan", "4x", "--height", "50"], "height is a multiple of 16 px for this plan, got 50"),
+        (["--plan", "4x", "--width", "0"], "width is a multiple of 16 px for this plan, got 0"),
         (["--cache", "1"], "got an interval of 1"),
         (["--latents", "4"], "--latents does not fit tiny, which draws along a plan"),
         (["--sampler", "heun"], "--sampler does not fit tiny"),
@@ -151,7 +151,6 @@ def test_a_place_that_cannot_be_written_is_told_before_drawing(run: Run, digits:
 
 def test_a_manifest_that_was_edited_is_named_before_drawing(run: Run, digits: Path, tmp_path: Path) -> None:
     for change, message in (
-        (lambda model: model["config"].clear(), "the config of tiny does not tell what a step costs"),
         (lambda model: model["config"].update(scheduler={"shift": "x"}), "the scheduler's shift is a number, got 'x'"),
         (lambda model: model["patches"].update(size=0), "a patch has a `size` of 1 or more, got 0"),
         (lambda model: model["vae"].update(upscale=0), "`upscale` is 1 or more"),

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from fakes import manifest as elit_manifest
 
-from elastic_runtime import Bundle, FakeSession, Session, Span
-from elastic_runtime.contract.manifest import FileEntry, Graph, Manifest, Model, Patches, TensorSpec, Text, TextEncoder, Vae
+from elastic_runtime import Axis, Bundle, FakeSession, Session, Span
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, Graph, Manifest, Model, Patches, TensorSpec, Text, TextEncoder, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 CHANNELS, SIZE, UPSCALE, WIDTH, POOLED = 4, 2, 4, 6, 5
 # velocity(feeds) -> (B, S, C): what a fake denoiser computes
 Field = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
+TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
 FLUX = Patches(size=SIZE, positions="img_ids", guidance_embeds=True)
 SCHNELL = Patches(size=SIZE, positions="img_ids")
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
@@ -81,7 +82,7 @@ def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None
         text=text,
     )
     every = {"denoiser": denoiser_graph(patches)} | ({"decoder": DECODER} if decoder else {}) | graphs
-    return Manifest(schema_version=1, model=model, axes=(), graphs=every, cost=(), provenance=old.provenance)
+    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(TOKENS,), graphs=every, cost=(), provenance=old.provenance)
 
 
 class Opener:

@@ -94,7 +94,7 @@ def pipeline(
     """A pipeline on the fake, which may have been compiled for some `budgets` only."""
     fake = FakeSession(graph(channels, batch), answer(counts, channels))
     fake.budgets = budgets
-    return ElasticPipeline(Bundle(Path("bundle"), described(channels, batch, **changes)), fake), fake
+    return ElasticPipeline(Bundle(Path("bundle"), described(channels, batch, **changes)), {"denoiser": fake}), fake
 
 
 def runs(fake: FakeSession) -> list[tuple[int, int]]:

@@ -68,6 +68,6 @@ def pipeline(machine: Machine, graded: bool = True, recording: str = "xeon", **c
     """A pipeline on the machine, whose device is a recorded one."""
     bundle = Bundle(Path("bundle"), msgspec.structs.replace(described(graded), **changes))
     fake = session(machine)
-    pipe = ElasticPipeline(bundle, fake, clock=machine.clock)
+    pipe = ElasticPipeline(bundle, {"denoiser": fake}, machine.clock)
     pipe.gauge = Gauge(fake, bundle.manifest, None, machine.clock, opened=100_000_000, device=lambda: probe(MACHINES[recording]))
     return pipe

@@ -14,7 +14,10 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from elastic_export.families import flux, sd3
 from elastic_export.families.flux import Flux
 from elastic_export.families.sd3 import Positions, Sd3
 from elastic_export.foreign.folder import Folder
@@ -96,3 +99,42 @@ def test_half_precision_weights_keep_time_and_angles_exact() -> None:
     half.transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     half(normal(1, 1, 16), normal(1, 1, 16), normal(1, 8), torch.tensor([0.93712]), ids, torch.zeros(1, 3))
     assert seen[0].item() == pytest.approx(937.12, abs=1e-4)
+
+
+FLUX_DEV = {
+    "attention_head_dim": 128, "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": True,
+    "in_channels": 64, "out_channels": None, "pooled_projection_dim": 768, "joint_attention_dim": 4096,
+}  # fmt: skip
+
+
+def test_the_flops_of_flux_1_dev_at_1024_px() -> None:
+    assert flux.FAMILY.flops(FLUX_DEV, 4096, 512) / 1e12 == pytest.approx(74.38, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flux", "schnell", "sd3", "sd3.5"])
+def test_the_count_of_flops_is_torch_s_own(kind: str) -> None:
+    image, text = 16, 7
+    if kind in ("flux", "schnell"):
+        config = FLUX_DEV | {
+            "attention_head_dim": 32, "num_attention_heads": 2, "num_layers": 2, "num_single_layers": 3, "in_channels": 16,
+            "pooled_projection_dim": 24, "joint_attention_dim": 40, "guidance_embeds": kind == "flux",
+        }  # fmt: skip
+        model = FluxTransformer2DModel(**config, axes_dims_rope=(8, 12, 12))
+        ids = {"img_ids": torch.zeros(image, 3), "txt_ids": torch.zeros(text, 3)}
+        ids |= {"guidance": torch.ones(1)} if kind == "flux" else {}
+        hidden, wanted = torch.zeros(1, image, 16), flux.FAMILY.flops(config, image, text)
+    else:
+        config = {
+            "attention_head_dim": 8, "num_attention_heads": 4, "num_layers": 3, "in_channels": 4, "out_channels": 4, "patch_size": 2,
+            "pooled_projection_dim": 24, "joint_attention_dim": 40, "caption_projection_dim": 32,
+            "dual_attention_layers": (0, 1) if kind == "sd3.5" else (),
+        }  # fmt: skip
+        model = SD3Transformer2DModel(**config, sample_size=8, pos_embed_max_size=8)
+        ids, hidden, wanted = {}, torch.zeros(1, 4, 8, 8), sd3.FAMILY.flops(config, image, text)
+    # the counter does not know the fused attention of CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(
+            hidden_states=hidden, encoder_hidden_states=torch.zeros(1, text, 40), pooled_projections=torch.zeros(1, 24),
+            timestep=torch.ones(1), **ids,
+        )  # fmt: skip
+    assert wanted == counter.get_total_flops()

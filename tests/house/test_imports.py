@@ -7,13 +7,12 @@ import pytest
 PACKAGES = ("elastic_runtime", "elastic_bench", "elastic_targets", "elastic_export")
 # Edges without which the circles of today would not be. What is listed is to go, and nothing is added.
 KNOWN_MODULES = {
-    "elastic_runtime": {("elastic_runtime.choosing.policy", "elastic_runtime.choosing.estimates")},  # `Choice` belongs beside `Budget`
     "elastic_bench": {("elastic_bench.drawing", "elastic_bench.measure")},  # `Entry` wants a file of its own
     "elastic_export": {  # a family's formulas belong to the family
         ("elastic_export.families.bricks", f"elastic_export.families.{name}") for name in ("dc_dit.model", "elit", "elt", "elt_masked")
     },
 }
-KNOWN_ROOMS = {("denoising", "choosing"), ("denoising", "pipeline"), ("sampling", "ralu")}
+KNOWN_ROOMS: set[tuple[str, str]] = {("ralu", "sampling")}
 
 Imports = Mapping[str, Iterable[str]]
 

@@ -16,6 +16,7 @@ from elastic_runtime import (
     Guidance,
     InferenceError,
     PerStep,
+    Request,
     Span,
     UsageError,
 )
@@ -38,7 +39,7 @@ def pipeline(field: Any = to_label, channels: int = 1, batch: Span = Span(1, 4),
             decoder_graph(channels), lambda feeds: {"image": np.repeat(feeds["latent"][:, :1], 3, 1).repeat(2, 2).repeat(2, 3)}
         )
     described = manifest(channels, batch, VAE if vae else None)
-    return ElasticPipeline(Bundle(Path("bundle"), described), fake, decoder), fake
+    return ElasticPipeline(Bundle(Path("bundle"), described), {"denoiser": fake} | ({"decoder": decoder} if decoder else {})), fake
 
 
 def kept(fake: FakeSession) -> list[int]:
@@ -197,7 +198,7 @@ def test_a_callback_may_return_nothing() -> None:
 
 def test_the_loop_can_be_stopped_early() -> None:
     pipe, fake = pipeline()
-    for progress in pipe.iterate([5], num_inference_steps=50, generator=rng()):
+    for progress in pipe.iterate(Request(class_labels=5, num_inference_steps=50), generator=rng()):
         if progress.step.index == 2:
             break
     assert len(fake.calls) == 3

@@ -98,7 +98,7 @@ def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) 
         starts.append(feeds["sample"])
         return {"prediction": np.zeros_like(feeds["sample"])}
 
-    pipe = ElasticPipeline(bundle(), FakeSession(bundle().manifest.graphs["denoiser"], velocity))
+    pipe = ElasticPipeline(bundle(), {"denoiser": FakeSession(bundle().manifest.graphs["denoiser"], velocity)})
     protocol = Protocol(samples=20, steps=1, seed=5)
     drawn = [draw(pipe, Budget(loops=n), 1.0, protocol, batch=8) for n in (1, 4)]
     assert len(starts) == 6

@@ -12,15 +12,13 @@ from fake_flux import SCHNELL, Opener, denoiser_graph, manifest
 import evaluate_plans as script
 from classifier import load_judge
 from digits import Digits, glyphs
-from elastic_runtime import Bundle, Plan, RaluPipeline, Span, UsageError
-from elastic_runtime.contract.manifest import Manifest, Quality
+from elastic_runtime import Bundle, ElasticPipeline, Plan, Span, UsageError
+from elastic_runtime.contract.manifest import Cost, Manifest, Quality
 from elastic_runtime.ralu.patches import pack
 from evaluate_plans import Protocol, evaluate
 
-CONFIG = {
-    "attention_head_dim": 32, "num_attention_heads": 4, "num_layers": 1, "num_single_layers": 5, "guidance_embeds": False,
-    "in_channels": 12, "out_channels": None, "pooled_projection_dim": 10, "joint_attention_dim": 6, "scheduler": {"shift": 2.0},
-}  # fmt: skip
+CONFIG = {"scheduler": {"shift": 2.0}}
+COST = tuple(Cost(budget={"tokens": n}, flops=n**2 + 2000 * n, weight_bytes=1, activation_bytes=1) for n in (1, 512, 1024))
 PROTOCOL = Protocol(samples=20, full=(3,), rounds=2)
 ALL = (64 // 2) ** 2
 OF_7X = ALL // 4 + 3 * int(ALL // 4 * 0.1)
@@ -31,10 +29,10 @@ def described(side: int = 64, classes: int = 10) -> Manifest:
     whole = manifest(SCHNELL, classes=classes, decoder=False)
     graph = msgspec.structs.replace(denoiser_graph(SCHNELL, channels=3, pooled=10), dimensions={n: Span(1, 2048) for n in "BST"})
     model = msgspec.structs.replace(whole.model, config=CONFIG, sample_shape=(3, side, side), vae=None)
-    return msgspec.structs.replace(whole, model=model, graphs={"denoiser": graph})
+    return msgspec.structs.replace(whole, model=model, graphs={"denoiser": graph}, cost=COST)
 
 
-def artist(held_out: Digits) -> RaluPipeline:
+def artist(held_out: Digits) -> ElasticPipeline:
     """Draws a real glyph of the class that is asked for; buries it in a checkerboard where the mixed stage before had 7x's tokens."""
     examples = torch.from_numpy(np.stack([held_out.images[held_out.labels == digit][0] for digit in range(10)]))
     pictures = np.concatenate([glyphs(examples).numpy().repeat(3, 1), np.full((1, 3, 64, 64), -1.0)])  # the last one without a label
@@ -51,7 +49,7 @@ def artist(held_out: Digits) -> RaluPipeline:
         return (x - pack(drawn, 2)) / sigma
 
     opener = Opener(described(), velocity)
-    return RaluPipeline(opener.bundle, opener)
+    return ElasticPipeline(opener.bundle, opener)
 
 
 def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,13 +57,15 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
     figures = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=15)
     found = figures["evaluation"]
     rows = {row["plan"]: row for row in found["plans"]}
-    assert list(rows)[-4:] == ["4x", "4x without renoising", "7x", "7x without renoising"]
+    assert [name for name in rows if "," not in name] == ["4x", "4x without renoising", "7x", "7x without renoising"]
+    assert {"4x, 10+12+14 steps", "7x, 1+2+3 steps"} < set(rows)
     assert {"full, 18 steps", "full, 10 steps", "full, 3 steps"} < set(rows)
     assert all(rows[name]["accuracy"] == 1 for name in rows if "7x" not in name)
     assert rows["7x"]["accuracy"] < 0.7
     assert rows["7x"]["frechet_distance"] > rows["4x"]["frechet_distance"]
-    assert {row["plan"] for row in figures["quality"]} == {name for name in rows if "without" not in name}
-    assert all(Quality(**row).where == row["plan"] for row in figures["quality"])
+    graded = [msgspec.convert(row, Quality) for row in figures["quality"]]
+    assert {row.where for row in graded} == {name for name in rows if "without" not in name}
+    assert all(list(row.steps or ()) == rows[row.where]["steps"] for row in graded)
     assert rows["4x"]["tokens"] == [256, 256 + 3 * 76, 1024]
     assert (rows["4x"]["steps"], rows["full, 3 steps"]["steps"]) == ([5, 6, 7], [3])
     assert all(row["milliseconds"] > 0 for row in rows.values())
@@ -76,13 +76,13 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
 
 
 def test_rows_have_as_many_steps_as_the_plans_and_as_many_as_these_cost() -> None:
-    model = described().model
-    plans = script.rows(model, (50, 20))
-    step = script.flops(model, Plan.full(1))
+    manifest = described()
+    plans = script.rows(manifest, (50, 20))
+    step = script.flops(manifest, Plan.full(1))
     for name, total in (("4x", 18), ("7x", 10)):
-        cheap = f"full, {round(script.flops(model, plans[name]) / step)} steps"
+        cheap = f"full, {round(script.flops(manifest, plans[name]) / step)} steps"
         assert f"full, {total} steps" in plans
-        assert abs(script.flops(model, plans[cheap]) - script.flops(model, plans[name])) <= step / 2
+        assert abs(script.flops(manifest, plans[cheap]) - script.flops(manifest, plans[name])) <= step / 2
         assert plans[f"{name} without renoising"] == replace(plans[name], renoise=False)
     assert plans["full, 50 steps"] == Plan.full(50, 2.0), "the shift is the model's"
 
@@ -95,7 +95,7 @@ def test_every_plan_starts_from_the_same_noise_whatever_the_batch() -> None:
         return feeds["hidden_states"] * 0
 
     opener = Opener(described(), velocity)
-    pipe = RaluPipeline(opener.bundle, opener)
+    pipe = ElasticPipeline(opener.bundle, opener)
     protocol = replace(PROTOCOL, guidance=1.0, seed=5)
     script.draw(pipe, Plan.full(1), np.arange(3), 0, protocol)
     script.draw(pipe, Plan.full(1), np.arange(2, 3), 2, protocol)
@@ -105,7 +105,7 @@ def test_every_plan_starts_from_the_same_noise_whatever_the_batch() -> None:
 def test_the_sheet_has_a_row_for_each_plan(digits: tuple[Digits, Digits]) -> None:
     pipe = artist(digits[1])
     picture = script.sheet(pipe, PROTOCOL)
-    plans = script.rows(pipe.bundle.manifest.model, PROTOCOL.full)
+    plans = script.rows(pipe.bundle.manifest, PROTOCOL.full)
     assert picture.height == len(plans) * 68 - 4
     assert picture.width > 10 * 68
 

@@ -9,12 +9,10 @@ from fake_flux import SCHNELL, Opener, manifest
 
 import ralu_caching
 import ralu_noise
-from elastic_runtime import Bundle, RaluPipeline
+from elastic_runtime import Bundle, ElasticPipeline
+from elastic_runtime.contract.manifest import Cost
 
-CONFIG = {
-    "attention_head_dim": 8, "num_attention_heads": 1, "num_layers": 1, "num_single_layers": 1, "guidance_embeds": False,
-    "in_channels": 16, "out_channels": None, "pooled_projection_dim": 5, "joint_attention_dim": 6,
-}  # fmt: skip
+COST = tuple(Cost(budget={"tokens": n}, flops=n**2 + 9 * n, weight_bytes=1, activation_bytes=1) for n in (1, 512, 1024))
 
 
 def test_the_dense_noise_has_the_covariance_of_the_closed_form() -> None:
@@ -33,10 +31,10 @@ def test_the_noise_program_tells_both(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_caching_program_has_a_row_for_each_plan_and_kind(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     whole = manifest(SCHNELL, classes=5)
-    whole = msgspec.structs.replace(whole, model=msgspec.structs.replace(whole.model, config=CONFIG))
+    whole = msgspec.structs.replace(whole, cost=COST)
     opener = Opener(whole, lambda feeds: np.sin(3 * feeds["hidden_states"]) * feeds["timestep"][:, None, None])
     opener.bundle = Bundle(Path("nowhere"), whole)
-    monkeypatch.setattr(RaluPipeline, "from_pretrained", lambda bundle: RaluPipeline(opener.bundle, opener))
+    monkeypatch.setattr(ElasticPipeline, "from_pretrained", lambda bundle: ElasticPipeline(opener.bundle, opener))
     ralu_caching.main(["nowhere", "--classes", "1,3"])
     head, *rows, where = capsys.readouterr().out.splitlines()
     assert where == "fake"

@@ -81,8 +81,8 @@ def stages(quiet: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def bar(quiet: bool, what: str, total: int) -> Iterator[Any]:
-    """Yield `advance(steps=1)` of a progress bar with an estimate of the time that is left."""
+def bar(quiet: bool, what: str, total: int | None) -> Iterator[Any]:
+    """Yield `advance(steps=1)` of a progress bar with an estimate of the time that is left, where the total is known."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with _progress(quiet, *columns) as progress:
         task = progress.add_task(what, total=total)

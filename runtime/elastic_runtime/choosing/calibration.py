@@ -1,37 +1,43 @@
-"""A few seconds of measuring that correct the cost model, kept in the user's cache, and the choice between several artifacts.
+"""A few seconds of measuring that correct the cost model, kept in the user's cache, and the choice between several
+artifacts.
 
-A calibration belongs to one artifact, backend, version, device, power mode and set of session options: change any of them and another
-one is made. A damaged file is made again, and the log says so.
+A calibration belongs to one artifact, backend, version, device, power mode and set of session options: change any of
+them and another one is made. A damaged file is made again, and the log says so.
 """
 
 import datetime
 import hashlib
+import itertools
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 
 from elastic_runtime import cache
 from elastic_runtime.choosing.cost import Costs, Point, Rates
-from elastic_runtime.choosing.policy import Choice
+from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.manifest import Manifest, Model
 from elastic_runtime.contract.precision import EXACT
-from elastic_runtime.denoising.denoiser import Denoiser, Guidance
+from elastic_runtime.contract.schedule import CosineMask
+from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
+from elastic_runtime.ralu.plan import PRESETS
 from elastic_runtime.sessions.opening import candidates, open_artifact
 from elastic_runtime.sessions.session import Session
 
 VERSION = 1
 SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+PATIENCE = 5.0  # seconds that one run may take; larger ones are told from smaller
+MOST = 64  # budgets that are weighed; a finer axis is thinned out evenly
 QUARTILE = 0.25  # of the rounds: what a run takes by itself, where something else is busy now and then; the pace tells of that
 UNTOUCHED = 1 << 20  # bytes; a process that has grown by more since the session was opened has run it, and hides what a run adds
 _log = logging.getLogger(__name__)
@@ -40,14 +46,28 @@ Clock = Callable[[], float]
 Identity = dict[str, Any]
 
 
+class Measured(NamedTuple):
+    """Points of one run each, and seconds a picture: from its last step to the picture, and into the later stages of a
+    plan."""
+
+    points: tuple[Point, ...]
+    finish: float
+    preview: float
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was measured and for whom. `finish` is seconds a picture from its last step to the picture: decoder and conversion."""
+    """What was measured and for whom.
+
+    `finish` is seconds a picture from its last step to the picture: decoder and conversion. `preview` is those that a
+    plan takes between its stages: the decoder at half the sides, edges, and noise.
+    """
 
     version: int
     identity: Identity
     made: str
     points: tuple[Point, ...]
     finish: float
+    preview: float = 0.0
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,60 +114,86 @@ def load(who: Identity) -> Calibration | None:
     return _load(who, "", Calibration)
 
 
-def calibrate(who: Identity, measure: Callable[[], tuple[tuple[Point, ...], float]]) -> Calibration:
-    """The calibration of `who`: the one kept, else points and finishing seconds from `measure()`, which are then kept."""
+def calibrate(who: Identity, measure: Callable[[], Measured]) -> Calibration:
+    """The calibration of `who`: the one kept, else what `measure()` gives, which is then kept."""
     if kept := load(who):
         return kept
-    points, finish = measure()
+    measured = measure()
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    found = Calibration(version=VERSION, identity=who, made=made, points=points, finish=finish)
-    _store(found, "")
-    return found
+    calibration = Calibration(
+        version=VERSION, identity=who, made=made, points=measured.points, finish=measured.finish, preview=measured.preview
+    )
+    _store(calibration, "")
+    return calibration
 
 
-def evaluate(denoiser: Denoiser, manifest: Manifest, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
-    """Run a denoiser once on `batch` samples of noise, as an unguided step does."""
-    shape = (batch, *manifest.model.sample_shape)
-    x = np.zeros(shape, dtype=np.int64) if manifest.model.tokens else source.standard_normal(shape)
-    denoiser.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Choice(budget, budget), denoiser.routing())
+def offered(axes: Sequence[Axis], session: Session) -> list[Budget]:
+    """Budgets of a session, at most about `MOST`: every one, or evenly chosen ones with the ends and the default of
+    each axis.
+
+    Where an axis is carried by a picture's own tokens, they are those of the stages of RALU's plans at the largest
+    picture.
+    """
+    if session.budgets is not None:
+        return [Budget(**{axis.name: budget[axis.name] for axis in axes}) for budget in session.budgets]
+    count = max(2, round(MOST ** (1 / max(len(axes), 1))))
+    values = [_stages(axis) if axis.carrier == "shape" else _evenly(axis, count) for axis in axes]
+    names = [axis.name for axis in axes]
+    return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*values)]
+
+
+def _evenly(axis: Axis, count: int) -> list[int]:
+    return sorted({axis.default, *(axis.values[int(i)] for i in np.linspace(0, len(axis.values) - 1, count).round())})
+
+
+def _stages(axis: Axis) -> list[int]:
+    low, ratio = axis.max // 4, PRESETS["4x"].up_ratio or 0.0
+    return sorted({value for value in (low, low + 3 * int(low * ratio), axis.max) if value in axis.values})
 
 
 def points(
-    session: Session, manifest: Manifest, budgets: Sequence[Budget], clock: Clock, time: float = 0.5, opened: int | None = None,
+    session: Session, manifest: Manifest, budgets: Sequence[Budget], clock: Clock, time: float | None = None, opened: int | None = None,
     seconds: float = SECONDS,
 ) -> tuple[Point, ...]:  # fmt: skip
-    """Measure one run at the ends and the middle of `budgets`, in batches of the session's smallest and its double (guidance).
+    """Measure one run at the ends and the middle of `budgets`, in batches of the session's smallest and its double
+    (guidance).
 
-    Rounds visit every point in turn, so that a drifting machine slows all alike; of two runs in a row the second counts, as in a
-    picture a step follows a step. `opened` is the process's peak memory when the session was opened.
+    Rounds visit every point in turn, so that a drifting machine slows all alike; of two runs in a row the second
+    counts, as in a picture a step follows a step. A model so large that a run takes longer than `PATIENCE` is run no
+    larger than that. `time` is what the model is told, by default the middle of the schedule; `opened` is the process's
+    peak memory when the session was opened.
     """
-    denoiser, source = Denoiser(session, manifest), np.random.default_rng(0)
+    denoiser, source = evaluator(session, manifest), np.random.default_rng(0)
+    moment = middle(manifest.model) if time is None else time
     least = session.batch.min
     batches = sorted({least, min(2 * least, session.batch.max)})
     costs = Costs(manifest, Rates(1.0, 1.0))
     places = [(budget, batch) for budget in _spread(budgets, costs) for batch in batches]
     places.sort(key=lambda place: costs.work(place[0]).flops * place[1])  # rising, so that peak memory tells what each one adds
 
-    def run(budget: Budget, batch: int) -> None:
-        evaluate(denoiser, manifest, budget, batch, time, source)
-
     before = peak_bytes()
     fresh = opened is not None and before is not None and before - opened < UNTOUCHED
     growth: dict[tuple[Budget, int], int | None] = {}
     for place in places:  # warms up, too
-        run(*place)
-        run(*place)  # ONNX Runtime plans its memory by the first run, and takes it in the second
+        begun = clock()
+        denoiser.evaluate(*place, moment, source)
+        took = clock() - begun
+        if took < PATIENCE:
+            denoiser.evaluate(*place, moment, source)  # ONNX Runtime plans its memory by the first run, and takes it in the second
         now = peak_bytes()
         growth[place] = now - opened if fresh and now is not None and opened is not None else None
-    times: dict[tuple[Budget, int], list[float]] = {place: [] for place in places}
+        if took > PATIENCE and len(growth) > 1:
+            break
+    times: dict[tuple[Budget, int], list[float]] = {place: [] for place in growth}
     begun = clock()
     for round_ in range(1, MOST_ROUNDS + 1):
-        for place in places:
-            run(*place)
+        for place in times:
+            denoiser.evaluate(*place, moment, source)
             start = clock()
-            run(*place)
+            denoiser.evaluate(*place, moment, source)
             times[place].append(max(clock() - start, 0.0))
-        if round_ >= LEAST_ROUNDS and clock() - begun >= seconds:
+        spent = clock() - begun
+        if (round_ >= LEAST_ROUNDS and spent >= seconds) or spent > LEAST_ROUNDS * PATIENCE:
             break
     return tuple(
         Point(budget=dict(budget), batch=batch, seconds=float(np.quantile(values, QUARTILE)), growth=growth[budget, batch])
@@ -155,12 +201,18 @@ def points(
     )
 
 
+def middle(model: Model) -> float:
+    """A time halfway through a run."""
+    schedule = model.schedule
+    return 0.5 if isinstance(schedule, CosineMask) else float(schedule.times(2)[1])
+
+
 def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked, and whoever wants
-    that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget and closed. One that fails to open
-    is left out, and the log says why.
+    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked,
+    and whoever wants that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget
+    and closed. One that fails to open is left out, and the log says why.
     """
     able, _ = candidates(bundle, graph)
     if len(able) < 2:
@@ -249,7 +301,9 @@ def _load(who: Identity, prefix: str, kind: type[Kept]) -> Kept | None:
 
 
 def _sound(kept: Calibration) -> bool:
-    return bool(kept.points) and kept.finish >= 0 and all(point.seconds > 0 and point.batch > 0 for point in kept.points)
+    return (
+        bool(kept.points) and kept.finish >= 0 and kept.preview >= 0 and all(point.seconds > 0 and point.batch > 0 for point in kept.points)
+    )
 
 
 def _store(found: Calibration | Chosen, prefix: str) -> None:

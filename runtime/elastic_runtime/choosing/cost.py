@@ -1,11 +1,12 @@
 """What a budget costs, as pure functions: time by the roofline of a device, corrected by measured points, and memory.
 
-A step of `batch` samples takes `overhead + max(FLOPs / (peak x efficiency), bytes / bandwidth)` (the roofline model, Williams et al. 2009).
-Weights are read once a run however few latents work on them: below the budget where both terms are equal, the knee, a smaller budget
-saves arithmetic and no time.
+A step of `batch` samples takes `overhead + max(FLOPs / (peak x efficiency), bytes / bandwidth)` (the roofline model,
+Williams et al. 2009). Weights are read once a run however few latents work on them: below the budget where both terms
+are equal, the knee, a smaller budget saves arithmetic and no time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT, FLOAT32, HALF, PRECISIONS
 from elastic_runtime.device import Peak
+from elastic_runtime.ralu.plan import Plan
 
 # Share of the peak rate that the matrix products of these graphs reach in a well-tuned runtime: 0.3 for small models, 0.7 for large ones.
 EFFICIENCY = 0.5
@@ -45,7 +47,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a processor gives a runtime: FLOP/s at best, the share of it that is reached, bytes a second, seconds a run."""
+    """What a processor gives a runtime: FLOP/s at best, the share of it that is reached, bytes a second, seconds a
+    run."""
 
     flops: float
     bandwidth: float
@@ -64,7 +67,8 @@ class Rates:
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One measured run: seconds, and the bytes by which the process's peak memory had grown since the session was opened."""
+    """One measured run: seconds, and the bytes by which the process's peak memory had grown since the session was
+    opened."""
 
     budget: dict[str, int]
     batch: int
@@ -75,25 +79,35 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Costs:
     """Predictions for one graph of a bundle, on one device: by measured `points` where there are some, else by `rates`.
 
-    Between measured budgets time is a straight line in FLOPs, and between or beyond measured batches a straight line in the batch.
+    Between measured budgets time is a straight line in FLOPs, and between or beyond measured batches a straight line in
+    the batch.
     """
 
     def __init__(self, manifest: Manifest, rates: Rates, precision: str = EXACT, points: Iterable[Point] = ()):
-        self._rows = {Budget(**row.budget): Work(row.flops, row.weight_bytes, row.activation_bytes) for row in manifest.cost}
+        self._table = {Budget(**row.budget): Work(row.flops, row.weight_bytes, row.activation_bytes) for row in manifest.cost}
+        self._rows = dict(self._table)  # and those between, as they are asked for
+        self._quadratic = any(axis.carrier == "shape" for axis in manifest.axes)  # attention over all tokens, exactly
         self._precision = precision
         self.rates = rates
         self.points = tuple(points)
         self._lines = {name: self._by_batch(name) for name in ("seconds", "growth")}
 
     def work(self, budget: Budget) -> Work:
-        """FLOPs and bytes of a budget; between rows of the manifest's table, a straight line between the nearest."""
-        if budget in self._rows or not self._rows:
-            return self._rows.get(budget, Work(0.0, 0.0, 0.0))
+        """FLOPs and bytes of a budget; between rows of the manifest's table a straight line, or for a picture's own
+        tokens a parabola."""
+        if budget not in self._rows:
+            self._rows[budget] = self._between(budget) if self._table else Work(0.0, 0.0, 0.0)
+        return self._rows[budget]
+
+    def _between(self, budget: Budget) -> Work:
         size = _size(budget)
-        rows = sorted(self._rows.items(), key=lambda row: _size(row[0]))
-        sizes = [_size(each) for each, _ in rows]
-        columns = ("flops", "weight_bytes", "activation_bytes")
-        return Work(*(float(np.interp(size, sizes, [getattr(work, name) for _, work in rows])) for name in columns))
+        rows = sorted(self._table, key=_size)
+        sizes, table = [_size(row) for row in rows], [self._table[row] for row in rows]
+        columns = [[getattr(work, name) for work in table] for name in ("flops", "weight_bytes", "activation_bytes")]
+        if self._quadratic and len(sizes) > 2:
+            places = [0, len(sizes) // 2, -1]
+            return Work(*(_parabola([sizes[i] for i in places], [column[i] for i in places], size) for column in columns))
+        return Work(*(float(np.interp(size, sizes, column)) for column in columns))
 
     def seconds(self, budget: Budget, batch: int) -> float:
         """Predicted seconds of one run of `batch` samples."""
@@ -134,6 +148,12 @@ def _size(budget: Mapping[str, int]) -> float:
     return float(np.prod([float(value) for value in budget.values()])) if budget else 1.0
 
 
+def _parabola(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """The parabola through three points, at `at` (Lagrange)."""
+    terms = (y[i] * math.prod((at - x[j]) / (x[i] - x[j]) for j in range(3) if j != i) for i in range(3))
+    return float(sum(terms))
+
+
 def _over_batches(lines: dict[int, tuple[np.ndarray, np.ndarray]], flops: float, batch: int) -> float:
     values = {each: _line(*line, flops) for each, line in lines.items()}
     if len(values) == 1:
@@ -156,8 +176,21 @@ def _line(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return float(y[a] + (y[b] - y[a]) / (x[b] - x[a]) * (at - x[a]))
 
 
+def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: Container[int] = frozenset()) -> int:
+    """FLOPs of a picture of `size` (rows, columns) of full-resolution tokens along a plan, one sample and one branch of
+    guidance.
+
+    Text encoders and the decoder are not counted; `skipped` steps cost nothing. It comes from the manifest's cost
+    table.
+    """
+    work = Costs(manifest, Rates(1.0, 1.0)).work
+    tokens = plan.step_tokens(*size)
+    return round(sum(work(Budget(tokens=count)).flops for step, count in enumerate(tokens) if step not in skipped))
+
+
 def forecast(manifest: Manifest, peak: Peak, precision: str = HALF) -> dict[str, Any]:
-    """What a step of one sample takes at best on a device that is not here: `{"seconds": {budget: ...}, "knee", "tokens"}`.
+    """What a step of one sample takes at best on a device that is not here: `{"seconds": {budget: ...}, "knee",
+    "tokens"}`.
 
     `tokens` is K*, below which the blocks' weights take longer to read than their arithmetic does, whatever the model.
     """

@@ -1,75 +1,86 @@
-"""What chooses budgets: asked before each step, for each branch of guidance.
+"""What chooses how a picture is drawn: asked before each step, for each branch of guidance.
 
-A policy is immutable. `init` gives the state for one picture; `next` takes the state and the step and returns a choice with
-the state that follows, so that a policy can be shared by threads and replayed in tests.
+A policy is immutable. `init` gives the state for one picture; `next` takes the state and the step and returns a choice
+with the state that follows, so that a policy can be shared by threads and replayed in tests. Those of this package are
+records: they read and write as JSON in a request.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from elastic_runtime.contract.axis import Axis
+import msgspec
+
+from elastic_runtime.choosing.estimates import Outlook
+from elastic_runtime.choosing.option import Choice
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.errors import BudgetError
-
-if TYPE_CHECKING:
-    from elastic_runtime.choosing.estimates import Outlook
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Budgets of one step: for the conditional branch, and for the one it is guided against.
-
-    `steps` is how many steps are left, this one counted, where the policy wants another number than is planned; `predicted` is the
-    step's seconds by the cost model; `reason` says in a few words why these budgets.
-    """
-
-    budget: Budget
-    guidance_budget: Budget
-    steps: int | None = None
-    predicted: float | None = None
-    reason: str = ""
+from elastic_runtime.errors import BudgetError, UsageError
 
 
 class Policy(Protocol):
     """`init` before the first step, `next` before each step."""
 
-    def init(self, axes: Sequence[Axis], steps: int, outlook: "Outlook") -> Any:
-        """Return the state before the first step; `outlook` tells what budgets would take here, and measures only when asked.
+    def init(self, outlook: Outlook) -> Any:
+        """Return the state before the first step; `outlook` tells what there is to choose and what it takes here, and
+        measures when asked.
 
-        Raises: BudgetError for what the axes cannot give; UnreachableError for a goal that no budget reaches.
+        Raises: BudgetError for what the axes cannot give; UnreachableError for a goal that nothing reaches.
         """
 
     def next(self, state: Any, index: int, seconds: float) -> tuple[Choice, Any]:
         """Choose for step `index`, `seconds` after the picture was begun; return the choice and the next state."""
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """The same budgets at every step. A cheaper `guidance_budget` is CCFG (ELIT) or Lite-CFG (DC-DiT)."""
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="policy"):
+    """Base of the policies that are records."""
 
-    budget: Budget = field(default_factory=Budget)
-    guidance_budget: Budget | None = None
 
-    def init(self, axes: Sequence[Axis], steps: int, outlook: "Outlook | None" = None) -> Choice:
-        full = self.budget.on(axes)
-        return Choice(full, full if self.guidance_budget is None else self.guidance_budget.on(axes), reason="as asked")
+class Settled(Record, frozen=True):
+    """What policies share that choose once: the choice made at first is the state, and stays."""
 
     def next(self, state: Choice, index: int, seconds: float) -> tuple[Choice, Choice]:
         return state, state
 
 
-@dataclass(frozen=True)
-class PerStep:
+class Fixed(Settled, frozen=True, tag="fixed"):
+    """The same budgets at every step. A cheaper `guidance_budget` is CCFG (ELIT) or Lite-CFG (DC-DiT)."""
+
+    budget: Budget = Budget()
+    guidance_budget: Budget | None = None
+
+    def init(self, outlook: Outlook) -> Choice:
+        return outlook.fixed(self.budget, self.guidance_budget).choice(reason="as asked")
+
+
+class PerStep(Record, frozen=True, tag="per_step"):
     """One budget for each step, first step (pure noise) first."""
 
     budgets: tuple[Budget, ...]
     guidance_budget: Budget | None = None
 
-    def init(self, axes: Sequence[Axis], steps: int, outlook: "Outlook | None" = None) -> tuple[Choice, ...]:
-        if len(self.budgets) != steps:
-            raise BudgetError(f"{len(self.budgets)} budgets were given for {steps} steps: give one for each step")
-        return tuple(Fixed(budget, self.guidance_budget).init(axes, steps) for budget in self.budgets)
+    def init(self, outlook: Outlook) -> tuple[Choice, ...]:
+        options = tuple(outlook.fixed(budget, self.guidance_budget) for budget in self.budgets)
+        for option in options:
+            if len(option.steps) > 1 or option.plan:
+                raise UsageError("budgets by step are for models that are drawn at budgets; this one is drawn along a plan: give plan")
+            if option.steps != (len(options),):
+                raise BudgetError(f"{len(options)} budgets were given for {option.steps[0]} steps: give one for each step")
+        return tuple(option.choice(reason="as asked") for option in options)
 
     def next(self, state: tuple[Choice, ...], index: int, seconds: float) -> tuple[Choice, tuple[Choice, ...]]:
         return state[index], state
+
+
+class Replay(Record, frozen=True, tag="replay"):
+    """What another policy chose, step by step, for drawing the same picture again."""
+
+    choices: tuple[Choice, ...]
+
+    def init(self, outlook: Outlook) -> None:
+        if not self.choices:
+            raise UsageError("a replay has a choice for each step, got none")
+        for choice in self.choices:
+            outlook.check(choice)
+
+    def next(self, state: None, index: int, seconds: float) -> tuple[Choice, None]:
+        if index >= len(self.choices):
+            raise UsageError(f"a replay has a choice for each step: it ends after {len(self.choices)}, and there is a step more")
+        return self.choices[index], None

@@ -40,7 +40,8 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """A named elastic dimension (`latents`, `tokens`, `loops`) and how a graph input carries it.
 
     A `length` carrier is a 1-D int64 input that is always `arange(value / unit)`: its length, which the graph's shapes
-    call `dimension`, is the budget. A `value` carrier is a 0-d int64 input that holds the value itself.
+    call `dimension`, is the budget. A `value` carrier is a 0-d int64 input that holds the value itself. A `shape`
+    carrier is no input of its own: the budget is the open dimension `dimension` of the data, of `input` among them.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     step: int
     default: int
     input: str
-    carrier: Literal["length", "value"]
+    carrier: Literal["length", "value", "shape"]
     unit: int = 1
     dimension: str | None = None
 
@@ -58,8 +59,10 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ValueError(f"axis {self.name}: needs 1 <= min <= default <= max and a step that is a multiple of unit, got {self}")
         if (self.max - self.min) % self.step or (self.default - self.min) % self.step or self.min % self.unit:
             raise ValueError(f"axis {self.name}: max, default and min must lie on its steps, got {self}")
-        if (self.carrier == "length") != (self.dimension is not None):
-            raise ValueError(f"axis {self.name}: a length carrier names its dimension, a value carrier has none")
+        if (self.carrier == "value") != (self.dimension is None):
+            raise ValueError(f"axis {self.name}: length and shape carriers name their dimension, a value carrier has none")
+        if self.carrier == "shape" and self.unit != 1:
+            raise ValueError(f"axis {self.name}: a shape carrier is the dimension itself, so its unit is 1, got {self.unit}")
 
     @property
     def span(self) -> Span:
@@ -71,7 +74,8 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return range(self.min, self.max + 1, self.step)
 
     def doublings(self) -> list[int]:
-        """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of 16-256."""
+        """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of
+        16-256."""
         wanted = [self.min * 2**n for n in range((self.max // self.min).bit_length())]
         return sorted({min(self.values, key=lambda value: abs(value - want)) for want in [*wanted, self.max]})
 
@@ -97,7 +101,9 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         return value // self.unit
 
     def feed(self, value: int) -> np.ndarray:
-        """The carrying input at `value`: int64, `(length,)` or 0-d."""
+        """The carrying input at `value`: int64, `(length,)` or 0-d. A shape has none: the data carry it."""
+        if self.carrier == "shape":
+            raise ValueError(f"axis {self.name} is carried by the shape of the data, so no input is made for it")
         self.check(value)
         if self.carrier == "length":
             return np.arange(self.length(value), dtype=np.int64)

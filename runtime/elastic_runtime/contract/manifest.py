@@ -3,7 +3,7 @@
 It is strict: a missing or unknown field is an error that names it, so a reader never guesses.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -14,7 +14,9 @@ from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
 from elastic_runtime.errors import BundleError, ElasticError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Steps by stage that a plan of this name has where none are said: the presets'.
+OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
 R = TypeVar("R")
 
 
@@ -31,7 +33,8 @@ class FileEntry(_Record, frozen=True, kw_only=True):
 
 
 class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one (`8*h`)."""
+    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one
+    (`8*h`)."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -131,7 +134,8 @@ class Profile(_Record, frozen=True, kw_only=True):
 
 
 class Network(_Record, frozen=True, kw_only=True):
-    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while building."""
+    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while
+    building."""
 
     layers: int
     attentions: int
@@ -141,7 +145,8 @@ class Network(_Record, frozen=True, kw_only=True):
 class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
     """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
 
-    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their weights.
+    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their
+    weights.
     """
 
     builder: Literal["tensorrt", "tensorrt_rtx"]
@@ -158,7 +163,8 @@ class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
 
 
 class CoremlCall(_Record, frozen=True, kw_only=True):
-    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it takes.
+    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
+    takes.
 
     No sizes: one function takes every size in the graph's spans (and the artifact's batch).
     """
@@ -171,8 +177,9 @@ class CoremlCall(_Record, frozen=True, kw_only=True):
 class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
     """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
 
-    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes (`enumerated`) or with
-    open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is the precision of its norms.
+    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes
+    (`enumerated`) or with open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is
+    the precision of its norms.
     """
 
     package: str
@@ -224,11 +231,13 @@ class Vae(_Record, frozen=True, kw_only=True):
 
 
 class Patches(_Record, frozen=True, kw_only=True):
-    """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and out alike.
+    """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and
+    out alike.
 
-    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are; `pos_ids`
-    (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred. A row or a column is
-    one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
+    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are;
+    `pos_ids` (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred.
+    A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
+    that the model was distilled with.
     """
 
     size: int
@@ -246,7 +255,8 @@ class Patches(_Record, frozen=True, kw_only=True):
 class TextEncoder(_Record, frozen=True, kw_only=True):
     """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
 
-    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see `Text`.
+    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see
+    `Text`.
     """
 
     graph: str
@@ -257,11 +267,12 @@ class TextEncoder(_Record, frozen=True, kw_only=True):
 
 
 class Text(_Record, frozen=True, kw_only=True):
-    """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B, `pooled`).
+    """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B,
+    `pooled`).
 
-    In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by features too and
-    padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks to `length` are zeros.
-    Without encoders the embeddings come from elsewhere.
+    In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
+    features too and padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks
+    to `length` are zeros. Without encoders the embeddings come from elsewhere.
     """
 
     encoders: tuple[TextEncoder, ...]
@@ -273,9 +284,9 @@ class Text(_Record, frozen=True, kw_only=True):
 class Model(_Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
-    Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models take prompts
-    and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to white, or codes of a decoder
-    that is not here.
+    Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
+    take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
+    white, or codes of a decoder that is not here.
     """
 
     name: str
@@ -307,7 +318,8 @@ class Model(_Record, frozen=True, kw_only=True):
 
 
 class Cost(_Record, frozen=True, kw_only=True):
-    """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations in float32."""
+    """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations in
+    float32."""
 
     budget: dict[str, int]
     flops: int
@@ -316,17 +328,27 @@ class Cost(_Record, frozen=True, kw_only=True):
 
 
 class Quality(_Record, frozen=True, kw_only=True):
-    """What the model card measured at a budget, or along a plan that it names (see the card for the protocol)."""
+    """What the model card measured at a budget, or along a plan of `steps` by stage (see the card for the protocol)."""
 
     budget: dict[str, int]
     accuracy: float
     frechet_distance: float
     plan: str | None = None
+    steps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.plan is None:
+            raise ValueError(f"`steps` are a plan's, got {list(self.steps)} without `plan`")
 
     @property
     def where(self) -> str:
-        """The plan, or the budget as in `budget.key`."""
-        return self.plan or key(self.budget)
+        """The plan, with its steps unless they are the preset's own, or the budget as in `budget.key`."""
+        return key(self.budget) if self.plan is None else plan_label(self.plan, self.steps)
+
+
+def plan_label(name: str, steps: Sequence[int] | None) -> str:
+    """What users call a plan in so many steps by stage: `full, 20 steps`, and `4x` where they are the preset's own."""
+    return name if steps is None or tuple(steps) == OWN_STEPS.get(name) else f"{name}, {'+'.join(map(str, steps))} steps"
 
 
 class Provenance(_Record, frozen=True, kw_only=True):
@@ -385,18 +407,41 @@ class Manifest(_Record, frozen=True, kw_only=True):
 
 
 def decode(text: bytes, where: str) -> Manifest:
-    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong."""
-    return read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", "export the bundle again", BundleError)
+    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
+
+    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
+    axis.
+    """
+    again = "export the bundle again"
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
+    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+        raise BundleError(
+            f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
+        )
+    return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
 
 
-def read_record(text: bytes, where: str, kind: type[R], version: int, what: str, again: str, error: type[ElasticError]) -> R:
-    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`."""
+def read_record(
+    text: bytes,
+    where: str,
+    kind: type[R],
+    version: int,
+    what: str,
+    again: str,
+    error: type[ElasticError],
+    older: tuple[int, ...] = (),
+) -> R:
+    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of
+    `error`.
+
+    `older` versions are read by the same fields.
+    """
     advice = again[0].upper() + again[1:]
     try:
         found = msgspec.json.decode(text).get("schema_version")
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
         raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
-    if found != version:
+    if found != version and found not in older:
         newer = isinstance(found, int) and found > version
         way = "upgrade with: pip install -U elastic-export" if newer else again
         raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")

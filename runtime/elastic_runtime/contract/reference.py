@@ -1,8 +1,9 @@
 """Recorded reference outputs: what the original model answers at a few budgets, so that any device can check itself.
 
 The arrays of a reference file are named `<graph>/feed/<input>` for the feeds that all budgets share and
-`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open dimensions that no
-axis explains, a budget names their sizes (`S=64,T=8`), and it is fed the first rows of the feeds.
+`<graph>/<budget>/<output>` for the outputs, with the budget written as in `budget.key`. Where a graph has open
+dimensions that no axis explains, a budget names their sizes too (`T=8,tokens=64`). Of them, and of axes that the data's
+shape carries, it is fed the first rows of the feeds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,15 +37,18 @@ def unpack(graph: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.n
 
 
 def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
-    """The inputs that carry a budget."""
-    return {axis.input: axis.feed(budget[axis.name]) for axis in axes}
+    """The inputs that carry a budget; those whose shape does are data."""
+    return {axis.input: axis.feed(budget[axis.name]) for axis in axes if axis.carrier != "shape"}
 
 
-def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Budget) -> dict[str, np.ndarray]:
-    """The first rows of `feeds`, as many along each open dimension as `budget` names."""
+def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Budget, axes: Iterable[Axis] = ()) -> dict[str, np.ndarray]:
+    """The first rows of `feeds`, as many along each open dimension as `budget` names, itself or by the axis that it
+    carries."""
     shapes = {spec.name: spec.shape for spec in specs}
+    carried = {axis.dimension: budget[axis.name] for axis in axes if axis.carrier == "shape" and axis.name in budget}
+    sizes = dict(budget) | carried
     return {
-        name: array[tuple(slice(budget.get(size) if isinstance(size, str) else None) for size in shapes[name])]
+        name: array[tuple(slice(sizes.get(size) if isinstance(size, str) else None) for size in shapes[name])]
         for name, array in feeds.items()
     }
 

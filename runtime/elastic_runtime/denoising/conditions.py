@@ -1,17 +1,17 @@
-"""What pictures are drawn after: prompts, embeddings or classes, checked and turned into the denoiser's two inputs."""
+"""What pictures are conditioned on: prompts, embeddings or classes, checked and turned into the denoiser's inputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
-from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.prompts import encode
 from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import BundleError, UsageError
-from elastic_runtime.pipeline import whole_labels
 from elastic_runtime.sessions.session import Session
 
 # What FLUX.1-dev is drawn with where nothing else is asked for.
@@ -21,7 +21,7 @@ USUAL = {"sd3": 7.0}
 
 
 @dataclass(frozen=True)
-class Subject:
+class Conditioning:
     """What a caller wants drawn, in one of three ways: prompts, embeddings of them, or class labels.
 
     The negative ones are what guidance leads away from; without them that is the empty prompt, or no class.
@@ -38,7 +38,8 @@ class Subject:
     def check(self, bundle: Bundle, guided: bool) -> int:
         """How many there are.
 
-        Raises: UsageError for none or several of the three ways, one that the model does not take, or a negative one without effect.
+        Raises: UsageError for none or several of the three ways, one that the model does not take, or a negative one
+        without effect.
         """
         ways = {"prompt": self.prompt, "prompt_embeds": self.prompt_embeds, "class_labels": self.class_labels}
         given = [name for name, value in ways.items() if value is not None]
@@ -122,6 +123,19 @@ def guidance_of(
     if not 0 <= embedded < float("inf"):
         raise UsageError(f"guidance_scale must be 0 or more, got {embedded}")
     return embedded, Guidance(1.0 if true_cfg_scale is None else true_cfg_scale, *interval)
+
+
+def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
+    """Class labels of a model as int64 (B,); raises UsageError where they are none of its classes."""
+    try:
+        labels = np.atleast_1d(np.asarray(class_labels))
+    except ValueError:  # a ragged list
+        labels = np.empty(0)
+    if labels.ndim != 1 or not labels.size or labels.dtype.kind not in "iu":
+        raise UsageError(f"class_labels must be one or more whole numbers, got {class_labels!r}")
+    if wrong := [int(label) for label in labels if not 0 <= label < model.num_classes]:
+        raise UsageError(f"this model has classes 0 to {model.num_classes - 1}, got {', '.join(map(str, wrong))}")
+    return labels.astype(np.int64)
 
 
 def width(bundle: Bundle, name: str) -> int:

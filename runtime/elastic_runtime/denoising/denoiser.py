@@ -1,48 +1,23 @@
-"""From a session to a guided prediction: the feeds of a budget, batches, and the branches of guidance."""
+"""From a session to a guided prediction of pictures of classes: the feeds of a budget, batches, and the branches of
+guidance."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elastic_runtime.choosing.policy import Choice
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
+from elastic_runtime.denoising.guidance import Branches, Guidance
 from elastic_runtime.denoising.router import Routed, Routing, Slots, compiled, fraction
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.sessions.session import Arrays, Session, batches
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """`v_weak + scale * (v_cond - v_weak)` for times in [low, high]; elsewhere the conditional prediction alone.
-
-    Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label (classifier-free
-    guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller budget only). With a smaller
-    budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv 2603.06351).
-    """
-
-    scale: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
-    auto: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
-            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-                raise UsageError(f"{name} is a number, got {value!r}")
-        if not self.scale >= 1.0 or self.scale == float("inf"):
-            raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")
-        if not 0.0 <= self.low <= self.high <= 1.0:
-            raise UsageError(f"the guidance interval must lie in 0 to 1 and rise, got {self.low} to {self.high}")
-
-    def active(self, time: float) -> bool:
-        return self.scale > 1.0 and self.low <= time <= self.high
-
-
-@dataclass(frozen=True)
 class Branch:
-    """What one branch of guidance is asked: its labels (B,), its budget, what it drops, and how its slots are sized (None: not at all)."""
+    """What one branch of guidance is asked: its labels (B,), its budget, what it drops, and how its slots are sized
+    (None: not at all)."""
 
     labels: np.ndarray
     budget: Budget
@@ -76,7 +51,8 @@ class Denoiser:
         self._slots = next((axis for axis in manifest.axes if axis.input == "slots"), None) if counts else None
 
     def routing(self, drop: float = 0.0, guidance_drop: float | None = None) -> Routing:
-        """The state before a picture's first step; the weak branch drops what the other does where nothing else is said.
+        """The state before a picture's first step; the weak branch drops what the other does where nothing else is
+        said.
 
         Raises: UsageError for fractions outside [0, 1), or for a model that drops nothing.
         """
@@ -89,21 +65,29 @@ class Denoiser:
             return Routing(drop, weak)
         return Routing(drop, weak, *(Slots.of(self._slots, self._session.budgets, each) for each in (drop, weak)))
 
-    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, choice: Choice, routing: Routing) -> Answer:
-        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same size."""
+    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, branches: Branches, routing: Routing) -> Answer:
+        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same
+        size."""
         model = self._manifest.model
-        strong = self._branch(labels, choice.budget, routing.drop, routing.slots)
-        same = guidance.auto and choice.guidance_budget == choice.budget and routing.guidance_drop == routing.drop
+        strong = self._branch(labels, branches.strong, routing.drop, routing.slots)
+        same = guidance.auto and branches.weak == branches.strong and routing.guidance_drop == routing.drop
         if same or not guidance.active(model.schedule.share(time)):
             ((prediction, routed),) = self._predict(x, time, [strong])
             return Answer(prediction, routed)
         weak_labels = labels if guidance.auto else np.full_like(labels, model.null_label)
-        weak = self._branch(weak_labels, choice.guidance_budget, routing.guidance_drop, routing.guidance_slots)
+        weak = self._branch(weak_labels, branches.weak, routing.guidance_drop, routing.guidance_slots)
         (prediction, routed), (low, low_routed) = self._predict(x, time, [strong, weak])
         # A variance is no direction to guide in: it is the conditional branch's, as are the channels that the model leaves out.
         guided = model.guided_channels or (model.sample_shape[0] if model.learned_variance else None)
         prediction[:, :guided] = low[:, :guided] + guidance.scale * (prediction[:, :guided] - low[:, :guided])
         return Answer(prediction, routed, low_routed)
+
+    def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+        """Run once on `batch` samples of noise, as an unguided step does."""
+        model = self._manifest.model
+        shape = (batch, *model.sample_shape)
+        x = np.zeros(shape, dtype=np.int64) if model.tokens else source.standard_normal(shape)
+        self.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Branches(budget, budget), self.routing())
 
     def _branch(self, labels: np.ndarray, budget: Budget, drop: float, slots: Slots | None) -> Branch:
         if slots:
@@ -111,7 +95,8 @@ class Denoiser:
         return Branch(labels, budget, drop, slots)
 
     def _predict(self, x: np.ndarray, time: float, branches: list[Branch]) -> list[tuple[np.ndarray, Routed | None]]:
-        """Prediction of each branch for `x`, in one run where all begin at the same budget: slots that differ would be padded."""
+        """Prediction of each branch for `x`, in one run where all begin at the same budget: slots that differ would be
+        padded."""
         budgets = [branch.first for branch in branches]
         if len(set(budgets)) > 1:
             outputs = [self._run(x, time, branch, budget) for branch, budget in zip(branches, budgets, strict=True)]
@@ -147,7 +132,8 @@ class Denoiser:
         return self._outputs(x, time, branch.labels, _rows(branch), budget)
 
     def _outputs(self, x: np.ndarray, time: float, labels: np.ndarray, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
-        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span allows."""
+        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span
+        allows."""
         runs = []
         for rows in batches(self._session, len(x)):
             feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)

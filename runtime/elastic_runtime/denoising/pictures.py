@@ -5,15 +5,52 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from elastic_runtime.contract.manifest import Vae
+from elastic_runtime.contract.manifest import Manifest, Vae
+from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions.session import Session
 
 OutputType = Literal["pil", "np", "latent"]
 
 
+def drawable(manifest: Manifest) -> bool:
+    """Whether the model's final state can become a picture in this bundle."""
+    model = manifest.model
+    return model.pixels or model.tokens == "grey" or (model.vae is not None and "decoder" in manifest.graphs)
+
+
+def obstacle(manifest: Manifest) -> str | None:
+    """Why final latents cannot become a picture, and what to do; None where they can."""
+    model = manifest.model
+    if drawable(manifest):
+        return None
+    if model.tokens:
+        return "this bundle's model draws token codes, and their decoder is not part of it: ask for output_type='latent'"
+    if model.patches:
+        return (
+            "this bundle holds no decoder, without which there is no picture and no preview whose edges a plan could follow: "
+            "export it again with its VAE (--components transformer,vae), or take latents in Python: plan='full', output_type='latent'"
+        )
+    return (
+        f"this bundle's model draws {model.sample_shape[0]}-channel latents and it holds no decoder: "
+        "export it again with --vae DIR, or ask for output_type='latent'"
+    )
+
+
+def values(manifest: Manifest, decoder: Session | None, latents: np.ndarray) -> np.ndarray:
+    """Final latents (B, C, h, w) as values in about [-1, 1], (B, C, H, W): through the decoder, or as they are."""
+    model, schedule = manifest.model, manifest.model.schedule
+    if decoder and model.vae:
+        return decode(decoder, model.vae, latents)
+    if isinstance(schedule, CosineMask):
+        white = schedule.vocabulary - 1
+        return np.where(latents > white, 0.0, latents / white * 2 - 1)  # what is still masked is grey
+    return latents
+
+
 def decode(decoder: Session, vae: Vae, latents: np.ndarray) -> np.ndarray:
-    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much memory.
+    """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much
+    memory.
 
     Raises: InferenceError where a picture is not finite, as half precision can make it.
     """

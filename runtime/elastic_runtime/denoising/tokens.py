@@ -1,11 +1,13 @@
 """From a session to a guided prediction over tokens with positions: FLUX and SD3 in diffusers' words."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
-from elastic_runtime.denoising.denoiser import Guidance
+from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sessions.session import Session, batches
 
@@ -48,8 +50,8 @@ class TokenDenoiser:
     ) -> np.ndarray:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
-        Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself, both of its
-        branches together.
+        Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
+        both of its branches together.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
@@ -62,6 +64,21 @@ class TokenDenoiser:
             halves = np.split(self._predict(np.concatenate([x[part]] * len(branches)), ids, sigma, hidden, pooled), len(branches))
             predicted.append(halves[-1] + guidance.scale * (halves[0] - halves[-1]) if len(halves) > 1 else halves[0])
         return np.concatenate(predicted)
+
+    def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
+        """Run once on `batch` samples of noise with as many tokens as `budget` says and the longest text, as an
+        unguided step does."""
+        specs = {spec.name: spec.shape for spec in self._session.graph.inputs}
+        spans = self._session.graph.dimensions
+        text, wide = specs["encoder_hidden_states"][1:]
+        length = spans[text].max if isinstance(text, str) else text
+        tokens, values = budget["tokens"], int(specs["hidden_states"][-1])
+        conditions = Conditions(
+            np.zeros((batch, length, int(wide)), np.float32), np.zeros((batch, int(specs["pooled_projections"][-1])), np.float32)
+        )
+        side = math.isqrt(tokens)
+        x, positions = source.standard_normal((batch, tokens, values)), np.zeros((batch, tokens, 2))
+        self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, ids: np.ndarray, sigma: float, hidden: np.ndarray, pooled: np.ndarray) -> np.ndarray:
         """It takes as few runs as the session's batch span allows."""
@@ -86,8 +103,9 @@ class TokenDenoiser:
 def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:
     """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns), float32.
 
-    `img_ids` are (0, row, column). `pos_ids` add where the picture lies in the middle of the table: in every stage a picture of the
-    stage's own size, so that the first stage is what the model knows as a small picture, as it is for FLUX.
+    `img_ids` are (0, row, column). `pos_ids` add where the picture lies in the middle of the table: in every stage a
+    picture of the stage's own size, so that the first stage is what the model knows as a small picture, as it is for
+    FLUX.
 
     Raises: UsageError for a picture larger than the table.
     """

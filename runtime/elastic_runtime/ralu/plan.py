@@ -1,17 +1,18 @@
 """A RALU plan: how many steps at which resolution, between which times (arXiv 2507.08422).
 
-Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width, then grows the
-patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
+Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width,
+then grows the patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import whole_steps
 from elastic_runtime.errors import UsageError
 
@@ -24,7 +25,8 @@ LEAST_Z = 2.0
 class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
-    On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is nothing.
+    On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
+    nothing. `shift` says how its steps are spaced.
     """
 
     start: float
@@ -32,10 +34,15 @@ class Stage:
     sigmas: tuple[float, ...]
     alpha: float
     beta: float
+    shift: float = 1.0
 
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
+        """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
+        return sigmas(self.start if sigma is None else 1.0 - sigma, self.end, steps, self.shift)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class Plan:
         shifts: how much each stage dwells on noise; 1 is evenly.
         z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
         up_ratio: share of the low-resolution patches that grow in the mixed stage, between 0 and 1.
-        renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared with.
+        renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared
+        with.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -98,10 +106,19 @@ class Plan:
         """The stages in order, with the sigmas that each visits."""
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
-            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta))
+            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta, shift))
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
+
+    def spread(self, total: int) -> "Plan":
+        """The same stages in `total` steps, shared out as they are now, at least one a stage.
+
+        Raises: UsageError for fewer steps than stages.
+        """
+        if total < len(self.steps):
+            raise UsageError(f"a plan of {len(self.steps)} stages takes at least as many steps, got {total}")
+        return replace(self, steps=shares(self.steps, total))
 
     def grown(self, patches: int) -> int:
         """How many of `patches` low-resolution patches grow in the mixed stage.
@@ -127,15 +144,29 @@ class Plan:
         return tuple(count for count, steps in zip(self.tokens(height, width), self.steps, strict=True) for _ in range(steps))
 
 
+def shares(weights: Sequence[int], total: int) -> tuple[int, ...]:
+    """`total` in whole numbers in proportion to `weights`, none below one: what is furthest from its share is mended
+    first."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    while (rest := total - sum(counts)) != 0:
+        step = 1 if rest > 0 else -1
+        changeable = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(changeable, key=lambda i: step * (exact[i] - counts[i]))] += step
+    return tuple(counts)
+
+
 def restart(end: float, z: float) -> tuple[float, float, float]:
-    """Where the stage after one that ended at time `end` starts, and the (alpha, beta) of its renoising (section 3.3)."""
+    """Where the stage after one that ended at time `end` starts, and the (alpha, beta) of its renoising (section
+    3.3)."""
     whole = z * (1 - end) + end
     start = end / whole
     return start, 1 - start, 1 / whole
 
 
 def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, ...]:
-    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1) s)`."""
+    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1)
+    s)`."""
     high, low = (s / (shift - (shift - 1) * s) for s in (1 - start, 1 - end))
     even = np.linspace(high, low, steps + 1)
     return tuple(float(s) for s in shift * even / (1 + (shift - 1) * even))
@@ -144,7 +175,8 @@ def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, .
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
 
-    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps evenly.
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps
+    evenly.
     """
     numbers = ("shift", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     if odd := [name for name in numbers if not _is_number(scheduler.get(name, 1.0))]:
@@ -187,9 +219,12 @@ def _is_number(value: Any) -> bool:
 
 # The authors' plans for FLUX.1-dev, named for how much less they compute than 50 plain steps.
 PRESETS = {
-    "4x": Plan((5, 6, 7), (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317, 0.3),
-    "7x": Plan((2, 3, 5), (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261, 0.1),
+    "4x": Plan(OWN_STEPS["4x"], (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317, 0.3),
+    "7x": Plan(OWN_STEPS["7x"], (0.2, 0.3, 1.0), (8.141, 2.856, 2.193), 6.261, 0.1),
 }
+
+
+FULL = "full"
 
 
 def preset(name: str) -> Plan:

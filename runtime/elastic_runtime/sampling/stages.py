@@ -1,7 +1,7 @@
 """The RALU loop, as a generator: Euler steps over stages of mixed resolution (arXiv 2507.08422, sections 3.1 to 3.3).
 
-It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs from outside
-are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
+It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs
+from outside are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
 """
 
 from collections.abc import Callable, Generator
@@ -29,7 +29,8 @@ Draw = Callable[[tuple[int, ...]], np.ndarray]
 class RaluStep(Step):
     """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
 
-    Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution, with halves.
+    Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution,
+    with halves.
     """
 
     stage: int
@@ -44,37 +45,42 @@ def from_draws(draw: Draw) -> Renoise:
     return lambda shape, grew, z: renoising(draw(shape), grew, z)
 
 
-def ralu(velocity: Velocity, noise: np.ndarray, plan: Plan, size: int, choose: Choose, renoise: Renoise) -> RaluLoop:
+def ralu(
+    velocity: Velocity, noise: np.ndarray, plan: Plan, size: int, choose: Choose, renoise: Renoise, left: list[int] | None = None
+) -> RaluLoop:
     """Sample along `plan` from `noise`, full-resolution latents (B, C, h, w) that are packed in patches of `size`.
 
-    The last step's tokens are the whole picture's, in raster order.
+    The last step's tokens are the whole picture's, in raster order. `left` are the steps left by stage, by default the
+    plan's: the loop counts them down, and between two steps the caller may change those of the stage under way and of
+    later ones, which are then spaced anew.
 
-    Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of patches
-    that is none.
+    Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of
+    patches that is none.
     """
     check_size(noise.shape[2], noise.shape[3], plan, size)
     batch, rows, columns = len(noise), noise.shape[2] // size, noise.shape[3] // size
     first, *later = plan.stages()
+    left = list(plan.steps) if left is None else left
     if plan.plain:
-        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, plan, 0, 0)
+        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0)
         return
     low = rows // 2, columns // 2
     x, positions = pack(noise[:, :, ::2, ::2], size), raster(batch, *low)  # every second value: the variance stays 1
-    x, v = yield from _steps(velocity, x, positions, first, plan, 0, 0)
+    x, v, index, sigma = yield from _steps(velocity, x, positions, first, left, 0, 0)
 
     count = plan.grown(positions.shape[1])
-    chosen = _checked(choose(unpack(x - first.sigmas[-1] * v, *low, size), count), batch, count, positions.shape[1])
+    chosen = _checked(choose(unpack(x - sigma * v, *low, size), count), batch, count, positions.shape[1])
     kept = others(chosen, positions.shape[1])
     x, positions = _grown(x, positions, chosen, kept, children_first=False)
     x = _renoised(x, slice(kept.shape[1], None), plan, later[0], renoise)
-    x, _ = yield from _steps(velocity, x, positions, later[0], plan, first.steps, 1)
+    x, _, index, _ = yield from _steps(velocity, x, positions, later[0], left, index, 1)
 
     coarse = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)
     x, positions = _grown(x, positions, coarse, others(coarse, x.shape[1]), children_first=True)
     x = _renoised(x, slice(0, 4 * coarse.shape[1]), plan, later[1], renoise)
     whole = 2 * positions
     sort = order(whole)
-    yield from _steps(velocity, take(x, sort), take(whole, sort), later[1], plan, first.steps + later[0].steps, 2)
+    yield from _steps(velocity, take(x, sort), take(whole, sort), later[1], left, index, 2)
 
 
 def check_size(height: int, width: int, plan: Plan, size: int) -> None:
@@ -87,16 +93,23 @@ def check_size(height: int, width: int, plan: Plan, size: int) -> None:
 
 
 def _steps(
-    velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, plan: Plan, before: int, number: int
-) -> Generator[RaluStep, np.ndarray | None, tuple[np.ndarray, np.ndarray]]:
-    """Euler's method within one stage; returns the state and the last velocity."""
-    x = x.astype(np.float64)
-    for i in range(stage.steps):
-        sigma, following = stage.sigmas[i : i + 2]
-        v = velocity(x, positions, sigma, before + i, number)
-        step = RaluStep(before + i, plan.total, sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
+    velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, left: list[int], index: int, number: int
+) -> Generator[RaluStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
+    """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the
+    stage's last sigma."""
+    x, sigmas = x.astype(np.float64), stage.sigmas
+    if left[number] != stage.steps:
+        sigmas = stage.spaced(left[number])
+    while left[number]:
+        if left[number] != len(sigmas) - 1:
+            sigmas = stage.spaced(left[number], sigmas[0])
+        sigma, following, *_ = sigmas
+        v = velocity(x, positions, sigma, index, number)
+        left[number] -= 1
+        step = RaluStep(index, index + 1 + sum(left), sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
         x = after(step, (yield step))
-    return x, v
+        index, sigmas = index + 1, sigmas[1:]
+    return x, v, index, following
 
 
 def _grown(

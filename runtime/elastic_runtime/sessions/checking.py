@@ -26,7 +26,7 @@ def check(
         if session.budgets is not None and budget not in session.budgets:
             continue
         axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        whole = cut(session.graph.inputs, feeds, budget) | axis_feeds(axes, budget)
+        whole = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
         runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
         got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
         found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]

@@ -22,8 +22,6 @@ DEFAULT_TARGET = "iOS18"
 # Each function takes memory when loaded and time when compiled; the list of sizes is Core ML's own limit.
 MOST = {"functions": 16, "enumerated": 128}
 _DEFAULT_BUDGETS = 8
-# The open dimension that a number in `--budgets` means where a model has no axis.
-TOKENS = "S"
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class CoremlOptions:
     shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range` (one
     function for every budget: lengths are open, and a count that a value carries is that of a loop).
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
-    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis, or a
-    count of tokens where it has none; empty for both ends and the doublings between, or a graph's stages.
+    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis; empty
+    for a graph's stages or, where it has none, both ends and the doublings between.
     """
 
     shapes: str = "functions"
@@ -64,12 +62,14 @@ def path(graph: str, options: CoremlOptions) -> str:
 
 def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
     """Budgets that the package is made for; every one of them for an open range."""
-    if not graph.axes:  # sizes alone are open, and budgets that name others are another graph's
-        named = [budget if isinstance(budget, Budget) else Budget(**{TOKENS: budget}) for budget in options.budgets]
-        asked = [graph.at(budget) for budget in named if set(budget) <= set(graph.open_dimensions)]
-        return list(dict.fromkeys(asked)) or list(graph.stages) or [graph.at(Budget())]
-    if options.budgets:
-        return sorted({_point(budget, graph.axes).on(graph.axes) for budget in options.budgets}, key=lambda budget: tuple(budget.values()))
+    asked = [_point(budget, graph.axes) for budget in options.budgets if graph.axes or isinstance(budget, Budget)]
+    if graph.stages or not graph.axes:  # one of several graphs with sizes of their own: budgets that name none of these are another's
+        own = {axis.name for axis in graph.axes} | set(graph.open_dimensions)
+        asked = [budget for budget in asked if own & set(budget)]
+    if asked:
+        return sorted({graph.at(budget) for budget in asked}, key=lambda budget: tuple(budget.values()))
+    if graph.stages or not graph.axes:
+        return list(graph.stages) or [graph.at(Budget())]
     grids = []
     for axis in graph.axes:
         wanted = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)

@@ -1,7 +1,7 @@
 """Optimization profiles from spans: one range, or one profile a bucket of an axis. Pure functions.
 
-An axis that travels as a value (`loops`) is an ordinary input and needs no profile; batch, the axes that travel as a length
-and the other open dimensions (FLUX's S and T, a decoder's h and w) do.
+An axis that travels as a value (`loops`) is an ordinary input and needs no profile; batch, the axes that travel as a length or
+a shape and the other open dimensions (FLUX's T, a decoder's h and w) do.
 """
 
 import itertools
@@ -42,7 +42,7 @@ def carried(graph: Graph, axes: Iterable[Axis]) -> tuple[Axis, ...]:
 
 
 def read_buckets(text: str, axes: Iterable[Axis]) -> dict[str, tuple[int, ...]] | None:
-    """Read `auto` (the default ones), `none` (one range), `32,64,128` for the only axis of its kind, or `latents=32,64;S=1024,4096`.
+    """Read `auto` (the default ones), `none` (one range), `32,64,128` for the only axis of its kind, or `latents=32,64;T=128,512`.
 
     Raises: BudgetError for another spelling, or a list that does not say which of several axes it is for.
     """
@@ -97,8 +97,9 @@ def profiles(
 
 def unknown_buckets(buckets: Iterable[str], graphs: Iterable[Graph], axes: Iterable[Axis]) -> list[str]:
     """Names in `buckets` that neither an axis that changes a shape nor an open dimension of any graph has."""
-    letters = {letter for graph in graphs for letter in graph.dimensions} - {"B"}
-    return sorted(set(buckets) - {axis.name for axis in axes if axis.dimension} - letters)
+    carried = {axis.dimension: axis.name for axis in axes if axis.dimension}
+    letters = {letter for graph in graphs for letter in graph.dimensions} - {"B", *carried}
+    return sorted(set(buckets) - set(carried.values()) - letters)
 
 
 def _batch(asked: Span, offered: Span) -> Range:

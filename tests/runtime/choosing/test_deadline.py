@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import Machine, described, pipeline, run_seconds
 
-from elastic_runtime import Budget, Deadline, ElasticPipeline, PipelineOutput, UnreachableError, UsageError
+from elastic_runtime import Budget, Deadline, ElasticPipeline, Result, UnreachableError, UsageError
 
 STEPS = 20
 FASTEST, SLOWEST = STEPS * run_seconds(4), STEPS * run_seconds(64)
@@ -24,13 +24,13 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def draw(pipe: ElasticPipeline, seconds: float, steps: int = STEPS, **options: Any) -> PipelineOutput:
+def draw(pipe: ElasticPipeline, seconds: float, steps: int = STEPS, **options: Any) -> Result:
     """One unguided picture by a deadline; its `seconds` are the machine's."""
     policy = options.pop("policy", None) or Deadline(seconds)
     return pipe(1, num_inference_steps=steps, policy=policy, generator=np.random.default_rng(0), output_type="latent", **options)
 
 
-def latents(result: PipelineOutput) -> list[int]:
+def latents(result: Result) -> list[int]:
     return [step.budget["latents"] for step in result.steps]
 
 

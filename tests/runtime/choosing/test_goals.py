@@ -15,9 +15,9 @@ from elastic_runtime import (
     ElasticPipeline,
     FitLatency,
     FitMemory,
-    PipelineOutput,
     Policy,
     Quality,
+    Result,
     Span,
     UnreachableError,
     UsageError,
@@ -31,7 +31,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def draw(pipe: ElasticPipeline, policy: Policy, **options: Any) -> PipelineOutput:
+def draw(pipe: ElasticPipeline, policy: Policy, **options: Any) -> Result:
     return pipe(1, num_inference_steps=4, policy=policy, generator=np.random.default_rng(0), output_type="latent", **options)
 
 

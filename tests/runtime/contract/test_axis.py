@@ -113,6 +113,17 @@ def test_numpy_integers_are_whole_numbers() -> None:
     assert latents().check(np.int64(64)) == 64
 
 
+def test_a_shape_is_carried_by_the_data_and_has_no_feed_of_its_own() -> None:
+    fields: Any = {"name": "tokens", "min": 4, "max": 64, "step": 1, "default": 64, "input": "hidden_states", "carrier": "shape"}
+    axis = Axis(**fields, dimension="S")
+    assert (axis.length(17), axis.narrow(Span(5, 9)).span) == (17, Span(5, 9))
+    with pytest.raises(ValueError, match="carried by the shape of the data"):
+        axis.feed(16)
+    for wrong in ({}, {"dimension": "S", "min": 4, "step": 2, "unit": 2}):
+        with pytest.raises(ValueError, match="axis tokens: "):
+            Axis(**fields | wrong)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

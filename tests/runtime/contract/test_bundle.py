@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
 from elastic_runtime.contract.bundle import MANIFEST, write_manifest, writing
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, decode
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, FileEntry, Quality, decode
+from elastic_runtime.ralu import PRESETS
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -81,6 +82,40 @@ def test_another_schema_is_refused_with_advice(tmp_path: Path, version: object, 
     with pytest.raises(BundleError, match=f"schema_version {version!r}; this version reads {SCHEMA_VERSION}") as caught:
         Bundle.open(tmp_path / "b")
     assert advice in str(caught.value)
+
+
+def test_a_manifest_of_version_1_is_read_as_it_is_unless_it_draws_from_patches(tmp_path: Path) -> None:
+    new = write_bundle(tmp_path / "b").manifest
+    edit(tmp_path / "b", lambda content: content.update(schema_version=1))
+    assert Bundle.open(tmp_path / "b").manifest == new
+    patches = {"size": 2, "positions": "img_ids"}
+    edit(tmp_path / "b", lambda content: content["model"].update(patches=patches))
+    with pytest.raises(BundleError, match=r"schema_version 1, in which tiny has no axis `tokens` yet: export the bundle again"):
+        Bundle.open(tmp_path / "b")
+    edit(tmp_path / "b", lambda content: content.update(schema_version=SCHEMA_VERSION))
+    assert Bundle.open(tmp_path / "b").manifest.model.patches
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "where"),
+    [
+        ("full", (50,), "full, 50 steps"),
+        ("4x", (5, 6, 7), "4x"),
+        ("4x", None, "4x"),
+        ("4x", (10, 12, 14), "4x, 10+12+14 steps"),
+        (None, None, "latents=4"),
+    ],
+)
+def test_a_card_s_row_names_its_plan_and_steps_that_are_not_the_preset_s_own(
+    plan: str | None, steps: tuple[int, ...] | None, where: str
+) -> None:
+    assert Quality(budget={"latents": 4}, plan=plan, steps=steps, accuracy=1.0, frechet_distance=0.0).where == where
+
+
+def test_presets_have_the_steps_that_cards_take_for_granted() -> None:
+    assert {name: plan.steps for name, plan in PRESETS.items()} == OWN_STEPS
+    with pytest.raises(ValueError, match="`steps` are a plan's"):
+        Quality(budget={}, steps=(5,), accuracy=1.0, frechet_distance=0.0)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'"' + b"x" * 50, b"[" * 100_000])

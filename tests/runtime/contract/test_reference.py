@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
-from elastic_runtime import Budget, Bundle
+from elastic_runtime import Axis, Budget, Bundle
 from elastic_runtime.contract.manifest import TensorSpec
 from elastic_runtime.contract.reference import axis_feeds, compare, cut, pack, unpack
 from elastic_runtime.sessions.checking import check
@@ -98,3 +98,6 @@ def test_open_sizes_take_the_first_rows_of_the_feeds() -> None:
     assert (small["x"] == feeds["x"][:, :2]).all()
     assert (small["ids"] == feeds["ids"][:2]).all()
     assert {name: array.shape for name, array in cut(specs, feeds, Budget(latents=4)).items()} == {"x": (2, 5, 3), "ids": (5, 2)}
+    tokens = Axis(name="tokens", min=1, max=5, step=1, default=5, input="x", carrier="shape", dimension="S")
+    assert all((cut(specs, feeds, Budget(tokens=2), (tokens,))[name] == small[name]).all() for name in feeds)
+    assert axis_feeds((tokens,), Budget(tokens=2)) == {}

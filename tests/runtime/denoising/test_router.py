@@ -7,8 +7,9 @@ import pytest
 from fake_router import LENGTH, answer, described, graph, kept_by_hand, pipeline, probabilities, runs
 from fakes import manifest, session
 
-from elastic_runtime import Budget, Choice, ElasticPipeline, FakeSession, Guidance, UsageError
+from elastic_runtime import Budget, ElasticPipeline, FakeSession, Guidance, UsageError
 from elastic_runtime.denoising.denoiser import Denoiser
+from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.router import Routing
 
 ALL = Budget(tokens=LENGTH)
@@ -49,7 +50,7 @@ def test_a_model_without_a_router_drops_nothing() -> None:
 def test_other_families_say_nothing_about_routers() -> None:
     fake = session(lambda x, t, labels, kept: 0 * x)
     answer = Denoiser(fake, manifest()).guided(
-        np.zeros((1, 4, 8, 8)), 0.5, np.array([1]), Guidance(), Choice(Budget(latents=64), Budget(latents=64)), Routing()
+        np.zeros((1, 4, 8, 8)), 0.5, np.array([1]), Guidance(), Branches(Budget(latents=64), Budget(latents=64)), Routing()
     )
     assert (answer.routed, answer.guidance_routed) == (None, None)
 
@@ -69,7 +70,7 @@ def test_guidance_acts_on_the_first_channels_and_leaves_the_variance(channels: i
 
     denoiser = Denoiser(FakeSession(graph(channels), run), described(channels, guided_channels=guided))
     x = np.zeros((1, channels, 8, 8))
-    got = denoiser.guided(x, 500.0, np.array([2]), Guidance(1.25), Choice(ALL, ALL), denoiser.routing()).prediction[0, :, 0, 0]
+    got = denoiser.guided(x, 500.0, np.array([2]), Guidance(1.25), Branches(ALL, ALL), denoiser.routing()).prediction[0, :, 0, 0]
     first = channels if guided is None else guided
     np.testing.assert_allclose(got, [3.75] * first + [3.0] * (2 * channels - first))
 
@@ -82,7 +83,7 @@ def test_autoguidance_may_differ_by_what_it_drops() -> None:
     assert [(step.kept, step.guidance_kept) for step in result.steps] == [((40,), (4,))]
     assert len(fake.calls) == 3  # the first guess did not hold 40
     denoiser = Denoiser(fake, described())
-    both = Choice(ALL, ALL)
+    both = Branches(ALL, ALL)
     answer = denoiser.guided(np.zeros((1, 1, 8, 8)), 9.0, np.array([1]), Guidance(2.0, auto=True), both, denoiser.routing(0.3, 0.3))
     assert answer.guidance_routed is None
 
@@ -107,7 +108,9 @@ def test_a_callback_is_shown_the_picture_and_what_was_kept() -> None:
 def test_a_graph_that_tells_no_probabilities_is_sized_all_the_same() -> None:
     pipe, fake = pipeline(lambda t, label: 20)
     told = answer(lambda t, label: 20, 1)
-    pipe = ElasticPipeline(pipe.bundle, FakeSession(fake.graph, lambda feeds: {k: v for k, v in told(feeds).items() if k != "probability"}))
+    pipe = ElasticPipeline(
+        pipe.bundle, {"denoiser": FakeSession(fake.graph, lambda feeds: {k: v for k, v in told(feeds).items() if k != "probability"})}
+    )
     seen: list[dict[str, np.ndarray]] = []
     result = pipe([1], num_inference_steps=2, generator=rng(), callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors) or {})
     assert [(step.kept, step.slots) for step in result.steps] == [((20,), 32), ((20,), 24)]

@@ -10,9 +10,10 @@ from fake_router import LENGTH, TOKENS, described, kept_by_hand, pipeline, proba
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_runtime import Axis, Budget, BudgetError, Choice, Guidance, PerStep, Span
+from elastic_runtime import Axis, Budget, BudgetError, Guidance, PerStep, Span
 from elastic_runtime.contract.schedule import LinearBeta
 from elastic_runtime.denoising.denoiser import Denoiser
+from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.router import Routing, Slots, buckets, kept_set
 
 ALL = Budget(tokens=LENGTH)
@@ -64,7 +65,7 @@ def test_capped_pictures_never_exceed_the_cap_and_are_those_of_the_cap(counts: l
 @settings(max_examples=25)
 def test_branches_with_caps_of_their_own_answer_as_if_run_at_their_caps(counts: list[int], cap: int, weak: int, drop: float) -> None:
     fake = pipeline(by_step(counts, len(counts)))[1]
-    denoiser, choice = Denoiser(fake, described()), Choice(Budget(tokens=cap), Budget(tokens=weak))
+    denoiser, choice = Denoiser(fake, described()), Branches(Budget(tokens=cap), Budget(tokens=weak))
     x, labels = np.random.default_rng(1).standard_normal((3, 1, 8, 8)), np.array([0, 4, 8])
     routing = denoiser.routing(0.1, drop)
     for time in LinearBeta().times(len(counts))[:-1]:

@@ -64,7 +64,7 @@ def pipeline(described: Any, function: Any) -> tuple[ElasticPipeline, list[tuple
         return function(feeds)
 
     whole = msgspec.structs.replace(manifest(1), model=described, axes=(LOOPS,), graphs={"denoiser": graph(described)})
-    return ElasticPipeline(Bundle(Path("bundle"), whole), FakeSession(graph(described), run)), seen
+    return ElasticPipeline(Bundle(Path("bundle"), whole), {"denoiser": FakeSession(graph(described), run)}), seen
 
 
 def test_guidance_with_fewer_loops_on_the_weak_branch() -> None:

@@ -32,28 +32,31 @@ def graphs(tmp_path: Path) -> Callable[..., list[GraphCapture]]:
 
 def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
     graph = graphs(folders.flux())[0].loaded()
-    assert [point["S"] for point in budgets(graph, CoremlOptions())] == [16, 19, 28, 64]
-    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(S=16, T=5), Budget(S=28, T=5)))
-    assert [call.function for call in artifact.calls] == ["S_16_T_5", "S_28_T_5"]
-    assert session.budgets == (Budget(S=16, T=5), Budget(S=28, T=5))
+    assert [point["tokens"] for point in budgets(graph, CoremlOptions())] == [16, 19, 28, 64]
+    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16, T=5), Budget(tokens=28, T=5)))
+    assert [call.function for call in artifact.calls] == ["T_5_tokens_16", "T_5_tokens_28"]
+    assert session.budgets == (Budget(tokens=16, T=5), Budget(tokens=28, T=5))
     assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
 
 
 def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
     graph = graphs(folders.sd3(**folders.SD35))[0].loaded()
     _, session = lowered(graph, precision="fp32", shapes="range")
-    assert max(error(graph, session, Budget(S=count, T=text)) for count, text in ((4, 1), (29, 7), (64, 9))) < PRECISIONS["fp32"].tolerance
+    assert (
+        max(error(graph, session, Budget(tokens=count, T=text)) for count, text in ((4, 1), (29, 7), (64, 9)))
+        < PRECISIONS["fp32"].tolerance
+    )
 
 
 def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
     graphs: Callable[..., Any], lowered: Lowered, error: Error
 ) -> None:
     graph = graphs(folders.flux())[1].loaded()
-    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(S=16),))  # which says nothing about a decoder
+    artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16), 28))  # which says nothing about a decoder
     assert [call.budget for call in artifact.calls] == [{"h": 8, "w": 8}, {"h": 16, "w": 16}]
     assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
 
 
 def test_a_size_beyond_the_span_is_refused(graphs: Callable[..., Any]) -> None:
-    with pytest.raises(BudgetError, match="S 65 is not available: denoiser takes 4-64"):
-        requires(graphs(folders.flux())[0], CoremlOptions(budgets=(Budget(S=65),)))
+    with pytest.raises(BudgetError, match="tokens 65 is not available: this model offers 4-64"):
+        requires(graphs(folders.flux())[0], CoremlOptions(budgets=(65,)))

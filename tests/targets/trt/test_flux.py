@@ -23,7 +23,7 @@ def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux())
     captured = capture_folder(tmp_path / "f", None, None, Span(1, 2))
     bundle = export(captured, "onnx", load("onnx").OnnxOptions(), tmp_path / "out", "elastic-export onnx f")
-    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets={"S": (16, 28, 64)}))
+    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets=room.read_buckets("16,28,64", bundle.manifest.axes)))
     engines = {
         name: artifact for name, graph in made.manifest.graphs.items() for artifact in graph.artifacts if isinstance(artifact, TrtArtifact)
     }

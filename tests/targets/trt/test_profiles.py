@@ -5,7 +5,7 @@ from fakes import LATENTS, decoder_graph, denoiser_graph
 
 from elastic_runtime import Axis, BudgetError, Span
 from elastic_runtime.contract.manifest import Graph, Range, TensorSpec
-from elastic_targets.trt.profiles import default_buckets, narrow, profiles, read_buckets
+from elastic_targets.trt.profiles import default_buckets, narrow, profiles, read_buckets, unknown_buckets
 
 LOOPS = Axis(name="loops", min=1, max=8, step=1, default=4, input="loops", carrier="value")
 
@@ -50,7 +50,7 @@ def test_an_axis_that_travels_as_a_value_needs_no_profile() -> None:
 
 
 def test_open_dimensions_get_their_span_or_buckets_of_their_own() -> None:
-    """As FLUX's S and T, or a decoder's h and w."""
+    """As FLUX's T, or a decoder's h and w."""
     graph = Graph(
         inputs=(
             TensorSpec(name="hidden_states", dtype="float32", shape=("B", "S", 64)),
@@ -63,6 +63,12 @@ def test_open_dimensions_get_their_span_or_buckets_of_their_own() -> None:
     assert sizes(graph, (), letter="S") == [(256, 4096, 4096)]
     assert sizes(graph, (), buckets={"S": (1024, 4096)}, letter="S") == [(256, 1024, 1024), (1025, 4096, 4096)]
     assert sizes(graph, (), buckets={"S": (1024, 4096)}, letter="T") == [(77, 512, 512)] * 2
+    tokens = Axis(
+        name="tokens", min=256, max=4096, step=1, default=4096, input="hidden_states", carrier="shape", dimension="S",
+    )  # fmt: skip
+    assert sizes(graph, (tokens,), buckets={"tokens": (1024, 4096)}, letter="S") == [(256, 1024, 1024), (1025, 4096, 4096)]
+    assert read_buckets("1024,4096", (tokens,)) == {"tokens": (1024, 4096)}
+    assert unknown_buckets(["tokens", "T", "S"], [graph], (tokens,)) == ["S"], "which is said as the axis"
 
 
 def test_a_graph_without_the_axis_ignores_its_buckets() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from fake_flux import SCHNELL, SD3, Opener, decode, manifest, to_zero
 from fake_prompts import flux as with_text
-from fakes import manifest as elit_manifest
 
 from elastic_runtime import (
     Budget,
@@ -20,12 +19,11 @@ from elastic_runtime import (
     InferenceError,
     MissingError,
     Plan,
-    RaluPipeline,
+    Request,
     Span,
     UsageError,
 )
 from elastic_runtime.contract.manifest import FileEntry, Graph, OnnxArtifact
-from elastic_runtime.ralu import Subject
 from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 
@@ -34,9 +32,9 @@ NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prom
 TINY = Plan((1, 1, 2), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
 
 
-def pipeline(whole: Any = None, field: Any = to_zero) -> tuple[RaluPipeline, Opener]:
+def pipeline(whole: Any = None, field: Any = to_zero) -> tuple[ElasticPipeline, Opener]:
     opener = Opener(whole or manifest(), field)
-    return RaluPipeline(opener.bundle, opener), opener
+    return ElasticPipeline(opener.bundle, opener), opener
 
 
 def seeded(*seeds: int) -> Any:
@@ -52,7 +50,7 @@ def test_a_picture_is_drawn_along_any_plan(plan: Any) -> None:
         assert pipe.where == "fake"
     assert [picture.size for picture in result.images] == [(64, 64)]
     assert np.unique(np.asarray(result.images[0])).tolist() == [191], "latent 0, plus the shift of 0.5, is three quarters grey"
-    assert [record.tokens for record in result.steps] == list(result.plan.step_tokens(8, 8))
+    assert [record.budget["tokens"] for record in result.steps] == list(result.plan.step_tokens(8, 8))
     assert [record.index for record in result.steps] == list(range(result.plan.total))
     assert all(session.closed for _, session in opener.opened)
     decoded = [call["latent"][2:] for call in opener.calls("decoder")]
@@ -119,7 +117,7 @@ def test_a_callback_sees_tokens_and_may_replace_them() -> None:
     pipe, _ = pipeline(field=lambda feeds: np.zeros_like(feeds["hidden_states"]))
     steps: list[tuple[int, tuple[int, ...]]] = []
 
-    def callback(given: RaluPipeline, index: int, sigma: float, kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def callback(given: ElasticPipeline, index: int, sigma: float, kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         steps.append((index, kept["latents"].shape))
         return {"latents": np.full_like(kept["latents"], 0.25)} if index == 3 else {}
 
@@ -210,7 +208,7 @@ def test_sd3_is_drawn_with_places_of_its_table() -> None:
 
 def test_prompts_are_read_before_the_denoiser_is_opened(tmp_path: Path) -> None:
     opener = with_text(tmp_path)
-    with RaluPipeline(opener.bundle, opener) as pipe:
+    with ElasticPipeline(opener.bundle, opener) as pipe:
         result = pipe(["a cat", "a dog"], negative_prompt="blue", plan=TINY, true_cfg_scale=2.0, num_images_per_prompt=2)
     assert len(result.images) == 4
     assert [name for name, _ in opener.opened] == ["text_encoder", "text_encoder_2", "denoiser", "decoder"]
@@ -222,7 +220,7 @@ def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
     opener = with_text(tmp_path)
     pooled: list[Any] = []
     opener._functions["denoiser"] = lambda feeds: {"prediction": fed("pooled_projections", pooled)(feeds).astype(np.float32)}
-    pipe = RaluPipeline(opener.bundle, opener)
+    pipe = ElasticPipeline(opener.bundle, opener)
     pipe("a cat", plan=TINY, true_cfg_scale=2.0)
     assert pooled[0] == [[2, 3, 1, 1, 1], [1, 1, 1, 1, 1]]
 
@@ -293,9 +291,9 @@ def test_values_that_are_not_finite_are_an_error() -> None:
 def test_a_decoder_that_gives_no_picture_is_an_error_and_no_black_one() -> None:
     opener = Opener(manifest(), to_zero, decoder=lambda feeds: {"image": np.full_like(decode(feeds)["image"], np.nan)})
     with pytest.raises(InferenceError, match="the decoder on fake gave values that are not finite"):
-        RaluPipeline(opener.bundle, opener)(**EMBEDS, plan="full")
+        ElasticPipeline(opener.bundle, opener)(**EMBEDS, plan="full")
     with pytest.raises(InferenceError, match="the decoder on fake"):
-        RaluPipeline(opener.bundle, opener)(**EMBEDS, plan="4x", output_type="latent")
+        ElasticPipeline(opener.bundle, opener)(**EMBEDS, plan="4x", output_type="latent")
 
 
 def test_a_preview_that_the_decoder_does_not_take_is_told_before_anything_is_opened() -> None:
@@ -313,7 +311,7 @@ def test_what_the_session_was_compiled_for_is_checked_before_the_first_step() ->
     pipe, opener = pipeline()
     session = opener("denoiser")
     pipe._sessions["denoiser"] = session
-    session.budgets = tuple(Budget(S=count, T=3) for count in (16, 19, 64))
+    session.budgets = tuple(Budget(tokens=count, T=3) for count in (16, 19, 64))
     with pytest.raises(BudgetError, match=r"for 16, 19, 64 image tokens, and a stage of the plan needs 28: .* --budgets 16,19,28,64"):
         pipe(**EMBEDS, plan="4x")
     assert not opener.calls("denoiser")
@@ -338,14 +336,7 @@ def test_a_bundle_without_a_denoiser_says_so() -> None:
     whole = manifest()
     opened = Bundle(Path("nowhere"), msgspec.structs.replace(whole, graphs={"decoder": whole.graphs["decoder"]}))
     with pytest.raises(BundleError, match="has no graph 'denoiser', it has decoder: export the model again with --components"):
-        RaluPipeline.from_pretrained(opened)
-
-
-def test_each_pipeline_opens_its_own_kind_of_bundle() -> None:
-    with pytest.raises(UsageError, match=r"open it with ElasticPipeline\.from_pretrained"):
-        RaluPipeline(Bundle(Path("nowhere"), elit_manifest()), lambda graph: pytest.fail(graph))
-    with pytest.raises(UsageError, match=r"open it with RaluPipeline\.from_pretrained"):
-        ElasticPipeline.from_pretrained(Bundle(Path("nowhere"), manifest()))
+        ElasticPipeline.from_pretrained(opened)
 
 
 def test_a_bundle_that_nothing_here_can_run_is_refused_at_once() -> None:
@@ -355,17 +346,15 @@ def test_a_bundle_that_nothing_here_can_run_is_refused_at_once() -> None:
     graph: Graph = msgspec.structs.replace(whole.graphs["denoiser"], artifacts=(artifact,))
     opened = Bundle(Path("nowhere"), msgspec.structs.replace(whole, graphs=whole.graphs | {"denoiser": graph}))
     with pytest.raises(MissingError, match="nothing here can run 'denoiser' of nowhere"):
-        RaluPipeline.from_pretrained(opened, "ort")
-    assert repr(RaluPipeline(opened, lambda graph: pytest.fail(graph))) == "RaluPipeline.from_pretrained('nowhere')"
+        ElasticPipeline.from_pretrained(opened, "ort")
+    assert repr(ElasticPipeline(opened, lambda graph: pytest.fail(graph))) == "ElasticPipeline.from_pretrained('nowhere')"
 
 
 def test_the_loop_itself_can_be_watched_and_stopped() -> None:
     pipe, opener = pipeline()
-    drawing = pipe.drawing(TINY, height=32, width=64)
-    assert drawing.size == (4, 8)
-    steps = pipe.iterate(Subject(**EMBEDS), drawing, generator=seeded(0))
+    steps = pipe.iterate(Request(**EMBEDS, plan=TINY, height=32, width=64), generator=seeded(0))
     progress = next(steps)
-    assert progress.record.tokens == 8
+    assert progress.record.budget == Budget(tokens=8)
     preview = pipe.decode(unpack(progress.step.sample, 2, 4, 2))
     assert preview.shape == (1, 3, 16, 32)
     steps.close()

@@ -1,0 +1,61 @@
+"""What may stand as MODEL, in rows: packaged samples and presets, with their axes and cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_export.capture.folders import FAMILIES as FOLDERS
+from elastic_export.capture.folders import listed_vae, picture_sizes
+from elastic_export.capture.zoo import FAMILIES, locate, samples
+from elastic_export.families import tokens
+from elastic_export.families.family import Family
+from elastic_export.foreign.folder import Folder
+from elastic_runtime.contract.budget import Budget
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
+    cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
+    rows = []
+    for name, card in cards.items():
+        if folder := locate(name):
+            rows.append(_folder_row(name, folder))
+        else:
+            family = FAMILIES[card["family"]]
+            rows.append(_row(name, family, family.params(**card["config"]), "packaged"))
+    presets = [(name, family, params) for family in FAMILIES.values() for name, params in family.presets.items()]
+    return rows + [_row(name, family, params, "--checkpoint") for name, family, params in presets]
+
+
+def _row(name: str, family: Family, params: Any, weights: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in family.build(params).parameters())
+    axes = family.axes(params)
+    ends = [Budget(**{axis.name: value(axis) for axis in axes}) for value in (lambda axis: axis.min, lambda axis: axis.max)]
+    return {
+        "name": name,
+        "family": family.name,
+        "weights": weights,
+        "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
+        "gflops": [family.cost(params, end, parameters).flops / 1e9 for end in ends],
+        "parameters": parameters,
+    }
+
+
+def _folder_row(name: str, path: Path) -> dict[str, Any]:
+    """The row of a packaged diffusers folder, which needs no diffusers: as it is exported where nothing else is asked for."""
+    folder = Folder.open(path)
+    config = folder.config("transformer")
+    family = FOLDERS[config["_class_name"]]
+    axis = tokens.axis(picture_sizes(folder, family, config, listed_vae(folder, family.channels(config)), None).tokens)
+    text = 1 if folder.labels else family.beside + family.text_length(config)
+    return {
+        "name": name,
+        "family": family.name,
+        "weights": "packaged",
+        "axes": f"{axis.name} {axis.span}",
+        "gflops": [family.flops(config, count, text) / 1e9 for count in (axis.min, axis.max)],
+        "parameters": folder.parameters("transformer"),
+    }

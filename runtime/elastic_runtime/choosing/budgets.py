@@ -1,0 +1,108 @@
+"""The outlook of a model that is drawn at budgets on its axes, on the times of a sampler."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
+from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.sampling.course import Course
+from elastic_runtime.sampling.fitting import resumable, times
+from elastic_runtime.sessions.session import batches
+
+
+class BudgetOutlook(Outlook):
+    """Budgets of both branches of guidance, the same in all `steps` of `sampler` unless a policy changes them."""
+
+    named, smaller = "a budget", "fewer pictures at once"
+
+    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True):
+        super().__init__(gauge, count, guidance, steps, finishes)
+        self.sampler = sampler
+        self.table = f"accuracy by {', '.join(axis.name for axis in self.axes) or 'budget'}"
+
+    @property
+    def graded(self) -> bool:
+        return self._accuracy is not None
+
+    @cached_property
+    def _accuracy(self) -> tuple[list[float], list[float]] | None:
+        rows = sorted((self._flops(Budget(**row.budget)), row.accuracy) for row in self.gauge.manifest.quality)
+        best = max((accuracy for _, accuracy in rows), default=0.0)
+        return ([flops for flops, _ in rows], [accuracy / best for _, accuracy in rows]) if best > 0 else None
+
+    def quality(self, option: Option) -> float:
+        """A straight line in FLOPs between the table's rows and level beyond them; without one the share of the
+        largest's FLOPs."""
+        budget, flops = option.budget, self._flops(option.budget)
+        if self._accuracy is None:
+            most = self._flops(self.gauge.budgets[-1])
+            return flops / most if most else sum(budget.values()) / max(sum(self.gauge.budgets[-1].values()), 1)
+        return float(np.interp(flops, *self._accuracy))
+
+    def options(self, guidance_budget: Budget | None = None) -> list[Option]:
+        """The weak branch runs at `guidance_budget`, never above the strong one's, or at the same budget."""
+        if guidance_budget is None:
+            return [self._option(budget, budget) for budget in self.gauge.budgets]
+        weak = guidance_budget.on(self.axes)
+        least = self._flops(weak)
+        offered = [(budget, self._flops(budget)) for budget in self.gauge.budgets]
+        options = [self._option(budget, weak) for budget, flops in offered if flops > least or (flops == least and not self.guidance.auto)]
+        if not options:
+            raise BudgetError(f"the guidance budget {weak} leaves no larger one for the picture: give a smaller guidance budget")
+        return options
+
+    finest = options
+
+    def usual(self, options: Sequence[Option]) -> Option:
+        default = self._flops(Budget().on(self.axes))
+        return min(options, key=lambda option: abs(self._flops(option.budget) - default))
+
+    def fixed(self, budget: Budget, guidance_budget: Budget | None) -> Option:
+        strong = budget.on(self.axes)
+        return self._option(strong, strong if guidance_budget is None else guidance_budget.on(self.axes))
+
+    def check(self, choice: Choice) -> None:
+        if choice.plan is not None:
+            raise UsageError(f"{self.gauge.manifest.model.name} draws at budgets, not along a plan: leave plan out")
+        self.fixed(choice.budget, choice.guidance_budget)
+
+    def course(self, option: Option, steps: int | None = None) -> Course:
+        model, flexible = self.gauge.manifest.model, resumable(self.gauge.manifest.model, self.sampler)
+        counts = option.steps if steps is None else (steps,)
+        return Course.of(counts, lambda stage, begin, count: times(model, self.sampler, count, begin), flexible)
+
+    def evaluations(self, course: Course) -> list[Evaluations]:
+        share = self.gauge.manifest.model.schedule.share
+        active = np.array([self.guidance.active(share(time)) for time in course.times[0].tolist()], dtype=int)
+        every = np.ones(course.total, dtype=int)
+        guided = active[:-1].copy()
+        if self.sampler == "heun":  # which evaluates again at the end of every step but the last
+            guided[:-1] += active[1:-1]
+            every[:-1] += 1
+        return [(guided, every - guided)]
+
+    def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
+        """See `Denoiser.guided`."""
+        strong, weak = option.budgets[0], option.guidance_budgets[0]
+        if not guided:
+            return self._runs(strong, self.count)
+        if weak == strong:
+            return self._runs(strong, self.count if self.guidance.auto else 2 * self.count)
+        return self._runs(strong, self.count) + self._runs(weak, self.count)
+
+    def peak_seconds(self, option: Option) -> float:
+        return self.seconds(option, 0, True, self.gauge.peak)
+
+    def _runs(self, budget: Budget, size: int) -> list[tuple[Budget, int]]:
+        return [(budget, rows.stop - rows.start) for rows in batches(self.gauge.session, size)]
+
+    def _option(self, budget: Budget, weak: Budget) -> Option:
+        return Option(str(budget), (budget,), (weak,), (self.steps or 1,))
+
+    def _flops(self, budget: Budget) -> float:
+        return self.gauge.peak.work(budget).flops

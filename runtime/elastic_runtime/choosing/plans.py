@@ -1,0 +1,159 @@
+"""The outlook of a model that is drawn along plans: which plan, in how many steps (RALU, arXiv 2507.08422)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+
+from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
+from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Quality, plan_label
+from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.plan import Plan
+from elastic_runtime.sampling.course import Course
+from elastic_runtime.sessions.session import batches
+
+FINEST = 4  # times the steps that a plan of several stages was made for: beyond, a policy weighs no further steps
+SURER = 1e-6  # of the quality: of two ways that the card grades alike, the one with more steps
+
+
+class PlanOutlook(Outlook):
+    """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns)
+    of whole-picture tokens.
+
+    `usual_name` is the one that is drawn where nothing is asked for.
+    """
+
+    named, table = "a plan", "accuracy by plan"
+    smaller = "a smaller picture, or fewer at once"
+
+    def __init__(
+        self,
+        gauge: Gauge,
+        count: int,
+        guidance: Guidance,
+        plans: Mapping[str, Plan],
+        size: tuple[int, int],
+        usual_name: str,
+        finishes: bool = True,
+    ):
+        super().__init__(gauge, count, guidance, None, finishes)
+        self.plans, self.size, self.usual_name = plans, size, usual_name
+
+    @cached_property
+    def _rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By plan: FLOPs of the graded rows, rising, and their accuracy over the best of all; more steps of a plan
+        never count as worse."""
+        rows: dict[str, list[tuple[float, float]]] = {}
+        best = max((row.accuracy for row in self.gauge.manifest.quality), default=0.0)
+        for row, name, plan in self._graded_plans():
+            if best > 0:
+                rows.setdefault(name, []).append((self._flops(plan), row.accuracy / best))
+        columns = {name: np.array(sorted(pairs)).T for name, pairs in rows.items()}
+        return {name: (flops, np.maximum.accumulate(accuracy)) for name, (flops, accuracy) in columns.items()}
+
+    def _graded_plans(self) -> Iterator[tuple[Quality, str, Plan]]:
+        """The card's rows of plans that may be drawn, each with its plan's name and the plan in the steps of the
+        row."""
+        for row in self.gauge.manifest.quality:
+            if row.plan is not None and row.plan in self.plans and row.steps:
+                yield row, row.plan, replace(self.plans[row.plan], steps=row.steps)
+
+    @property
+    def graded(self) -> bool:
+        return bool(self._rows)
+
+    def quality(self, option: Option) -> float:
+        """A straight line in FLOPs between a plan's rows, and level beyond; a plan that the card does not grade counts
+        as its worst.
+
+        Without a table more arithmetic counts as better.
+        """
+        assert option.plan is not None
+        surer = SURER * option.plan.total
+        if not self._rows:
+            whole = Plan.full(max(plan.total for plan in self.plans.values()))
+            return self._flops(option.plan) / self._flops(whole) + surer
+        flops, accuracy = self._rows.get(_kind(option), (np.zeros(1), np.zeros(1)))
+        return float(np.interp(self._flops(option.plan), flops, accuracy)) + surer
+
+    def options(self, guidance_budget: Budget | None = None) -> list[Option]:
+        """Each plan in its own steps, and in those that the card grades."""
+        self._no_weak(guidance_budget)
+        options = [self._option(name, plan) for name, plan in self.plans.items()]
+        options += [self._option(name, plan) for _, name, plan in self._graded_plans()]
+        unique = {(option.name, option.steps): option for option in options}
+        return sorted(unique.values(), key=lambda option: self._flops(_plan(option)))
+
+    def finest(self, guidance_budget: Budget | None = None) -> list[Option]:
+        self._no_weak(guidance_budget)
+        return [
+            self._option(name, plan.spread(total))
+            for name, plan in self.plans.items()
+            for total in range(len(plan.steps), (1 if plan.plain else FINEST) * plan.total + 1)
+        ]
+
+    def usual(self, options: Sequence[Option]) -> Option:
+        plan = self.plans[self.usual_name]
+        return min(options, key=lambda option: (_kind(option) != self.usual_name, abs(_plan(option).total - plan.total)))
+
+    def fixed(self, budget: Budget, guidance_budget: Budget | None) -> Option:
+        if budget or guidance_budget is not None:
+            raise UsageError(
+                f"{self.gauge.manifest.model.name} has as many tokens as its plan and the picture's size say: give plan, height and width"
+            )
+        return self._option(self.usual_name, self.plans[self.usual_name])
+
+    def check(self, choice: Choice) -> None:
+        if choice.plan is None:
+            raise UsageError(f"{self.gauge.manifest.model.name} draws along a plan, and this choice names none")
+
+    def course(self, option: Option, steps: int | None = None) -> Course:
+        plan = _plan(option)
+        return Course.along(plan if steps is None else plan.spread(max(steps, len(plan.steps))))
+
+    def evaluations(self, course: Course) -> list[Evaluations]:
+        rows = [np.array([self.guidance.active(sigma) for sigma in times[:-1].tolist()], dtype=int) for times in course.times]
+        return [(guided, 1 - guided) for guided in rows]
+
+    def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
+        """In the mixed stage each picture runs by itself, both of its branches together (see
+        `TokenDenoiser.guided`)."""
+        alone = len(option.steps) > 1 and stage == 1
+        rows, times = (1, self.count) if alone else (self.count, 1)
+        sizes = [part.stop - part.start for part in batches(self.gauge.session, rows * (2 if guided else 1))]
+        return [(option.budgets[stage], size) for size in sizes] * times
+
+    def peak_seconds(self, option: Option) -> float:
+        return sum(count * self.seconds(option, stage, True, self.gauge.peak) for stage, count in enumerate(option.steps))
+
+    def entering(self) -> float:
+        """Half of what leads to the second and third stage: a preview, its edges, and what grows."""
+        return self.gauge.calibrated.preview * self.count / 2
+
+    def _option(self, name: str, plan: Plan) -> Option:
+        budgets = tuple(Budget(tokens=count) for count in plan.tokens(*self.size))
+        return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
+
+    def _flops(self, plan: Plan) -> float:
+        work = self.gauge.peak.work
+        return sum(count * work(Budget(tokens=tokens)).flops for count, tokens in zip(plan.steps, plan.tokens(*self.size), strict=True))
+
+    def _no_weak(self, guidance_budget: Budget | None) -> None:
+        if guidance_budget is not None:
+            raise UsageError(
+                f"{self.gauge.manifest.model.name} runs both branches of guidance at the same tokens: leave guidance_budget out"
+            )
+
+
+def _plan(option: Option) -> Plan:
+    assert option.plan is not None
+    return option.plan
+
+
+def _kind(option: Option) -> str:
+    """The plan's name without its steps."""
+    return option.name.partition(",")[0]

@@ -1,0 +1,44 @@
+"""Guidance: a strong prediction led away from a weak one, each branch at its own budget."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """`v_weak + scale * (v_cond - v_weak)` for times in [low, high]; elsewhere the conditional prediction alone.
+
+    Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label
+    (classifier-free guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller
+    budget only). With a smaller budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv
+    2603.06351).
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    auto: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+                raise UsageError(f"{name} is a number, got {value!r}")
+        if not self.scale >= 1.0 or self.scale == float("inf"):
+            raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise UsageError(f"the guidance interval must lie in 0 to 1 and rise, got {self.low} to {self.high}")
+
+    def active(self, time: float) -> bool:
+        return self.scale > 1.0 and self.low <= time <= self.high
+
+
+class Branches(NamedTuple):
+    """Budgets of the two branches: the conditional one, and the one that it is guided against."""
+
+    strong: Budget
+    weak: Budget

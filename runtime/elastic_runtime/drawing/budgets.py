@@ -1,0 +1,140 @@
+"""Drawing at budgets on a model's axes: pictures of classes by ELIT, ELT and DC-DiT."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.choosing.budgets import BudgetOutlook
+from elastic_runtime.choosing.estimates import Gauge
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.policy import Fixed, Policy
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.schedule import whole_steps
+from elastic_runtime.denoising.conditions import whole_labels
+from elastic_runtime.denoising.denoiser import Answer, Denoiser
+from elastic_runtime.denoising.guidance import Branches, Guidance
+from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
+from elastic_runtime.errors import UsageError
+from elastic_runtime.request import Progress, Request, StepRecord
+from elastic_runtime.sampling.fitting import sampler, start
+from elastic_runtime.sampling.flow import Loop, Step, after
+from elastic_runtime.sampling.noise import Generators
+
+STEPS = 20
+
+
+class BudgetDrawing(Drawing):
+    """A loop over the times of a sampler, whose steps have budgets."""
+
+    kind = "at budgets"
+    unfit = (
+        "prompt", "negative_prompt", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+        "true_cfg_scale", "height", "width", "plan", "caching",
+    )  # fmt: skip
+
+    def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
+        super().__init__(bundle, request, generator)
+        interval = request.guidance_interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")
+        scale = 1.0 if request.guidance_scale is None else request.guidance_scale
+        self.guidance = Guidance(scale, *interval, auto=request.autoguidance)
+        self.sampler, self._run = sampler(self.model, request.sampler, request.temperature)
+        self.steps = STEPS if request.num_inference_steps is None else request.num_inference_steps
+        whole_steps(self.steps)
+        self._labels = np.repeat(whole_labels(self.model, request.class_labels), repeats(request.num_images_per_prompt))
+        self._noise = self._source()
+        self._start = start(self.model, len(self._labels), self._noise, request.noise)
+        self._budgets = self.policy()
+
+    @property
+    def count(self) -> int:
+        return len(self._labels)
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        return (self._left,) if self._left else ()
+
+    def policy(self) -> Policy:
+        """Budgets that are given are fixed; a policy may get its weak branch from the request."""
+        request = self.request
+        if request.policy is None:
+            return Fixed(request.budget or Budget(), request.guidance_budget)
+        if request.budget is not None:
+            raise UsageError("give budget or policy, not both")
+        if request.guidance_budget is None:
+            return request.policy
+        if isinstance(request.policy, Fixed):
+            return Fixed(request.policy.budget, request.guidance_budget)
+        raise UsageError("give the policy its guidance_budget, not the pipeline")
+
+    def prepare(self, open_graph: Opener) -> None:
+        self._denoiser = Denoiser(open_graph("denoiser"), self.bundle.manifest)
+        self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)
+
+    def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
+        return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes)
+
+    def begin(self, choice: Choice) -> None:
+        routing = self._routing
+        same = choice.guidance_budget == choice.budget and routing.guidance_drop == routing.drop
+        if self.guidance.auto and self.guidance.scale > 1 and same:
+            raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
+        self._choice, self._index = choice, 0
+        (self._left,) = choice.steps or (self.steps,)
+        self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise)
+
+    def step(self, replacement: np.ndarray | None) -> Step:
+        self._guided = False
+        self._answers: list[Answer] = []  # of this step
+        step = self._loop.send(replacement)
+        self._left -= 1
+        step = replace(step, index=self._index, steps=self._index + 1 + self._left)
+        self._index += 1
+        return step
+
+    def _predict(self, x: np.ndarray, time: float, index: int) -> np.ndarray:
+        self._guided = self._guided or self.guidance.active(self.model.schedule.share(time))
+        branches = Branches(self._choice.budget, self._choice.guidance_budget)
+        answer = self._denoiser.guided(x, time, self._labels, self.guidance, branches, self._routing)
+        self._routing = self._routing.after(answer.routed, answer.guidance_routed)
+        self._answers.append(answer)
+        return answer.prediction
+
+    def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
+        weak = choice.guidance_budget if self._guided else None
+        details = {"predicted": choice.predicted, "reason": choice.reason} | _routed(self._answers)
+        return StepRecord(step.index, step.time, step.next_time, choice.budget, weak, seconds, **details)
+
+    def progress(self, step: Step, record: StepRecord) -> Progress:
+        routed = self._answers[-1].routed
+        return Progress(step, record, routed.mask if routed else None)
+
+    def follow(self, choice: Choice, step: Step, replacement: np.ndarray | None) -> np.ndarray | None:
+        self._choice = choice
+        if choice.steps in (None, (self._left,)):
+            return replacement
+        (self._left,) = choice.steps
+        self._loop.close()
+        self._loop = self._run(self._predict, after(step, replacement), self._left, self._noise, step.next_time)
+        return None
+
+    def latents(self, state: np.ndarray) -> np.ndarray:
+        return state
+
+    def facts(self) -> dict[str, Any]:
+        return {"sampler": self.sampler, "guidance": self.guidance.scale}
+
+
+def _routed(answers: Sequence[Answer]) -> dict[str, Any]:
+    """A record's fields on what routers kept: of the last prediction of a step, and the runs repeated for any."""
+    strong = [answer.routed for answer in answers if answer.routed]
+    weak = [answer.guidance_routed for answer in answers if answer.guidance_routed]
+    fields: dict[str, Any] = {"reruns": sum(routed.reruns for routed in strong + weak)}
+    for prefix, seen in (("", strong), ("guidance_", weak)):
+        if seen:
+            fields |= {f"{prefix}kept": seen[-1].kept, f"{prefix}slots": seen[-1].slots}
+    return fields

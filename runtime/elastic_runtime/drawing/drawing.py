@@ -1,0 +1,115 @@
+"""What the pipeline asks of a drawing, whatever the kind of model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.choosing.estimates import Gauge, Outlook
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.policy import Policy
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.plan import Plan
+from elastic_runtime.request import Progress, Request, StepRecord
+from elastic_runtime.sampling.flow import Step
+from elastic_runtime.sampling.noise import Generators, seeds, source
+from elastic_runtime.sessions.session import Session
+
+# opens a graph of the bundle, or gives the session that is open
+Opener = Callable[[str], Session]
+
+
+class Drawing(ABC):
+    """One request on one bundle, checked as far as nothing need be opened for it; its state is its own, so that
+    pipelines can be shared.
+
+    The pipeline calls `prepare`, asks the policy, and then `begin`, and `step` and `follow` in turn until nothing is
+    left.
+    """
+
+    guidance: Guidance
+    plan: Plan | None = None
+    kind: str  # how this kind of model draws, in words
+    unfit: Sequence[str]  # fields of a request that it does not take
+
+    def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
+        self.bundle, self.request, self.model = bundle, request, bundle.manifest.model
+        default = Request()
+        for name in self.unfit:
+            if _given(getattr(request, name), getattr(default, name)):
+                raise UsageError(f"{name} does not fit {self.model.name}, which draws {self.kind}")
+        self._generator = generator
+        self.seeds: tuple[int, ...] | None = None
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Pictures in all."""
+
+    @property
+    @abstractmethod
+    def left(self) -> tuple[int, ...]:
+        """Steps left of each stage still to come; nothing after the last."""
+
+    @abstractmethod
+    def policy(self) -> Policy:
+        """What chooses: what the request says, or what suits it."""
+
+    @abstractmethod
+    def prepare(self, open_graph: Opener) -> None:
+        """Read prompts, where there are any, and open the denoiser."""
+
+    @abstractmethod
+    def outlook(self, gauge: Gauge, finishes: bool) -> Outlook:
+        """What a policy may know; `finishes` tells whether the last state is to become pictures."""
+
+    @abstractmethod
+    def begin(self, choice: Choice) -> None:
+        """Start the loop as the policy chose."""
+
+    @abstractmethod
+    def step(self, replacement: np.ndarray | None) -> Step:
+        """Take one step, from `replacement` in place of the last step's state where it is given."""
+
+    @abstractmethod
+    def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
+        """What the step used."""
+
+    @abstractmethod
+    def follow(self, choice: Choice, step: Step, replacement: np.ndarray | None) -> np.ndarray | None:
+        """Go on after `step` as the policy chose; return what still has to replace its state."""
+
+    @abstractmethod
+    def latents(self, state: np.ndarray) -> np.ndarray:
+        """The last state as latents (B, C, h, w)."""
+
+    def progress(self, step: Step, record: StepRecord) -> Progress:
+        """What the loop yields."""
+        return Progress(step, record)
+
+    def facts(self) -> dict[str, Any]:
+        """What a picture's metadata tells beside the request."""
+        return {}
+
+    def _source(self) -> Any:
+        """Where noise comes from: the caller's generators, or a seed for each picture."""
+        if self._generator is not None:
+            if self.request.seeds is not None:
+                raise UsageError("give seeds or a generator, not both")
+            return source(self._generator, self.count)
+        self.seeds = seeds(self.request.seeds, self.count)
+        return source([np.random.default_rng(seed) for seed in self.seeds], self.count)
+
+
+def _given(value: Any, default: Any) -> bool:
+    return value is not None and (isinstance(value, np.ndarray) or value != default)
+
+
+def repeats(count: Any) -> int:
+    """`num_images_per_prompt`, checked."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UsageError(f"num_images_per_prompt is a whole number from 1, got {count!r}")
+    return count

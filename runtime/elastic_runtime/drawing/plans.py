@@ -1,0 +1,293 @@
+"""Drawing along a plan: FLUX and SD3 over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
+2507.08422)."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.choosing.estimates import Gauge
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.plans import PlanOutlook
+from elastic_runtime.choosing.policy import Fixed, Policy
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Patches, plan_label
+from elastic_runtime.denoising.conditions import Conditioning, guidance_of
+from elastic_runtime.denoising.pictures import drawable, obstacle, values
+from elastic_runtime.denoising.tokens import TokenDenoiser
+from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
+from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.ralu.caching import Caching
+from elastic_runtime.ralu.patches import best, edge_scores, unpack
+from elastic_runtime.ralu.plan import FULL, PRESETS, Plan, full, preset
+from elastic_runtime.request import Request, StepRecord
+from elastic_runtime.sampling.flow import Step
+from elastic_runtime.sampling.noise import Generators
+from elastic_runtime.sampling.stages import RaluLoop, RaluStep, from_draws, ralu
+from elastic_runtime.sessions.session import Session, batches
+
+USUAL = "4x"  # where nothing is asked for
+STEPS = 20  # of plan full
+MOST_STEPS = 50  # of plan full that a policy weighs: what the paper compares with
+OWN = "own"  # a plan of the caller's, which no card grades
+
+
+class PlanDrawing(Drawing):
+    """A loop over the stages of a plan; `size` is (rows, columns) of full-resolution tokens."""
+
+    kind = "along a plan"
+    unfit = (
+        "budget", "guidance_budget", "drop_fraction", "guidance_drop_fraction", "autoguidance", "sampler", "temperature",
+    )  # fmt: skip
+
+    def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
+        super().__init__(bundle, request, generator)
+        assert self.model.patches is not None
+        self._patches: Patches = self.model.patches
+        self._upscale = self.model.vae.upscale if self.model.vae else 1
+        self.size, self.plans = self._planned()
+        self.name = next(iter(self.plans))
+        if request.caching is not None:
+            self._check_caching(request.caching)
+        self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
+        if request.caching and self.guidance.scale > 1 and tuple(request.guidance_interval) != (0.0, 1.0):
+            raise UsageError(
+                "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
+            )
+        self._repeats = repeats(request.num_images_per_prompt)
+        self._conditioning = Conditioning(
+            request.prompt,
+            request.negative_prompt,
+            request.prompt_embeds,
+            request.pooled_prompt_embeds,
+            request.negative_prompt_embeds,
+            request.negative_pooled_prompt_embeds,
+            request.class_labels,
+        )
+        self._count = self._conditioning.check(bundle, self.guidance.scale > 1) * self._repeats
+        self._noise = self._source()
+        shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))
+        self._start = self._noise.standard_normal(shape) if request.noise is None else np.asarray(request.noise)
+        if self._start.shape != shape:
+            raise UsageError(f"noise must have shape {shape}, one sample a picture, got {self._start.shape}")
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        return tuple(count for count in self._left if count)
+
+    def policy(self) -> Policy:
+        return Fixed() if self.request.policy is None else self.request.policy
+
+    def prepare(self, open_graph: Opener) -> None:
+        """Text encoders are read one after the other, each closed before the next, and all before the denoiser is
+        opened."""
+        strong, weak = self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
+        self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
+        self._open_graph = open_graph
+        self._session = open_graph("denoiser")
+        offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
+        if not offered:
+            raise self._refusal(self.plans[self.name]) or UsageError("there is no plan")
+        self.plans = offered if self.request.policy else self.plans
+        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded)
+
+    def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
+        usual = self.name if self.name in self.plans else next(iter(self.plans))
+        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, finishes)
+
+    def begin(self, choice: Choice) -> None:
+        assert choice.plan is not None
+        self.plan = choice.plan
+        self._check(choice.plan)
+        if refusal := self._refusal(choice.plan):
+            raise refusal
+        self._left = list(choice.steps or choice.plan.steps)
+        self._taken = [0] * len(self._left)
+        velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
+        noise = from_draws(self._noise.standard_normal)
+        self._loop: RaluLoop = ralu(velocity, self._start, choice.plan, self._patches.size, self._choose, noise, self._left)
+
+    def step(self, replacement: np.ndarray | None) -> Step:
+        step = self._loop.send(replacement)
+        self._taken[step.stage] += 1
+        return step
+
+    def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
+        assert isinstance(step, RaluStep)
+        budget = Budget(tokens=step.sample.shape[1])
+        weak = budget if self._weak and self.guidance.active(step.time) else None
+        computed = not self.request.caching or step.index not in self.request.caching.skip
+        details = {"predicted": choice.predicted, "reason": choice.reason, "stage": step.stage, "computed": computed}
+        return StepRecord(step.index, step.time, step.next_time, budget, weak, seconds, **details)  # type: ignore[arg-type]
+
+    def follow(self, choice: Choice, step: Step, replacement: np.ndarray | None) -> np.ndarray | None:
+        if choice.steps is not None:
+            self._left[len(self._left) - len(choice.steps) :] = choice.steps
+        return replacement
+
+    def latents(self, state: np.ndarray) -> np.ndarray:
+        return unpack(state, *self.size, self._patches.size)
+
+    def facts(self) -> dict[str, Any]:
+        assert self.plan is not None
+        pixels = self._patches.size * self._upscale
+        return {
+            "plan": plan_label(self.name_of(self.plan), self.plan.steps),
+            "height": self.size[0] * pixels,
+            "width": self.size[1] * pixels,
+            "size": self.size,
+            "tokens": self.plan.tokens(*self.size),
+            "embedded_guidance": self._embedded,
+            "guidance": self.guidance.scale,
+        }
+
+    def name_of(self, plan: Plan) -> str:
+        """The name of a plan in whichever number of steps."""
+        return next((name for name, each in self.plans.items() if replace(each, steps=plan.steps) == plan), OWN)
+
+    @property
+    def drawn(self) -> Plan:
+        """The plan in the steps that it took."""
+        assert self.plan is not None
+        return replace(self.plan, steps=tuple(self._taken)) if all(self._taken) else self.plan
+
+    def _velocity(self, x: np.ndarray, positions: np.ndarray, sigma: float, index: int, stage: int) -> np.ndarray:
+        last = stage == len(self._left) - 1
+        size = self.size if last else (self.size[0] // 2, self.size[1] // 2)
+        return self._denoiser.guided(x, positions, size, sigma, self._strong, self._weak, self.guidance)
+
+    def _choose(self, latents: np.ndarray, grown: int) -> np.ndarray:
+        decoder = self._open_graph("decoder") if self.model.vae else None
+        return best(edge_scores(values(self.bundle.manifest, decoder, latents), self._patches.size * self._upscale), grown)
+
+    def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
+        """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
+        request, model = self.request, self.model
+        plan = USUAL if request.plan is None else request.plan
+        chooses = request.policy is not None and not isinstance(request.policy, Fixed)
+        open_choice = chooses and request.plan is None
+        if request.num_inference_steps is not None and plan != FULL:
+            raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
+        plain = plan == FULL or (isinstance(plan, Plan) and plan.plain)
+        height = model.sample_shape[1] * self._upscale if request.height is None else request.height
+        width = model.sample_shape[2] * self._upscale if request.width is None else request.width
+        unit = self._patches.size * self._upscale
+        self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
+        size = height // unit, width // unit
+        scheduler = model.config.get("scheduler", {})
+        steps = (MOST_STEPS if chooses else STEPS) if request.num_inference_steps is None else request.num_inference_steps
+        if plan == FULL:
+            chosen = {FULL: full(steps, size[0] * size[1], scheduler)}
+        else:
+            chosen = {OWN: plan} if isinstance(plan, Plan) else {plan: preset(plan)}
+        if open_choice:
+            chosen |= PRESETS | {FULL: full(steps, size[0] * size[1], scheduler)}
+        if self._patches.table is not None and max(size) > self._patches.table:
+            most = self._patches.table * unit
+            raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
+        return size, self._taking(chosen, size)
+
+    def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
+        """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
+        error."""
+        self.size = size
+        taking, faults = {}, []
+        for name, plan in plans.items():
+            try:
+                self._check(plan)
+            except UsageError as fault:
+                faults.append(fault)
+            else:
+                taking[name] = plan
+        if not taking:
+            raise faults[0]
+        return taking
+
+    def _check(self, plan: Plan) -> None:
+        """Raise UsageError unless the bundle takes a plan at this size."""
+        unit, latent = self._patches.size * self._upscale, self._patches.size
+        height, width = (side * unit for side in self.size)
+        if not plan.plain:
+            self._check_sides(height, width, 2 * unit, False)
+        dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, plan.tokens(*self.size)
+        if wrong := [count for count in counts if "S" in dimensions and count not in dimensions["S"]]:
+            raise UsageError(
+                f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
+                "take another size, or export it for that size"
+            )
+        if (not plan.plain or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
+            raise UsageError(str(obstacle(self.bundle.manifest)))
+        if self.request.output_type != "latent":
+            self._check_decoder(self.size[0] * latent, self.size[1] * latent, "the picture")
+        if not plan.plain:
+            self._check_decoder(self.size[0] * latent // 2, self.size[1] * latent // 2, "its preview")
+
+    def _check_sides(self, height: Any, width: Any, unit: int, plain: bool) -> None:
+        for name, side in (("height", height), ("width", width)):
+            if isinstance(side, bool) or not isinstance(side, int | np.integer) or side <= 0 or side % unit:
+                raise UsageError(f"{name} is a multiple of {unit} px{'' if plain else ' for this plan'}, got {side!r}")
+
+    def _check_decoder(self, height: int, width: int, what: str) -> None:
+        """Raise UsageError unless the decoder takes latents of these sides."""
+        if "decoder" not in self.bundle.manifest.graphs:
+            return
+        graph = self.bundle.manifest.graphs["decoder"]
+        for name, side, takes in zip(("height", "width"), (height, width), graph.inputs[0].shape[2:], strict=True):
+            span = graph.dimensions[takes] if isinstance(takes, str) else Span(int(takes), int(takes))
+            if side not in span:
+                raise UsageError(
+                    f"this bundle decodes {name}s of {span.min * self._upscale} to {span.max * self._upscale} px, and {what} has "
+                    f"{side * self._upscale}: take another size, or export it for that size with --size"
+                )
+
+    def _check_caching(self, caching: Any) -> None:
+        if not isinstance(caching, Caching):
+            raise UsageError(f"caching is a Caching, such as Caching.every(plan, 2), got {caching!r}")
+        if self.request.policy is not None:
+            raise UsageError("caching skips steps of a plan that is known: give plan, and leave policy out")
+        caching.check(self.plans[self.name])
+
+    def _refusal(self, plan: Plan) -> UsageError | None:
+        """Why the open session does not take a plan: its tokens, or the batches that will run."""
+        session: Session = self._session
+        if session.budgets is not None:
+            compiled = sorted({budget["tokens"] for budget in session.budgets if "tokens" in budget})
+            if missing := [tokens for tokens in plan.tokens(*self.size) if compiled and tokens not in compiled]:
+                wider = ",".join(map(str, sorted({*compiled, *missing})))
+                return BudgetError(
+                    f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
+                    f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
+                )
+        branches = {2 if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
+        try:
+            for rows in {self.count} if plan.plain else {self.count, 1}:  # in the mixed stage each picture runs alone
+                for branch in branches:
+                    batches(session, rows * branch)
+        except BudgetError as error:
+            return error
+        return None
+
+
+def plans_of(bundle: Bundle, request: Request) -> tuple[tuple[int, int], dict[str, Plan]]:
+    """The size in tokens of a request's picture, and the plans that may be drawn for it, by name; nothing is opened.
+
+    Raises: UsageError where the bundle takes none.
+    """
+    drawing = PlanDrawing(bundle, request, None)
+    return drawing.size, drawing.plans
+
+
+def takes(bundle: Bundle, name: str) -> tuple[tuple[int, int], Plan]:
+    """The size in tokens of the bundle's own picture, and the plan of that name for it.
+
+    Raises: UsageError where the bundle does not take it.
+    """
+    subject = {"class_labels": (0,)} if bundle.manifest.model.num_classes else {"prompt": ("",)}
+    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=1.0))
+    return size, plans[name]
