@@ -24,7 +24,17 @@ from elastic_runtime import (
     open_session,
 )
 from elastic_runtime.contract.bundle import entry, write_manifest
-from elastic_runtime.contract.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.contract.manifest import (
+    SCHEMA_VERSION,
+    CoremlArtifact,
+    CoremlCall,
+    FileEntry,
+    Graph,
+    Manifest,
+    Model,
+    Provenance,
+    TensorSpec,
+)
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.sessions import coreml
 
@@ -109,7 +119,8 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops
     )  # fmt: skip
     provenance = Provenance(command="test", created="2026-11-20T00:00:00+00:00", versions={})
     write_manifest(
-        folder, Manifest(schema_version=1, model=model, axes=(axis,), graphs={"denoiser": graph}, cost=(), provenance=provenance)
+        folder,
+        Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(axis,), graphs={"denoiser": graph}, cost=(), provenance=provenance),
     )
     return Bundle.open(folder, hashes=True)
 
