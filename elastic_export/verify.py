@@ -15,7 +15,8 @@ from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Verification
 from elastic_runtime.errors import BundleError, VerificationError
-from elastic_runtime.sessions.session import obstacles, open_artifact
+from elastic_runtime.sessions.checking import check
+from elastic_runtime.sessions.opening import obstacles, open_artifact
 
 if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
@@ -77,10 +78,10 @@ def verify_artifact(
     opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
     if opened is None:
         return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
-    limit = tolerance if tolerance is not None else reference.tolerance(artifact)
+    limit = tolerance if tolerance is not None else artifact.tolerance
     rows = []
     with opened as session:
-        for row in reference.check(bundle, graph, session, limit, arrays):
+        for row in check(bundle, graph, session, limit, arrays):
             rows.append(row)
             if on_row:
                 on_row(graph, artifact, row)

@@ -18,8 +18,8 @@ import numpy as np
 from elastic_runtime import Budget, Bundle, MissingError, Session, Span
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import Graph, Manifest, TrtArtifact
-from elastic_runtime.contract.reference import TOLERANCE, axis_feeds
-from elastic_runtime.sessions.session import obstacles, open_artifact
+from elastic_runtime.contract.reference import axis_feeds
+from elastic_runtime.sessions.opening import obstacles, open_artifact
 
 Arrays = dict[str, np.ndarray]
 GRAPH = "denoiser"
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing ran: {missing}", file=sys.stderr)
         return missing.exit_code
     rows, turns, where = check(bundle, artifact, options.runs)
-    limit = TOLERANCE[artifact.precision]
+    limit = artifact.tolerance
     print(f"{artifact.path} ({artifact.precision}), {where}; tolerance {limit:.0e}")
     print(f"{'budget':<16}{'error':>10}{'graph':>10}{'ms':>10}{'graph ms':>10}")
     for row in rows:

@@ -22,7 +22,8 @@ import numpy as np
 from elastic_runtime import Bundle, MissingError
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import CoremlArtifact
-from elastic_runtime.contract.reference import axis_feeds, check, tolerance, unpack
+from elastic_runtime.contract.reference import axis_feeds, unpack
+from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle
 
 COLUMNS = "{:<34} {:<8} {:<14} {:>9} {:>9} {:>9} {:>5}  {}"
@@ -69,7 +70,7 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
                 seconds.append(time.perf_counter() - start)
             only = {full: array for full, array in arrays.items() if full.split("/")[:2] in ([name, "feed"], [name, key(budget)])}
             session.budgets = (budget,)
-            row = next(check(bundle, name, session, tolerance(artifact), only))
+            row = next(check(bundle, name, session, artifact.tolerance, only))
             devices = plans.get(session.function(feeds), Counter())
             ran = ", ".join(f"{count} {device}" for device, count in devices.most_common())
             first, steady = 1e3 * seconds[0], 1e3 * statistics.median(seconds[1:])

@@ -14,7 +14,7 @@ from elastic_bench.runtimes import GRAPH, Opened
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, sha256
 from elastic_runtime.contract.manifest import Graph, Manifest
-from elastic_runtime.contract.reference import TOLERANCE
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import InferenceError, MissingError, ModelError
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -31,7 +31,7 @@ class TorchRuntime:
     name: str
     checkpoint: Path | None = None
     artifact: str | None = None
-    precision: str = "fp32"
+    precision: str = EXACT
 
     def obstacle(self, bundle: Bundle) -> str | None:
         if missing := [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]:
@@ -51,7 +51,7 @@ class TorchRuntime:
         module = self._find(bundle.manifest)()
         # The bound of float32, as for an artifact: eager torch wrote the recording, perhaps on another processor.
         session = TorchSession(bundle.manifest.graphs[GRAPH], module, BASELINES[self.name])
-        return Opened(session, None, TOLERANCE["fp32"])
+        return Opened(session, None, PRECISIONS[EXACT].tolerance)
 
     def _find(self, manifest: Manifest) -> Callable[[], Any]:
         """What loads the original; raises ModelError where its weights are not at hand."""

@@ -11,12 +11,12 @@ from elastic_bench.machine import machine, peaks
 from elastic_bench.measure import OnStage, measure, points
 from elastic_bench.process import Process
 from elastic_bench.records import SCHEMA_VERSION, Report, Settings
-from elastic_bench.runtimes import WAYS, Runtime, runtimes
+from elastic_bench.runtimes import Runtime, runtimes, ways
 from elastic_export.bench.baseline import BASELINES, TorchRuntime
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, UsageError
 
-NAMES = (*WAYS, *BASELINES)
+NAMES = (*ways(), *BASELINES)
 
 
 def bench(

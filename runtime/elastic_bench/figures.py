@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_bench.records import ROUNDS, BundleReport, Peaks, Row, RuntimeReport, Settings
-from elastic_bench.runtimes import CPU
 from elastic_bench.statistics import ratio
 
 
@@ -41,7 +40,7 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
             other = base.get(tuple(row.budget.items()))
             compute = row.flops / row.step.p50 if row.flops else None
             moved = row.moved_bytes / row.step.p50 if row.moved_bytes else None
-            here = runtime.runtime.split()[0] in CPU
+            here = runtime.processor == "cpu"  # whose peaks were measured
             picture = float(np.median(row.pictures)) if row.pictures else None
             yield Figures(
                 runtime=runtime,

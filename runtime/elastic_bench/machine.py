@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from elastic_bench.records import Machine, Peaks
+from elastic_runtime.device import PACKAGES
 
-PACKAGES = ("elastic-export", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "coremltools", "torch")
+# What may take part in a measurement, by distribution.
+TAKING_PART = ("elastic-export", "numpy", *(name for package in PACKAGES.values() for name in package.distributions))
 
 
 def machine() -> Machine:
@@ -28,7 +30,7 @@ def machine() -> Machine:
         processor=name,
         cores=os.cpu_count() or 1,
         memory_bytes=_memory(),
-        versions=versions(*PACKAGES),
+        versions=versions(*TAKING_PART),
     )
 
 

@@ -14,6 +14,7 @@ from elastic_bench.records import ROUNDS, BundleReport, Row, RuntimeReport, Sett
 from elastic_bench.runtimes import Runtime, sentence
 from elastic_bench.statistics import summarize
 from elastic_bench.subject import Drawing, Loaded, Turn
+from elastic_runtime.choosing.cost import Work
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Verification
@@ -216,6 +217,7 @@ def _report(entry: Entry, bundle: Bundle, settings: Settings) -> RuntimeReport:
         artifact=runtime.artifact,
         precision=runtime.precision,
         where=loaded.where if loaded else None,
+        processor=loaded.processor if loaded else None,
         missing=entry.missing,
         failure=entry.failure,
         checked=entry.checked,
@@ -236,12 +238,12 @@ def _row(entry: Entry, budget: Budget, turns: list[Turn], bundle: Bundle, settin
     rounds = tuple(turn.steady for turn in turns)
     step = summarize(rounds)
     cost = next((row for row in bundle.manifest.cost if Budget(**row.budget) == budget), None)
-    share = 0.5 if entry.runtime.precision in ("fp16", "bf16") else 1.0  # the manifest counts float32
+    work = Work(cost.flops, cost.weight_bytes, cost.activation_bytes).at(entry.runtime.precision) if cost else None
     switching = float(np.median([turn.entering for turn in turns])) - step.p50
     return Row(
         budget=dict(budget),
         flops=settings.batch * cost.flops if cost else None,
-        moved_bytes=int(share * (cost.weight_bytes + settings.batch * cost.activation_bytes)) if cost else None,
+        moved_bytes=int(work.weight_bytes + settings.batch * work.activation_bytes) if work else None,
         first_seconds=entry.first[budget][0],
         switch_seconds=switching if len(entry.first) > 1 else None,
         rounds=rounds,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from elastic_bench.records import BundleReport, Settings, Trial
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality
+from elastic_runtime.contract.precision import EXACT
 
 SAME = 60.0  # dB; above it a difference is rounding, and no reason to prefer one way to another
 NEAR = 30.0  # dB; above it pictures are taken for the same in image coding
@@ -51,7 +52,7 @@ def recommend(bundle: BundleReport, settings: Settings) -> str | None:
 def graded(bundle: BundleReport) -> list[tuple[Trial, Quality]]:
     """The trials that the card has figures for: plans, or budgets with the first trial's steps, in runtimes that compute in float32."""
     card = {row.where: row for row in bundle.card}
-    exact = {runtime.runtime for runtime in bundle.runtimes if runtime.precision == "fp32"}
+    exact = {runtime.runtime for runtime in bundle.runtimes if runtime.precision == EXACT}
     return [
         (trial, card[trial.where])
         for trial in bundle.trials

@@ -5,6 +5,7 @@ import msgspec
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import Quality, Verification
 from elastic_runtime.contract.records import read_record
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import UsageError
 
 SCHEMA_VERSION = 1
@@ -107,6 +108,7 @@ class Row(_Record, frozen=True, kw_only=True):
 class RuntimeReport(_Record, frozen=True, kw_only=True):
     """One runtime on one bundle. Where it could not run, `missing` says what is not here; where it was wrong or broke, `failure` says how.
 
+    `where` is what it ran on and `processor` of which kind that is (None: it did not run, or an older version wrote this).
     A runtime that failed has no rows. `started_bytes` and `peak_bytes` are its process's memory before it opened the bundle and at most.
     `skipped` says for a budget (as in `budget.key`), or for `pictures`, why it has no figures.
     """
@@ -115,6 +117,7 @@ class RuntimeReport(_Record, frozen=True, kw_only=True):
     artifact: str | None
     precision: str
     where: str | None = None
+    processor: Processor | None = None
     missing: str | None = None
     failure: str | None = None
     load_seconds: float | None = None

@@ -1,15 +1,16 @@
 """What can be measured: a backend with its options on one artifact of a bundle. Whoever owns another way to run a model adds its own."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact
-from elastic_runtime.contract.reference import TOLERANCE, tolerance
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import ElasticError, MissingError
-from elastic_runtime.sessions.session import Session, backend, obstacles, open_artifact, open_session
+from elastic_runtime.sessions.backend import Backend, Way
+from elastic_runtime.sessions.opening import backends, obstacles, open_artifact, open_session
+from elastic_runtime.sessions.session import Session
 
 GRAPH = "denoiser"
 
@@ -41,30 +42,14 @@ class Runtime(Protocol):
         """Open it; raise ElasticError where that fails."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """A backend with fixed options. `precision`: what it computes in where not in the artifact's; `threads`: it takes their number."""
-
-    backend: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    precision: str | None = None
-    threads: bool = False
-
-
-WAYS: dict[str, Way] = {
-    "onnxruntime": Way("ort", {"providers": ["CPUExecutionProvider"]}, threads=True),
-    "onnxruntime-cuda": Way("ort", {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}, threads=True),
-    "openvino": Way("openvino", threads=True),
-    "openvino-bf16": Way("openvino", {"precision": "bf16"}, precision="bf16", threads=True),
-    "trt": Way("trt"),
-    "coreml": Way("coreml"),
-}
-CPU = frozenset({"onnxruntime", "openvino", "openvino-bf16", "torch", "torch-compile"})  # those that the measured peaks bound
+def ways() -> dict[str, tuple[Backend, Way]]:
+    """Every way in which a backend can run, by the name that reports know it by."""
+    return {name: (backend, way) for backend in backends() for name, way in backend.ways.items()}
 
 
 @dataclass(frozen=True)
 class SessionRuntime:
-    """A `Way` on the artifact at path `artifact` of a bundle, or on none where the bundle has none for it."""
+    """The backend's way called `way` on the artifact at path `artifact` of a bundle, or on none where the bundle has none for it."""
 
     name: str
     way: str
@@ -72,38 +57,39 @@ class SessionRuntime:
     precision: str
 
     def obstacle(self, bundle: Bundle) -> str | None:
+        backend, _ = ways()[self.way]
         if self.artifact is None:
-            opens = " or ".join(backend(WAYS[self.way].backend).OPENS)
+            opens = " or ".join(backend.opens)
             return f"the bundle has no {opens} artifact: elastic-export {opens} makes one"
-        room, reasons = obstacles(_artifact(bundle, self.artifact), WAYS[self.way].backend)
-        return None if room else " ".join(reasons)
+        able, reasons = obstacles(_artifact(bundle, self.artifact), backend.name)
+        return None if able else " ".join(reasons)
 
     def open(self, bundle: Bundle, threads: int) -> Opened:
         assert self.artifact is not None
-        way, artifact = WAYS[self.way], _artifact(bundle, self.artifact)
-        options = dict(way.options) | ({"threads": threads} if way.threads else {})
-        denoiser = open_artifact(bundle, GRAPH, artifact, way.backend, **options)
+        (backend, way), artifact = ways()[self.way], _artifact(bundle, self.artifact)
+        options = dict(way.options) | ({"threads": threads} if backend.threads else {})
+        denoiser = open_artifact(bundle, GRAPH, artifact, backend.name, **options)
         decoder = None
         if "decoder" in bundle.manifest.graphs:
             try:
-                decoder = open_session(bundle, "decoder", way.backend, **options)
+                decoder = open_session(bundle, "decoder", backend.name, **options)
             except MissingError:  # its pictures are then not timed
                 decoder = None
-        return Opened(denoiser, decoder, max(tolerance(artifact), TOLERANCE[way.precision] if way.precision else 0.0))
+        return Opened(denoiser, decoder, max(artifact.tolerance, PRECISIONS[way.precision].tolerance if way.precision else 0.0))
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:
     """Runtime `name` on each artifact of the bundle that it opens; with none, one that says so."""
-    way = WAYS[name]
-    found = [artifact for artifact in bundle.manifest.graphs[GRAPH].artifacts if artifact.target in backend(way.backend).OPENS]
-    if not found:
-        return [SessionRuntime(name, name, None, way.precision or "fp32")]
-    several = len(found) > 1
+    backend, way = ways()[name]
+    artifacts = [artifact for artifact in bundle.manifest.graphs[GRAPH].artifacts if artifact.target in backend.opens]
+    if not artifacts:
+        return [SessionRuntime(name, name, None, way.precision or EXACT)]
+    several = len(artifacts) > 1
     return [
         SessionRuntime(
             f"{name} {PurePosixPath(artifact.path).name}" if several else name, name, artifact.path, way.precision or artifact.precision
         )
-        for artifact in found
+        for artifact in artifacts
     ]
 
 

@@ -13,12 +13,14 @@ from elastic_bench.runtimes import GRAPH, Opened, Runtime
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Verification
-from elastic_runtime.contract.reference import axis_feeds, check, cut, unpack
+from elastic_runtime.contract.reference import axis_feeds, cut, unpack
 from elastic_runtime.denoising.pictures import drawable
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.ralu.plan import FULL
 from elastic_runtime.request import Request
+from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.session import batches
 
 Clock = Callable[[], float]
@@ -29,6 +31,7 @@ class Loaded(NamedTuple):
     pictures."""
 
     where: str
+    processor: Processor
     seconds: float
     started_bytes: int | None
     budgets: tuple[Budget, ...] | None
@@ -83,7 +86,7 @@ class Subject:
         seconds = self._clock() - begun
         session = self._opened.denoiser
         draws = "decoder" not in self._bundle.manifest.graphs or self._opened.decoder is not None
-        return Loaded(session.where, seconds, before, session.budgets, draws, self._opened.tolerance)
+        return Loaded(session.where, session.processor, seconds, before, session.budgets, draws, self._opened.tolerance)
 
     def step(self, budget: Budget) -> tuple[float, dict[str, np.ndarray]]:
         """One step: seconds of a forward pass of the batch, in as few runs as the session takes, and its outputs."""

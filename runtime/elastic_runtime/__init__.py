@@ -33,7 +33,8 @@ from elastic_runtime.ralu.fit import fit as fit_plan
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, Result, StepRecord
 from elastic_runtime.sessions.fake import FakeSession
-from elastic_runtime.sessions.session import Session, open_session
+from elastic_runtime.sessions.opening import open_session
+from elastic_runtime.sessions.session import Session
 
 __all__ = [
     "Auto",

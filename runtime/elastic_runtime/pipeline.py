@@ -29,7 +29,8 @@ from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, Result
 from elastic_runtime.sampling.flow import after
 from elastic_runtime.sampling.noise import Generators
-from elastic_runtime.sessions.session import Session, candidates, obstacles, open_artifact, open_session
+from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_session
+from elastic_runtime.sessions.session import Session
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]

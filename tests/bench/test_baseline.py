@@ -15,7 +15,7 @@ from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
 from elastic_export.export import export
 from elastic_runtime import Bundle, InferenceError, ModelError, Span
-from elastic_runtime.contract.reference import check
+from elastic_runtime.sessions.checking import check
 from elastic_targets import load as room
 
 SIZES = {

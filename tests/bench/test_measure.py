@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,7 +10,7 @@ from elastic_bench.figures import figures, method
 from elastic_bench.measure import measure, points
 from elastic_bench.process import Process
 from elastic_bench.records import ROUNDS, BundleReport, Peaks, Settings
-from elastic_bench.runtimes import WAYS, runtimes
+from elastic_bench.runtimes import runtimes, ways
 from elastic_runtime import Budget, BudgetError, Bundle, InferenceError, UsageError
 from elastic_runtime.contract.manifest import Quality
 
@@ -21,9 +22,9 @@ def opened(tmp_path: Path) -> Bundle:
     return bundle(tmp_path / "tiny")
 
 
-def run(opened: Bundle, *kinds: str, settings: Settings = SETTINGS, **changes: float) -> tuple[BundleReport, Album]:
+def run(opened: Bundle, *kinds: str, settings: Settings = SETTINGS, **changes: Any) -> tuple[BundleReport, Album]:
     clock = Clock()
-    made = [FakeRuntime(f"{kind}-{i}", clock, kind, **(changes if i else {})) for i, kind in enumerate(kinds)]  # type: ignore[arg-type]
+    made = [FakeRuntime(f"{kind}-{i}", clock, kind, **(changes if i else {})) for i, kind in enumerate(kinds)]
     return measure(opened, made, points(opened), settings, start(clock))
 
 
@@ -53,9 +54,8 @@ def test_times_are_those_of_the_clock_in_rounds(opened: Bundle) -> None:
 
 
 def test_figures_follow_from_rows(opened: Bundle) -> None:
-    found = list(
-        figures(run(opened, "right", "right", base=0.020, each=0.002)[0], SETTINGS, Peaks(flops_per_second=1e6, bytes_per_second=1e7))
-    )
+    peaks = Peaks(flops_per_second=1e6, bytes_per_second=1e7)
+    found = list(figures(run(opened, "right", "right", base=0.020, each=0.002, processor="cpu")[0], SETTINGS, peaks))
     by = {(each.runtime.runtime, each.row.budget["latents"]): each for each in found}
     assert by["right-0", 64].time_share == 1
     assert by["right-0", 4].time_share == pytest.approx(0.014 / 0.074)
@@ -63,6 +63,7 @@ def test_figures_follow_from_rows(opened: Bundle) -> None:
     assert by["right-1", 16].speedup == pytest.approx(0.5)
     assert by["right-0", 4].flops_per_second == pytest.approx(1040 / 0.014)
     assert by["right-0", 4].compute_share is None, "the peaks bound the processor's runtimes only"
+    assert by["right-1", 4].compute_share == pytest.approx(1040 / 0.028 / 1e6)
     assert by["right-0", 4].images_per_second == pytest.approx(1 / by["right-0", 4].picture)  # type: ignore[operator]
     assert "took turns in 10 rounds" in method(SETTINGS)
 
@@ -159,7 +160,7 @@ def test_budgets_lie_on_the_axis(opened: Bundle) -> None:
 def test_a_runtime_without_an_artifact_says_how_to_make_one(opened: Bundle) -> None:
     (only,) = runtimes("trt", opened)
     assert only.obstacle(opened) == "the bundle has no trt artifact: elastic-export trt makes one"
-    assert [each.name for name in WAYS for each in runtimes(name, opened)] == list(WAYS)
+    assert [each.name for name in ways() for each in runtimes(name, opened)] == list(ways())
 
 
 def test_another_process_tells_what_went_wrong_there_and_ends(opened: Bundle) -> None:

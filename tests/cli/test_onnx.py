@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 import torch
 from conftest import Outcome
 
-from elastic_runtime import Bundle, ElasticPipeline, reference
+from elastic_runtime import Bundle, ElasticPipeline
+from elastic_runtime.contract.precision import PRECISIONS
 
 Run = Callable[..., Outcome]
 
@@ -102,7 +104,7 @@ def test_a_budget_that_misses_its_tolerance_fails_the_export_and_nothing_is_lost
     if not exists:
         shutil.rmtree(bundle_copy)
     before = files(bundle_copy) if exists else {}
-    monkeypatch.setitem(reference.TOLERANCE, "fp32", 1e-9)
+    monkeypatch.setitem(PRECISIONS, "fp32", replace(PRECISIONS["fp32"], tolerance=1e-9))
     done = run("onnx", *elit_c, "-o", bundle_copy, "--opset", 20)
     assert done.code == 1
     assert "fails at latents=4: max abs error" in done.err

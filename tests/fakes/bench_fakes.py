@@ -16,6 +16,7 @@ from elastic_runtime import Budget, FakeSession, InferenceError, MissingError
 from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
 from elastic_runtime.contract.manifest import Cost, OnnxArtifact
 from elastic_runtime.contract.reference import pack
+from elastic_runtime.device import Processor
 
 BUDGETS = (4, 16, 64)
 
@@ -70,6 +71,7 @@ class FakeRuntime:
     precision: str = "fp32"
     entering: float = 0.004
     last: int = 0
+    processor: Processor = "gpu"
 
     def obstacle(self, opened: Bundle) -> str | None:
         return "it is not installed: pip install it" if self.kind == "absent" else None
@@ -80,7 +82,9 @@ class FakeRuntime:
             raise MissingError("there is no such device")
         if self.kind == "broken":
             raise InferenceError("it does not open")
-        return Opened(FakeSession(denoiser_graph(1), self.run), None, 1e-5)
+        session = FakeSession(denoiser_graph(1), self.run)
+        session.processor = self.processor
+        return Opened(session, None, 1e-5)
 
     def run(self, feeds: Any) -> dict[str, np.ndarray]:
         kept = 4 * len(feeds["latent_ids"])

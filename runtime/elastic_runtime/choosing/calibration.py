@@ -24,12 +24,14 @@ from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest, Model
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.ralu.plan import PRESETS
-from elastic_runtime.sessions.session import Session, candidates, open_artifact
+from elastic_runtime.sessions.opening import candidates, open_artifact
+from elastic_runtime.sessions.session import Session
 
 VERSION = 1
 SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
@@ -104,8 +106,7 @@ def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
 def rates(session: Session, device: Device) -> Rates:
     """Peak rates of what the session runs on, before anything was measured."""
     origin = session.origin
-    on_gpu = bool(device.gpus) and (re.search("CUDA", session.where) or (origin is not None and origin.backend in ("trt", "coreml")))
-    return Rates.of(peak(device, "gpu" if on_gpu else "cpu"), origin.artifact.precision if origin else "fp32")
+    return Rates.of(peak(device, session.processor), origin.artifact.precision if origin else EXACT)
 
 
 def load(who: Identity) -> Calibration | None:
@@ -209,12 +210,17 @@ def middle(model: Model) -> float:
 def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Each candidate is opened, timed at the largest budget and closed. One that fails to open is left out, and the log
-    says why.
+    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked, and whoever wants
+    that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget and closed. One that fails to open
+    is left out, and the log says why.
     """
-    found, _ = candidates(bundle, graph)
-    if len(found) < 2:
+    able, _ = candidates(bundle, graph)
+    if len(able) < 2:
         return None
+    most_exact = min(artifact.rank for _, artifact in able)
+    found = [(name, artifact) for name, artifact in able if artifact.rank == most_exact]
+    if len(found) == 1:
+        return found[0][0], found[0][1].path
     here = device()
     who = {
         "candidates": [[name, artifact.path, *(file.sha256 for file in artifact.files)] for name, artifact in found],

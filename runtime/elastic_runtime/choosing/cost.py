@@ -7,7 +7,7 @@ are equal, the knee, a smaller budget saves arithmetic and no time.
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ import numpy as np
 
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import EXACT, FLOAT32, HALF, PRECISIONS
 from elastic_runtime.device import Peak
 from elastic_runtime.ralu.plan import Plan
 
@@ -26,18 +27,22 @@ OVERHEAD = 5e-4
 RESERVED = 8.0
 # A saving of time below this share is none: it is what two runs at the same budget differ by.
 SAME = 0.05
-HALF = {"fp16": 0.5, "bf16": 0.5}
 # A DiT block of width D has 18 D^2 weights, 12 D^2 of which work on each token: FLOPs a byte of fp16 weights, for each token.
 INTENSITY = 24 / 36
 
 
 @dataclass(frozen=True)
 class Work:
-    """One sample's forward pass: FLOPs, and float32 bytes of weights and of activations alive at once."""
+    """One sample's forward pass: FLOPs, and bytes of weights and of activations alive at once (in float32, as the manifest counts)."""
 
     flops: float
     weight_bytes: float
     activation_bytes: float
+
+    def at(self, precision: str) -> "Work":
+        """The same with the bytes of another precision than float32."""
+        row = PRECISIONS[precision]
+        return Work(self.flops, self.weight_bytes * row.weight_bytes / FLOAT32, self.activation_bytes * row.activation_bytes / FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Rates:
 
     @classmethod
     def of(cls, peak: Peak, precision: str) -> "Rates":
-        """A device's rates at a precision, before anything was measured."""
-        return cls(flops=peak.flops[precision], bandwidth=peak.bandwidth)
+        """A device's rates at a precision (a name of `contract.precision`), before anything was measured."""
+        return cls(flops=PRECISIONS[precision].peak(peak.flops), bandwidth=peak.bandwidth)
 
     @property
     def ridge(self) -> float:
@@ -78,11 +83,11 @@ class Costs:
     the batch.
     """
 
-    def __init__(self, manifest: Manifest, rates: Rates, precision: str = "fp32", points: Iterable[Point] = ()):
+    def __init__(self, manifest: Manifest, rates: Rates, precision: str = EXACT, points: Iterable[Point] = ()):
         self._table = {Budget(**row.budget): Work(row.flops, row.weight_bytes, row.activation_bytes) for row in manifest.cost}
         self._rows = dict(self._table)  # and those between, as they are asked for
         self._quadratic = any(axis.carrier == "shape" for axis in manifest.axes)  # attention over all tokens, exactly
-        self._bytes = HALF.get(precision, 1.0)
+        self._precision = precision
         self.rates = rates
         self.points = tuple(points)
         self._lines = {name: self._by_batch(name) for name in ("seconds", "growth")}
@@ -108,13 +113,13 @@ class Costs:
         """Predicted seconds of one run of `batch` samples."""
         if lines := self._lines["seconds"]:
             return max(_over_batches(lines, self.work(budget).flops, batch), 1e-9)
-        return roofline(self.work(budget), batch, self.rates, self._bytes)
+        return roofline(self.work(budget).at(self._precision), batch, self.rates)
 
     def growth(self, budget: Budget, batch: int) -> float:
         """Predicted bytes that a run adds to the process's peak memory, beyond what opening the session took."""
         if lines := self._lines["growth"]:
             return max(_over_batches(lines, self.work(budget).flops, batch), 0.0)
-        return RESERVED * batch * self.work(budget).activation_bytes * self._bytes
+        return RESERVED * batch * self.work(budget).at(self._precision).activation_bytes
 
     def knee(self, budgets: Sequence[Budget], batch: int) -> Budget:
         """The largest of `budgets` whose time is that of the smallest: below it a smaller budget saves no time."""
@@ -132,10 +137,10 @@ class Costs:
         return {batch: (flops, np.maximum.accumulate(values)) for batch, (flops, values) in columns.items()}
 
 
-def roofline(work: Work, batch: int, rates: Rates, share: float = 1.0) -> float:
-    """Seconds of one run by peak rates; `share` scales bytes for precisions below float32."""
+def roofline(work: Work, batch: int, rates: Rates) -> float:
+    """Seconds of one run by peak rates."""
     arithmetic = batch * work.flops / (rates.flops * rates.efficiency)
-    memory = share * (work.weight_bytes + batch * work.activation_bytes) / rates.bandwidth
+    memory = (work.weight_bytes + batch * work.activation_bytes) / rates.bandwidth
     return rates.overhead + max(arithmetic, memory)
 
 
@@ -183,13 +188,13 @@ def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: C
     return round(sum(work(Budget(tokens=count)).flops for step, count in enumerate(tokens) if step not in skipped))
 
 
-def forecast(manifest: Manifest, peak: Peak, precision: str = "fp16") -> dict[str, Any]:
+def forecast(manifest: Manifest, peak: Peak, precision: str = HALF) -> dict[str, Any]:
     """What a step of one sample takes at best on a device that is not here: `{"seconds": {budget: ...}, "knee",
     "tokens"}`.
 
     `tokens` is K*, below which the blocks' weights take longer to read than their arithmetic does, whatever the model.
     """
-    rates = Rates(flops=peak.flops[precision], bandwidth=peak.bandwidth, efficiency=1.0, overhead=0.0)
+    rates = replace(Rates.of(peak, precision), efficiency=1.0, overhead=0.0)
     costs = Costs(manifest, rates, precision)
     budgets = sorted((Budget(**row.budget) for row in manifest.cost), key=lambda budget: costs.work(budget).flops)
     ends = {key(budget): costs.seconds(budget, 1) for budget in (budgets[0], budgets[-1])}

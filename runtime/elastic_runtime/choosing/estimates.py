@@ -14,6 +14,7 @@ from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.device import Device, probe
 from elastic_runtime.sampling.course import Course
@@ -100,7 +101,7 @@ class Gauge:
 
     @property
     def _precision(self) -> str:
-        return self.session.origin.artifact.precision if self.session.origin else "fp32"
+        return self.session.origin.artifact.precision if self.session.origin else EXACT
 
     def _measure(self) -> calibration.Measured:
         points = calibration.points(self.session, self.manifest, self.budgets, self._clock, opened=self.opened)

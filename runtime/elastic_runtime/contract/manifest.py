@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from elastic_runtime.contract import precision as precisions
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.records import read_record
@@ -69,7 +70,7 @@ class Verification(_Record, frozen=True, kw_only=True):
 class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
 
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: precisions.Name
     files: tuple[FileEntry, ...]
     toolchain: dict[str, str]
     verified: tuple[Verification, ...] = ()
@@ -87,6 +88,20 @@ class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     @property
     def target(self) -> str:
         return str(self.__struct_config__.tag)
+
+    @property
+    def tolerance(self) -> float:
+        """The bound that it is held to, in units of max(1, max |reference|)."""
+        return precisions.tolerance(self.precision, self._compression)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """How exact it is: less is more exact."""
+        return precisions.rank(self.precision, self._compression)
+
+    @property
+    def _compression(self) -> precisions.Compression | None:
+        return None
 
 
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
@@ -173,11 +188,15 @@ class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
     batch: Span
     calls: tuple[CoremlCall, ...]
     reductions: Literal["fp32", "fp16"]
-    compression: Literal["palette8", "palette6", "palette4", "int8"] | None = None
+    compression: precisions.Compression | None = None
 
     @property
     def path(self) -> str:
         return self.package
+
+    @property
+    def _compression(self) -> precisions.Compression | None:
+        return self.compression
 
 
 class Graph(_Record, frozen=True, kw_only=True):

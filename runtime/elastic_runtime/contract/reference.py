@@ -6,27 +6,13 @@ dimensions that no axis explains, a budget names their sizes too (`T=8,tokens=64
 shape carries, it is fed the first rows of the feeds.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
-from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, TensorSpec, Verification
-from elastic_runtime.errors import BundleError
-from elastic_runtime.sessions.session import Session, batches
-
-# Bounds on max |output - reference| in units of max(1, max |reference|), from what a correct lowering gives.
-TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}
-# The same for weights that are stored in fewer bits: no fault of the lowering, but a bound that a broken one would miss.
-COMPRESSED = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
-
-
-def tolerance(artifact: Artifact) -> float:
-    """The bound that an artifact is held to."""
-    compression = artifact.compression if isinstance(artifact, CoremlArtifact) else None
-    return max(TOLERANCE[artifact.precision], COMPRESSED[compression] if compression else 0.0)
+from elastic_runtime.contract.manifest import TensorSpec, Verification
 
 
 def pack(graph: str, feeds: Mapping[str, np.ndarray], outputs: Mapping[Budget, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -90,25 +76,3 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
         passed=passed,
         where=where,
     )
-
-
-def check(
-    bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None
-) -> Iterator[Verification]:
-    """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts.
-
-    Raises: BundleError if the recording lacks a budget that the session was compiled for.
-    """
-    feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
-    if missing := [budget for budget in session.budgets or () if budget not in outputs]:
-        raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
-    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
-    for budget, wanted in outputs.items():
-        if session.budgets is not None and budget not in session.budgets:
-            continue
-        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        whole = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
-        runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
-        got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
-        found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
-        yield max(found, key=lambda row: (not row.passed, not row.finite, row.max_abs))

@@ -3,8 +3,9 @@
 from elastic_runtime.device.advice import advice, runtimes
 from elastic_runtime.device.catalogue import Entry, Figure, Peak, catalogue, listed_peak, matched, peak
 from elastic_runtime.device.nvml import Reading
+from elastic_runtime.device.packages import PACKAGES, Package
 from elastic_runtime.device.probe import probe
-from elastic_runtime.device.record import Cpu, Device, Gpu, Memory
+from elastic_runtime.device.record import Cpu, Device, Gpu, Memory, Processor
 from elastic_runtime.device.sources import Recording, Sources, System
 
 __all__ = [
@@ -14,7 +15,10 @@ __all__ = [
     "Figure",
     "Gpu",
     "Memory",
+    "PACKAGES",
+    "Package",
     "Peak",
+    "Processor",
     "Reading",
     "Recording",
     "Sources",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from elastic_runtime.device.packages import PACKAGES
 from elastic_runtime.device.record import Device
 
 CRAMPED = 1 << 30  # bytes; below it even a small model's process is a tight fit
@@ -9,11 +10,12 @@ CRAMPED = 1 << 30  # bytes; below it even a small model's process is a tight fit
 
 def runtimes(device: Device) -> dict[str, str]:
     """Runtimes that can open a bundle's artifacts here, each with its version."""
-    usable = ["onnxruntime", "openvino"]
-    if nvidia(device) and "cuda-bindings" in device.backends:
-        usable += ["tensorrt", "tensorrt-rtx"]
-    if device.system == "Darwin":
-        usable.append("coremltools")
+    hardware = {
+        None: True,
+        "nvidia": nvidia(device) and "cuda-bindings" in device.backends,
+        "apple": device.system == "Darwin",
+    }
+    usable = [name for name, package in PACKAGES.items() if package.backend and hardware[package.needs]]
     return {name: device.backends[name] for name in usable if name in device.backends}
 
 
@@ -23,14 +25,14 @@ def advice(device: Device) -> Iterator[str]:
     if not runtimes(device):
         yield "nothing here can run a bundle: pip install 'elastic-export[ort]'"
     if nvidia(device):
-        builders = {"tensorrt", "tensorrt-rtx"} & installed.keys()
+        builders = _builders(device)
         if not builders:
             jetson = device.board is not None
             line = "it comes with JetPack: sudo apt install nvidia-jetpack" if jetson else "pip install 'elastic-export[rtx]' (or [trt])"
             yield f"{device.gpus[0].name} is here and TensorRT is not: {line}"
         elif "cuda-bindings" not in installed:
             yield f"{', '.join(sorted(builders))} cannot run without the CUDA bindings: pip install cuda-bindings"
-    elif {"tensorrt", "tensorrt-rtx"} & installed.keys():
+    elif _builders(device):
         yield "TensorRT is installed and there is no NVIDIA GPU: engines can be built here, and not run"
     if (device.board or "").startswith("Apple") and "coremltools" not in installed:
         yield "the GPU and the Neural Engine need Core ML: pip install 'elastic-export[coreml]'"
@@ -47,3 +49,8 @@ def advice(device: Device) -> Iterator[str]:
 def nvidia(device: Device) -> bool:
     """Whether there is a GPU that TensorRT runs on."""
     return bool(device.gpus) and not (device.board or "").startswith("Apple")
+
+
+def _builders(device: Device) -> set[str]:
+    """The TensorRT libraries that are installed."""
+    return {name for name, package in PACKAGES.items() if package.needs == "nvidia"} & device.backends.keys()

@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from elastic_runtime.device.record import Cpu, Device, Gpu
+from elastic_runtime.contract.precision import EXACT, HALF, PRECISIONS, RATES
+from elastic_runtime.device.record import Cpu, Device, Gpu, Processor
 
 GB, TERA = 1e9, 1e12
 # Where nothing tells a CPU's clock or a machine's memory bandwidth: values that few machines fall short of.
@@ -49,7 +50,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Peak(msgspec.Struct, frozen=True, kw_only=True):
-    """What a processor could do at best: FLOP/s by precision, and bytes a second. `origin` says where the figures come from."""
+    """What a processor could do at best: FLOP/s by the name of a rate, and bytes a second. `origin` says where the figures come from.
+
+    Which rate a precision uses, and another where that one is not listed, the table of precisions tells (`contract.precision`).
+    """
 
     name: str
     flops: dict[str, float]
@@ -77,18 +81,21 @@ def matched(device: Device) -> Entry | None:
 
 def listed_peak(entry: Entry) -> Peak:
     """An entry's figures in FLOP/s and bytes a second. Where it has no rate for fp32, half of fp16's stands in."""
-    fp16 = entry.fp16.value if entry.fp16 else (entry.fp32.value if entry.fp32 else 0.0)
-    fp32 = entry.fp32.value if entry.fp32 else fp16 / 2
-    flops = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "bf16": fp16 * TERA}
+    figures = {rate: getattr(entry, rate, None) for rate in RATES}
+    flops = {rate: figure.value * TERA for rate, figure in figures.items() if figure}
+    flops = {EXACT: PRECISIONS[HALF].peak(flops) / 2} | flops
     return Peak(name=entry.name, flops=flops, bandwidth=entry.bandwidth.value * GB, origin="the catalogue", listed=entry.id)
 
 
-def peak(device: Device, processor: Literal["cpu", "gpu"]) -> Peak:
-    """Peak figures of the CPU or the first GPU of `device`, listed or estimated."""
+def peak(device: Device, processor: Processor) -> Peak:
+    """Peak figures of the CPU or the first GPU of `device`, listed or estimated.
+
+    An NPU, of which mostly nothing is known but its int8 rate, is taken for the GPU beside it; where there is no GPU either, for the CPU.
+    """
     entry = matched(device)
     if entry and (entry.kind == "cpu") == (processor == "cpu"):
         return listed_peak(entry)
-    if processor == "gpu" and device.gpus:
+    if processor != "cpu" and device.gpus:
         return _gpu(device.gpus[0])
     return _cpu(device.cpu)
 
@@ -99,7 +106,7 @@ def _cpu(cpu: Cpu) -> Peak:
     clock = f"{mhz:.0f} MHz" if cpu.mhz else f"{mhz:.0f} MHz (assumed)"
     origin = f"estimated from {cpu.usable:g} cores x {cpu.flops_per_clock} operations a clock ({cpu.vector or 'no vector unit'}) x {clock}"
     return Peak(
-        name=cpu.model, flops=dict.fromkeys(("fp32", "fp16", "bf16"), rate), bandwidth=TWO_CHANNELS,
+        name=cpu.model, flops={EXACT: rate}, bandwidth=TWO_CHANNELS,
         origin=f"{origin}; memory taken for two channels of DDR4-3200",
     )  # fmt: skip
 
@@ -110,7 +117,7 @@ def _gpu(gpu: Gpu) -> Peak:
     told = "its cores, clocks and bus" if gpu.fp32_flops and gpu.bandwidth else "little: the driver does not tell its cores or bus"
     return Peak(
         name=gpu.name,
-        flops={"fp32": fp32, "fp16": tensor, "bf16": tensor},
+        flops={EXACT: fp32, HALF: tensor},
         bandwidth=gpu.bandwidth or 200 * GB,
         origin=f"estimated from {told}",
     )

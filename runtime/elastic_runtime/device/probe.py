@@ -4,20 +4,9 @@ import re
 
 from elastic_runtime.device import apple, linux
 from elastic_runtime.device.nvml import Reading
+from elastic_runtime.device.packages import PACKAGES
 from elastic_runtime.device.record import Cpu, Device, Gpu, Memory
 from elastic_runtime.device.sources import Sources, System
-
-# What a backend needs, by distribution name; the first one found counts.
-PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "tensorrt-rtx": ("tensorrt-rtx",),
-    "cuda-bindings": ("cuda-bindings",),
-    "coremltools": ("coremltools",),
-    "torch": ("torch",),
-    "onnx": ("onnx",),
-}
 
 
 def probe(sources: Sources | None = None) -> Device:
@@ -41,7 +30,7 @@ def probe(sources: Sources | None = None) -> Device:
         notes.append(why)
     if memory.total is None and sources.system in ("Linux", "Darwin"):
         notes.append("the system does not tell how much memory there is")
-    found = {name: next(filter(None, map(sources.version, names)), None) for name, names in PACKAGES.items()}
+    versions = {name: package.version(sources) for name, package in PACKAGES.items()}
     return Device(
         system=sources.system,
         machine=sources.machine,
@@ -50,7 +39,7 @@ def probe(sources: Sources | None = None) -> Device:
         gpus=gpus,
         board=board,
         power_mode=power_mode,
-        backends={name: version for name, version in found.items() if version},
+        backends={name: version for name, version in versions.items() if version},
         notes=tuple(notes),
     )
 

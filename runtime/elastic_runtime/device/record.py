@@ -1,6 +1,10 @@
 """What was found on this machine, as records: `probe` fills them, the catalogue adds figures, calibrations are keyed by them."""
 
+from typing import Literal
+
 import msgspec
+
+Processor = Literal["cpu", "gpu", "npu"]  # the kinds of processors that sessions run on
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,12 +21,15 @@ from elastic_runtime.cache import folder as cache_folder
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
+from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
-OPENS = ("coreml",)
 # --compute-units word -> coremltools' name
 COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu+gpu": "CPU_AND_GPU", "cpu+ane": "CPU_AND_NE"}
+# Of `all`, Core ML decides for itself: the GPU has its float32 parts in any case.
+PROCESSORS: dict[str, Processor] = {"all": "gpu", "cpu": "cpu", "cpu+gpu": "gpu", "cpu+ane": "npu"}
 # The macOS that came with an iOS; from 26 on they count together.
 _MACOS_OF_IOS = {15: 12, 16: 13, 17: 14, 18: 15}
 
@@ -42,11 +45,6 @@ def obstacle(artifact: Artifact) -> str | None:
     if importlib.util.find_spec("coremltools") is None:
         return "coremltools is not installed: pip install 'elastic-export[coreml]'"
     return None
-
-
-def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "CoremlSession":
-    assert isinstance(artifact, CoremlArtifact)
-    return CoremlSession(bundle, graph, artifact, **options)
 
 
 def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
@@ -115,6 +113,7 @@ class CoremlSession(PackageSession):
         self._units = getattr(coremltools.ComputeUnit, COMPUTE_UNITS[compute_units])
         self.compiled = compiled(bundle, artifact, cache or cache_folder("coreml"))
         self._functions: dict[str, Any] | None = {}
+        self.processor = PROCESSORS[compute_units]
         self.where = f"Core ML {compute_units}, macOS {platform.mac_ver()[0]}, coremltools {coremltools.__version__}"
 
     def _call(self, function: str, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -162,3 +161,6 @@ def _macos(target: str) -> int:
 
 def _words(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+BACKEND = Backend(name="coreml", opens=("coreml",), obstacle=obstacle, open=CoremlSession, ways={"coreml": Way("gpu")})

@@ -10,11 +10,15 @@ import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Graph
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
+from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
-OPENS = ("onnx",)
-PRECISIONS = ("f32", "bf16", "f16")
+# What it may compute in: our name -> its own, which is understood as well.
+HINTS = {name: name.replace("fp", "f") for name, row in PRECISIONS.items() if "openvino" in row.backends}
+PROCESSORS: dict[str, Processor] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
 
 
 def obstacle(artifact: Artifact) -> str | None:
@@ -24,36 +28,34 @@ def obstacle(artifact: Artifact) -> str | None:
     return None
 
 
-def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "OpenvinoSession":
-    return OpenvinoSession(bundle, graph, artifact, **options)
-
-
 class OpenvinoSession(Session):
     """An ONNX artifact in OpenVINO.
 
-    `precision` is what it may compute in (`f32`; `bf16` is faster where the processor has it, with errors near 1e-2 of the largest value);
+    `precision` is what it may compute in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of the largest value);
     `threads` is the number of its threads (0: its own choice); `device` is CPU, GPU or NPU.
     """
 
-    def __init__(self, bundle: Bundle, graph: Graph, artifact: Artifact, precision: str = "f32", threads: int = 0, device: str = "CPU"):
+    def __init__(self, bundle: Bundle, graph: Graph, artifact: Artifact, precision: str = EXACT, threads: int = 0, device: str = "CPU"):
         super().__init__(graph)
-        if precision not in PRECISIONS:
-            raise UsageError(f"OpenVINO's precision is {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {precision!r}")
+        hint = HINTS.get(precision, precision)
+        if hint not in HINTS.values():
+            raise UsageError(f"OpenVINO's precision is one of {', '.join(HINTS)}, got {precision!r}")
         with without_telemetry():
             import openvino
         core = openvino.Core()
         if device not in core.available_devices:
             raise MissingError(f"OpenVINO has no device {device!r} here; it has {', '.join(core.available_devices)}")
-        if precision == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
-            raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision f32")
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        if hint == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+            raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision {EXACT}")
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         if device == "CPU" and threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
             self._request = core.compile_model(str(bundle.file(artifact.path)), device, settings).create_infer_request()
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
-        self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {precision}"
+        self.processor = PROCESSORS[device]
+        self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         if self._request is None:
@@ -80,3 +82,13 @@ def without_telemetry() -> Iterator[None]:
     finally:
         del sys.modules[name]
         sys.modules.update(before)
+
+
+BACKEND = Backend(
+    name="openvino",
+    opens=("onnx",),
+    obstacle=obstacle,
+    open=OpenvinoSession,
+    threads=True,
+    ways={"openvino": Way("cpu"), "openvino-bf16": Way("cpu", {"precision": "bf16"}, precision="bf16")},
+)

@@ -2,29 +2,36 @@
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Graph
+from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.device import Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
-OPENS = ("onnx",)
+# What a provider computes on; one that is not listed is taken for a GPU's.
+PROCESSORS: dict[str, Processor] = {
+    "CPUExecutionProvider": "cpu",
+    "DnnlExecutionProvider": "cpu",
+    "OpenVINOExecutionProvider": "cpu",
+    "XnnpackExecutionProvider": "cpu",
+    "QNNExecutionProvider": "npu",
+    "VitisAIExecutionProvider": "npu",
+}
 
 
 def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
-    if artifact.precision == "bf16":  # found with 1.31: no Gemm, Conv or Attention for bfloat16
-        return "ONNX Runtime has no bfloat16 kernels for these graphs; bf16 is for TensorRT: elastic-export trt BUNDLE"
+    if "ort" not in (able := PRECISIONS[artifact.precision].backends):
+        others = f"which are for {' and '.join(able)}" if able else "and nothing else has yet"
+        return f"ONNX Runtime has no kernels for {artifact.precision} graphs of ours, {others}: open an artifact of another precision"
     return None
-
-
-def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "OrtSession":
-    return OrtSession(bundle, graph, artifact, **options)
 
 
 class OrtSession(Session):
@@ -62,7 +69,9 @@ class OrtSession(Session):
         except Exception as error:  # its exception types are private
             raise BundleError(f"ONNX Runtime cannot open {bundle.file(artifact.path)}: {error}") from error
         self._outputs = [spec.name for spec in graph.outputs]
-        self.where = f"onnxruntime {onnxruntime.__version__} {self._session.get_providers()[0].removesuffix('ExecutionProvider')}"
+        provider = self._session.get_providers()[0]
+        self.processor = PROCESSORS.get(provider, "gpu")
+        self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         if self._session is None:
@@ -74,3 +83,17 @@ class OrtSession(Session):
 
     def close(self) -> None:
         self._session = None
+
+
+BACKEND = Backend(
+    name="ort",
+    aliases=("onnxruntime",),
+    opens=("onnx",),
+    obstacle=obstacle,
+    open=OrtSession,
+    threads=True,
+    ways={
+        "onnxruntime": Way("cpu", {"providers": ["CPUExecutionProvider"]}),
+        "onnxruntime-cuda": Way("gpu", {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}),
+    },
+)

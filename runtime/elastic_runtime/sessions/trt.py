@@ -16,12 +16,12 @@ import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, Graph, Profile, TrtArtifact
+from elastic_runtime.device import PACKAGES, Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda import Cuda
 from elastic_runtime.sessions.session import Arrays, Session
 
-OPENS = ("trt",)
-_PACKAGES = {"tensorrt": ("tensorrt", "trt"), "tensorrt_rtx": ("tensorrt-rtx", "rtx")}
 _log = logging.getLogger(__name__)
 
 
@@ -44,14 +44,14 @@ def obstacle(artifact: Artifact) -> str | None:
         return f"{whose}, and {name}."
     if sm not in artifact.sms:
         return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
-    package, extra = _PACKAGES[artifact.builder]
+    package = PACKAGES[artifact.builder.replace("_", "-")]
     try:
         found = str(importlib.import_module(artifact.builder).__version__)
     except (ImportError, OSError) as error:
-        return f"{whose}, and {package} is not installed ({error}): pip install 'elastic-export[{extra}]'"
+        return f"{whose}, and {package.name} is not installed ({error}): pip install 'elastic-export[{package.extra}]'"
     if not _opens(artifact, found):
         return (
-            f"{whose}, and here is {found}. Install that version (pip install {package}=={artifact.builder_version}) "
+            f"{whose}, and here is {found}. Install that version (pip install {package.name}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
     return None
@@ -63,11 +63,6 @@ def _opens(artifact: TrtArtifact, found: str) -> bool:
         return found == artifact.builder_version
     here, there = ([int(part) for part in version.split(".")[:3]] for version in (found, artifact.builder_version))
     return here[0] == there[0] and here >= there
-
-
-def open_artifact(bundle: Bundle, graph: Graph, artifact: Artifact, **options: Any) -> "TrtSession":
-    assert isinstance(artifact, TrtArtifact)
-    return TrtSession(bundle, graph, artifact, **options)
 
 
 @dataclass
@@ -92,6 +87,7 @@ class TrtSession(Session):
     for `weight_streaming_bytes` of an engine that was not built for it.
     """
 
+    processor: Processor = "gpu"
     _resources: contextlib.ExitStack | None = None  # None before it is open and after it is closed
 
     def __init__(
@@ -291,3 +287,6 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 def _ranges(profile: Profile) -> str:
     return ", ".join(f"{letter} {size.min}-{size.max}" for letter, size in profile.dimensions.items())
+
+
+BACKEND = Backend(name="trt", aliases=("tensorrt",), opens=("trt",), obstacle=obstacle, open=TrtSession, ways={"trt": Way("gpu")})

@@ -3,19 +3,24 @@
 import json
 import logging
 import sys
-import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from fakes import write_bundle
 from recordings import MACHINES
 from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
-from elastic_runtime.choosing.calibration import fastest, folder, identity, peak_bytes, points
+from elastic_runtime.choosing.calibration import fastest, folder, identity, peak_bytes, points, rates
+from elastic_runtime.contract.manifest import CoremlArtifact
+from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
-from elastic_runtime.sessions import session as sessions
+from elastic_runtime.sessions import opening
+from elastic_runtime.sessions.backend import Backend
+from elastic_runtime.sessions.session import Origin
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +69,20 @@ def test_options_versions_and_files_tell_calibrations_apart(tmp_path: Path) -> N
     seen = []
     for where, options in (("runtime 1", {}), ("runtime 2", {}), ("runtime 1", {"threads": 2})):
         fake = session(Machine())
-        fake.where, fake.origin = where, sessions.Origin(artifact, "ort", options)
+        fake.where, fake.origin = where, Origin(artifact, "ort", options)
         seen.append(json.dumps(identity(fake, bundle.manifest, device), sort_keys=True))
     assert len(set(seen)) == 3
     assert artifact.files[0].sha256 in seen[0]
+
+
+def test_a_session_is_rated_by_the_processor_that_it_runs_on() -> None:
+    device, fake = probe(MACHINES["rtx-4090"]), session(Machine())
+    assert rates(fake, device).flops == peak(device, "cpu").flops["fp32"]
+    fake.processor = "gpu"  # whatever the backend: OpenVINO has GPUs too
+    assert rates(fake, device).flops == peak(device, "gpu").flops["fp32"]
+    fake.processor = "npu"  # of which nothing better is known
+    assert rates(fake, device).flops == peak(device, "gpu").flops["fp32"]
+    assert rates(fake, probe(MACHINES["xeon"])).flops == peak(probe(MACHINES["xeon"]), "cpu").flops["fp32"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other", "empty", "binary", "negative", "later"])
@@ -113,19 +128,14 @@ def test_peak_memory_is_told_where_the_system_tells_it() -> None:
         assert told is None
 
 
-class Room(types.ModuleType):
+class Room:
     """A backend whose sessions run on a machine `slowness` times as slow."""
 
-    OPENS = ("onnx",)
-
     def __init__(self, name: str, machine: Machine, slowness: float, broken: bool = False):
-        super().__init__(f"elastic_runtime.sessions.{name}")
+        self.record = Backend(name, ("onnx",), lambda artifact: None, self.open, {})
         self.machine, self.factor, self.broken, self.opened = machine, slowness, broken, 0
 
-    def obstacle(self, artifact: Any) -> None:
-        return None
-
-    def open_artifact(self, bundle: Bundle, graph: Any, artifact: Any, **options: Any) -> FakeSession:
+    def open(self, bundle: Bundle, graph: Any, artifact: Any, **options: Any) -> FakeSession:
         if self.broken:
             raise InferenceError("the driver is too old")
         self.opened += 1
@@ -143,9 +153,7 @@ class Room(types.ModuleType):
 
 
 def rooms(monkeypatch: pytest.MonkeyPatch, *given: Room) -> None:
-    names = {room.__name__.rpartition(".")[2]: room for room in given}
-    monkeypatch.setattr(sessions, "BACKENDS", tuple(names))
-    monkeypatch.setattr(sessions, "backend", names.__getitem__)
+    monkeypatch.setattr(opening, "backends", lambda: iter([room.record for room in given]))
 
 
 def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +183,33 @@ def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(
     rooms(monkeypatch, Room("one", machine, 1.0, broken=True), Room("two", machine, 1.0, broken=True))
     with pytest.raises(InferenceError, match="the driver is too old"):
         fastest(bundle, "denoiser", device, machine.clock)
+
+
+def test_fewer_bits_never_win_by_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    graph = bundle.manifest.graphs["denoiser"]
+    (exact,) = graph.artifacts
+    half = msgspec.structs.replace(
+        exact, precision="fp16", files=(msgspec.structs.replace(exact.files[0], path="onnx/denoiser.fp16.onnx"),)
+    )
+    palette = CoremlArtifact(
+        precision="fp16", package="coreml/denoiser.mlpackage", files=exact.files, toolchain={}, deployment_target="iOS18", shapes="range",
+        batch=graph.batch, calls=(), reductions="fp32",
+    )  # fmt: skip
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    slow, fast = Room("slow", machine, 2.0), Room("fast", machine, 1.0)
+    fast.record = replace(fast.record, opens=("coreml",))
+    rooms(monkeypatch, slow, fast)
+
+    def chosen(*artifacts: Any) -> tuple[str, str] | None:
+        bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=artifacts)
+        return fastest(bundle, "denoiser", device, machine.clock)
+
+    assert chosen(half, palette) == ("fast", palette.package)
+    opened = fast.opened
+    assert chosen(half, msgspec.structs.replace(palette, compression="palette4")) == ("slow", half.path)
+    assert chosen(exact, half) == ("slow", exact.path)
+    assert fast.opened == opened, "what cannot be chosen is not measured"
 
 
 def test_measuring_runs_the_denoiser_as_pictures_do() -> None:

@@ -20,7 +20,7 @@ POINTS = [point(latents, batch) for latents in (4, 36, 64) for batch in (1, 2)]
 def test_a_run_is_bound_by_arithmetic_or_by_memory() -> None:
     assert roofline(Work(1e9, 1e6, 0), 1, RATES) == pytest.approx(1e-3 + 1e9 / 5e11)
     assert roofline(Work(1e9, 1e8, 0), 1, RATES) == pytest.approx(1e-3 + 1e8 / 1e10)
-    assert roofline(Work(1e9, 1e8, 0), 1, RATES, share=0.5) == pytest.approx(1e-3 + 0.5e8 / 1e10)
+    assert roofline(Work(1e9, 1e8, 0).at("fp16"), 1, RATES) == pytest.approx(1e-3 + 0.5e8 / 1e10)
     assert roofline(Work(1e9, 1e6, 1e6), 4, RATES) == pytest.approx(1e-3 + 4e9 / 5e11)
     assert RATES.ridge == 50
 

@@ -7,7 +7,8 @@ from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
 from elastic_runtime import Axis, Budget, Bundle
 from elastic_runtime.contract.manifest import TensorSpec
-from elastic_runtime.contract.reference import axis_feeds, check, compare, cut, pack, unpack
+from elastic_runtime.contract.reference import axis_feeds, compare, cut, pack, unpack
+from elastic_runtime.sessions.checking import check
 
 AT = Budget(latents=64)
 REFERENCE = np.linspace(-2, 2, 50, dtype=np.float32)

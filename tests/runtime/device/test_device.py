@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from recordings import GIB, MACHINES, RTX_4090
 
+from elastic_runtime.choosing.cost import Rates
 from elastic_runtime.device import Device, advice, catalogue, listed_peak, matched, peak, probe, runtimes
 from elastic_runtime.device.nvml import read_gpus
 from elastic_runtime.device.sources import System
@@ -127,7 +128,7 @@ def test_the_catalogue_is_whole() -> None:
     assert len({entry.id for entry in entries}) == len(entries) >= 30
     for entry in entries:
         re.compile(entry.match)
-        assert listed_peak(entry).flops["fp16"] > 0
+        assert Rates.of(listed_peak(entry), "fp16").flops > 0
         assert entry.bandwidth.source in ("datasheet", "computed", "press")
 
 

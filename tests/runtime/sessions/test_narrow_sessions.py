@@ -9,7 +9,8 @@ from fakes import manifest, session
 
 from elastic_runtime import Budget, BundleError, Span
 from elastic_runtime.contract.manifest import CoremlArtifact, FileEntry
-from elastic_runtime.contract.reference import check, pack, tolerance
+from elastic_runtime.contract.reference import pack
+from elastic_runtime.sessions.checking import check
 
 
 def recorded(*budgets: Budget) -> tuple[Any, dict[str, np.ndarray]]:
@@ -46,4 +47,4 @@ def test_fewer_bits_have_a_wider_bound(compression: Any, bound: float) -> None:
         package="p", deployment_target="iOS18", shapes="range", batch=Span(1, 1), calls=(),
         reductions="fp32", compression=compression,
     )  # fmt: skip
-    assert tolerance(artifact) == bound
+    assert artifact.tolerance == bound

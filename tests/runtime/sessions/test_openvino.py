@@ -14,7 +14,8 @@ from fakes import manifest, write_bundle
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.contract.bundle import entry, write_manifest
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
-from elastic_runtime.contract.reference import TOLERANCE, check
+from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.sessions.checking import check
 
 # Not importorskip: importing OpenVINO is the backend's affair.
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="these tests run OpenVINO: pip install 'elastic-export[openvino]'")
@@ -100,13 +101,13 @@ def test_it_draws_pictures_as_any_backend_does(tiny: Bundle) -> None:
 def test_the_default_precision_holds_the_tolerance_of_a_golden_model(golden_bundle: Callable[[str], Bundle]) -> None:
     bundle = golden_bundle("c")
     with open_session(bundle, name="openvino", threads=1) as session:
-        rows = list(check(bundle, "denoiser", session, TOLERANCE["fp32"]))
+        rows = list(check(bundle, "denoiser", session, PRECISIONS["fp32"].tolerance))
     assert len(rows) > 2
     assert all(row.passed for row in rows)
 
 
 def test_an_unknown_wish_is_answered_with_what_there_is(tiny: Bundle) -> None:
-    with pytest.raises(UsageError, match="precision is f32, bf16 or f16, got 'f8'"):
+    with pytest.raises(UsageError, match="precision is one of fp32, fp16, bf16, got 'f8'"):
         open_session(tiny, name="openvino", precision="f8")
     with pytest.raises(MissingError, match="no device 'ABACUS' here; it has .*CPU"):
         open_session(tiny, name="openvino", device="ABACUS")

@@ -8,8 +8,9 @@ from fakes import decoder_graph, denoiser_graph, session, write_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_runtime import BudgetError, BundleError, FakeSession, InferenceError, MissingError, Span, open_session
-from elastic_runtime.sessions.session import BACKENDS, backend, batches, check_feeds, obstacles
+from elastic_runtime import BudgetError, BundleError, FakeSession, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime.sessions.opening import backend, backends, obstacles
+from elastic_runtime.sessions.session import batches, check_feeds
 
 
 def feeds(batch: int = 2, kept: int = 16, **changes: Any) -> dict[str, np.ndarray]:
@@ -84,8 +85,26 @@ def test_batches_cover_everything_once_within_the_span(size: int, low: int, more
 
 
 def test_a_backend_that_does_not_exist_is_answered_with_those_that_do() -> None:
-    with pytest.raises(MissingError, match=f"no backend 'abacus'; there are {', '.join(BACKENDS)}"):
+    with pytest.raises(UsageError, match="no backend 'abacus'; there are trt or tensorrt, ort or onnxruntime, openvino, coreml"):
         backend("abacus")
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("onnxruntime", "ort"), ("ort", "ort"), ("openvino", "openvino"), ("tensorrt", "trt"), ("trt", "trt"), ("coreml", "coreml")],
+)
+def test_a_backend_is_known_by_its_librarys_name_too(word: str, name: str) -> None:
+    assert backend(word).name == name
+
+
+def test_each_backend_is_whole() -> None:
+    """One file, one row, one extra: what a record promises is there."""
+    extras = {package.extra for record in backends() for package in record.packages}
+    assert extras == {"trt", "rtx", "ort", "openvino", "coreml"}
+    for record in backends():
+        assert record.opens
+        assert record.ways
+        assert all(way.processor in ("cpu", "gpu", "npu") for way in record.ways.values())
 
 
 def test_a_missing_package_is_answered_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import folders
 
 from elastic_export.capture.folders import capture_folder
 from elastic_runtime import Budget, BudgetError, Span
-from elastic_runtime.contract.reference import TOLERANCE
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, budgets, requires
 
@@ -36,13 +36,14 @@ def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any
     artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16, T=5), Budget(tokens=28, T=5)))
     assert [call.function for call in artifact.calls] == ["T_5_tokens_16", "T_5_tokens_28"]
     assert session.budgets == (Budget(tokens=16, T=5), Budget(tokens=28, T=5))
-    assert max(error(graph, session, point) for point in session.budgets) < TOLERANCE["fp32"]
+    assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
 
 
 def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
     graph = graphs(folders.sd3(**folders.SD35))[0].loaded()
     _, session = lowered(graph, precision="fp32", shapes="range")
-    assert max(error(graph, session, Budget(tokens=count, T=text)) for count, text in ((4, 1), (29, 7), (64, 9))) < TOLERANCE["fp32"]
+    points = [Budget(tokens=count, T=text) for count, text in ((4, 1), (29, 7), (64, 9))]
+    assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
 def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
@@ -51,7 +52,7 @@ def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
     graph = graphs(folders.flux())[1].loaded()
     artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16), 28))  # which says nothing about a decoder
     assert [call.budget for call in artifact.calls] == [{"h": 8, "w": 8}, {"h": 16, "w": 16}]
-    assert max(error(graph, session, point) for point in session.budgets) < TOLERANCE["fp32"]
+    assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
 
 
 def test_a_size_beyond_the_span_is_refused(graphs: Callable[..., Any]) -> None:

@@ -12,7 +12,7 @@ from elastic_export.families import elt, elt_masked
 from elastic_export.families.family import Family
 from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
-from elastic_runtime.contract.reference import TOLERANCE
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, requires
 
@@ -42,7 +42,7 @@ def test_a_function_a_count_agrees_with_torch(
     artifact, session = lowered(graph, precision="fp32", budgets=COUNTS)
     assert [call.function for call in artifact.calls] == ["loops_1", "loops_3", "loops_4"]
     assert session.budgets == COUNTS
-    assert max(error(graph, session, count) for count in COUNTS) < TOLERANCE["fp32"]
+    assert max(error(graph, session, count) for count in COUNTS) < PRECISIONS["fp32"].tolerance
     # Functions that ignored their count would agree with each other.
     few, many = (session.run(graph.feeds(count, 1))[graph.outputs[0].name] for count in COUNTS[:2])
     assert np.abs(few - many).max() > 1e-4
@@ -61,7 +61,7 @@ def test_a_loop_agrees_with_torch_at_every_count(
     assert session.budgets is None
     assert Evaluator(tmp_path / artifact.package).operations("main")["while_loop"] == 1
     counts = [Budget(loops=count) for count in graph.axes[0].values]
-    assert max(error(graph, session, count) for count in counts) < TOLERANCE[precision]
+    assert max(error(graph, session, count) for count in counts) < PRECISIONS[precision].tolerance
     few, many = (session.run(graph.feeds(count, 1))[graph.outputs[0].name] for count in counts[:2])
     assert np.abs(few - many).max() > 1e-4
 
@@ -84,7 +84,7 @@ def test_a_span_of_one_count_needs_no_loop(lowered: Callable[..., Any], error: C
     artifact, session = lowered(graph, precision="fp32", shapes="range")
     assert [(call.function, call.sizes["loops"]) for call in artifact.calls] == [("main", 3)]
     assert Evaluator(tmp_path / artifact.package).operations("main")["while_loop"] == 0
-    assert error(graph, session, Budget(loops=3)) < TOLERANCE["fp32"]
+    assert error(graph, session, Budget(loops=3)) < PRECISIONS["fp32"].tolerance
 
 
 @pytest.mark.parametrize(

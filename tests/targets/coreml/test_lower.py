@@ -13,7 +13,7 @@ from elastic_export.families.elit import FAMILY, ElitParams
 from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.manifest import TensorSpec
-from elastic_runtime.contract.reference import COMPRESSED, TOLERANCE
+from elastic_runtime.contract.precision import COMPRESSIONS, PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, path, requires
 
@@ -44,7 +44,7 @@ def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, 
     artifact, session = lowered(graph, precision="fp32", budgets=ends)
     assert [call.function for call in artifact.calls] == [f"latents_{end['latents']}" for end in ends]
     assert session.budgets == ends
-    assert max(error(graph, session, end) for end in ends) < TOLERANCE["fp32"]
+    assert max(error(graph, session, end) for end in ends) < PRECISIONS["fp32"].tolerance
 
 
 @pytest.mark.parametrize(("shapes", "target"), [("enumerated", "iOS18"), ("range", "iOS18"), ("range", "macOS12")])
@@ -53,14 +53,14 @@ def test_open_sizes_agree_with_torch(elit: Elit, lowered: Lowered, error: Error,
     artifact, session = lowered(graph, precision="fp32", shapes=shapes, target=target)
     assert {call.function for call in artifact.calls} == {"main"}
     probes = session.budgets or [Budget(latents=value) for value in graph.axes[0].probes()]
-    assert max(error(graph, session, budget) for budget in probes) < TOLERANCE["fp32"]
+    assert max(error(graph, session, budget) for budget in probes) < PRECISIONS["fp32"].tolerance
 
 
 @pytest.mark.parametrize("reductions", ["fp32", "fp16"])
 def test_fp16_stays_within_its_bound(elit: Elit, lowered: Lowered, error: Error, reductions: str, tmp_path: Path) -> None:
     graph = elit()
     artifact, session = lowered(graph, reductions=reductions, budgets=ENDS)
-    assert max(error(graph, session, end) for end in ENDS) < TOLERANCE["fp16"]
+    assert max(error(graph, session, end) for end in ENDS) < PRECISIONS["fp16"].tolerance
     casts = Evaluator(tmp_path / artifact.package).operations("latents_64")["cast"]
     assert (casts > 20) == (reductions == "fp32")
 
@@ -100,7 +100,7 @@ def test_compression_is_smaller_and_within_its_bound(lowered: Lowered, error: Er
     stored = sum(entry.bytes for entry in artifact.files if entry.path.endswith("weight.bin"))
     halves = 2 * sum(tensor.numel() for tensor in (*graph.module.parameters(), *graph.module.buffers()))
     assert stored < (0.9 if compression == "palette4" else 0.95) * halves  # however many functions: the tables are shared too
-    assert 1e-4 < max(error(graph, session, point) for point in points) < COMPRESSED[compression]
+    assert 1e-4 < max(error(graph, session, point) for point in points) < COMPRESSIONS[compression]
 
 
 def test_a_function_takes_one_batch_and_says_so(elit: Elit, lowered: Lowered) -> None:
@@ -135,7 +135,7 @@ def test_a_vae_decoder(lowered: Lowered, error: Error, precision: str) -> None:
     # The denoiser's budgets and shapes say nothing about a decoder: it is one static function.
     artifact, session = lowered(graph, precision=precision, shapes="range", budgets=(Budget(latents=16),))
     assert [(call.function, call.budget) for call in artifact.calls] == [("main", {})]
-    assert error(graph, session, Budget()) < TOLERANCE[precision]
+    assert error(graph, session, Budget()) < PRECISIONS[precision].tolerance
 
 
 def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:

@@ -10,7 +10,7 @@ import torch
 from elastic_export.families.dc_dit import model as dc_dit
 from elastic_export.families.layers import randomize
 from elastic_runtime import Budget, Span
-from elastic_runtime.contract.reference import TOLERANCE
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 
 PARAMS = dc_dit.DcDitParams(
@@ -50,6 +50,6 @@ def test_a_function_a_cap_agrees_with_torch_and_counts_alike(precision: str, low
         assert got["kept"].tolist() == kept.tolist()
         assert np.abs(got["probability"] - probability).max() <= 1e-5  # in fp16 too: what decides is float32
         assert kept.min() > 16, "a cap that never bites proves nothing"
-        assert np.abs(got["prediction"] - prediction).max() <= TOLERANCE[precision] * max(1, np.abs(prediction).max())
+        assert np.abs(got["prediction"] - prediction).max() <= PRECISIONS[precision].tolerance * max(1, np.abs(prediction).max())
         predictions.append(prediction)
     assert np.abs(predictions[0] - predictions[1]).max() > 1e-2

@@ -1,0 +1,77 @@
+"""The table of precisions: how an artifact holds its weights and computes, and what follows from it. No other file spells these.
+
+Rows stand from the most to the least exact, which is their rank. A row with no targets is read and rated, and nothing makes it yet; its
+tolerance is a first bound, until its target has measured one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Name = Literal["fp32", "fp16", "bf16", "int8w", "fp8", "int8", "int4w", "nvfp4"]
+Compression = Literal["palette8", "int8", "palette6", "palette4"]
+
+EXACT: Name = "fp32"  # the original's own
+HALF: Name = "fp16"  # what GPUs are rated in
+FLOAT32 = 4.0  # bytes, the unit of the manifest's counts
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One row.
+
+    `weight_bytes`, `activation_bytes`: of a weight with its share of the scales, and of a value between two operators.
+    `tolerance`: what a step of a correct lowering may miss the original by, in units of max(1, max |reference|).
+    `pictured`: a step does not prove it, so whole pictures are measured against the original's.
+    `rate`: the peak rate that its matrix products run at, as in `device.Peak.flops`; where a device lists none of that name it
+    computes in `fallback`.
+    `backends`, `targets`: what runs and what makes it today.
+    """
+
+    name: Name
+    weight_bytes: float
+    activation_bytes: float
+    tolerance: float
+    pictured: bool
+    rate: str
+    fallback: Name | None
+    backends: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    def peak(self, rates: Mapping[str, float]) -> float:
+        """The rate (operations a second) that it computes at where a device has these."""
+        row = self
+        while row.rate not in rates and row.fallback:
+            row = PRECISIONS[row.fallback]
+        return rates[row.rate]
+
+
+EVERY = ("trt", "ort", "openvino", "coreml")
+# A scale of two bytes for each 32 weights of 4 bits, as ONNX Runtime's MatMulNBits takes them; one byte for each 16 in nvfp4.
+BLOCK_32, BLOCK_16 = 0.5 + 2 / 32, 0.5 + 1 / 16
+_ROWS = (
+    Precision("fp32", 4, 4, 1e-5, False, "fp32", None, EVERY, ("onnx", "trt", "coreml")),
+    Precision("fp16", 2, 2, 2e-2, False, "fp16", "fp32", EVERY, ("onnx", "trt", "coreml")),
+    # ONNX Runtime (found with 1.31) has no Gemm, Conv or Attention for it. Tensor cores give it the rate of fp16.
+    Precision("bf16", 2, 2, 1e-1, False, "fp16", "fp32", ("trt", "openvino"), ("onnx", "trt")),
+    Precision("int8w", 1, 2, 3e-2, True, "fp16", "fp32"),
+    Precision("fp8", 1, 2, 1e-1, True, "fp8", "fp16"),
+    Precision("int8", 1, 2, 1e-1, True, "int8", "fp16"),
+    Precision("int4w", BLOCK_32, 2, 2.5e-1, True, "fp16", "fp32"),
+    Precision("nvfp4", BLOCK_16, 2, 2.5e-1, True, "fp4", "fp8"),
+)
+PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
+RATES = tuple(dict.fromkeys(row.rate for row in _ROWS))
+# Weights of a Core ML package that are stored in fewer bits than its precision says, from the most to the least exact, each with the bound
+# of a step: no fault of the lowering, but one that a broken lowering would miss.
+COMPRESSIONS: dict[str, float] = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
+
+
+def tolerance(precision: str, compression: str | None = None) -> float:
+    """The bound that an artifact is held to, in units of max(1, max |reference|)."""
+    return max(PRECISIONS[precision].tolerance, COMPRESSIONS[compression] if compression else 0.0)
+
+
+def rank(precision: str, compression: str | None = None) -> tuple[int, int]:
+    """How exact an artifact is: less is more exact."""
+    return list(PRECISIONS).index(precision), [None, *COMPRESSIONS].index(compression)

@@ -1,0 +1,98 @@
+"""Opening artifacts: which backends there are, which of them can run an artifact here, and a session of the first that can."""
+
+import importlib
+from collections.abc import Iterable, Iterator
+
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Artifact
+from elastic_runtime.device.packages import BACKENDS
+from elastic_runtime.errors import BundleError, MissingError, UsageError
+from elastic_runtime.sessions.backend import Backend
+from elastic_runtime.sessions.session import Origin, Session
+
+
+def backends() -> Iterator[Backend]:
+    """Every backend, in the order of preference."""
+    for name in BACKENDS:
+        record: Backend = importlib.import_module(f"elastic_runtime.sessions.{name}").BACKEND
+        yield record
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name or alias; raises UsageError listing those that exist."""
+    for record in backends():
+        if name in (record.name, *record.aliases):
+            return record
+    names = (" or ".join((record.name, *record.aliases)) for record in backends())
+    raise UsageError(f"there is no backend {name!r}; there are {', '.join(names)}")
+
+
+def obstacles(artifact: Artifact, name: str | None = None) -> tuple[Backend | None, list[str]]:
+    """The first backend here that can run `artifact` (or `name` alone), and why the ones before it cannot.
+
+    Raises: UsageError for a name that no backend has.
+    """
+    reasons: list[str] = []
+    for record in _chosen(name):
+        if artifact.target not in record.opens:
+            continue
+        reason = record.obstacle(artifact)
+        if reason is None:
+            return record, reasons
+        reasons.append(f"{record.name}: {reason}")
+    return None, reasons or [f"no backend{f' {name}' if name else ''} opens {artifact.target} artifacts"]
+
+
+def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | None = None, **options: object) -> Session:
+    """Open one artifact of a graph with backend `name`, or the first one that can.
+
+    Raises: MissingError saying why nothing here can run it; BundleError if it is damaged; UsageError for a name that no backend has.
+    """
+    record, reasons = obstacles(artifact, name)
+    if record is None:
+        raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
+    session = record.open(bundle, bundle.manifest.graphs[graph], artifact, **options)
+    session.origin = Origin(artifact, record.name, options)
+    return session
+
+
+def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = None, **options: object) -> Session:
+    """Open a graph of a bundle: its first artifact that backend `name`, or any backend here, can run.
+
+    Backends are tried in the order of preference, and each backend's artifacts in the manifest's order.
+
+    Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run it;
+    UsageError for a name that no backend has.
+    """
+    choices, reasons = candidates(bundle, graph, name)
+    if not choices:
+        raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. {' '.join(reasons)}")
+    backend_name, artifact = choices[0]
+    return open_artifact(bundle, graph, artifact, backend_name, **options)
+
+
+def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[list[tuple[str, Artifact]], list[str]]:
+    """Every (backend, artifact) that can run `graph` here, in the order of preference, and why the others cannot.
+
+    Raises: BundleError if the bundle has no such graph; UsageError for a name that no backend has.
+    """
+    if graph not in bundle.manifest.graphs:
+        raise BundleError(f"{bundle.folder} has no graph {graph!r}; it has {', '.join(bundle.manifest.graphs)}")
+    artifacts = bundle.manifest.graphs[graph].artifacts
+    choices: list[tuple[str, Artifact]] = []
+    reasons: list[str] = []
+    for record in _chosen(name):
+        fitting = [artifact for artifact in artifacts if artifact.target in record.opens]
+        for artifact in fitting:
+            reason = record.obstacle(artifact)
+            if reason is None:
+                choices.append((record.name, artifact))
+            else:
+                reasons.append(f"{record.name}: {reason}")
+        if not fitting:
+            reasons.append(f"{record.name}: the bundle has no artifact for it")
+    return choices, list(dict.fromkeys(reasons))
+
+
+def _chosen(name: str | None) -> Iterable[Backend]:
+    return [backend(name)] if name else backends()

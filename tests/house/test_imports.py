@@ -1,0 +1,70 @@
+"""No module imports itself by way of others: not even for its types, and in the runtime not room by room."""
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+PACKAGES = ("elastic_runtime", "elastic_bench", "elastic_targets", "elastic_export")
+# Edges without which the circles of today would not be. What is listed is to go, and nothing is added.
+KNOWN_MODULES = {
+    "elastic_runtime": {("elastic_runtime.choosing.policy", "elastic_runtime.choosing.estimates")},  # `Choice` belongs beside `Budget`
+    "elastic_bench": {("elastic_bench.drawing", "elastic_bench.measure")},  # `Entry` wants a file of its own
+    "elastic_export": {  # a family's formulas belong to the family
+        ("elastic_export.families.bricks", f"elastic_export.families.{name}") for name in ("dc_dit.model", "elit", "elt", "elt_masked")
+    },
+}
+KNOWN_ROOMS = {("denoising", "choosing"), ("denoising", "pipeline"), ("sampling", "ralu")}
+
+Imports = Mapping[str, Iterable[str]]
+
+
+def circle(imports: Imports) -> list[str]:
+    """Some circle in a graph of who imports whom, or nothing."""
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imports.get(name, ())):
+            if found := follow(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next(filter(None, (follow(name, []) for name in sorted(imports))), [])
+
+
+def modules(package: str) -> dict[str, set[str]]:
+    grimp = pytest.importorskip("grimp", reason="the graph of imports is read by grimp, which import-linter brings")
+    graph = grimp.build_graph(package, exclude_type_checking_imports=False, cache_dir=None)
+    return {name: set(graph.find_modules_directly_imported_by(name)) for name in graph.modules}
+
+
+def rooms(package: str) -> dict[str, set[str]]:
+    """Who imports whom, a folder or a module of the top taken as one; the door itself, which knows every room, left out."""
+    found: dict[str, set[str]] = {}
+    for name, others in modules(package).items():
+        if name != package:
+            room = name.split(".")[1]
+            found.setdefault(room, set()).update({other.split(".")[1] for other in others if other != package} - {room})
+    return found
+
+
+def without(imports: Imports, known: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    return {name: {other for other in others if (name, other) not in known} for name, others in imports.items()}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    assert circle(without(modules(package), KNOWN_MODULES.get(package, ()))) == []
+
+
+def test_rooms_of_the_runtime_know_each_other_one_way() -> None:
+    assert circle(without(rooms("elastic_runtime"), KNOWN_ROOMS)) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
