@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -129,7 +130,8 @@ def _sample(request: Request) -> Model:
 
 def quality(name: str) -> tuple[Quality, ...]:
     """What the card of a packaged sample measured; nothing for other names."""
-    return tuple(Quality(**row) for row in json.loads(samples()[name].read_text())["quality"]) if name in samples() else ()
+    rows = json.loads(samples()[name].read_text())["quality"] if name in samples() else ()
+    return msgspec.convert(rows, tuple[Quality, ...])
 
 
 def _find(name: str) -> tuple[Family, Any]:

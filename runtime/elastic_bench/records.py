@@ -3,7 +3,8 @@
 import msgspec
 
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.manifest import Quality, Verification, read_record
+from elastic_runtime.contract.manifest import Quality, Verification
+from elastic_runtime.contract.records import read_record
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import UsageError
 

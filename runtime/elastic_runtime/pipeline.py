@@ -66,8 +66,8 @@ class ElasticPipeline:
         graphs = opened.manifest.graphs
         if "denoiser" not in graphs:
             raise BundleError(
-                f"{opened.folder} has no graph 'denoiser', it has {', '.join(graphs)}: "
-                "export the model again with --components transformer,vae"
+                f"{opened.folder} has no graph 'denoiser', it has {', '.join(graphs)}: export the model again with --components "
+                "transformer,vae"
             )
         checks = [obstacles(artifact, backend) for artifact in graphs["denoiser"].artifacts]
         if not any(room for room, _ in checks):

@@ -210,9 +210,9 @@ def middle(model: Model) -> float:
 def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked,
-    and whoever wants that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget
-    and closed. One that fails to open is left out, and the log says why.
+    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked, and whoever wants
+    that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget and closed. One that fails to open
+    is left out, and the log says why.
     """
     able, _ = candidates(bundle, graph)
     if len(able) < 2:

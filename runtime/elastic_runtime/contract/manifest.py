@@ -4,20 +4,20 @@ It is strict: a missing or unknown field is an error that names it, so a reader 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
 from elastic_runtime.contract import precision as precisions
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.records import read_record
 from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
-from elastic_runtime.errors import BundleError, ElasticError
+from elastic_runtime.errors import BundleError
 
 SCHEMA_VERSION = 2
 # Steps by stage that a plan of this name has where none are said: the presets'.
 OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
-R = TypeVar("R")
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -419,33 +419,3 @@ def decode(text: bytes, where: str) -> Manifest:
             f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
         )
     return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
-
-
-def read_record(
-    text: bytes,
-    where: str,
-    kind: type[R],
-    version: int,
-    what: str,
-    again: str,
-    error: type[ElasticError],
-    older: tuple[int, ...] = (),
-) -> R:
-    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of
-    `error`.
-
-    `older` versions are read by the same fields.
-    """
-    advice = again[0].upper() + again[1:]
-    try:
-        found = msgspec.json.decode(text).get("schema_version")
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
-        raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
-    if found != version and found not in older:
-        newer = isinstance(found, int) and found > version
-        way = "upgrade with: pip install -U elastic-export" if newer else again
-        raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError as reason:
-        raise error(f"{where} is not a valid {what}: {reason}. {advice}.") from None

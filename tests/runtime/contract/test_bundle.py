@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from elastic_runtime import Bundle, BundleError
 from elastic_runtime.contract.bundle import MANIFEST, write_manifest, writing
 from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, FileEntry, Quality, decode
-from elastic_runtime.ralu import PRESETS
+from elastic_runtime.ralu.plan import PRESETS
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -1,0 +1,31 @@
+"""Reading a record that carries its schema's version: strictly, and with advice where it cannot be read."""
+
+from typing import TypeVar
+
+import msgspec
+
+from elastic_runtime.errors import ElasticError
+
+R = TypeVar("R")
+
+
+def read_record(
+    text: bytes, where: str, kind: type[R], version: int, what: str, again: str, error: type[ElasticError], older: tuple[int, ...] = ()
+) -> R:
+    """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`.
+
+    `older` versions are read by the same fields.
+    """
+    advice = again[0].upper() + again[1:]
+    try:
+        found = msgspec.json.decode(text).get("schema_version")
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
+        raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
+    if found != version and found not in older:
+        newer = isinstance(found, int) and found > version
+        way = "upgrade with: pip install -U elastic-export" if newer else again
+        raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as reason:
+        raise error(f"{where} is not a valid {what}: {reason}. {advice}.") from None
