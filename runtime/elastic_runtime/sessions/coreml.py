@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,7 @@ def taken(specs: Iterable[TensorSpec], shapes: str) -> list[TensorSpec]:
 class PackageSession(Session):
     """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes int32.
 
-    A subclass implements `_call(function, feeds)`.
+    Threads run it one after the other: a Core ML model is for one thread at a time. A subclass implements `_call(function, feeds)`.
     """
 
     def __init__(self, graph: Graph, artifact: CoremlArtifact):
@@ -71,6 +72,7 @@ class PackageSession(Session):
         budgets = None if open_ended else tuple(dict.fromkeys(Budget(**call.budget) for call in artifact.calls))
         super().__init__(graph, artifact.batch, budgets)
         self.artifact = artifact
+        self._lock = threading.Lock()
 
     def function(self, feeds: Arrays) -> str:
         """Name of the function that takes these feeds; raises BudgetError listing what there is."""
@@ -91,7 +93,8 @@ class PackageSession(Session):
         for spec in taken(self.graph.inputs, self.artifact.shapes):
             array = np.atleast_1d(feeds[spec.name])
             narrow[spec.name] = np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
-        return self._call(self.function(feeds), narrow)
+        with self._lock:
+            return self._call(self.function(feeds), narrow)
 
     @abstractmethod
     def _call(self, function: str, feeds: Arrays) -> dict[str, np.ndarray]: ...
@@ -130,7 +133,8 @@ class CoremlSession(PackageSession):
         return {spec.name: np.asarray(outputs[spec.name], dtype=spec.dtype) for spec in self.graph.outputs}
 
     def close(self) -> None:
-        self._functions = None
+        with self._lock:
+            self._functions = None
 
 
 def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:

@@ -1,8 +1,11 @@
 """OpenVINO: processors, opening the same ONNX artifacts."""
 
 import contextlib
+import ctypes
 import importlib.util
+import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +32,9 @@ def obstacle(artifact: Artifact) -> str | None:
 
 
 class OpenvinoSession(Session):
-    """An ONNX artifact in OpenVINO.
+    """An ONNX artifact in OpenVINO. Threads run it at once, each in an infer request with memory of its own, kept for the next run.
+
+    It may be closed in a process that was forked from its own; what it holds is then freed when that process ends.
 
     `precision` is what it may compute in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of the largest value);
     `threads` is the number of its threads (0: its own choice); `device` is CPU, GPU or NPU.
@@ -51,24 +56,37 @@ class OpenvinoSession(Session):
         if device == "CPU" and threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._request = core.compile_model(str(bundle.file(artifact.path)), device, settings).create_infer_request()
+            self._model = core.compile_model(str(bundle.file(artifact.path)), device, settings)
+            self._idle = deque([self._model.create_infer_request()])
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
+        self._process = os.getpid()
         self.processor = PROCESSORS[device]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._request is None:
+        model, idle = self._model, self._idle
+        if model is None:
             raise InferenceError("this session is closed")
         try:
+            request = idle.pop()
+        except IndexError:  # all are at work for other threads
+            request = model.create_infer_request()
+        try:
             # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
-            found = self._request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
+            found = request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
         except Exception as error:  # RuntimeError, whatever went wrong
             raise InferenceError(f"OpenVINO failed: {error}") from error
+        idle.append(request)
         return {spec.name: found[spec.name] for spec in self.graph.outputs}
 
     def close(self) -> None:
-        self._request = None
+        if os.getpid() != self._process:
+            # Destroying them waits for OpenVINO's threads, which a fork does not copy. So they are never destroyed here.
+            for kept in (self._model, *self._idle):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        self._model = None
+        self._idle = deque()
 
 
 @contextlib.contextmanager
@@ -80,7 +98,7 @@ def without_telemetry() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)  # another thread may have done so
         sys.modules.update(before)
 
 

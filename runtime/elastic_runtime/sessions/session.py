@@ -30,6 +30,9 @@ class Origin:
 class Session(ABC):
     """An open artifact. Close it, or use it in a `with` block.
 
+    Any thread may run it: each gets its own answer, whether the backend runs them at once or one after the other (its session says
+    which).
+
     A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that is. An artifact
     may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget
     of the axes). `origin` is None for a session that no artifact was opened for.

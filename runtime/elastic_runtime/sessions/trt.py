@@ -8,6 +8,7 @@ issues 2648 and 3798); buffers are allocated once, at the largest profile, so th
 import contextlib
 import importlib
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda import Cuda
 from elastic_runtime.sessions.session import Arrays, Session
 
+# GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it runs on.
+RTX_SMS = (75, 80, 86, 89, 120, 121)
 _log = logging.getLogger(__name__)
 
 
@@ -43,7 +46,11 @@ def obstacle(artifact: Artifact) -> str | None:
     if sm is None:
         return f"{whose}, and {name}."
     if sm not in artifact.sms:
-        return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
+        way = f"elastic-export trt BUNDLE --sm {sm}"
+        if sm not in RTX_SMS:
+            full = PACKAGES["tensorrt"]
+            way = f"elastic-export trt BUNDLE --builder tensorrt (TensorRT-RTX is not for it: pip install 'elastic-export[{full.extra}]')"
+        return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: {way}"
     package = PACKAGES[artifact.builder.replace("_", "-")]
     try:
         found = str(importlib.import_module(artifact.builder).__version__)
@@ -77,7 +84,7 @@ class _Slot:
 
 
 class TrtSession(Session):
-    """An engine on this machine's GPU, for one thread.
+    """An engine on this machine's GPU. Threads run it one after the other: they would share its buffers, its stream and its contexts.
 
     `cuda_graphs` captures a graph at the second run in a row of a profile at the same shapes; `weight_streaming_bytes` is how
     much of a weight-streaming engine's weights may stay on the GPU (by default what the library thinks best). Inputs run at
@@ -101,6 +108,8 @@ class TrtSession(Session):
         self._graphs = cuda_graphs
         self._slots: dict[int, _Slot] = {}
         self._cuda = Cuda()
+        self._lock = threading.Lock()
+        self._device = self._cuda.current()
         with contextlib.ExitStack() as opening:
             self._stream = self._cuda.stream()
             opening.callback(self._cuda.destroy_stream, self._stream)
@@ -151,10 +160,20 @@ class TrtSession(Session):
         return self._logger.errors[-1] if self._logger.errors else "no reason given"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._resources is None:
-            raise InferenceError("this session is closed")
         # Contiguous, and still 0-d where it was: np.ascontiguousarray would make it 1-d.
         arrays = {spec.name: np.asarray(feeds[spec.name], order="C") for spec in self.graph.inputs}
+        with self._lock:
+            if self._resources is None:
+                raise InferenceError("this session is closed")
+            self._cuda.select(self._device)
+            try:
+                return self._compute(arrays)
+            except BaseException:
+                with contextlib.suppress(InferenceError):  # what was enqueued still reads arrays that are about to go
+                    self._cuda.synchronize(self._stream)
+                raise
+
+    def _compute(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         slot = self._slot(self._profile(arrays))
         self._reshape(slot, arrays)
         for name, array in arrays.items():
@@ -259,9 +278,17 @@ class TrtSession(Session):
         self._runtime = None
 
     def close(self) -> None:
-        if self._resources is not None:
+        with self._lock:
+            if self._resources is None:
+                return
             resources, self._resources = self._resources, None
-            self._cuda.synchronize(self._stream)
+            try:
+                self._cuda.select(self._device)
+                self._cuda.synchronize(self._stream)
+            except InferenceError:
+                with contextlib.suppress(InferenceError):  # released all the same; the first failure is the one to tell of
+                    resources.close()
+                raise
             resources.close()
 
 
