@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_bench.records import Machine, Peaks
-from elastic_runtime.device import PACKAGES
+from elastic_runtime.device import PACKAGES, usable_cores
 
 # What may take part in a measurement, by distribution.
 TAKING_PART = ("elastic-export", "numpy", *(name for package in PACKAGES.values() for name in package.distributions))
@@ -43,11 +43,6 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -2,6 +2,7 @@
 
 from elastic_runtime.device.advice import advice, runtimes
 from elastic_runtime.device.catalogue import Entry, Figure, Peak, catalogue, listed_peak, matched, peak
+from elastic_runtime.device.cores import thread_limit, usable_cores
 from elastic_runtime.device.nvml import Reading
 from elastic_runtime.device.packages import PACKAGES, Package
 from elastic_runtime.device.probe import probe
@@ -30,4 +31,6 @@ __all__ = [
     "peak",
     "probe",
     "runtimes",
+    "thread_limit",
+    "usable_cores",
 ]

@@ -1,7 +1,7 @@
 """Core ML: CPU, GPU and Neural Engine of a Mac, through coremltools.
 
-A package is compiled once and kept in the user's cache folder, because macOS would otherwise compile it at each launch. Its functions
-are loaded when they are first used: each takes memory of its own.
+A package is compiled once and kept in the user's cache folder, because macOS would otherwise compile it at each launch.
+Its functions are loaded when they are first used: each takes memory of its own.
 """
 
 import hashlib
@@ -49,7 +49,9 @@ def obstacle(artifact: Artifact) -> str | None:
 
 
 def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
-    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has its own)."""
+    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has
+    its own).
+    """
     lengths = {
         letter: size for spec in specs for letter, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(letter, str)
     }
@@ -57,14 +59,18 @@ def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
 
 
 def taken(specs: Iterable[TensorSpec], shapes: str) -> list[TensorSpec]:
-    """Inputs that a package's functions take: a 0-d one is baked into static functions, and a vector of one value where `range` is open."""
+    """Inputs that a package's functions take: a 0-d one is baked into static functions, and a vector of one value where
+    `range` is open.
+    """
     return [spec for spec in specs if spec.shape or shapes == "range"]
 
 
 class PackageSession(Session):
-    """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes int32.
+    """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes
+    int32.
 
-    Threads run it one after the other: a Core ML model is for one thread at a time. A subclass implements `_call(function, feeds)`.
+    Threads run it one after the other: a Core ML model is for one thread at a time. A subclass implements
+    `_call(function, feeds)`.
     """
 
     def __init__(self, graph: Graph, artifact: CoremlArtifact):
@@ -103,7 +109,8 @@ class PackageSession(Session):
 class CoremlSession(PackageSession):
     """A Core ML package on this Mac.
 
-    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the user's cache folder).
+    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the
+    user's cache folder).
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, artifact: CoremlArtifact, compute_units: str = "all", cache: Path | None = None):
@@ -138,7 +145,9 @@ class CoremlSession(PackageSession):
 
 
 def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
-    """Folder of the compiled package, compiled now if the cache has none for these bytes, this macOS and this coremltools."""
+    """Folder of the compiled package, compiled now if the cache has none for these bytes, this macOS and this
+    coremltools.
+    """
     import coremltools
 
     parts = [entry.sha256 for entry in artifact.files] + [platform.mac_ver()[0], coremltools.__version__]

@@ -30,12 +30,12 @@ class Origin:
 class Session(ABC):
     """An open artifact. Close it, or use it in a `with` block.
 
-    Any thread may run it: each gets its own answer, whether the backend runs them at once or one after the other (its session says
-    which).
+    Any thread may run it: each gets its own answer, whether the backend runs them at once or one after the other (its
+    session says which).
 
-    A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that is. An artifact
-    may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget
-    of the axes). `origin` is None for a session that no artifact was opened for.
+    A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that
+    is. An artifact may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was
+    compiled for (None: every budget of the axes). `origin` is None for a session that no artifact was opened for.
     """
 
     where: str
@@ -85,8 +85,8 @@ def batches(session: Session, size: int) -> list[slice]:
 def check_feeds(graph: Graph, feeds: Arrays) -> None:
     """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions.
 
-    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read nothing else
-    of it, so another selection would silently be taken for a prefix.
+    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read
+    nothing else of it, so another selection would silently be taken for a prefix.
     """
     names = {spec.name for spec in graph.inputs}
     if names != set(feeds):

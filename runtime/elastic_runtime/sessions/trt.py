@@ -1,8 +1,9 @@
 """TensorRT and TensorRT-RTX: one engine, an execution context a profile, a CUDA graph for the shape that is hot.
 
-What users of the library met before shapes this file: contexts share scratch memory but never a profile; a context's CUDA
-graph is captured again whenever its shapes change, after one plain run at the new shapes (https://github.com/NVIDIA/TensorRT
-issues 2648 and 3798); buffers are allocated once, at the largest profile, so that no captured address goes stale.
+What users of the library met before shapes this file: contexts share scratch memory but never a profile; a context's
+CUDA graph is captured again whenever its shapes change, after one plain run at the new shapes
+(https://github.com/NVIDIA/TensorRT issues 2648 and 3798); buffers are allocated once, at the largest profile, so that
+no captured address goes stale.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda import Cuda
 from elastic_runtime.sessions.session import Arrays, Session
 
-# GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it runs on.
+# GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it
+# runs on.
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 _log = logging.getLogger(__name__)
 
@@ -39,7 +41,9 @@ def gpu() -> tuple[int | None, str]:
 
 
 def obstacle(artifact: Artifact) -> str | None:
-    """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be here."""
+    """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be
+    here.
+    """
     assert isinstance(artifact, TrtArtifact)
     whose = f"the engine is for sm {', '.join(map(str, artifact.sms))} and {artifact.builder} {artifact.builder_version}"
     sm, name = gpu()
@@ -74,7 +78,9 @@ def _opens(artifact: TrtArtifact, found: str) -> bool:
 
 @dataclass
 class _Slot:
-    """An execution context bound to one profile. `shapes` is what it is set to, `executable` the CUDA graph captured there."""
+    """An execution context bound to one profile. `shapes` is what it is set to, `executable` the CUDA graph captured
+    there.
+    """
 
     context: Any
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -84,14 +90,15 @@ class _Slot:
 
 
 class TrtSession(Session):
-    """An engine on this machine's GPU. Threads run it one after the other: they would share its buffers, its stream and its contexts.
+    """An engine on this machine's GPU. Threads run it one after the other: they would share its buffers, its stream and
+    its contexts.
 
-    `cuda_graphs` captures a graph at the second run in a row of a profile at the same shapes; `weight_streaming_bytes` is how
-    much of a weight-streaming engine's weights may stay on the GPU (by default what the library thinks best). Inputs run at
-    their own shapes, in the smallest profile that contains them; nothing is padded.
+    `cuda_graphs` captures a graph at the second run in a row of a profile at the same shapes; `weight_streaming_bytes`
+    is how much of a weight-streaming engine's weights may stay on the GPU (by default what the library thinks best).
+    Inputs run at their own shapes, in the smallest profile that contains them; nothing is padded.
 
-    Raises: InferenceError where the GPU has too little memory; BundleError where the library refuses the engine; MissingError
-    for `weight_streaming_bytes` of an engine that was not built for it.
+    Raises: InferenceError where the GPU has too little memory; BundleError where the library refuses the engine;
+    MissingError for `weight_streaming_bytes` of an engine that was not built for it.
     """
 
     processor: Processor = "gpu"
@@ -205,7 +212,8 @@ class TrtSession(Session):
             return self._slots[index]
         strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(self._library, "DynamicShapesKernelSpecializationStrategy"):
-            # RTX compiles kernels for a shape at run time. Eagerly: a graph captured meanwhile would keep the slow stand-ins.
+            # RTX compiles kernels for a shape at run time. Eagerly: a graph captured meanwhile would keep the slow
+            # stand-ins.
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = self._library.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -235,7 +243,9 @@ class TrtSession(Session):
         slot.shapes = shapes
 
     def _execute(self, slot: _Slot, state: tuple[object, ...]) -> None:
-        """Run once: through the captured graph where it still holds, else plainly, capturing at the second run in a row."""
+        """Run once: through the captured graph where it still holds, else plainly, capturing at the second run in a
+        row.
+        """
         if slot.state != state:
             self._drop(slot)
             slot.state = state
@@ -251,7 +261,9 @@ class TrtSession(Session):
             raise InferenceError(f"the engine failed to run: {self._said()}")
 
     def _capture(self, slot: _Slot) -> None:
-        """Capture a CUDA graph; an engine that cannot be captured runs without graphs from then on, and the log says so."""
+        """Capture a CUDA graph; an engine that cannot be captured runs without graphs from then on, and the log says
+        so.
+        """
         capturable = getattr(slot.context, "is_stream_capturable", None)  # TensorRT-RTX alone can tell beforehand
         try:
             if capturable is not None and not capturable(int(self._stream)):

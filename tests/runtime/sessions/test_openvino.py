@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError
 from elastic_runtime.contract.bundle import entry, write_manifest
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.sessions import openvino
 from elastic_runtime.sessions.checking import check
 
 # Not importorskip: importing OpenVINO is the backend's affair.
@@ -107,6 +109,37 @@ def test_an_unknown_wish_is_answered_with_what_there_is(tiny: Bundle) -> None:
         open_session(tiny, name="openvino", precision="f8")
     with pytest.raises(MissingError, match="no device 'ABACUS' here; it has .*CPU"):
         open_session(tiny, name="openvino", device="ABACUS")
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "processor"),
+    [
+        ("CPU", ["CPU"], "cpu"),
+        ("GPU.1", ["CPU", "GPU.0", "GPU.1"], "gpu"),
+        ("GPU", ["CPU", "GPU.0", "GPU.1"], "gpu"),
+        ("NPU", ["NPU"], "npu"),
+    ],
+)
+def test_a_device_of_several_is_named_and_tells_its_kind(
+    device: str, has: list[str], processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    class Core:
+        available_devices = has
+
+        def compile_model(self, path: str, device: str, settings: dict[str, object]) -> SimpleNamespace:
+            asked.append((device, settings))
+            return SimpleNamespace(create_infer_request=object)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="2026.4", __spec__=object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(openvino, "thread_limit", lambda: 3)
+    with open_session(write_bundle(tmp_path / "b"), name="openvino", device=device) as session:
+        assert session.processor == processor
+    threads = {"INFERENCE_NUM_THREADS": 3} if processor == "cpu" else {}
+    assert asked == [(device, {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"} | threads)]
+    with pytest.raises(MissingError, match=r"no device 'GPU\.7' here"):
+        open_session(write_bundle(tmp_path / "c"), name="openvino", device="GPU.7")
 
 
 def test_an_artifact_that_is_no_graph_is_said_to_be_damaged(tmp_path: Path) -> None:
