@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from elastic_runtime import cache
 from elastic_runtime.budget import Budget
 from elastic_runtime.bundle import Bundle
 from elastic_runtime.cost import Costs, Point, Rates
 from elastic_runtime.denoiser import Denoiser, Guidance
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
+from elastic_runtime.files import atomic, cache
 from elastic_runtime.manifest import Manifest
 from elastic_runtime.policy import Choice
 from elastic_runtime.session import Session, candidates, open_artifact
@@ -248,6 +248,6 @@ def _sound(kept: Calibration) -> bool:
 def _store(found: Calibration | Chosen, prefix: str) -> None:
     path = _path(found.identity, prefix)
     try:
-        cache.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
+        atomic.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
     except OSError as error:
         _log.warning("%s cannot be written (%s): it is measured again next time", path, error.strerror or error)

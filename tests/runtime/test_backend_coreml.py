@@ -20,11 +20,11 @@ from elastic_runtime import (
     MissingError,
     Span,
     UsageError,
-    cache,
     open_session,
 )
 from elastic_runtime.backends import coreml
 from elastic_runtime.bundle import entry, write_manifest
+from elastic_runtime.files import cache
 from elastic_runtime.manifest import CoremlArtifact, CoremlCall, FileEntry, Graph, Manifest, Model, Provenance, TensorSpec
 from elastic_runtime.schedule import RectifiedFlow
 
