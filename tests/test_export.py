@@ -98,6 +98,29 @@ def test_a_full_disk_or_an_interruption_leaves_the_old_bundle_whole(
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
 
 
+def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(golden: Path, bundle_copy: Path) -> None:
+    mine = {"digits.png": b"picture", ".git/config": b"git", "onnx/notes.txt": b"notes"}
+    for name, content in mine.items():
+        (bundle_copy / name).parent.mkdir(exist_ok=True)
+        (bundle_copy / name).write_bytes(content)
+
+    def again(**changes: Any) -> Bundle:
+        made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+        return export(made, "onnx", options(**changes), bundle_copy, "again", overwrite=True)
+
+    again(opset=20)
+    bundle = again()
+    paths = [artifact.path for artifact in bundle.manifest.graphs["denoiser"].artifacts]
+    assert sorted(paths) == ["onnx-2/denoiser.onnx", "onnx/denoiser.opset20.onnx"]
+    with pytest.raises(BundleError, match=r"onnx-2/denoiser\.onnx exists: choose another"):
+        made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+        export(made, "onnx", options(), bundle_copy, "again")
+    every = {path.relative_to(bundle_copy).as_posix() for path in bundle_copy.rglob("*") if path.is_file()}
+    assert every == {"elastic.json", "reference.npz", *paths, *mine}
+    assert {name: (bundle_copy / name).read_bytes() for name in mine} == mine
+    Bundle.open(bundle_copy, hashes=True)
+
+
 def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture, tmp_path: Path) -> None:
     with np.errstate(all="ignore"):
         captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")

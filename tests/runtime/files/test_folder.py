@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -216,10 +217,12 @@ simple = st.lists(st.sampled_from(["a", "b", "onnx", "onnx-2", "B"]), min_size=1
 @given(
     mine=st.dictionaries(simple, st.binary(max_size=2), max_size=5), first=st.sets(simple, min_size=1), second=st.sets(simple, min_size=1)
 )
-def test_whatever_the_names_each_write_keeps_what_is_not_ours(
-    tmp_path_factory: pytest.TempPathFactory, mine: dict[str, bytes], first: set[str], second: set[str]
-) -> None:
-    folder = tmp_path_factory.mktemp("any")
+def test_whatever_the_names_each_write_keeps_what_is_not_ours(mine: dict[str, bytes], first: set[str], second: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _write_twice(Path(folder), mine, first, second)
+
+
+def _write_twice(folder: Path, mine: dict[str, bytes], first: set[str], second: set[str]) -> None:
     for names in (first, second):
         with writing(folder, overwrite=True) as draft:
             artifacts = []

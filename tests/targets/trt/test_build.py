@@ -261,16 +261,6 @@ def test_an_engine_is_replaced_only_when_asked(room: ModuleType, tiny: Tiny) -> 
     assert len(engines(add_engines(made, options, overwrite=True))) == 1
 
 
-def test_a_copy_elsewhere_leaves_the_bundle_as_it_was(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
-    bundle = add_one(tiny)
-    before = contents(bundle.folder)
-    made = add_engines(bundle, room.TrtOptions(sms=(89,)), output=tmp_path / "copy")
-    assert contents(bundle.folder) == before
-    assert len(engines(made)) == 1
-    with pytest.raises(BundleError, match="holds another bundle"):
-        add_engines(bundle, room.TrtOptions(sms=(89,)), output=tmp_path / "copy")
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
