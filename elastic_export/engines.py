@@ -20,13 +20,13 @@ def add_engines(
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Bundle:
-    """Build engines for every graph of `bundle` into it, or into a copy at `output`; verify those that this machine can run.
+    """Build engines for every graph of `bundle` into it, or into a copy at `output`.
 
-    On any error, Ctrl-C included, the old bundle is whole.
+    Those that this machine can run are verified. On any error, Ctrl-C included, the old bundle is whole.
 
-    Raises: UsageError and its kinds for what cannot be built as asked, MissingError for an absent builder; BundleError where
-    an engine or the output exists and `overwrite` is not given, or another run writes there; VerificationError naming the budget
-    that failed.
+    Raises: UsageError and its kinds for what cannot be built as asked, MissingError for an absent builder; BundleError
+    where an engine or the output exists and `overwrite` is not given, or another run writes there; VerificationError
+    naming the budget that failed.
     """
     room = load("trt")
     folder = output or bundle.folder

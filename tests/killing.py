@@ -1,4 +1,4 @@
-"""Run a write again and again, each time killed by SIGKILL at another moment, and tell what was left: see `test_kills.py`.
+"""Run a write again and again, each time killed by SIGKILL at another moment, and say what was left: see test_kills.py.
 
 usage: killing.py OLD WORK: OLD is a bundle, WORK an empty folder
 """

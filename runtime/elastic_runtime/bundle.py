@@ -24,8 +24,8 @@ MANIFEST = "elastic.json"
 class Bundle:
     """An open bundle: its folder and its checked manifest.
 
-    `stage` is a folder whose files come before those of `folder`: what is being written and not there yet. `text` is the manifest as
-    it was read, by which a bundle that was replaced since is told.
+    `stage` is a folder whose files come before those of `folder`: what is being written and not there yet. `text` is
+    the manifest as it was read, by which a bundle that was replaced since is told.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, stage: Path | None = None, text: bytes | None = None):
@@ -87,7 +87,10 @@ class Bundle:
                 raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy or export it again.")
 
     def reference(self) -> dict[str, np.ndarray]:
-        """Arrays of the recorded reference run, `graph/feed/name` and `graph/budget/name` (see `elastic_runtime.reference`)."""
+        """Arrays of the recorded reference run, named as in `elastic_runtime.reference`.
+
+        Raises: BundleError where there is none, or it is damaged, or cannot be read.
+        """
         if self.manifest.reference is None:
             raise BundleError(f"{self.folder} holds no reference outputs: export it again")
         path = self.file(self.manifest.reference.path)

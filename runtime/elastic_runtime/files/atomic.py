@@ -15,9 +15,10 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def create(folder: Path, prefix: str) -> tuple[int, Path]:
-    """A new file under a name that nobody can foresee, open for writing: what stands there, a link included, is never opened.
+    """A new file under a name that nobody can foresee, open for writing.
 
-    Unlike `tempfile`'s, which only its owner may read, it has the rights that files get here: it is what others will read.
+    What stands under the name, a link included, is never opened. Unlike `tempfile`'s, which only its owner may read,
+    the file has the rights that files get here: it is what others will read.
 
     Raises: OSError where the folder cannot be written.
     """
@@ -29,10 +30,10 @@ def create(folder: Path, prefix: str) -> tuple[int, Path]:
 
 @contextlib.contextmanager
 def replacing(path: Path, beside: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a stream whose content takes the place of `path` in one step when the block ends; on any error nothing has changed.
+    """Yield a stream whose content takes the place of `path` in one step when the block ends.
 
-    Until then it lies under another name in `path`'s folder, or in `beside` on the same file system. A link at `path` is replaced,
-    what it points to is not.
+    On any error nothing has changed. Until then it lies under another name in `path`'s folder, or in `beside` on the
+    same file system. A link at `path` is replaced, what it points to is not.
 
     Raises: OSError where it cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The user's cache folder. Files in it are written by `atomic.write`: the last writer wins, and no reader sees half of one."""
+"""The user's cache folder. `atomic` writes its files: the last writer wins, and no reader sees half of one."""
 
 import os
 import sys

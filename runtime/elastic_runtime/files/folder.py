@@ -1,9 +1,9 @@
 """Write a bundle in its folder as one transaction: a kill at any moment leaves the old bundle or the new one.
 
-New files are made in a partial folder inside the bundle's, which may be a mount, and move to names that nothing has. The manifest
-then takes the old one's place in one step: this is the moment at which the new bundle is there. Last, the files go that the old
-manifest lists and the new one does not. A reader of the old manifest finds the old files until then, and never another's under their
-names. What no manifest lists is the user's and is never touched.
+New files are made in a partial folder inside the bundle's, which may be a mount, and move to names that nothing has.
+The manifest then takes the old one's place in one step: this is the moment at which the new bundle is there. Last, the
+files go that the old manifest lists and the new one does not. A reader of the old manifest finds the old files until
+then, and never another's under their names. What no manifest lists is the user's and is never touched.
 
     with writing(folder) as draft:
         ...  # make files in draft.stage
@@ -33,7 +33,7 @@ _NO_ROOM = 1 << 20
 
 @dataclass(frozen=True)
 class Standing:
-    """What stands in a folder that is to be written: its manifest as read, the bundle if it is whole, and the files that are ours."""
+    """What stands in a folder: its manifest as read, the bundle if it is whole, and the files that are ours."""
 
     text: bytes | None = None
     bundle: Bundle | None = None
@@ -84,8 +84,8 @@ class Draft:
 
         A file whose name is taken gets another one, and the manifest that is written says so.
 
-        Raises: BundleError where another run changed the manifest meanwhile, or the folder cannot be written. On any error the
-        folder is as it was.
+        Raises: BundleError where another run changed the manifest meanwhile, or the folder cannot be written. On any
+        error the folder is as it was.
         """
         made = {entry.path: entry for entry in manifest.files() if os.path.lexists(self.stage / entry.path)}
         draft = self.bundle(manifest)
@@ -110,7 +110,7 @@ class Draft:
                 if self._text() == text:
                     leftovers.discard(self.folder, replaced, kept=final.files())
                 else:
-                    moved = [entry for name, entry in zip(made, new, strict=True) if not os.path.lexists(self.stage / name)]
+                    moved = [entry for name, entry in zip(made, new, strict=True) if not (self.stage / name).exists()]
                     leftovers.discard(self.folder, moved, kept=self.standing.files)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
@@ -148,10 +148,13 @@ class Draft:
 
 @contextlib.contextmanager
 def writing(folder: Path, overwrite: bool = False) -> Iterator[Draft]:
-    """Yield a draft of the bundle in `folder`, which nobody else can write meanwhile; without a commit nothing has changed.
+    """Yield a draft of the bundle in `folder`, which nobody else can write meanwhile.
 
-    Raises: BundleError where another run writes there, something stands there that may not be replaced (see `standing`), the place
-    cannot be written, or the disk is full; whatever the block raises. In each case `folder` is as it was.
+    Without a commit nothing has changed.
+
+    Raises: BundleError where another run writes there, something stands there that may not be replaced (see
+    `standing`), the place cannot be written, or the disk is full; whatever the block raises. In each case `folder` is
+    as it was.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -175,7 +178,8 @@ def writing(folder: Path, overwrite: bool = False) -> Iterator[Draft]:
 def standing(folder: Path, overwrite: bool) -> Standing:
     """What stands in `folder`, if it may be extended, or with `overwrite` replaced. Nothing is changed.
 
-    Raises: BundleError where something stands there that is not ours, or a bundle that is damaged and `overwrite` is not given.
+    Raises: BundleError where something stands there that is not ours, or a bundle that is damaged and `overwrite` is
+    not given.
     """
     with readable(folder):
         if not folder.exists():
@@ -200,12 +204,11 @@ def _ours(text: bytes, path: Path) -> dict[str, object]:
         content = msgspec.json.decode(text)
     except (ValueError, RecursionError):
         content = None
-    ours = isinstance(content, dict) and isinstance(content.get("model"), dict) and isinstance(content.get("graphs"), dict)
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if not ours or not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise BundleError(f"{path} is not a manifest that this version may replace; it is left alone. Choose another -o/--output.")
-    assert isinstance(content, dict)
-    return content
+    fields = (("schema_version", int), ("model", dict), ("graphs", dict))
+    known = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in fields)
+    if known and content["schema_version"] <= SCHEMA_VERSION:
+        return content
+    raise BundleError(f"{path} is not a manifest that this version may replace; it is left alone. Choose another -o/--output.")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What runs leave in a bundle's folder when they are killed, and how files are taken away: only those that are ours.
 
-A run works in a partial folder of its own, `.partial-<random>`: what it makes lies in `files`, and its journal lists the files that
-have no place in the bundle if it does not end well: those that it moves to their places, if the manifest does not come to list them;
-and those that the new manifest does not list any more.
+A run works in a partial folder of its own, `.partial-<random>`: what it makes lies in `files`, and its journal lists
+the files that have no place in the bundle if it does not end well: those that it moves to their places, if the manifest
+does not come to list them; and those that the new manifest does not list any more.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ JOURNAL = "elastic-export.journal"
 FILES = "files"
 # An empty disk that was just mounted has this.
 _SYSTEM = "lost+found"
+# ours(folder, entry): whether the file there is the one that the entry tells of
+Ours = Callable[[Path, FileEntry], bool]
 
 
 def begin(folder: Path) -> Path:
@@ -66,18 +68,17 @@ def empty(folder: Path) -> bool:
     ours |= {folder / lock.NAME, folder / _SYSTEM, *(partial for partial, _ in partials)}
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if Path(place, name) not in ours]
-        if any(Path(place, name) not in ours for name in files) or any(Path(place, name).is_symlink() for name in folders):
+        others = [Path(place, name) for name in files] + [path for name in folders if (path := Path(place, name)).is_symlink()]
+        if not ours.issuperset(others):
             return False
     return True
 
 
-def discard(
-    folder: Path, entries: Iterable[FileEntry], kept: Iterable[FileEntry], ours: Callable[[Path, FileEntry], bool] = lambda *_: True
-) -> bool:
+def discard(folder: Path, entries: Iterable[FileEntry], kept: Iterable[FileEntry], ours: Ours = lambda *_: True) -> bool:
     """Delete files of a bundle that are `ours`, and folders that are empty then; of a file that is a link, the link.
 
-    Never one of `kept` or the manifest, by whichever name it is listed; never through a link to another folder, never a folder that
-    holds anything. False where a file could not be deleted.
+    Never one of `kept` or the manifest, by whichever name it is listed; never through a link to another folder, never a
+    folder that holds anything. False where a file could not be deleted.
     """
     stays = set(_identities(folder, [MANIFEST, *(entry.path for entry in kept)]))
     whole = True
@@ -107,13 +108,15 @@ def _partials(folder: Path) -> list[tuple[Path, list[FileEntry]]]:
 def _journal(partial: Path) -> list[FileEntry] | None:
     """What a partial folder's journal lists; None where the folder is not ours."""
     path = partial / JOURNAL
-    if partial.is_symlink() or not partial.is_dir():
-        return None
-    if path.is_symlink() or not path.is_file():
-        return None if any(partial.iterdir()) else []  # a run that was killed before it could make its journal
     try:
+        if partial.is_symlink() or not partial.is_dir():
+            return None
+        if path.is_symlink() or not path.is_file():
+            return None if any(partial.iterdir()) else []  # a run that was killed before it could make its journal
         return list(records(msgspec.json.decode(path.read_bytes())))
-    except ValueError:  # it is still empty: nothing was moved
+    except OSError:  # another user's, of which nothing is to be seen
+        return None
+    except (ValueError, RecursionError):  # it is still empty: nothing was moved
         return []
 
 
@@ -126,7 +129,8 @@ def _is_as_noted(folder: Path, entry: FileEntry) -> bool:
 
 def _in_real_folders(folder: Path, name: str) -> bool:
     """Whether no link stands in for a folder on the way to a file."""
-    return not any((folder / above).is_symlink() for above in list(Path(name).parents)[:-1])  # the last is the bundle's own
+    above = list(Path(name).parents)[:-1]  # the last is the bundle's own
+    return not any((folder / each).is_symlink() for each in above)
 
 
 def _identities(folder: Path, names: Iterable[str]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """A folder's lock: one writer at a time, whichever process, container or host it runs in.
 
-It is the system's lock on a file in the folder. The system gives it back when its holder dies, however it dies, so that no process
-number has to tell who is alive.
+It is the system's lock on a file in the folder. The system gives it back when its holder dies, however it dies, so that
+no process number has to tell who is alive.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Names of a bundle's files: which ones lie inside it, and which others a new file takes where its own stands already."""
+"""Names of a bundle's files: which ones lie inside it, and which others a file takes where its own stands already."""
 
 import itertools
 import re
@@ -13,9 +13,10 @@ _NUMBER = re.compile(r"-\d+$")
 
 
 def inside(name: str) -> bool:
-    """Whether a listed name stays in its folder on every system, read as text: what is a link there is the owner's business.
+    """Whether a listed name stays in its folder on every system.
 
-    Model hubs keep their files as links into a store of their own.
+    It is read as text: what is a link there is the owner's business, and model hubs keep their files as links into a
+    store of their own.
     """
     pure = PurePosixPath(name)
     elsewhere = pure.is_absolute() or ".." in pure.parts or bool(PureWindowsPath(name).drive)
@@ -36,7 +37,7 @@ def variants(name: str) -> Iterator[str]:
 
 
 def free(folder: Path, name: str) -> bool:
-    """Whether a new file can take this name: nothing stands there, and no link or file stands in for one of its folders."""
+    """Whether a new file can take this name: nothing stands there, and no link or file in its folders' place."""
     parts = PurePosixPath(name).parts
     path = folder
     for part in parts[:-1]:
@@ -59,7 +60,7 @@ def artifacts(manifest: Manifest) -> Iterator[Artifact]:
 
 
 def renamed(manifest: Manifest, new: Mapping[str, str], staged: Mapping[str, str]) -> Manifest:
-    """The manifest after its files moved: `new` has the name of each that moves, `staged` the SHA-256 it has under the old name.
+    """The manifest after its files moved: `new` has the name of each that moves, `staged` the SHA-256 by its old name.
 
     An engine's `source` follows only the very file that it was built from.
     """
@@ -77,9 +78,9 @@ def renamed(manifest: Manifest, new: Mapping[str, str], staged: Mapping[str, str
             changes["source"] = new[each.source]
         return msgspec.structs.replace(each, **changes)
 
-    graphs = {
-        name: msgspec.structs.replace(graph, artifacts=tuple(map(artifact, graph.artifacts))) for name, graph in manifest.graphs.items()
-    }
+    graphs = dict(manifest.graphs)
+    for name, graph in graphs.items():
+        graphs[name] = msgspec.structs.replace(graph, artifacts=tuple(map(artifact, graph.artifacts)))
     text = manifest.model.text
     if text:
         encoders = tuple(msgspec.structs.replace(each, tokenizer=file(each.tokenizer)) for each in text.encoders)
@@ -94,7 +95,8 @@ def renamed(manifest: Manifest, new: Mapping[str, str], staged: Mapping[str, str
 
 def moving(manifest: Manifest) -> list[set[str]]:
     """Names that move together: those of an artifact, and of all that share a file; every other file by itself."""
-    made = [{file.path for file in each.files} for each in artifacts(manifest)] + [{file.path} for file in manifest.files()]
+    made = [{file.path for file in each.files} for each in artifacts(manifest)]
+    made += [{file.path} for file in manifest.files()]
     groups: list[set[str]] = []
     for names in made:
         joined = names.union(*(other for other in groups if names & other))
@@ -103,7 +105,7 @@ def moving(manifest: Manifest) -> list[set[str]]:
 
 
 def records(content: object) -> Iterator[FileEntry]:
-    """Every file that a manifest of any version lists: each {path, bytes, sha256} in its JSON whose name lies inside the folder."""
+    """Every file that a manifest of any version lists: each {path, bytes, sha256} in its JSON with a name `inside`."""
     rest = [content]
     while rest:
         each = rest.pop()

@@ -1,4 +1,4 @@
-"""A run that is killed, at whichever moment, leaves the old bundle or the new one; the next run clears up. Another run is refused."""
+"""A run that is killed leaves the old bundle or the new one, and the next run clears up; another run is refused."""
 
 import json
 import os
