@@ -20,7 +20,6 @@ from elastic_runtime import (
     MissingError,
     Span,
     UsageError,
-    cache,
     open_session,
 )
 from elastic_runtime.contract.bundle import entry, write_manifest
@@ -36,6 +35,7 @@ from elastic_runtime.contract.manifest import (
     TensorSpec,
 )
 from elastic_runtime.contract.schedule import RectifiedFlow
+from elastic_runtime.files import cache
 from elastic_runtime.sessions import coreml
 
 PACKAGE = "coreml/denoiser.mlpackage"
