@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from elastic_runtime import Axis, FakeSession, Span
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, entry
 from elastic_runtime.contract.manifest import (
     SCHEMA_VERSION,
     Artifact,
@@ -100,3 +100,8 @@ def session(field: Field, channels: int = CHANNELS, batch: Span = Span(1, 4)) ->
         return {"prediction": np.broadcast_to(value, feeds["sample"].shape).astype(np.float32)}
 
     return FakeSession(denoiser_graph(channels, batch), run)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `elastic.json` beside files that are there already."""
+    (folder / MANIFEST).write_bytes(encode(manifest))

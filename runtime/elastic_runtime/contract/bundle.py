@@ -8,15 +8,13 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import msgspec
 import numpy as np
 
 from elastic_runtime.contract.manifest import FileEntry, Manifest, decode
 from elastic_runtime.errors import BundleError
-from elastic_runtime.files import atomic
-from elastic_runtime.files.names import inside
 
 MANIFEST = "elastic.json"
 
@@ -153,6 +151,17 @@ def _missing(path: Path) -> BundleError:
     return BundleError(f"{path} is missing: the bundle is incomplete. Copy it again, or export it again.")
 
 
+def inside(name: str) -> bool:
+    """Whether a listed name stays in its folder on every system.
+
+    It is read as text: what is a link there is the owner's business, and model hubs keep their files as links into a
+    store of their own.
+    """
+    pure = PurePosixPath(name)
+    elsewhere = pure.is_absolute() or ".." in pure.parts or bool(PureWindowsPath(name).drive)
+    return bool(pure.parts) and not elsewhere and not {"\\", "\0"} & set(name)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
@@ -170,8 +179,3 @@ def encode(manifest: Manifest) -> bytes:
     if decode(text, MANIFEST) != manifest:
         raise BundleError("the manifest does not survive its own format; this is a bug, please report it")
     return text + b"\n"
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `elastic.json` in one step, beside files that are there already."""
-    atomic.write(folder / MANIFEST, encode(manifest))

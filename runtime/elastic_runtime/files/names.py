@@ -1,26 +1,16 @@
-"""Names of a bundle's files: which ones lie inside it, and which others a file takes where its own stands already."""
+"""Names of a bundle's files: which others a file takes where its own stands already, and a manifest after its files moved."""
 
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from elastic_runtime.contract.bundle import inside
 from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, FileEntry, Manifest, TrtArtifact
 
 _NUMBER = re.compile(r"-\d+$")
-
-
-def inside(name: str) -> bool:
-    """Whether a listed name stays in its folder on every system.
-
-    It is read as text: what is a link there is the owner's business, and model hubs keep their files as links into a
-    store of their own.
-    """
-    pure = PurePosixPath(name)
-    elsewhere = pure.is_absolute() or ".." in pure.parts or bool(PureWindowsPath(name).drive)
-    return bool(pure.parts) and not elsewhere and not {"\\", "\0"} & set(name)
 
 
 def variants(name: str) -> Iterator[str]:

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fakes import manifest, write_bundle
+from fakes import manifest, write_bundle, write_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
-from elastic_runtime.contract.bundle import MANIFEST, entry, write_manifest
+from elastic_runtime.contract.bundle import MANIFEST, entry
 from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, FileEntry, OnnxArtifact, Quality, decode
 from elastic_runtime.files.folder import writing
 from elastic_runtime.ralu.plan import PRESETS

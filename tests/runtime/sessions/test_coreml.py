@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import write_manifest
 
 from elastic_runtime import (
     Axis,
@@ -22,7 +23,7 @@ from elastic_runtime import (
     UsageError,
     open_session,
 )
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import (
     SCHEMA_VERSION,
     CoremlArtifact,

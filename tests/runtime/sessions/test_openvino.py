@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from fakes import manifest, write_bundle
+from fakes import manifest, write_bundle, write_manifest
 
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.sessions.checking import check
