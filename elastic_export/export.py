@@ -1,4 +1,4 @@
-"""Capture -> lower -> verify -> manifest, in a folder that takes the bundle's place only when all of it succeeded."""
+"""Capture -> lower -> verify -> manifest, in a draft that becomes the bundle only when all of it succeeded."""
 
 import datetime
 import gc
@@ -15,11 +15,11 @@ import numpy as np
 import elastic_targets
 from elastic_export.verify import OnRow, record, require, verify_artifact
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.contract.bundle import MANIFEST, Bundle, entry, write_manifest, writing
+from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Graph, Manifest, Provenance
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError
-from elastic_runtime.swap import recover
+from elastic_runtime.files.folder import Draft, writing
 
 if TYPE_CHECKING:
     from elastic_export.capture.capture import Capture
@@ -50,55 +50,49 @@ def export(
 
     Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
     """
+    with writing(output, overwrite) as draft:
+        return export_into(draft, capture, target, options, command, overwrite, on_stage, on_row)
+
+
+def export_into(
+    draft: Draft,
+    capture: "Capture",
+    target: str,
+    options: Any,
+    command: str,
+    overwrite: bool = False,
+    on_stage: OnStage = silent,
+    on_row: OnRow = silent,
+) -> Bundle:
+    """What `export` does, for a caller who holds the folder already."""
     room = elastic_targets.load(target)
-    old, manifest = prepare(capture, room, options, output, command, overwrite)
-    with writing(output, extend=old) as stage:
-        arrays = old.reference() if old and old.manifest.reference else {}
-        for path, content in capture.files.items():
-            if not (stage / path).exists():  # else it came with the old bundle
-                (stage / path).parent.mkdir(parents=True, exist_ok=True)
-                (stage / path).write_bytes(content)
-        while capture.graphs:
-            on_stage(f"running the original {capture.graphs[0].name}")
-            graph = capture.graphs.pop(0).loaded()  # one in memory at a time
-            arrays |= _reference(graph, room, options, arrays)
-            _save(stage / REFERENCE, arrays)
-            manifest = msgspec.structs.replace(manifest, reference=entry(stage, stage / REFERENCE))
-            on_stage(f"lowering {graph.name} to {target}")
-            _unlink(stage, manifest.graphs[graph.name], room.path(graph.name, options))
-            artifact = room.lower(graph, options, stage)
-            room.ensures(graph, artifact, stage)
-            manifest = manifest.joined(graph.name, [artifact])
-            name = graph.name
-            del graph  # the original's weights are no longer needed,
-            gc.collect()  # and the exporter leaves them in reference cycles
-            on_stage(f"verifying {name}")
-            artifact = verify_artifact(Bundle(stage, manifest), name, artifact, on_row=on_row)
-            require(name, artifact)
-            manifest = manifest.joined(name, [artifact])
-        write_manifest(stage, manifest)
-        on_stage("writing the bundle")
-    return Bundle.open(output)
-
-
-def destination(output: Path, overwrite: bool) -> Bundle | None:
-    """The bundle at `output`, if there is one.
-
-    Raises: BundleError where something that is not a bundle stands there: it is never replaced, whatever the flags.
-    """
-    recover(output)
-    if not output.exists():
-        return None
-    if output.is_dir() and not any(output.iterdir()):
-        return None
-    if not (output / MANIFEST).is_file():
-        raise BundleError(f"{output} exists and is not a bundle; it is left alone. Choose another -o/--output.")
-    try:
-        return Bundle.open(output, hashes=True)  # damage must not be carried into the extended bundle
-    except BundleError:
-        if overwrite:
-            return None
-        raise
+    old, manifest = prepare(capture, room, options, draft.old, command, overwrite)
+    arrays = old.reference() if old and old.manifest.reference else {}
+    for path, content in ({} if old else capture.files).items():  # the old bundle has them
+        (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
+        (draft.stage / path).write_bytes(content)
+    while capture.graphs:
+        on_stage(f"running the original {capture.graphs[0].name}")
+        graph = capture.graphs.pop(0).loaded()  # one in memory at a time
+        if new := _reference(graph, room, options, arrays):
+            arrays |= new
+            reference = draft.stage / REFERENCE
+            with reference.open("wb") as stream:
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
+            manifest = msgspec.structs.replace(manifest, reference=entry(draft.stage, reference))
+        on_stage(f"lowering {graph.name} to {target}")
+        artifact = room.lower(graph, options, draft.stage)
+        room.ensures(graph, artifact, draft.stage)
+        manifest = manifest.joined(graph.name, [artifact])
+        name = graph.name
+        del graph  # the original's weights are no longer needed,
+        gc.collect()  # and the exporter leaves them in reference cycles
+        on_stage(f"verifying {name}")
+        artifact = verify_artifact(draft.bundle(manifest), name, artifact, on_row=on_row)
+        require(name, artifact)
+        manifest = manifest.joined(name, [artifact])
+    on_stage("writing the bundle")
+    return draft.commit(manifest)
 
 
 def versions() -> dict[str, str]:
@@ -135,21 +129,21 @@ def _manifest(capture: "Capture", command: str) -> Manifest:
 
 
 def prepare(
-    capture: "Capture", room: ModuleType, options: Any, output: Path, command: str, overwrite: bool
+    capture: "Capture", room: ModuleType, options: Any, old: Bundle | None, command: str, overwrite: bool
 ) -> tuple[Bundle | None, Manifest]:
-    """The bundle at `output` that the export will extend (None: it makes a new one), and the manifest to go on with.
+    """The bundle that the export will extend (`old`, or None: it makes a new one), and the manifest to go on with.
 
     Raises: what `export` raises before it lowers anything.
     """
     for graph in capture.graphs:
         room.requires(graph, options)
-    old = destination(output, overwrite)
     manifest = _manifest(capture, command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
-        _refuse_clobber(old, room, capture.graphs, options, overwrite)
+        if not overwrite:
+            _refuse_clobber(old, room, capture.graphs, options)
         return old, msgspec.structs.replace(old.manifest, quality=manifest.quality)
     if old and not overwrite:
-        raise BundleError(f"{output} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
+        raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
     return None, manifest
 
 
@@ -171,13 +165,11 @@ def _spans(dimensions: dict[str, Span] | None) -> str | None:
     return None if dimensions is None else ", ".join(f"{name} {span}" for name, span in dimensions.items())
 
 
-def _refuse_clobber(old: Bundle, room: ModuleType, graphs: "list[GraphCapture]", options: Any, overwrite: bool) -> None:
-    if overwrite:
-        return
+def _refuse_clobber(old: Bundle, room: ModuleType, graphs: "list[GraphCapture]", options: Any) -> None:
     for graph in graphs:
-        path = room.path(graph.name, options)
-        if any(artifact.path == path for artifact in old.manifest.graphs[graph.name].artifacts):
-            raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
+        for artifact in old.manifest.graphs[graph.name].artifacts:
+            if artifact.slot == room.path(graph.name, options):
+                raise BundleError(f"{old.folder / artifact.path} exists: choose another -o/--output, or replace it with --overwrite")
 
 
 def _reference(graph: "GraphCapture", room: ModuleType, options: Any, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -187,17 +179,3 @@ def _reference(graph: "GraphCapture", room: ModuleType, options: Any, known: dic
     wanted = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
     missing = [budget for budget in wanted if budget not in unpack(graph.name, known)[1]]
     return record(graph, missing) if missing else {}
-
-
-def _unlink(stage: Path, graph: Graph, path: str) -> None:
-    """Take a replaced artifact's files out of the new folder; they may be hard links to the old bundle's, never to be written to."""
-    for artifact in graph.artifacts:
-        if artifact.path == path:
-            for file in artifact.files:
-                (stage / file.path).unlink()
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.unlink(missing_ok=True)  # it may be a hard link to the old bundle's file
-    with path.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]

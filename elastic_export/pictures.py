@@ -1,8 +1,7 @@
 """Pictures in a row or a captioned grid, written whole or not at all; pictures with the tokens that a router kept."""
 
-import contextlib
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from elastic_runtime.errors import UsageError
+from elastic_runtime.files import atomic
 from elastic_runtime.pipeline import ElasticPipeline
 
 KEPT = (255, 140, 0)
@@ -74,28 +74,16 @@ def grid(
 
 
 def refuse_clobber(path: Path, overwrite: bool, option: str = "-o/--output") -> None:
-    """Raise UsageError where a picture cannot go to `path`."""
+    """Raise UsageError where a picture cannot go to `path`: drawing takes a while, and a refusal should not wait for its end."""
     if path.suffix.lower() != ".png":
         raise UsageError(f"pictures are written as .png, got {path.name!r}")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists: choose another {option}, or replace it with --overwrite")
-    # Drawing takes a while: a place that cannot be written should not wait for its end.
-    above = next(each for each in path.absolute().parents if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}; choose another {option}")
+    atomic.refuse_clobber(path, overwrite, option)
 
 
 def save(picture: Image.Image, path: Path, facts: str = "") -> None:
-    """Write a PNG with `facts` in its metadata, under a temporary name until it is whole."""
+    """Write a PNG with `facts` in its metadata, whole or not at all; raise UsageError where that is not possible."""
     information = PngInfo()
     information.add_text("elastic-export", facts)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(part, format="PNG", pnginfo=information)
-        part.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # there may be no such folder
-            part.unlink(missing_ok=True)
+    content = io.BytesIO()
+    picture.save(content, format="PNG", pnginfo=information)
+    atomic.save(path, content.getvalue())

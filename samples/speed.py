@@ -11,11 +11,12 @@ from pathlib import Path
 
 from card import filled
 from elastic_bench.figures import figures, method
-from elastic_bench.files import read, write
+from elastic_bench.files import read
 from elastic_bench.plots import latency_plot
 from elastic_bench.records import BundleReport, Report
 from elastic_bench.svg import captioned
 from elastic_runtime import ElasticError
+from elastic_runtime.files.atomic import save
 
 NAME = "speed"
 
@@ -62,11 +63,11 @@ def main(given: argparse.Namespace) -> None:
         if given.check and new != page:
             raise SystemExit(f"{path} does not say what {given.report} says: run samples/speed.py {given.report} {path}")
         if not given.check:
-            write(path, new.encode())
+            save(path, new.encode())
     if given.plot:
         timed = [bundle for bundle in report.bundles if any(runtime.rows for runtime in bundle.runtimes)]
         plots = [(f"{bundle.model}: ms a step", latency_plot(bundle, report.settings)) for bundle in timed]
-        write(given.plot, captioned([(title, plot.svg, plot.legend) for title, plot in plots]).encode())
+        save(given.plot, captioned([(title, plot.svg, plot.legend) for title, plot in plots]).encode())
 
 
 def options() -> argparse.ArgumentParser:

@@ -20,9 +20,9 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 import elastic_targets
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets
 from elastic_export.capture.zoo import Request, load
-from elastic_export.export import destination, export
+from elastic_export.export import export
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
-from elastic_runtime.contract.bundle import write_manifest, writing
+from elastic_runtime.files.folder import writing
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def options(**changes: Any) -> Any:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What lies in a bundle's folder, without what a killed run left there."""
+    every = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content for name, content in every.items() if not name.startswith(".")}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL, which only POSIX has")
@@ -47,6 +49,7 @@ from elastic_export.cli import main
 import elastic_targets
 room = elastic_targets.load('onnx')
 def lower(graph, options, folder):
+    (folder / 'onnx').mkdir()
     (folder / 'onnx' / 'denoiser.opset20.onnx').write_bytes(b'half')
     os.kill(os.getpid(), signal.SIGKILL)
 room.lower = lower
@@ -68,11 +71,12 @@ main(sys.argv[1:])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert files(bundle_copy) == before
     assert Bundle.open(bundle_copy, hashes=True)
-    assert len(list(bundle_copy.parent.iterdir())) == 2, "the killed run left its unfinished folder"
-    old = Bundle.open(bundle_copy)
-    with writing(bundle_copy, extend=old) as stage:
-        write_manifest(stage, old.manifest)
-    assert Bundle.open(bundle_copy, hashes=True).manifest == old.manifest
+    assert list(bundle_copy.glob(".partial-*")), "the killed run left its unfinished folder"
+    with writing(bundle_copy) as draft:
+        assert draft.old is not None
+        draft.commit(draft.old.manifest)
+    assert files(bundle_copy) == before
+    assert not list(bundle_copy.glob(".*"))
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
 
 
@@ -94,19 +98,35 @@ def test_a_full_disk_or_an_interruption_leaves_the_old_bundle_whole(
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
 
 
+def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(golden: Path, bundle_copy: Path) -> None:
+    mine = {"digits.png": b"picture", ".git/config": b"git", "onnx/notes.txt": b"notes"}
+    for name, content in mine.items():
+        (bundle_copy / name).parent.mkdir(exist_ok=True)
+        (bundle_copy / name).write_bytes(content)
+
+    def again(**changes: Any) -> Bundle:
+        made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+        return export(made, "onnx", options(**changes), bundle_copy, "again", overwrite=True)
+
+    again(opset=20)
+    bundle = again()
+    paths = [artifact.path for artifact in bundle.manifest.graphs["denoiser"].artifacts]
+    assert sorted(paths) == ["onnx-2/denoiser.onnx", "onnx/denoiser.opset20.onnx"]
+    with pytest.raises(BundleError, match=r"onnx-2/denoiser\.onnx exists: choose another"):
+        made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+        export(made, "onnx", options(), bundle_copy, "again")
+    every = {path.relative_to(bundle_copy).as_posix() for path in bundle_copy.rglob("*") if path.is_file()}
+    assert every == {"elastic.json", "reference.npz", *paths, *mine}
+    assert {name: (bundle_copy / name).read_bytes() for name in mine} == mine
+    Bundle.open(bundle_copy, hashes=True)
+
+
 def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture, tmp_path: Path) -> None:
     with np.errstate(all="ignore"):
         captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")
     with pytest.raises(VerificationError, match="fails at latents=4: values that are not finite"):
         export(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_bundle_put_aside_by_a_killed_write_is_joined_and_not_lost(captured: Capture, bundle_copy: Path) -> None:
-    bundle_copy.rename(bundle_copy.with_name(".bundle.partial-4194999.old"))
-    assert destination(bundle_copy, overwrite=False) is not None
-    with pytest.raises(BundleError, match=r"denoiser\.onnx exists"):
-        export(captured, "onnx", options(), bundle_copy, "again")
 
 
 def test_the_manifest_tells_cost_shapes_and_origin(golden_bundle: Callable[[str], Bundle]) -> None:

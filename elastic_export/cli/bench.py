@@ -83,10 +83,11 @@ def bench(
         return
     if not bundles:
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
-    from elastic_bench.files import refuse_clobber, write
+
     from elastic_bench.records import Settings, encode
     from elastic_export.bench.run import NAMES
     from elastic_export.bench.run import bench as run
+    from elastic_runtime.files.atomic import refuse_clobber, save
 
     if html:
         from elastic_bench.page import page, require
@@ -94,7 +95,7 @@ def bench(
         require()  # a missing package should not wait for the measurement to end
     for path in (json, html):
         if path:
-            refuse_clobber(path, overwrite)
+            refuse_clobber(path, overwrite, "name")
     settings = Settings(
         batch=batch, steps=steps, duration=duration, guidance=guidance, threads=threads or usable_cores(), quality=quality,
         single_stream=single_stream,
@@ -104,9 +105,9 @@ def bench(
     with show.stages(quiet) as on_stage:
         report, albums = run(bundles, names, values, settings, options.command_line(), checkpoint, on_stage)
     if json:
-        write(json, encode(report))
+        save(json, encode(report))
     if html:
-        write(html, page(report, albums).encode())
+        save(html, page(report, albums).encode())
     shown.benchmark(report)
     every = [runtime for bundle in report.bundles for runtime in bundle.runtimes]
     if wrong := [runtime for runtime in every if runtime.failure]:

@@ -88,7 +88,7 @@ def generate(
     """
     import warnings
 
-    from elastic_export.cli import wish
+    from elastic_export.cli import drawing
     from elastic_export.pictures import KeptTokens, grid, refuse_clobber, save
     from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.errors import UsageError
@@ -102,7 +102,7 @@ def generate(
     opened = Bundle.open(bundle)
     if show_tokens and all(spec.name != "probability" for spec in opened.manifest.graphs["denoiser"].outputs):
         raise UsageError(f"{bundle} keeps every token, or does not tell which: --show-tokens is for models with a router")
-    given = wish.Wish(
+    given = drawing.DrawingOptions(
         classes=classes, prompt=prompt, negative_prompt=negative_prompt,
         budgets={"latents": latents, "loops": loops, "tokens": tokens},
         weak={"latents": guidance_latents, "loops": guidance_loops, "tokens": guidance_tokens},
@@ -110,13 +110,13 @@ def generate(
         guidance=guidance, true_cfg=true_cfg, interval=interval, autoguidance=autoguidance, sampler=sampler, temperature=temperature,
         seed=seed, height=height, width=width, plan=plan, cache=cache,
     )  # fmt: skip
-    asked = wish.read(request, given) if request else wish.request(opened, given)
+    asked = drawing.read(request, given) if request else drawing.request(opened, given)
     kept = KeptTokens(asked.num_inference_steps) if show_tokens else None
     with ElasticPipeline.from_pretrained(opened, backend) as pipe, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         with show.bar(quiet, "drawing", asked.num_inference_steps) as advance:
 
-            def after_step(_: ElasticPipeline, index: int, time: float, arrays: wish.Arrays) -> wish.Arrays:
+            def after_step(_: ElasticPipeline, index: int, time: float, arrays: drawing.Arrays) -> drawing.Arrays:
                 advance()
                 if kept:
                     kept.see(index, arrays)
@@ -127,14 +127,14 @@ def generate(
         measuring = pipe.gauge.spent
     for warning in warned:
         show.note(str(warning.message))
-    facts = wish.facts(opened, asked, result)
+    facts = drawing.facts(opened, asked, result)
     save(grid([result.images], least=1 if result.plan else 64), output, show.text(facts))  # along a plan of the size that was asked for
     if sheet and show_tokens:
         save(sheet, show_tokens, show.text(facts))
     if json:
         show.as_json("generate", {"output": str(output)} | facts)
     else:
-        for line in wish.lines(output, result, facts):
+        for line in drawing.lines(output, result, facts):
             show.line(line)
     if measuring > NOTICEABLE and not quiet:
         show.note(f"measuring this machine took {measuring:.1f} s; that is kept for the next time")

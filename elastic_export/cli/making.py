@@ -1,5 +1,6 @@
 """What all commands that export from torch do after reading their options."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,17 @@ def make(
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture.capture import capture, probe_budgets
     from elastic_export.capture.zoo import Request, load, locate, samples
-    from elastic_export.export import destination, export, prepare
+    from elastic_export.export import export_into, prepare
+    from elastic_runtime.files.folder import standing, writing
 
     room = elastic_targets.load(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    destination(output, overwrite)  # a refusal should not wait for the weights to load
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
-    with show.stages(quiet) as on_stage:
+    with contextlib.ExitStack() as stack:
+        # A refusal should not wait for the weights to load, and nobody else should come to write there meanwhile.
+        draft = None if dry_run else stack.enter_context(writing(output, overwrite))
+        old = draft.old if draft else standing(output, overwrite).bundle
+        on_stage = stack.enter_context(show.stages(quiet))
         on_stage(f"loading {model}")
         given = {name: span for name, span in spans.items() if span}
         if folder := locate(model):
@@ -71,10 +76,10 @@ def make(
                 raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")
             captured = capture(load(Request(model, checkpoint, config, random_weights, overrides)), given, batch, vae)
         bundle = None
-        if dry_run:
-            prepare(captured, room, room_options, output, command_line(), overwrite)
+        if draft:
+            bundle = export_into(draft, captured, target, room_options, command_line(), overwrite, on_stage)
         else:
-            bundle = export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+            prepare(captured, room, room_options, old, command_line(), overwrite)
     for note in captured.notes:
         show.note(note)
     if captured.ignored:

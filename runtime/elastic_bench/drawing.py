@@ -2,11 +2,11 @@
 budget."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec.structs import replace
 
+from elastic_bench.entry import Entry
 from elastic_bench.pareto import SAME, front
 from elastic_bench.records import Settings, Trial
 from elastic_bench.subject import Drawing
@@ -16,9 +16,6 @@ from elastic_runtime.contract.reference import compare
 from elastic_runtime.drawing.plans import takes
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import PRESETS
-
-if TYPE_CHECKING:
-    from elastic_bench.measure import Entry
 
 PICTURES = 4  # batches that each way draws, from noise of its own
 # pictures (N, H, W, C) by budget or plan, in words, from the same noise, drawn by the first runtime that can
@@ -46,7 +43,7 @@ def drawings(bundle: Bundle, budgets: Sequence[Budget], settings: Settings) -> l
     return ways
 
 
-def trials(entries: "list[Entry]", bundle: Bundle, ways: list[Drawing], settings: Settings) -> tuple[tuple[Trial, ...], Album]:
+def trials(entries: list[Entry], bundle: Bundle, ways: list[Drawing], settings: Settings) -> tuple[tuple[Trial, ...], Album]:
     """Draw in every way by every runtime that can; return trials where quality was asked for or there are plans, and
     the album of the plain ways.
 
@@ -108,12 +105,12 @@ def _plan(way: Drawing, bundle: Bundle) -> str | None:
     return None if bundle.manifest.model.patches is None else way.plan or f"full, {way.steps} steps"
 
 
-def _offers(entry: "Entry", way: Drawing, bundle: Bundle) -> bool:
+def _offers(entry: Entry, way: Drawing, bundle: Bundle) -> bool:
     needed = [way.budget, *([way.weak] if way.weak else []), *(plan_budgets(bundle, way.plan) if way.plan else ())]
     return entry.subject is not None and all(budget in entry.first for budget in needed)
 
 
-def _trial(entry: "Entry", way: Drawing, plan: str | None, drawn: np.ndarray, standard: np.ndarray) -> Trial:
+def _trial(entry: Entry, way: Drawing, plan: str | None, drawn: np.ndarray, standard: np.ndarray) -> Trial:
     found = compare(drawn, standard, way.budget, 0.0, entry.runtime.name)
     return Trial(
         runtime=entry.runtime.name,

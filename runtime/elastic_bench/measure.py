@@ -1,23 +1,22 @@
 """A bundle in several runtimes, in turns: opened, checked, timed, and only then told of."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from elastic_bench.drawing import Album, drawings, plan_budgets, trials
+from elastic_bench.entry import Entry
 from elastic_bench.pareto import recommend
 from elastic_bench.process import Process
 from elastic_bench.records import ROUNDS, BundleReport, Row, RuntimeReport, Settings, SingleStream
 from elastic_bench.runtimes import Runtime, sentence
 from elastic_bench.statistics import summarize
-from elastic_bench.subject import Drawing, Loaded, Turn
+from elastic_bench.subject import Drawing, Turn
 from elastic_runtime.choosing.cost import Work
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import compare
 from elastic_runtime.errors import BudgetError, ElasticError, MissingError, UsageError
 from elastic_runtime.ralu.plan import PRESETS
@@ -25,42 +24,6 @@ from elastic_runtime.ralu.plan import PRESETS
 QUERIES = 1024  # the least that MLPerf asks of a single stream
 LIMIT = 20  # times the duration of a row: the time limit of its single stream
 OnStage = Callable[[str], None]
-
-
-@dataclass
-class Entry:
-    """One runtime while it is measured. `subject` is None where it could not run or has failed."""
-
-    runtime: Runtime
-    subject: Any = None
-    missing: str | None = None
-    failure: str | None = None
-    loaded: Loaded | None = None
-    first: dict[Budget, tuple[float, dict[str, np.ndarray]]] = field(default_factory=dict)
-    checked: tuple[Verification, ...] = ()
-    agrees: dict[Budget, Verification] = field(default_factory=dict)
-    turns: dict[Budget, list[Turn]] = field(default_factory=dict)
-    drawn: dict[Drawing, list[float]] = field(default_factory=dict)
-    streams: dict[Budget, SingleStream] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    peak: int | None = None
-
-    def ask(self, method: str, *arguments: Any) -> Any:
-        """Call the subject; None if that fails, which ends its part."""
-        try:
-            return getattr(self.subject, method)(*arguments)
-        except ElasticError as error:
-            self.fail(sentence(error))
-            return None
-
-    def fail(self, why: str) -> None:
-        self.failure = why
-        self.close()
-
-    def close(self) -> None:
-        if self.subject is not None:
-            self.subject.close()
-            self.subject = None
 
 
 def points(bundle: Bundle, values: Sequence[int] | None = None) -> list[Budget]:

@@ -344,6 +344,6 @@ def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> R
     """The request that draws the same pictures again: with its seeds, and with what the policy chose."""
     changes: dict[str, Any] = {"seeds": drawing.seeds}
     if request.policy is not None:
-        plain = tuple(replace(choice, predicted=None, reason="") for choice in choices)
-        changes |= {"policy": Replay(plain), "guidance_budget": None}
+        first, *rest = (replace(choice, predicted=None, reason="") for choice in choices)
+        changes |= {"policy": Replay((first, *(replace(choice, plan=None) for choice in rest))), "guidance_budget": None}
     return replace(request, **changes)

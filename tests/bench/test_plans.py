@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bench_fakes import Clock, start
 from fake_flux import DECODER, FLUX, SCHNELL, decode, denoiser_graph, manifest
+from fakes import write_manifest
 
 from elastic_bench.drawing import Album, drawings
 from elastic_bench.figures import method
@@ -18,7 +19,7 @@ from elastic_bench.records import BundleReport, Settings
 from elastic_bench.runtimes import Opened
 from elastic_bench.subject import Drawing
 from elastic_runtime import Budget, BudgetError, FakeSession
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Cost, OnnxArtifact, Patches, Quality
 from elastic_runtime.contract.reference import cut, pack
 

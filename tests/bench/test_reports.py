@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_bench.compare import changes, other_machine
-from elastic_bench.files import read, refuse_clobber, write
+from elastic_bench.files import read
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
 from elastic_bench.records import Peaks, Report, Row, Settings, decode, encode
 from elastic_bench.statistics import summarize
 from elastic_runtime import UsageError
+from elastic_runtime.files.atomic import refuse_clobber, save
 
 SETTINGS = Settings(steps=2, duration=0.1, quality=True)
 
@@ -46,7 +47,7 @@ def timed(report: Report, factor: float, wobble: float = 0.0) -> Report:
 
 def test_a_report_reads_back_as_it_was_and_holds_every_sample(report: Report, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "report.json"
-    write(path, encode(report))
+    save(path, encode(report))
     assert read(path) == report
     plain = json.loads(path.read_text())
     rows = plain["bundles"][0]["runtimes"][0]["rows"]
@@ -89,7 +90,7 @@ def test_files_are_not_clobbered_and_absent_ones_are_named(tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"cannot read .*none\.json \(No such file or directory\): make it with"):
         read(tmp_path / "none.json")
     with pytest.raises(UsageError, match="cannot write"):
-        write(tmp_path / "x.json" / "y.json", b"")
+        save(tmp_path / "x.json" / "y.json", b"")
 
 
 def verdicts(old: Report, new: Report, tolerance: float) -> set[str]:

@@ -10,11 +10,11 @@ import pytest
 from conftest import Outcome
 from fake_flux import SCHNELL, Opener, manifest, to_zero
 from fake_prompts import flux as with_text
-from fakes import write_bundle
+from fakes import write_bundle, write_manifest
 from PIL import Image
 
 from elastic_runtime import Bundle, ElasticPipeline
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import Cost, Manifest
 
 Run = Callable[..., Outcome]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from conftest import Outcome
 from fake_router import LENGTH, answer, described
-from fakes import write_bundle
+from fakes import write_bundle, write_manifest
 from PIL import Image
 
 from elastic_export.pictures import highlighted
 from elastic_runtime import FakeSession
-from elastic_runtime.contract.bundle import Bundle, write_manifest
+from elastic_runtime.contract.bundle import Bundle
 
 Run = Callable[..., Outcome]
 

@@ -72,3 +72,17 @@ def test_what_cannot_be_done_is_one_sentence_and_its_exit_code(
     assert done.code == code
     assert said in " ".join(done.err.split())
     assert not (bundle_copy / "trt").exists()
+
+
+def test_a_bundle_that_another_run_writes_is_refused_at_once(run: Run, bundle_copy: Path) -> None:
+    """Whichever command holds it, and whichever comes."""
+    from elastic_runtime.files.folder import writing
+
+    with writing(bundle_copy):
+        before = (bundle_copy / "elastic.json").read_bytes()
+        for command in (("trt", bundle_copy, "--sm", "86"), ("onnx", "elit-mnist", "-o", bundle_copy, "--overwrite")):
+            done = run(*command, "-q")
+            assert done.code == 2, done.err
+            assert "is being written by another run; wait for it, or choose another -o/--output" in " ".join(done.err.split())
+        assert run("inspect", bundle_copy).code == 0
+    assert (bundle_copy / "elastic.json").read_bytes() == before

@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from fakes import LATENTS, denoiser_graph, manifest
+from fakes import LATENTS, denoiser_graph, manifest, write_manifest
 
 from elastic_bench.records import Settings
 from elastic_bench.runtimes import Opened
 from elastic_bench.subject import Subject
 from elastic_runtime import Budget, FakeSession, InferenceError, MissingError
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Cost, OnnxArtifact
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.device import Processor

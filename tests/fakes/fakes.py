@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from elastic_runtime import Axis, FakeSession, Span
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, entry
 from elastic_runtime.contract.manifest import (
     SCHEMA_VERSION,
     Artifact,
@@ -116,3 +116,8 @@ def answers_stay_with_their_thread(
 
     with ThreadPoolExecutor(threads) as pool:
         assert sum(pool.map(work, range(threads))) == 0
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `elastic.json` beside files that are there already."""
+    (folder / MANIFEST).write_bytes(encode(manifest))

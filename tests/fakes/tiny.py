@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import manifest
+from fakes import manifest, write_manifest
 
 from elastic_runtime import Bundle
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import OnnxArtifact
 
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from elastic_runtime import cache
 from elastic_runtime.choosing.cost import Costs, Point, Rates
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
@@ -29,6 +28,7 @@ from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.device import Device, peak
 from elastic_runtime.errors import ElasticError
+from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
 from elastic_runtime.sessions.opening import candidates, open_artifact
 from elastic_runtime.sessions.session import Session
@@ -309,6 +309,6 @@ def _sound(kept: Calibration) -> bool:
 def _store(found: Calibration | Chosen, prefix: str) -> None:
     path = _path(found.identity, prefix)
     try:
-        cache.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
+        atomic.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
     except OSError as error:
         _log.warning("%s cannot be written (%s): it is measured again next time", path, error.strerror or error)

@@ -8,6 +8,7 @@ records: they read and write as JSON in a request.
 from typing import Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from elastic_runtime.choosing.estimates import Outlook
 from elastic_runtime.choosing.option import Choice
@@ -70,7 +71,7 @@ class PerStep(Record, frozen=True, tag="per_step"):
 
 
 class Replay(Record, frozen=True, tag="replay"):
-    """What another policy chose, step by step, for drawing the same picture again."""
+    """What another policy chose, step by step, for drawing the same picture again; the first names the plan, if there is one."""
 
     choices: tuple[Choice, ...]
 
@@ -78,9 +79,9 @@ class Replay(Record, frozen=True, tag="replay"):
         if not self.choices:
             raise UsageError("a replay has a choice for each step, got none")
         for choice in self.choices:
-            outlook.check(choice)
+            outlook.check(replace(choice, plan=self.choices[0].plan))
 
     def next(self, state: None, index: int, seconds: float) -> tuple[Choice, None]:
         if index >= len(self.choices):
             raise UsageError(f"a replay has a choice for each step: it ends after {len(self.choices)}, and there is a step more")
-        return self.choices[index], None
+        return replace(self.choices[index], reason="as recorded"), None

@@ -1,33 +1,36 @@
 """The bundle: a folder with a manifest, `elastic.json`, and the artifacts that it lists.
 
-Opening checks the size of every file, and hashes on request. Writing happens in a folder beside the bundle that takes its place
-in one step when it is complete.
+Opening checks the size of every file, and hashes on request. Bundles are written by `elastic_runtime.files.folder`.
 """
 
 import contextlib
 import hashlib
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import msgspec
 import numpy as np
 
 from elastic_runtime.contract.manifest import FileEntry, Manifest, decode
 from elastic_runtime.errors import BundleError
-from elastic_runtime.swap import staging
 
 MANIFEST = "elastic.json"
 
 
 class Bundle:
-    """An open bundle: its folder and its checked manifest."""
+    """An open bundle: its folder and its checked manifest.
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    `stage` is a folder whose files come before those of `folder`: what is being written and not there yet. `text` is
+    the manifest as it was read, by which a bundle that was replaced since is told.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, stage: Path | None = None, text: bytes | None = None):
         self.folder = folder
         self.manifest = manifest
+        self.stage = stage
+        self.text = text
 
     def __repr__(self) -> str:
         return f"Bundle.open({str(self.folder)!r})"
@@ -36,49 +39,127 @@ class Bundle:
     def open(cls, folder: str | os.PathLike[str], hashes: bool = False) -> "Bundle":
         """Open a folder; check its manifest, its files' sizes and, on request, their SHA-256.
 
-        Raises: BundleError naming the field or file that is wrong.
+        A bundle that is replaced in the meantime is opened as the new one.
+
+        Raises: BundleError naming the field or file that is wrong, or cannot be read.
         """
         folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
-            what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
-            model = (folder / "model_index.json").is_file()
-            make = f"It is a diffusers folder: elastic-export onnx {folder} -o BUNDLE" if model else f"elastic-export onnx -o {folder}"
-            raise BundleError(f"{folder} is not a bundle: it {what}. {make if model else f'Make one with: {make}'}")
-        bundle = cls(folder, decode(path.read_bytes(), str(path)))
-        for entry in bundle.manifest.files():
-            bundle._check(entry, hashes)
-        return bundle
+        text = manifest_text(folder)
+        while True:
+            bundle = cls(folder, decode(text, str(folder / MANIFEST)), text=text)
+            try:
+                for entry in bundle.manifest.files():
+                    bundle.check(entry, hashes)
+            except BundleError:
+                before, text = text, manifest_text(folder)
+                if text == before:
+                    raise
+            else:
+                return bundle
 
     def file(self, relative: str) -> Path:
-        """Path of a listed file; a name that leaves the folder is refused."""
-        pure = PurePosixPath(relative)
-        path = self.folder / pure
-        odd = "\\" in relative or "\0" in relative
-        if odd or pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {relative!r}. Do not use this bundle.")
+        """Path of a listed file, or of a package's folder.
+
+        Raises: BundleError for a name that leaves the folder, and for a file that is not there any more.
+        """
+        path = self._place(relative)
+        if self._replaced(relative):
+            raise BundleError(f"{self.folder} was replaced since it was opened, and {relative} with it: open it again.")
+        if not path.exists():
+            raise _missing(path)
         return path
 
-    def _check(self, entry: FileEntry, hashes: bool) -> None:
-        path = self.file(entry.path)
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: the bundle is incomplete. Copy it again, or export it again.")
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise BundleError(f"{path} is damaged: {size} bytes where the manifest says {entry.bytes}. Copy or export it again.")
-        if hashes and sha256(path) != entry.sha256:
-            raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy or export it again.")
+    def check(self, entry: FileEntry, hashes: bool = False) -> None:
+        """Check a listed file's size and, on request, its SHA-256.
+
+        Raises: BundleError where it is missing, damaged, or cannot be read.
+        """
+        path = self._place(entry.path)
+        with readable(path):
+            if not path.is_file():
+                raise _missing(path)
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise BundleError(f"{path} is damaged: {size} bytes where the manifest says {entry.bytes}. Copy or export it again.")
+            if hashes and sha256(path) != entry.sha256:
+                raise BundleError(f"{path} is damaged: its SHA-256 is not the manifest's. Copy or export it again.")
 
     def reference(self) -> dict[str, np.ndarray]:
-        """Arrays of the recorded reference run, `graph/feed/name` and `graph/budget/name` (see `elastic_runtime.contract.reference`)."""
+        """Arrays of the recorded reference run, named as in `elastic_runtime.contract.reference`.
+
+        Raises: BundleError where there is none, or it is damaged, or cannot be read.
+        """
         if self.manifest.reference is None:
             raise BundleError(f"{self.folder} holds no reference outputs: export it again")
         path = self.file(self.manifest.reference.path)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with readable(path), np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path} is damaged: {error}. Copy or export it again.") from None
+
+    def _place(self, relative: str) -> Path:
+        if not inside(relative):
+            raise BundleError(f"{self.folder / MANIFEST} names a file outside the bundle: {relative!r}. Do not use this bundle.")
+        if self.stage and (self.stage / relative).exists():
+            return self.stage / relative
+        return self.folder / relative
+
+    def _replaced(self, relative: str) -> bool:
+        """Whether the manifest that lies there now lists other files under this name than the one that was opened."""
+        if self.text is None:
+            return False
+        try:
+            text = manifest_text(self.folder)
+            return text != self.text and not _listed(self.manifest, relative) <= _listed(decode(text, MANIFEST), relative)
+        except BundleError:  # one that is not to be read lists nothing
+            return True
+
+
+def manifest_text(folder: Path) -> bytes:
+    """The content of a bundle's manifest.
+
+    Raises: BundleError where the folder is no bundle, or its manifest cannot be read.
+    """
+    path = folder / MANIFEST
+    with readable(path):
+        if path.is_file():
+            return path.read_bytes()
+        what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
+        model = (folder / "model_index.json").is_file()
+    make = f"It is a diffusers folder: elastic-export onnx {folder} -o BUNDLE" if model else f"elastic-export onnx -o {folder}"
+    raise BundleError(f"{folder} is not a bundle: it {what}. {make if model else f'Make one with: {make}'}")
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise BundleError where the block cannot read `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # numpy's, of what it read
+            raise BundleError(f"{path} is damaged: {error}. Copy or export it again.") from None
+        raise BundleError(f"cannot read {path}: {error.strerror}. Give yourself the right to read it, or copy it again.") from error
+
+
+def _listed(manifest: Manifest, name: str) -> set[tuple[str, str]]:
+    """Path and SHA-256 of the file of that name, or of those in the folder of that name."""
+    return {(entry.path, entry.sha256) for entry in manifest.files() if f"{entry.path}/".startswith(f"{name}/")}
+
+
+def _missing(path: Path) -> BundleError:
+    return BundleError(f"{path} is missing: the bundle is incomplete. Copy it again, or export it again.")
+
+
+def inside(name: str) -> bool:
+    """Whether a listed name stays in its folder on every system.
+
+    It is read as text: what is a link there is the owner's business, and model hubs keep their files as links into a
+    store of their own.
+    """
+    pure = PurePosixPath(name)
+    elsewhere = pure.is_absolute() or ".." in pure.parts or bool(PureWindowsPath(name).drive)
+    return bool(pure.parts) and not elsewhere and not {"\\", "\0"} & set(name)
 
 
 def sha256(path: Path) -> str:
@@ -92,28 +173,9 @@ def entry(folder: Path, path: Path) -> FileEntry:
     return FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256(path))
 
 
-@contextlib.contextmanager
-def writing(folder: Path, extend: Bundle | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` (with `extend`'s files linked into it) that replaces it on success.
-
-    The caller writes the artifacts and, last, the manifest with `write_manifest`. On any error nothing of `folder`
-    has changed.
-    """
-    with staging(folder) as stage:
-        if extend:
-            for old in extend.manifest.files():
-                target = stage / old.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(extend.file(old.path), target)
-                except OSError:  # another file system, or one without hard links
-                    shutil.copy2(extend.file(old.path), target)
-        yield stage
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `elastic.json`, after checking that what was written reads back as the same manifest."""
+def encode(manifest: Manifest) -> bytes:
+    """The content of `elastic.json`, after checking that it reads back as the same manifest."""
     text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     if decode(text, MANIFEST) != manifest:
         raise BundleError("the manifest does not survive its own format; this is a bug, please report it")
-    (folder / MANIFEST).write_bytes(text + b"\n")
+    return text + b"\n"

@@ -3,6 +3,7 @@
 It is strict: a missing or unknown field is an error that names it, so a reader never guesses.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -84,6 +85,11 @@ class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
     def path(self) -> str:
         """The file that a backend opens; the others lie where it expects them."""
         return self.files[0].path
+
+    @property
+    def slot(self) -> str:
+        """The path without the number that its first folder got where the name stood already: what `path` takes the place of."""
+        return re.sub(r"^([^/]+)-\d+/", r"\1/", self.path)
 
     @property
     def target(self) -> str:
@@ -392,9 +398,9 @@ class Manifest(_Record, frozen=True, kw_only=True):
             yield self.reference
 
     def joined(self, graph: str, artifacts: Iterable[Artifact]) -> "Manifest":
-        """This manifest with `artifacts` added to a graph; one at the same path takes the old one's place."""
-        new = {artifact.path: artifact for artifact in artifacts}
-        kept = tuple(artifact for artifact in self.graphs[graph].artifacts if artifact.path not in new)
+        """This manifest with `artifacts` added to a graph; one in the same slot takes the old one's place."""
+        new = {artifact.slot: artifact for artifact in artifacts}
+        kept = tuple(artifact for artifact in self.graphs[graph].artifacts if artifact.slot not in new)
         whole = msgspec.structs.replace(self.graphs[graph], artifacts=(*kept, *new.values()))
         return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
 

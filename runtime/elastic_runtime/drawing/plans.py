@@ -138,7 +138,7 @@ class PlanDrawing(Drawing):
         assert self.plan is not None
         pixels = self._patches.size * self._upscale
         return {
-            "plan": plan_label(self.name_of(self.plan), self.plan.steps),
+            "plan": plan_label(self.name_of(self.plan), self.drawn.steps),
             "height": self.size[0] * pixels,
             "width": self.size[1] * pixels,
             "size": self.size,
@@ -149,7 +149,7 @@ class PlanDrawing(Drawing):
 
     def name_of(self, plan: Plan) -> str:
         """The name of a plan in whichever number of steps."""
-        return next((name for name, each in self.plans.items() if replace(each, steps=plan.steps) == plan), OWN)
+        return next((name for name, each in self.plans.items() if _alike(each, plan)), OWN)
 
     @property
     def drawn(self) -> Plan:
@@ -272,6 +272,11 @@ class PlanDrawing(Drawing):
         except BudgetError as error:
             return error
         return None
+
+
+def _alike(left: Plan, right: Plan) -> bool:
+    """Whether two plans differ in their steps at most."""
+    return len(left.steps) == len(right.steps) and replace(left, steps=right.steps) == right
 
 
 def plans_of(bundle: Bundle, request: Request) -> tuple[tuple[int, int], dict[str, Plan]]:

@@ -4,6 +4,7 @@ The paper combines RALU with TaylorSeer (arXiv 2503.06923), which extrapolates f
 these to itself, so here it is the network's output that is extrapolated, in sigma.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -11,7 +12,9 @@ import numpy as np
 
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import Plan
-from elastic_runtime.sampling.stages import Velocity
+
+# velocity(tokens (B, S, C), positions (B, S, 2) as (row, column), sigma, index, stage): the guided prediction (B, S, C)
+Velocity = Callable[[np.ndarray, np.ndarray, float, int, int], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.ralu.caching import Velocity
 from elastic_runtime.ralu.noise import renoising
 from elastic_runtime.ralu.patches import grow, order, others, pack, raster, take, unpack
 from elastic_runtime.ralu.plan import Plan, Stage
 from elastic_runtime.sampling.flow import Step, after
 
-# velocity(tokens (B, S, C), positions (B, S, 2) as (row, column), sigma, index, stage): the guided prediction (B, S, C)
-Velocity = Callable[[np.ndarray, np.ndarray, float, int, int], np.ndarray]
 # choose(latents (B, C, h/2, w/2) of the predicted picture, count): low-resolution patches (B, count) that grow, ascending
 Choose = Callable[[np.ndarray, int], np.ndarray]
 # renoise(shape (B, S, C), grew, z): the noise of a transition, where `grew` are the tokens in blocks of four siblings

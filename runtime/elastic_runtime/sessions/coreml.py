@@ -6,10 +6,10 @@ Its functions are loaded when they are first used: each takes memory of its own.
 
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import sys
+import tempfile
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.cache import folder as cache_folder
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
+from elastic_runtime.files.cache import folder as cache_folder
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -155,15 +155,16 @@ def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
     if path.is_dir():
         return path
     cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{path.stem}-{os.getpid()}.mlmodelc"
+    work = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
+        partial = work / path.name
         coremltools.models.utils.compile_model(str(bundle.file(artifact.package)), str(partial))
         partial.rename(path)
     except Exception as error:  # its exception types are private
         if not path.is_dir():  # else another process was faster
             raise BundleError(f"Core ML cannot compile {bundle.file(artifact.package)}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return path
 
 

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,7 +47,6 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
     """Write the package into `folder` and return its manifest entry. It runs the smallest batch of the graph's span."""
     package = folder / path(graph.name, options)
     package.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(package, ignore_errors=True)  # an extended bundle's old one
     batch = graph.batch.min
     points = {budget: graph.feeds(budget, batch) for budget in budgets(graph, options)}
     spans = opened(graph, options)

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 
 from elastic_runtime.contract.bundle import sha256
 from elastic_runtime.contract.manifest import FileEntry, Network
+from elastic_runtime.files import atomic, cache
 
 MOST_BYTES = 8_000_000_000
 # Seconds a layer and profile on two CPU cores (docs/tensorrt.md), until a build here tells better.
@@ -35,16 +35,8 @@ class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def folder() -> Path:
-    """`elastic-export/trt` in the user's cache folder: XDG_CACHE_HOME where it is set, else the platform's place."""
-    if root := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(root)
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "elastic-export" / "trt"
+    """Where built engines are kept; deleting it makes them be built again."""
+    return cache.folder("trt")
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -66,7 +58,7 @@ def fetch(name: str, target: Path) -> Network | None:
         _log.info("the cached engine %s is not used: %s", home, error)
         return None
     os.utime(home)  # used just now: the last to be cleared
-    _copy(engine, target)
+    shutil.copyfile(engine, target)  # never a link: a bundle shares nothing with the cache
     return facts.network
 
 
@@ -77,7 +69,7 @@ def store(name: str, engine: Path, network: Network) -> None:
         root.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
         try:
-            _copy(engine, stage / "engine")
+            shutil.copyfile(engine, stage / "engine")
             entry = FileEntry(path="engine", bytes=engine.stat().st_size, sha256=sha256(engine))
             (stage / "facts.json").write_bytes(msgspec.json.encode(Facts(entry, network)))
             shutil.rmtree(root / name, ignore_errors=True)
@@ -120,21 +112,9 @@ def _rates() -> dict[str, float]:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(name).replace(path)
+        atomic.write(path, content)
     except OSError as error:
         _log.warning("%s was not written: %s", path, error)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A hard link where it can be (an engine is never written to again), else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _clear(root: Path, keep: str) -> None:

@@ -112,7 +112,6 @@ def lower(bundle: Bundle, graph: str, options: TrtOptions, folder: Path, progres
     for i, sms in enumerate(chosen.engines):
         target = folder / chosen.path(sms)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # it may be a hard link to the old bundle's file, never to be written to
         if hit := _cached(chosen, sms, target):
             made.append(_artifact(chosen, folder, target, *hit, sms))
             report(f"{graph} {_name(sms)} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.engines))

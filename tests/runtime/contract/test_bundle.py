@@ -1,17 +1,22 @@
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
-from fakes import manifest, write_bundle
+from fakes import manifest, write_bundle, write_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
-from elastic_runtime.contract.bundle import MANIFEST, write_manifest, writing
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, FileEntry, Quality, decode
+from elastic_runtime.contract.bundle import MANIFEST, entry
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, FileEntry, OnnxArtifact, Quality, decode
+from elastic_runtime.files.folder import writing
 from elastic_runtime.ralu.plan import PRESETS
 
 
@@ -134,7 +139,7 @@ def test_no_bytes_make_the_reader_fail_otherwise(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["../out.onnx", "onnx/../../out.onnx", "/etc/hostname", "..\\out.onnx", "onnx\\denoiser.onnx", "..", "a\0b"]
+    "path", ["../out.onnx", "onnx/../../out.onnx", "/etc/hostname", "..\\out.onnx", "onnx\\denoiser.onnx", "..", "a\0b", "C:x", "."]
 )
 def test_a_file_name_that_leaves_the_bundle_is_refused(tmp_path: Path, path: str) -> None:
     write_bundle(tmp_path / "b")
@@ -145,14 +150,16 @@ def test_a_file_name_that_leaves_the_bundle_is_refused(tmp_path: Path, path: str
     assert repr(path) in str(caught.value)
 
 
-def test_a_link_that_leaves_the_bundle_is_refused(tmp_path: Path) -> None:
-    folder = write_bundle(tmp_path / "b").folder
-    outside = tmp_path / "out.onnx"
-    outside.write_bytes((folder / "onnx/denoiser.onnx").read_bytes())
-    (folder / "onnx/denoiser.onnx").unlink()
-    os.symlink(outside, folder / "onnx/denoiser.onnx")
-    with pytest.raises(BundleError, match="outside the bundle"):
-        Bundle.open(folder)
+def test_files_that_are_links_into_a_store_are_opened(tmp_path: Path) -> None:
+    """As model hubs keep them in their caches: each name is a link to a blob beside the bundle."""
+    folder = write_bundle(tmp_path / "snapshot").folder
+    (tmp_path / "blobs").mkdir()
+    for number, name in enumerate(("elastic.json", "onnx/denoiser.onnx")):
+        blob = tmp_path / "blobs" / str(number)
+        (folder / name).rename(blob)
+        os.symlink(os.path.relpath(blob, (folder / name).parent), folder / name)
+    bundle = Bundle.open(folder, hashes=True)
+    assert bundle.file("onnx/denoiser.onnx").read_bytes() == b"not really a graph"
 
 
 def test_a_folder_reached_by_a_link_is_still_a_bundle(tmp_path: Path) -> None:
@@ -197,27 +204,101 @@ def test_a_reference_that_is_not_one_is_said_to_be_damaged(tmp_path: Path) -> No
         Bundle.open(folder).reference()
 
 
-def test_extending_carries_the_old_files_over_and_leaves_the_old_bundle_alone_on_error(tmp_path: Path) -> None:
-    old = write_bundle(tmp_path / "b")
-    before = {path.relative_to(old.folder): path.read_bytes() for path in old.folder.rglob("*") if path.is_file()}
-    with pytest.raises(RuntimeError, match="halfway"), writing(old.folder, extend=old) as stage:
-        assert (stage / "onnx/denoiser.onnx").read_bytes() == b"not really a graph"
-        (stage / "onnx/denoiser.onnx").unlink()
-        raise RuntimeError("halfway")
-    assert {path.relative_to(old.folder): path.read_bytes() for path in old.folder.rglob("*") if path.is_file()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+def exchanged(folder: Path, content: bytes = b"another graph") -> Bundle:
+    """Put another bundle in the place of the one in `folder`."""
+    with writing(folder, overwrite=True) as draft:
+        file = draft.stage / "onnx" / "denoiser.onnx"
+        file.parent.mkdir()
+        file.write_bytes(content)
+        artifact = OnnxArtifact(precision="fp32", files=(entry(draft.stage, file),), toolchain={}, opset=23)
+        return draft.commit(manifest(artifacts=(artifact,)))
 
 
-def test_extending_copies_where_the_file_system_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = write_bundle(tmp_path / "b")
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_opened_as_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    check, replaced = Bundle.check, []
 
-    def no_links(*_: object) -> None:
-        raise OSError("no hard links here")
+    def slow(self: Bundle, entry: FileEntry, hashes: bool = False) -> None:
+        if self.folder == folder and not replaced:
+            replaced.append(True)
+            exchanged(folder)
+        check(self, entry, hashes)
 
-    monkeypatch.setattr(os, "link", no_links)
-    with writing(old.folder, extend=old) as stage:
-        write_manifest(stage, old.manifest)
-    assert Bundle.open(old.folder, hashes=True).manifest == old.manifest
+    monkeypatch.setattr(Bundle, "check", slow)
+    bundle = Bundle.open(folder, hashes=True)
+    assert replaced
+    assert bundle.file("onnx-2/denoiser.onnx").read_bytes() == b"another graph"
+
+
+def test_a_file_that_is_asked_for_after_its_bundle_was_replaced_is_never_anothers(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    for content in (b"another graph", b"NOT really a graph"):  # the second takes the first one's name again
+        exchanged(bundle.folder, content)
+        with pytest.raises(BundleError, match=r"b was replaced since it was opened, and onnx/denoiser\.onnx with it: open it again"):
+            bundle.file("onnx/denoiser.onnx")
+    shutil.rmtree(bundle.folder)
+    with pytest.raises(BundleError, match="was replaced since it was opened"):
+        bundle.file("onnx/denoiser.onnx")
+
+
+def test_a_bundle_that_was_extended_since_it_was_opened_still_gives_its_files(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    with writing(bundle.folder) as draft:
+        (draft.stage / "more").write_bytes(b"more")
+        artifact = OnnxArtifact(precision="fp32", files=(entry(draft.stage, draft.stage / "more"),), toolchain={}, opset=20)
+        draft.commit(bundle.manifest.joined("denoiser", [artifact]))
+    assert bundle.file("onnx/denoiser.onnx").read_bytes() == b"not really a graph"
+    assert bundle.file("onnx").is_dir(), "a package is a folder"
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [("read_bytes", "elastic.json"), ("is_file", "elastic.json"), ("stat", "onnx/denoiser.onnx"), ("open", "onnx/denoiser.onnx")],
+)
+def test_a_file_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, name: str) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    real = getattr(Path, reader)
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, reader, refuse)
+    with pytest.raises(BundleError, match=rf"cannot read .*{name}: Permission denied\. Give yourself the right to read it"):
+        Bundle.open(folder, hashes=True)
+
+
+def test_a_reference_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    np.savez(folder / "reference.npz", a=np.zeros(1))
+    whole = msgspec.structs.replace(Bundle.open(folder).manifest, reference=entry(folder, folder / "reference.npz"))
+    write_manifest(folder, whole)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(BundleError, match=r"cannot read .*reference\.npz: Permission denied"):
+        Bundle.open(folder).reference()
+
+
+@pytest.mark.parametrize("name", ["elastic.json", "onnx/denoiser.onnx"])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path, name: str) -> None:
+    folder = write_bundle(tmp_path / "b").folder
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(BundleError):
+        Bundle.open(folder, hashes=True)
+
+
+def test_joining_replaces_the_artifact_in_the_same_slot(tmp_path: Path) -> None:
+    """A file may have got another name since its own was taken."""
+    written = exchanged(write_bundle(tmp_path / "b").folder).manifest
+    (numbered,) = written.graphs["denoiser"].artifacts
+    assert numbered.path == "onnx-2/denoiser.onnx"
+    plain = msgspec.structs.replace(numbered, files=(FileEntry(path="onnx/denoiser.onnx", bytes=1, sha256=""),))
+    assert written.joined("denoiser", [plain]).graphs["denoiser"].artifacts == (plain,)
 
 
 def test_joining_replaces_the_artifact_at_the_same_path_and_keeps_the_others(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from fakes import manifest, write_bundle
+from fakes import manifest, write_bundle, write_manifest
 
 from elastic_runtime import Bundle, BundleError, Span
-from elastic_runtime.contract.bundle import MANIFEST, entry, write_manifest
+from elastic_runtime.contract.bundle import MANIFEST, entry
 from elastic_runtime.contract.manifest import (
     Graph,
     Manifest,

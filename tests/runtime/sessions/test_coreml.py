@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import answers_stay_with_their_thread
+from fakes import answers_stay_with_their_thread, write_manifest
 
 from elastic_runtime import (
     Axis,
@@ -22,10 +22,9 @@ from elastic_runtime import (
     MissingError,
     Span,
     UsageError,
-    cache,
     open_session,
 )
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import (
     SCHEMA_VERSION,
     CoremlArtifact,
@@ -38,6 +37,7 @@ from elastic_runtime.contract.manifest import (
     TensorSpec,
 )
 from elastic_runtime.contract.schedule import RectifiedFlow
+from elastic_runtime.files import cache
 from elastic_runtime.sessions import coreml
 
 PACKAGE = "coreml/denoiser.mlpackage"

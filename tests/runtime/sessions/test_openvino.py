@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
-from fakes import answers_stay_with_their_thread, manifest, write_bundle
+from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 from tiny import tiny_bundle, tiny_feeds
 
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
-from elastic_runtime.contract.bundle import entry, write_manifest
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.sessions import openvino

@@ -11,10 +11,10 @@ import fake_gpu
 import msgspec
 import numpy as np
 import pytest
-from fakes import answers_stay_with_their_thread, manifest, write_bundle
+from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 
 from elastic_runtime import InferenceError, MissingError, open_session
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Network, Profile, Range, TrtArtifact
 from elastic_runtime.errors import BundleError
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from fakes import manifest
+from fakes import manifest, write_manifest
 
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.contract.bundle import Bundle, entry, write_manifest
+from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 
 WIDTH = 8

@@ -34,7 +34,7 @@ FLAGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class DrawingOptions:
     """The options that say what to draw and how, as they were typed; None (or empty) where nothing was."""
 
     classes: str | None = None
@@ -62,7 +62,7 @@ class Wish:
     cache: int | None = None
 
     @property
-    def given(self) -> dict[str, Any]:
+    def typed(self) -> dict[str, Any]:
         """What was typed, by option."""
         typed: dict[str, Any] = {f"--{axis}": value for axis, value in self.budgets.items() if value is not None}
         typed |= {f"--guidance-{axis}": value for axis, value in self.weak.items() if value is not None}
@@ -73,67 +73,67 @@ class Wish:
         return typed
 
 
-def request(bundle: Bundle, wish: Wish) -> Request:
+def request(bundle: Bundle, given: DrawingOptions) -> Request:
     """The request that the options stand for on this bundle.
 
     Raises: typer.BadParameter for options that do not fit its kind of model, or contradict each other.
     """
     model, (taken_not, kind) = bundle.manifest.model, unfit(bundle)
-    _subject(model.name, model.num_classes, wish)
-    if wrong := [flag for flag in wish.given if FLAGS.get(flag) in taken_not]:
+    _subject(model.name, model.num_classes, given)
+    if wrong := [flag for flag in given.typed if FLAGS.get(flag) in taken_not]:
         raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
-    if model.patches and wish.steps is not None and wish.plan != FULL:
-        raise typer.BadParameter(f"--steps is for --plan full; plan {wish.plan or '4x'} has steps of its own")
-    labels = None if wish.prompt else tuple(options.integers("0" if wish.classes is None else wish.classes))
-    budgets = options.budgets(wish.budgets)
-    weak = Budget(**{axis: value for axis, value in wish.weak.items() if value is not None}) or None
-    policy = options.policy(budgets, weak, wish.budget, wish.target_ms, wish.max_memory, wish.quality)
-    goal = any(value is not None for value in (wish.budget, wish.target_ms, wish.max_memory, wish.quality))
-    if model.patches and not goal and (wish.plan is not None or wish.cache is not None):
+    if model.patches and given.steps is not None and given.plan != FULL:
+        raise typer.BadParameter(f"--steps is for --plan full; plan {given.plan or '4x'} has steps of its own")
+    labels = None if given.prompt else tuple(options.integers("0" if given.classes is None else given.classes))
+    budgets = options.budgets(given.budgets)
+    weak = Budget(**{axis: value for axis, value in given.weak.items() if value is not None}) or None
+    policy = options.policy(budgets, weak, given.budget, given.target_ms, given.max_memory, given.quality)
+    goal = any(value is not None for value in (given.budget, given.target_ms, given.max_memory, given.quality))
+    if model.patches and not goal and (given.plan is not None or given.cache is not None):
         policy = None
-    guidance = CLASSES_GUIDANCE if wish.guidance is None and labels is not None else wish.guidance
+    guidance = CLASSES_GUIDANCE if given.guidance is None and labels is not None else given.guidance
     asked = Request(
         class_labels=labels,
-        prompt=tuple(wish.prompt) if wish.prompt else None,
-        negative_prompt=wish.negative_prompt,
-        num_inference_steps=20 if wish.steps is None and not model.patches else wish.steps,
+        prompt=tuple(given.prompt) if given.prompt else None,
+        negative_prompt=given.negative_prompt,
+        num_inference_steps=20 if given.steps is None and not model.patches else given.steps,
         guidance_scale=guidance,
-        true_cfg_scale=wish.true_cfg,
-        guidance_interval=options.interval(wish.interval),
-        autoguidance=wish.autoguidance,
-        sampler=wish.sampler,
-        temperature=wish.temperature,
-        height=wish.height,
-        width=wish.width,
-        plan=options.plan(wish.plan) if wish.plan else None,
+        true_cfg_scale=given.true_cfg,
+        guidance_interval=options.interval(given.interval),
+        autoguidance=given.autoguidance,
+        sampler=given.sampler,
+        temperature=given.temperature,
+        height=given.height,
+        width=given.width,
+        plan=options.plan(given.plan) if given.plan else None,
         policy=policy,
-        drop_fraction=wish.drop,
-        guidance_drop_fraction=wish.guidance_drop,
-        seeds=wish.seed,
+        drop_fraction=given.drop,
+        guidance_drop_fraction=given.guidance_drop,
+        seeds=given.seed,
     )
-    if wish.cache is None:
+    if given.cache is None:
         return asked
     from msgspec.structs import replace
 
-    return replace(asked, caching=Caching.every(next(iter(plans_of(bundle, asked)[1].values())), wish.cache))
+    return replace(asked, caching=Caching.every(next(iter(plans_of(bundle, asked)[1].values())), given.cache))
 
 
-def _subject(name: str, classes: int, wish: Wish) -> None:
-    if wish.prompt and classes:
+def _subject(name: str, classes: int, given: DrawingOptions) -> None:
+    if given.prompt and classes:
         raise typer.BadParameter(f"--prompt does not fit {name}, which draws classes: give --classes")
-    if wish.classes is not None and not classes:
+    if given.classes is not None and not classes:
         raise typer.BadParameter(f"--classes does not fit {name}, which draws from prompts: give --prompt")
-    if not classes and not wish.prompt:
+    if not classes and not given.prompt:
         raise typer.BadParameter(f"{name} draws from prompts: give --prompt")
 
 
-def read(path: Path, wish: Wish) -> Request:
+def read(path: Path, given: DrawingOptions) -> Request:
     """The request in a file: one by itself, or the whole of what `generate --json` prints.
 
-    Raises: UsageError for a file that is none; typer.BadParameter for another wish beside it.
+    Raises: UsageError for a file that is none; typer.BadParameter for another option beside it.
     """
-    if wish.given:
-        raise typer.BadParameter(f"--request says all that is to be drawn: leave {next(iter(wish.given))} out, or write it into {path}")
+    if given.typed:
+        raise typer.BadParameter(f"--request says all that is to be drawn: leave {next(iter(given.typed))} out, or write it into {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
