@@ -35,13 +35,13 @@ def machine() -> Machine:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those `packages` that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _memory() -> int | None:

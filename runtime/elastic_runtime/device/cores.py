@@ -30,5 +30,5 @@ def thread_limit(sources: Sources | None = None) -> int:
     Libraries look at the host's cores alone: on two of 64, ONNX Runtime's 64 threads made a picture a hundred times
     slower.
     """
-    here = processor(sources)
-    return 0 if here.usable >= here.cores else usable_cores(sources)
+    cpu = processor(sources)
+    return 0 if cpu.usable >= cpu.cores else usable_cores(sources)

@@ -98,14 +98,14 @@ def _read(library: Any, index: int, driver: str) -> Reading:
     if handle is None:
         return Reading(name=f"GPU {index}, which the driver does not open", driver=driver)
     memory = _Memory()
-    told = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 and memory.total > 0
+    known = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 and memory.total > 0
     major, minor = ctypes.c_int(), ctypes.c_int()
     capable = library.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
     return Reading(
         name=_words(library.nvmlDeviceGetName, handle) or f"GPU {index}",
         driver=driver,
-        memory_total=memory.total if told else None,
-        memory_free=memory.free if told else None,
+        memory_total=memory.total if known else None,
+        memory_free=memory.free if known else None,
         compute_capability=(major.value, minor.value) if capable else None,
         power_limit=_number(library.nvmlDeviceGetEnforcedPowerLimit, handle),
         sm_clock=_number(library.nvmlDeviceGetMaxClockInfo, handle, ctypes.c_int(SM_CLOCK)),

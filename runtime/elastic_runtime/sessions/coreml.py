@@ -40,9 +40,9 @@ def obstacle(artifact: Artifact) -> str | None:
     assert isinstance(artifact, CoremlArtifact)
     if sys.platform != "darwin":
         return f"Core ML needs macOS, and this is {platform.system()}"
-    needed, here = _macos(artifact.deployment_target), int(platform.mac_ver()[0].split(".")[0])
-    if here < needed:
-        return f"the package is for {artifact.deployment_target}, which is macOS {needed} or newer, and this is macOS {here}"
+    needed, macos = _macos(artifact.deployment_target), int(platform.mac_ver()[0].split(".")[0])
+    if macos < needed:
+        return f"the package is for {artifact.deployment_target}, which is macOS {needed} or newer, and this is macOS {macos}"
     if importlib.util.find_spec("coremltools") is None:
         return "coremltools is not installed: pip install 'elastic-export[coreml]'"
     return None
@@ -82,12 +82,12 @@ class PackageSession(Session):
 
     def function(self, feeds: Arrays) -> str:
         """Name of the function that takes these feeds; raises BudgetError listing what there is."""
-        wanted = sizes(self.graph.inputs, feeds)
+        lengths = sizes(self.graph.inputs, feeds)
         for call in self.artifact.calls:
-            if call.sizes == wanted or (not call.sizes and wanted["B"] in self.artifact.batch):
+            if call.sizes == lengths or (not call.sizes and lengths["B"] in self.artifact.batch):
                 return call.function
         raise BudgetError(
-            f"{self.artifact.package} was not compiled for {_words(wanted)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
+            f"{self.artifact.package} was not compiled for {_words(lengths)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
             "Choose one of these, or export again with --budgets."
         )
 

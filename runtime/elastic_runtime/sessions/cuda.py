@@ -19,8 +19,8 @@ class Cuda:
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *values = getattr(self.runtime, name)(*arguments)
         if int(code) != 0:
-            said = self.runtime.cudaGetErrorString(code)[1]
-            raise InferenceError(f"{name} failed: {said.decode() if isinstance(said, bytes) else said}")
+            reason = self.runtime.cudaGetErrorString(code)[1]
+            raise InferenceError(f"{name} failed: {reason.decode() if isinstance(reason, bytes) else reason}")
         return values[0] if values else None
 
     def current(self) -> int:

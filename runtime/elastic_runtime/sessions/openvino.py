@@ -78,11 +78,11 @@ class OpenvinoSession(Session):
             request = model.create_infer_request()
         try:
             # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
-            found = request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
+            outputs = request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
         except Exception as error:  # RuntimeError, whatever went wrong
             raise InferenceError(f"OpenVINO failed: {error}") from error
         idle.append(request)
-        return {spec.name: found[spec.name] for spec in self.graph.outputs}
+        return {spec.name: outputs[spec.name] for spec in self.graph.outputs}
 
     def close(self) -> None:
         if os.getpid() != self._process:

@@ -67,10 +67,10 @@ def newest_opset(version: str) -> int | None:
     make.
     """
     numbers = re.match(r"(\d+)\.(\d+)", version)
-    here = (int(numbers[1]), int(numbers[2])) if numbers else OPSETS[0][0]
-    if here >= OPSETS[0][0]:
+    release = (int(numbers[1]), int(numbers[2])) if numbers else OPSETS[0][0]
+    if release >= OPSETS[0][0]:
         return None
-    return next((opset for since, opset in OPSETS if here >= since), 0)
+    return next((opset for since, opset in OPSETS if release >= since), 0)
 
 
 def limit(version: str) -> str | None:
@@ -170,11 +170,11 @@ def _providers(providers: Sequence[Provider] | None, device: str | None, availab
 def _preload(onnxruntime: Any) -> None:
     """Load the CUDA libraries that pip installed, which the provider finds in no other way."""
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):  # it prints what it does not find; results go there
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # it prints what it does not find; results go there
             onnxruntime.preload_dlls()
-        if said.getvalue():
-            _log.info("%s", said.getvalue().strip())
+        if printed.getvalue():
+            _log.info("%s", printed.getvalue().strip())
 
 
 def _open(onnxruntime: Any, path: Path, settings: Any, providers: list[tuple[str, dict[str, Any]]], asked: bool) -> Any:

@@ -97,8 +97,8 @@ def check_feeds(graph: Graph, feeds: Arrays) -> None:
         if array.dtype.name != spec.dtype:
             raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
         if len(array.shape) != len(spec.shape) or not all(
-            open_dimensions.setdefault(wanted, size) == size if isinstance(wanted, str) else wanted == size
-            for wanted, size in zip(spec.shape, array.shape, strict=True)
+            open_dimensions.setdefault(dimension, size) == size if isinstance(dimension, str) else dimension == size
+            for dimension, size in zip(spec.shape, array.shape, strict=True)
         ):
             raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
         if spec.dtype == "int64" and len(spec.shape) == 1 and spec.shape != ("B",) and (array != np.arange(len(array))).any():

@@ -57,23 +57,23 @@ def obstacle(artifact: Artifact) -> str | None:
         return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: {way}"
     package = PACKAGES[artifact.builder.replace("_", "-")]
     try:
-        found = str(importlib.import_module(artifact.builder).__version__)
+        version = str(importlib.import_module(artifact.builder).__version__)
     except (ImportError, OSError) as error:
         return f"{whose}, and {package.name} is not installed ({error}): pip install 'elastic-export[{package.extra}]'"
-    if not _opens(artifact, found):
+    if not _opens(artifact, version):
         return (
-            f"{whose}, and here is {found}. Install that version (pip install {package.name}=={artifact.builder_version}) "
+            f"{whose}, and here is {version}. Install that version (pip install {package.name}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
     return None
 
 
-def _opens(artifact: TrtArtifact, found: str) -> bool:
+def _opens(artifact: TrtArtifact, version: str) -> bool:
     """Whether version `found` of the builder's library opens the engine."""
     if not artifact.version_compatible:
-        return found == artifact.builder_version
-    here, there = ([int(part) for part in version.split(".")[:3]] for version in (found, artifact.builder_version))
-    return here[0] == there[0] and here >= there
+        return version == artifact.builder_version
+    installed, built = ([int(part) for part in words.split(".")[:3]] for words in (version, artifact.builder_version))
+    return installed[0] == built[0] and installed >= built
 
 
 @dataclass
