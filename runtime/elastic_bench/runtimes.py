@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol
 
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way

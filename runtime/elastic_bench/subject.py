@@ -9,9 +9,9 @@ import numpy as np
 from elastic_bench.energy import Counter
 from elastic_bench.records import Settings
 from elastic_bench.runtimes import GRAPH, Opened, Runtime
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
 from elastic_runtime.denoising.pictures import drawable
 from elastic_runtime.device import Clock, Processor, peak_bytes

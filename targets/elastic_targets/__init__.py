@@ -7,8 +7,8 @@ import importlib
 import logging
 from types import ModuleType
 
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.errors import MissingError, UsageError
 from elastic_runtime.sessions.session import Session
 

@@ -6,9 +6,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import TensorSpec, dimension, measure
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import TensorSpec, dimension, measure
 from elastic_runtime.errors import BudgetError
 
 

@@ -10,19 +10,9 @@ import msgspec
 import numpy as np
 
 from elastic_runtime import Axis, FakeSession, Span
+from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, entry
-from elastic_runtime.contract.manifest import (
-    SCHEMA_VERSION,
-    Artifact,
-    Cost,
-    Graph,
-    Manifest,
-    Model,
-    OnnxArtifact,
-    Provenance,
-    TensorSpec,
-    Vae,
-)
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Manifest, Model, Provenance, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 # (x, t, labels, kept) -> velocity: what a fake denoiser computes

@@ -7,8 +7,8 @@ import pytest
 from fakes import manifest, write_manifest
 
 from elastic_runtime import Bundle
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import OnnxArtifact
 
 
 def tiny_bundle(folder: Path, *opsets: int) -> Bundle:

@@ -21,9 +21,10 @@ from elastic_export.families.bricks import dc_dit_activation_values, dc_dit_flop
 from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, natural, nearest, select, smooth, take
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost, TensorSpec
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import LinearBeta
 from elastic_runtime.errors import ModelError
 

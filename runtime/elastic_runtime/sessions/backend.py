@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_runtime.contract.manifest import Artifact
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.device import PACKAGES, Package, Processor
 from elastic_runtime.sessions.session import Session
 

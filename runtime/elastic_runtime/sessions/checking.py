@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import axis_feeds, compare, cut, unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.session import Session, batches

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
 from elastic_runtime.files.cache import folder as cache_folder

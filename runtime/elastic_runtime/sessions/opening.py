@@ -5,8 +5,8 @@ can.
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.device.packages import BACKENDS
 from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend

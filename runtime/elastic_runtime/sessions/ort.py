@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError

@@ -9,9 +9,9 @@ from typing import Self
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Artifact, Graph, TensorSpec
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Graph, Profile, TrtArtifact
 from elastic_runtime.device import PACKAGES, Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way

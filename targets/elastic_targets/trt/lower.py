@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import Graph, Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Graph, Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_targets.trt import cache
 from elastic_targets.trt.builder import Builder, choose

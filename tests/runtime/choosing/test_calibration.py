@@ -14,7 +14,7 @@ from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
 from elastic_runtime.choosing.calibration import fastest, folder, identity, points, rates
-from elastic_runtime.contract.manifest import CoremlArtifact
+from elastic_runtime.contract.artifacts import CoremlArtifact
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import opening

@@ -24,18 +24,9 @@ from elastic_runtime import (
     UsageError,
     open_session,
 )
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, FileEntry, Graph, TensorSpec
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import (
-    SCHEMA_VERSION,
-    CoremlArtifact,
-    CoremlCall,
-    FileEntry,
-    Graph,
-    Manifest,
-    Model,
-    Provenance,
-    TensorSpec,
-)
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model, Provenance
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.files import cache
 from elastic_runtime.sessions import coreml

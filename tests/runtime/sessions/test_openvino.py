@@ -15,8 +15,8 @@ from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_
 from tiny import tiny_bundle, tiny_feeds
 
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.sessions import openvino
 from elastic_runtime.sessions.checking import check

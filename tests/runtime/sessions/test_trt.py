@@ -14,8 +14,8 @@ import pytest
 from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 
 from elastic_runtime import InferenceError, MissingError, open_session
+from elastic_runtime.contract.artifacts import Network, Profile, Range, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Network, Profile, Range, TrtArtifact
 from elastic_runtime.errors import BundleError
 
 VERSION = "1.7.1.116"

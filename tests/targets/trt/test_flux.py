@@ -15,7 +15,7 @@ from elastic_export.capture.folders import capture_folder
 from elastic_export.engines import add_engines
 from elastic_export.export import export
 from elastic_runtime import Span
-from elastic_runtime.contract.manifest import Range, TrtArtifact
+from elastic_runtime.contract.artifacts import Range, TrtArtifact
 from elastic_targets import load
 
 
