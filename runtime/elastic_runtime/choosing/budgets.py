@@ -77,8 +77,7 @@ class BudgetOutlook(Outlook):
         return Course.of(counts, lambda stage, begin, count: times(model, self.sampler, count, begin), flexible)
 
     def evaluations(self, course: Course) -> list[Evaluations]:
-        share = self.gauge.manifest.model.schedule.share
-        active = np.array([self.guidance.active(share(time)) for time in course.times[0].tolist()], dtype=int)
+        active = self.guidance.actives(self.gauge.manifest.model.schedule.share(course.times[0]))
         every = np.ones(course.total, dtype=int)
         guided = active[:-1].copy()
         if self.sampler == "heun":  # which evaluates again at the end of every step but the last

@@ -105,7 +105,9 @@ class Deadline(Record, frozen=True, tag="deadline"):
         left = self.seconds * (1 - self.margin) - state.elapsed - outlook.finish * state.pace - state.hiccup
         if state.course is None:
             option = self._first(state, left)
-            state = replace(state, options=(option,), asked=sum(option.steps), course=outlook.course(option))
+            finest = max(sum(each.steps) for each in state.options if each.budgets == option.budgets)
+            course = replace(outlook.course(option), grids=outlook.course(option, finest).grids)  # time that is saved buys steps
+            state = replace(state, options=(option,), asked=finest, course=course)
         course = self._replanned(state, left)
         fitting = [option for option in state.options if state.pace * outlook.over(option, course) <= left]
         best = fitting[-1] if fitting else state.options[0]

@@ -137,6 +137,7 @@ class Outlook(ABC):
 
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool = True):
         self.gauge, self.count, self.guidance, self.steps, self.finishes = gauge, count, guidance, steps, finishes
+        self._seconds: dict[tuple[object, ...], float] = {}
 
     @property
     def axes(self) -> Sequence[Axis]:
@@ -216,7 +217,11 @@ class Outlook(ABC):
 
     def seconds(self, option: Option, stage: int, guided: bool, costs: Costs | None = None) -> float:
         """Predicted seconds of one evaluation for all pictures, by measured costs unless others are given."""
-        return sum((costs or self.gauge.costs).seconds(*run) for run in self.runs(option, stage, guided))
+        costs = costs or self.gauge.costs
+        key = (id(costs), option.budgets[stage], option.guidance_budgets[stage], stage, len(option.steps), guided)
+        if key not in self._seconds:  # asked for again and again while a picture is planned
+            self._seconds[key] = sum(costs.seconds(*run) for run in self.runs(option, stage, guided))
+        return self._seconds[key]
 
     def over(self, option: Option, course: Course) -> float:
         """Predicted seconds of all steps of a course."""

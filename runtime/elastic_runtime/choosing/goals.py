@@ -60,10 +60,11 @@ class FitLatency(Settled, frozen=True, tag="fit_latency"):
         fitting = [option for option in options if outlook.picture(option) <= self.seconds]
         if not fitting:
             cheapest, steps = options[0], sum(options[0].steps)
+            fewer = _fewer(outlook, cheapest, self.seconds)
             raise UnreachableError(
                 f"{_milliseconds(self.seconds)} are too few for {steps} steps: the nearest that is reachable is "
-                f"{_milliseconds(outlook.picture(cheapest))}, at {cheapest.name}. Allow that, take "
-                f"{_fewer(outlook, cheapest, self.seconds)} steps, or use a Deadline."
+                f"{_milliseconds(outlook.picture(cheapest))}, at {cheapest.name}. Allow that{f', take {fewer} steps' if fewer else ''}, "
+                "or use a Deadline."
             )
         best = fitting[-1]
         return best.choice(reason=f"{_milliseconds(outlook.picture(best))} of the {_milliseconds(self.seconds)} allowed")

@@ -16,7 +16,8 @@ from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import batches
 
-FINEST = 4  # times the steps that a plan of several stages was made for: beyond, a policy weighs no further steps
+FINEST = 4  # times the steps that a plan was made for, where nothing tells what plain sampling would take
+LEAST = 4  # steps that are weighed, unless fewer were asked for
 SURER = 1e-6  # of the quality: of two ways that the card grades alike, the one with more steps
 
 
@@ -52,7 +53,7 @@ class PlanOutlook(Outlook):
         for row, name, plan in self._graded_plans():
             if best > 0:
                 rows.setdefault(name, []).append((self._flops(plan), row.accuracy / best))
-        columns = {name: np.array(sorted(pairs)).T for name, pairs in rows.items()}
+        columns = {name: np.array([(0.0, 0.0), *sorted(pairs)]).T for name, pairs in rows.items()}
         return {name: (flops, np.maximum.accumulate(accuracy)) for name, (flops, accuracy) in columns.items()}
 
     def _graded_plans(self) -> Iterator[tuple[Quality, str, Plan]]:
@@ -67,8 +68,8 @@ class PlanOutlook(Outlook):
         return bool(self._rows)
 
     def quality(self, option: Option) -> float:
-        """A straight line in FLOPs between a plan's rows, and level beyond; a plan that the card does not grade counts
-        as its worst.
+        """A straight line in FLOPs between a plan's rows, level above them and falling to nothing below; a plan that
+        the card does not grade counts as nothing.
 
         Without a table more arithmetic counts as better.
         """
@@ -93,8 +94,15 @@ class PlanOutlook(Outlook):
         return [
             self._option(name, plan.spread(total))
             for name, plan in self.plans.items()
-            for total in range(len(plan.steps), (1 if plan.plain else FINEST) * plan.total + 1)
+            for total in range(max(len(plan.steps), min(LEAST, plan.total)), self._finest(plan) + 1)
         ]
+
+    def _finest(self, plan: Plan) -> int:
+        """The most steps of a plan that are weighed: those of plain sampling, or as many as cost no more than it does."""
+        if plan.plain:
+            return plan.total
+        plain = max((self._flops(each) for each in self.plans.values() if each.plain), default=0.0)
+        return int(plan.total * plain / self._flops(plan)) if plain and self._flops(plan) else FINEST * plan.total
 
     def usual(self, options: Sequence[Option]) -> Option:
         plan = self.plans[self.usual_name]
@@ -116,7 +124,7 @@ class PlanOutlook(Outlook):
         return Course.along(plan if steps is None else plan.spread(max(steps, len(plan.steps))))
 
     def evaluations(self, course: Course) -> list[Evaluations]:
-        rows = [np.array([self.guidance.active(sigma) for sigma in times[:-1].tolist()], dtype=int) for times in course.times]
+        rows = [self.guidance.actives(times[:-1]) for times in course.times]
         return [(guided, 1 - guided) for guided in rows]
 
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:

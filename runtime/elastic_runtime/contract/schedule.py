@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -35,6 +35,10 @@ def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str =
         raise UsageError(f"this sampler takes at most {most} steps, one a {each}, got {steps}")
 
 
+# one time, or an array of them
+Time = TypeVar("Time", float, np.ndarray)
+
+
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """A schedule over times from 1 (noise) to 0 (picture)."""
 
@@ -43,7 +47,7 @@ class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         whole_steps(steps)
         return np.linspace(begin, 0.0, steps + 1)
 
-    def share(self, time: float) -> float:
+    def share(self, time: Time) -> Time:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
         return time
 
@@ -96,7 +100,7 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             counts.append(left)
         return counts
 
-    def share(self, time: float) -> float:
+    def share(self, time: Time) -> Time:
         """How far `time` lies on the way from the picture, 0, to masks alone, 1."""
         return time
 
@@ -137,7 +141,7 @@ class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         product = float(_products(self)[int(time) + 1])
         return math.sqrt(product), math.sqrt(1.0 - product)
 
-    def share(self, time: float) -> float:
+    def share(self, time: Time) -> Time:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
         return (time + 1) / self.num_train_timesteps
 

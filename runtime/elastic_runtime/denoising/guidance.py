@@ -36,6 +36,10 @@ class Guidance:
     def active(self, time: float) -> bool:
         return self.scale > 1.0 and self.low <= time <= self.high
 
+    def actives(self, times: np.ndarray) -> np.ndarray:
+        """Where among many times it acts, as 0 and 1, int64."""
+        return ((self.low <= times) & (times <= self.high) & (self.scale > 1.0)).astype(np.int64)
+
 
 class Branches(NamedTuple):
     """Budgets of the two branches: the conditional one, and the one that it is guided against."""

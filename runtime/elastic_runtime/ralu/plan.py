@@ -42,7 +42,9 @@ class Stage:
 
     def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
-        return sigmas(self.start if sigma is None else 1.0 - sigma, self.end, steps, self.shift)
+        if sigma is None:
+            return sigmas(self.start, self.end, steps, self.shift)
+        return sigma, *sigmas(1.0 - sigma, self.end, steps, self.shift)[1:]
 
 
 @dataclass(frozen=True)

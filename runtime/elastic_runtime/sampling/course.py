@@ -11,6 +11,8 @@ from elastic_runtime.ralu.plan import Plan, shares
 # space(stage, begin, steps) -> the `steps + 1` times from `begin` (the stage's own beginning where it is None) to the stage's end
 Space = Callable[[int, float | None, int], np.ndarray]
 
+EQUAL = 1e-9  # of a stage: times that differ by less are the same
+
 
 @dataclass(frozen=True)
 class Course:
@@ -51,8 +53,8 @@ class Course:
     @property
     def densest(self) -> tuple[int, ...]:
         """Steps left at the spacing that was first asked for."""
-        passed = [int((grid < times[0]).sum()) for grid, times in zip(self.grids, self.times, strict=True)]
-        return tuple(max(count, 1) for count in passed)
+        ahead = [int((grid < times[0] - EQUAL * (grid[0] - grid[-1])).sum()) for grid, times in zip(self.grids, self.times, strict=True)]
+        return tuple(max(count, 1) for count in ahead)
 
     @property
     def rest(self) -> float:
