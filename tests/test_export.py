@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 import elastic_targets
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets
 from elastic_export.capture.zoo import Request, load
-from elastic_export.export import destination, export
+from elastic_export.exporting import destination, export_capture
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
 from elastic_runtime.contract.bundle import write_manifest, writing
 
@@ -31,7 +32,7 @@ def captured(golden: Path) -> Capture:
 
 
 def options(**changes: Any) -> Any:
-    return elastic_targets.load("onnx").OnnxOptions(**changes)
+    return elastic_targets.target("onnx").options(**changes)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -44,12 +45,11 @@ def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_write_swe
     program = """
 import os, signal, sys
 from elastic_export.cli import main
-import elastic_targets
-room = elastic_targets.load('onnx')
-def lower(graph, options, folder):
+import dataclasses, elastic_targets.onnx as room
+def lower(graph, options, folder, on_progress):
     (folder / 'onnx' / 'denoiser.opset20.onnx').write_bytes(b'half')
     os.kill(os.getpid(), signal.SIGKILL)
-room.lower = lower
+room.TARGET = dataclasses.replace(room.TARGET, lower=lower)
 main(sys.argv[1:])
 """
     arguments = [
@@ -81,15 +81,14 @@ def test_a_full_disk_or_an_interruption_leaves_the_old_bundle_whole(
     error: BaseException, captured: Capture, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(bundle_copy)
-    room = elastic_targets.load("onnx")
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(room, "lower", fail)
+    monkeypatch.setattr("elastic_targets.onnx.TARGET", replace(elastic_targets.target("onnx"), lower=fail))
     wanted = BundleError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted, match="no space left" if wanted is BundleError else None):
-        export(captured, "onnx", options(opset=20), bundle_copy, "again")
+        export_capture(captured, "onnx", options(opset=20), bundle_copy, "again")
     assert files(bundle_copy) == before
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
 
@@ -98,7 +97,7 @@ def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture,
     with np.errstate(all="ignore"):
         captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")
     with pytest.raises(VerificationError, match="fails at latents=4: values that are not finite"):
-        export(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
+        export_capture(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -106,7 +105,7 @@ def test_a_bundle_put_aside_by_a_killed_write_is_joined_and_not_lost(captured: C
     bundle_copy.rename(bundle_copy.with_name(".bundle.partial-4194999.old"))
     assert destination(bundle_copy, overwrite=False) is not None
     with pytest.raises(BundleError, match=r"denoiser\.onnx exists"):
-        export(captured, "onnx", options(), bundle_copy, "again")
+        export_capture(captured, "onnx", options(), bundle_copy, "again")
 
 
 def test_the_manifest_tells_cost_shapes_and_origin(golden_bundle: Callable[[str], Bundle]) -> None:
@@ -131,7 +130,7 @@ def test_an_axis_that_does_not_exist_is_answered_with_those_that_do(golden: Path
 
 def test_an_unknown_target_is_answered_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="no target 'abacus'; there are onnx"):
-        elastic_targets.load("abacus")
+        elastic_targets.target("abacus")
 
 
 def test_probes_walk_each_axis_with_the_others_at_their_defaults() -> None:

@@ -44,9 +44,9 @@ def make(
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture.capture import capture, probe_budgets
     from elastic_export.capture.zoo import Request, load, locate, samples
-    from elastic_export.export import destination, export, prepare
+    from elastic_export.exporting import destination, export_capture, prepare
 
-    room = elastic_targets.load(target)
+    room = elastic_targets.target(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     destination(output, overwrite)  # a refusal should not wait for the weights to load
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
@@ -74,7 +74,7 @@ def make(
         if dry_run:
             prepare(captured, room, room_options, output, command_line(), overwrite)
         else:
-            bundle = export(captured, target, room_options, output, command_line(), overwrite, on_stage)
+            bundle = export_capture(captured, target, room_options, output, command_line(), overwrite, on_stage)
     for note in captured.notes:
         show.note(note)
     if captured.ignored:
