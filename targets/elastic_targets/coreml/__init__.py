@@ -5,4 +5,4 @@ from elastic_targets.coreml.lower import TARGET
 from elastic_targets.coreml.options import CoremlOptions
 from elastic_targets.coreml.session import EvaluatorSession
 
-__all__ = ["TARGET", "CoremlOptions", "Evaluator", "EvaluatorSession"]
+__all__ = ["CoremlOptions", "Evaluator", "EvaluatorSession", "TARGET"]

@@ -5,4 +5,4 @@ Opset 23 keeps attention as one `Attention` node, which ONNX Runtime fuses; opse
 
 from elastic_targets.onnx.lower import TARGET, OnnxOptions
 
-__all__ = ["TARGET", "OnnxOptions"]
+__all__ = ["OnnxOptions", "TARGET"]
