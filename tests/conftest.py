@@ -51,8 +51,8 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], B
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
-    from elastic_targets import load as room
+    from elastic_export.exporting import export_capture
+    from elastic_targets import target as room
 
     made: dict[str, Bundle] = {}
 
@@ -61,7 +61,7 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], B
             request = Request("elit-sit", GOLDEN / f"elit-{name}.pt", GOLDEN / f"elit-{name}.json")
             captured = capture(load(request), {}, Span(1, 4))
             folder = tmp_path_factory.mktemp("bundles") / f"elit-{name}"
-            made[name] = export(captured, "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx elit-sit")
+            made[name] = export_capture(captured, "onnx", room("onnx").options(), folder, "elastic-export onnx elit-sit")
         return made[name]
 
     return bundle
@@ -80,8 +80,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
-    from elastic_targets import load as room
+    from elastic_export.exporting import export_capture
+    from elastic_targets import target as room
 
     folder = tmp_path_factory.mktemp("digits")
     config = {
@@ -90,7 +90,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
-    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "bundle", "elastic-export onnx").folder
+    return export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder / "bundle", "elastic-export onnx").folder
 
 
 @pytest.fixture

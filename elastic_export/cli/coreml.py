@@ -58,13 +58,13 @@ def coreml(
       elastic-export coreml elit-sit --checkpoint elit.pt --config elit.json -o out --shapes range --target macOS15
     """
     from elastic_export.cli.making import make
-    from elastic_targets import load
+    from elastic_targets import target as enter
 
-    room = load("coreml")
+    room = enter("coreml")
     points = tuple(options.integers(budgets)) if budgets else ()
     make(
         "coreml",
-        room.CoremlOptions(shapes, target, dtype, reductions, compress, points),
+        room.options(shapes, target, dtype, reductions, compress, points),
         model, output, {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
         head_blocks=head_blocks, random_weights=random_weights,

@@ -128,9 +128,9 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
 
 def _exported(folder: Path, sample: str, spans: dict[str, Span | None], quiet: bool) -> Any:
     from elastic_export.cli.making import make
-    from elastic_targets import load
+    from elastic_targets import target
 
-    bundle = make("onnx", load("onnx").OnnxOptions(), sample, folder, spans, Span(1, 4), "fp32", overwrite=True, quiet=quiet)
+    bundle = make("onnx", target("onnx").options(), sample, folder, spans, Span(1, 4), "fp32", overwrite=True, quiet=quiet)
     assert bundle is not None
     return bundle
 

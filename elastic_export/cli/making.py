@@ -45,10 +45,10 @@ def make(
         raise MissingError(f"exporting needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
     from elastic_export.capture.capture import capture, probe_budgets
     from elastic_export.capture.zoo import Request, load, locate, samples
-    from elastic_export.export import export_into, prepare
+    from elastic_export.exporting import export_into, prepare
     from elastic_runtime.files.folder import standing, writing
 
-    room = elastic_targets.load(target)
+    room = elastic_targets.target(target)
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
     with contextlib.ExitStack() as stack:

@@ -41,11 +41,10 @@ def onnx(
       elastic-export onnx path/to/FLUX.1-dev -o flux --size 512-1024 --components transformer,vae
     """
     from elastic_export.cli.making import make
-    from elastic_targets import load
+    from elastic_targets import target
 
-    room = load("onnx")
     make(
-        "onnx", room.OnnxOptions(opset=opset, precision=dtype), model, output,
+        "onnx", target("onnx").options(opset=opset, precision=dtype), model, output,
         {"latents": latents, "tokens": tokens, "loops": loops}, batch, dtype,
         checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
         head_blocks=head_blocks, random_weights=random_weights,

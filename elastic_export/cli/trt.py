@@ -71,10 +71,10 @@ def trt(
 
     from elastic_runtime.contract.bundle import MANIFEST, Bundle
     from elastic_runtime.errors import UsageError
-    from elastic_targets import load
+    from elastic_targets import target
+    from elastic_targets import trt as room
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    room = load("trt")
     sms = tuple(options.integers(sm)) if sm else ()
     room.choose(builder, sms)  # its absence should not wait for the model
     spans = {"latents": latents, "tokens": tokens, "loops": loops}
@@ -87,23 +87,22 @@ def trt(
             raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
         bundle = Bundle.open(model)
         chosen |= {"spans": {name: span for name, span in spans.items() if span}, "batch": batch}
-        _finish(room, bundle, chosen, buckets, output, overwrite, dry_run, json, quiet)
+        _finish(bundle, chosen, buckets, output, overwrite, dry_run, json, quiet)
         return
     from elastic_export.cli.making import make
 
     output = output or Path(Path(model).name)
     exported = make(
-        "onnx", load("onnx").OnnxOptions(opset=opset, precision=dtype or "fp32"), model, output, spans, batch or Span(1, 4),
+        "onnx", target("onnx").options(opset=opset, precision=dtype or "fp32"), model, output, spans, batch or Span(1, 4),
         dtype or "fp32", checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
         head_blocks=head_blocks, random_weights=random_weights,
         overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, silent=not dry_run,
     )  # fmt: skip
     if exported:
-        _finish(room, exported, chosen, buckets, None, overwrite, False, json, quiet)
+        _finish(exported, chosen, buckets, None, overwrite, False, json, quiet)
 
 
 def _finish(
-    room: Any,
     bundle: Any,
     chosen: dict[str, Any],
     buckets: str,
@@ -115,12 +114,14 @@ def _finish(
 ) -> None:
     """Build into an open bundle and show it, or show what would be built."""
     from elastic_export.cli import show
-    from elastic_export.engines import add_engines
+    from elastic_export.exporting import export_bundle
+    from elastic_targets import trt as room
+    from elastic_targets.capture import BundleGraph
 
     wanted = room.TrtOptions(**chosen, buckets=room.read_buckets(buckets, bundle.manifest.axes))
     if not dry_run:
         with show.building(quiet) as on_progress:
-            bundle = add_engines(bundle, wanted, output, overwrite, on_progress)
+            bundle = export_bundle(bundle, "trt", wanted, output, overwrite, on_progress)
         if json:
             show.as_json("trt", {"bundle": str(bundle.folder), "manifest": bundle.manifest})
         else:
@@ -128,8 +129,8 @@ def _finish(
         return
     plans = []
     for graph in bundle.manifest.graphs:
-        plan = room.plan(bundle, graph, wanted)
-        network, seconds = room.estimate(bundle, plan)
+        plan = room.plan(BundleGraph(bundle, graph), wanted)
+        network, seconds = room.estimate(plan)
         paths = [plan.path(sms) for sms in plan.engines]
         plans.append(
             {

@@ -27,8 +27,8 @@ def verify(
       elastic-export verify digits
       elastic-export verify digits --tolerance 1e-6 --json
     """
-    from elastic_export.verify import require
-    from elastic_export.verify import verify as run
+    from elastic_export.verifying import require
+    from elastic_export.verifying import verify as run
     from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.errors import MissingError
 

@@ -1,4 +1,4 @@
-"""What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds."""
+"""What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds; or of a bundle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,8 @@ import numpy as np
 
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import TensorSpec, dimension, measure
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Graph, TensorSpec, dimension, measure
 from elastic_runtime.errors import BudgetError
 
 
@@ -81,3 +82,16 @@ class GraphCapture:
     def example(self) -> dict[str, np.ndarray]:
         """Feeds to trace with."""
         return self.feeds(self.traced, min(max(2, self.batch.min), self.batch.max))
+
+
+@dataclass(frozen=True)
+class BundleGraph:
+    """One graph of an open bundle, for a target that takes the artifact of another."""
+
+    bundle: Bundle
+    name: str
+
+    @property
+    def described(self) -> Graph:
+        """What the manifest says of it, its artifacts among that."""
+        return self.bundle.manifest.graphs[self.name]

@@ -25,7 +25,7 @@ def test_a_bundle_gains_engines_and_inspect_shows_their_profiles(run: Run, bundl
     assert "was not verified: trt: the engine is for sm 86, 89" in shown.err or "max abs" in shown.out
     again = run("trt", bundle_copy, "--sm", "86,89", "--latents", "32-64", "--buckets", "none", "-q")
     assert again.code == 2
-    assert "exists: replace it with --overwrite" in again.err
+    assert "exists: choose another -o/--output, or replace it with --overwrite" in again.err
 
 
 def test_a_model_is_exported_and_built_in_one_go(run: Run, golden: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.zoo import Model, Request, load  # noqa: E402
-from elastic_export.export import export  # noqa: E402
+from elastic_export.exporting import export_capture  # noqa: E402
 from elastic_export.families.bricks import dc_dit_flops, elt_flops  # noqa: E402
 from elastic_export.families.dc_dit.chunk import count, nearest, select, smooth  # noqa: E402
 from elastic_export.families.dc_dit.model import FAMILY, PRESETS, DcDit, DcDitParams, rename_key, sources, untrained, upcycle  # noqa: E402
@@ -22,7 +22,7 @@ from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import randomize  # noqa: E402
 from elastic_runtime import Bundle, ModelError, Span, open_session  # noqa: E402
 from elastic_runtime.contract.schedule import LinearBeta  # noqa: E402
-from elastic_targets import load as room  # noqa: E402
+from elastic_targets import target as room  # noqa: E402
 
 FRACTIONS = {"0.0": (0, 0), "0.3": (0.3, 0.3), "0.6": (0.6, 0.6), "0.9": (0.9, 0.9), "per_sample_0.2_0.5": (0.2, 0.5)}
 SMALL = DcDitParams(
@@ -46,7 +46,7 @@ def recorded(golden: Path) -> Arrays:
 def bundle(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
     folder = tmp_path_factory.mktemp("bundles") / "dcdit"
-    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx dc-dit")
+    return export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder, "elastic-export onnx dc-dit")
 
 
 def feeds(arrays: Arrays, fractions: Any, slots: int) -> Arrays:

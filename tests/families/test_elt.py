@@ -12,14 +12,14 @@ onnx = pytest.importorskip("onnx")
 
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.zoo import Model  # noqa: E402
-from elastic_export.export import export  # noqa: E402
+from elastic_export.exporting import export_capture  # noqa: E402
 from elastic_export.families import elt, elt_masked  # noqa: E402
 from elastic_export.families.bricks import elt_flops, elt_masked_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import DiTBlock, randomize  # noqa: E402
 from elastic_runtime import Budget, BudgetError, Bundle, ModelError, Span, open_session  # noqa: E402
 from elastic_runtime.contract.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine  # noqa: E402
-from elastic_targets import load as room  # noqa: E402
+from elastic_targets import target as room  # noqa: E402
 
 DIFFUSION = elt.EltParams(
     input_size=8, patch_size=2, in_channels=1, hidden_size=32, num_heads=4, num_classes=10, unique_blocks=2, loops=3, max_loops=8,
@@ -50,7 +50,7 @@ def answer(model: Model, budget: Budget) -> np.ndarray:
 def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Bundle]:
     model = loaded(*request.param)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    return model, export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx")
+    return model, export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder, "elastic-export onnx")
 
 
 def test_every_count_is_exact_through_onnx_runtime(exported: tuple[Model, Bundle]) -> None:
@@ -81,8 +81,8 @@ def test_the_graph_is_one_loop_that_ends_on_its_condition(exported: tuple[Model,
 
 def test_weights_stand_once_whatever_the_span(exported: tuple[Model, Bundle], tmp_path: Path) -> None:
     model, bundle = exported
-    once = export(
-        capture(model, {"loops": Span(1, 1)}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), tmp_path / "once", "elastic-export"
+    once = export_capture(
+        capture(model, {"loops": Span(1, 1)}, Span(1, 4)), "onnx", room("onnx").options(), tmp_path / "once", "elastic-export"
     )
     sizes = [next(iter(each.manifest.graphs["denoiser"].artifacts)).files[0].bytes for each in (once, bundle)]
     assert sizes[1] < 1.1 * sizes[0]

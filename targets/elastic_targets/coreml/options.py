@@ -13,6 +13,7 @@ from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import METHODS
 
 SHAPES = ("functions", "enumerated", "range")
+PRECISIONS = ("fp16", "fp32")
 # Oldest systems to convert for; ML programs begin with iOS 15.
 TARGETS = {
     name: getattr(ct.target, name)
@@ -43,7 +44,7 @@ class CoremlOptions:
     budgets: tuple[Budget | int, ...] = ()
 
 
-def path(graph: str, options: CoremlOptions) -> str:
+def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
     """Where the package lies in the bundle: `coreml/denoiser.mlpackage`, with what is not the default named."""
     default = CoremlOptions()
     reductions = f"{options.reductions}-reductions"
@@ -57,7 +58,7 @@ def path(graph: str, options: CoremlOptions) -> str:
         )
         if name and name != usual
     ]
-    return f"coreml/{'.'.join([graph, *said])}.mlpackage"
+    return (f"coreml/{'.'.join([graph.name, *said])}.mlpackage",)
 
 
 def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
@@ -90,7 +91,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     for flag, value, choices in (
         ("--shapes", options.shapes, SHAPES),
         ("--target", options.target, tuple(TARGETS)),
-        ("--dtype", options.precision, ("fp16", "fp32")),
+        ("--dtype", options.precision, PRECISIONS),
         ("--reductions", options.reductions, ("fp32", "fp16")),
         ("--compress", options.compression, (None, *METHODS)),
     ):

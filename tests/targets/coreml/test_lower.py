@@ -15,7 +15,8 @@ from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.manifest import TensorSpec
 from elastic_runtime.contract.precision import COMPRESSIONS, PRECISIONS
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, path, requires
+from elastic_targets.coreml import CoremlOptions, Evaluator
+from elastic_targets.coreml.options import budgets, paths, requires
 
 Elit = Callable[..., GraphCapture]
 Lowered = Callable[..., Any]
@@ -184,7 +185,9 @@ def test_more_functions_than_make_sense_are_refused(elit: Elit) -> None:
     requires(graph, CoremlOptions(budgets=many, shapes="enumerated"))
 
 
-def test_the_name_says_what_is_not_the_default() -> None:
-    assert path("denoiser", CoremlOptions()) == "coreml/denoiser.mlpackage"
-    assert path("decoder", CoremlOptions("range", precision="fp32")) == "coreml/decoder.range.fp32.mlpackage"
-    assert path("denoiser", CoremlOptions(reductions="fp16", compression="int8")) == "coreml/denoiser.fp16-reductions.int8.mlpackage"
+def test_the_name_says_what_is_not_the_default(elit: Elit) -> None:
+    denoiser = elit()
+    decoder = replace(denoiser, name="decoder")
+    assert paths(denoiser, CoremlOptions()) == ("coreml/denoiser.mlpackage",)
+    assert paths(decoder, CoremlOptions("range", precision="fp32")) == ("coreml/decoder.range.fp32.mlpackage",)
+    assert paths(denoiser, CoremlOptions(reductions="fp16", compression="int8")) == ("coreml/denoiser.fp16-reductions.int8.mlpackage",)
