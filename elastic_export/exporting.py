@@ -15,9 +15,10 @@ import numpy as np
 
 import elastic_targets
 from elastic_export.verifying import record, require, verify_artifact
+from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, Artifact, Graph, Manifest, Provenance
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Provenance
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.files.folder import Draft, writing

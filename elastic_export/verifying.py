@@ -11,9 +11,9 @@ import numpy as np
 
 import elastic_targets
 from elastic_runtime.contract import reference
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.errors import BundleError, VerificationError
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.opening import obstacles, open_artifact

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from elastic_runtime import Budget, Bundle, MissingError, Session, Span
+from elastic_runtime.contract.artifacts import Graph, TrtArtifact
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.manifest import Graph, Manifest, TrtArtifact
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.sessions.opening import obstacles, open_artifact
 

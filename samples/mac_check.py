@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime import Bundle, MissingError
+from elastic_runtime.contract.artifacts import CoremlArtifact
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.manifest import CoremlArtifact
 from elastic_runtime.contract.reference import axis_feeds, unpack
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline
-from elastic_runtime.choosing.calibration import evaluate, peak_bytes
+from elastic_runtime.choosing.calibration import evaluate
 from elastic_runtime.contract.budget import key, parse_key
 from elastic_runtime.denoising.denoiser import Denoiser
+from elastic_runtime.device import peak_bytes
 from elastic_runtime.sampling.fitting import sampler, times
 from record import machine, versions
 

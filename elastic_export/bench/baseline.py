@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from elastic_bench.runtimes import GRAPH, Opened
+from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, sha256
-from elastic_runtime.contract.manifest import Graph, Manifest
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import InferenceError, MissingError, ModelError
 from elastic_runtime.sessions.session import Arrays, Session

@@ -18,6 +18,7 @@ from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, te
 from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, read_vae
 from elastic_runtime.contract import manifest
+from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.schedule import RectifiedFlow
@@ -262,7 +263,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
             pooled += widths["pooled"]
         path = f"tokenizer/{component}/tokenizer.json"
         files[path] = tokenizer.content
-        entry = manifest.FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
+        entry = FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
         found.append(
             manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
         )

@@ -64,6 +64,7 @@ def bench(
       elastic-export bench --compare old.json new.json --tolerance 0.1
     """
     from elastic_export.cli.show import benchmark as shown
+    from elastic_runtime.device import usable_cores
     from elastic_runtime.errors import MissingError, RegressionError, UsageError, VerificationError
 
     if compare:
@@ -83,7 +84,6 @@ def bench(
     if not bundles:
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
 
-    from elastic_bench.machine import usable_cores
     from elastic_bench.records import Settings, encode
     from elastic_export.bench.run import NAMES
     from elastic_export.bench.run import bench as run

@@ -18,14 +18,16 @@ def doctor(json: options.Json = False) -> None:
     from elastic_export.cli.show import machine
     from elastic_runtime.choosing.calibration import folder
     from elastic_runtime.device import advice, matched, peak, probe, runtimes
+    from elastic_runtime.sessions.opening import limits
 
-    found = probe()
-    entry, usable, todo = matched(found), runtimes(found), list(advice(found))
-    peaks = {"cpu": peak(found, "cpu")} | ({"gpu": peak(found, "gpu")} if found.gpus else {})
+    device = probe()
+    entry, usable = matched(device), runtimes(device)
+    todo = [*limits(usable), *advice(device)]
+    peaks = {"cpu": peak(device, "cpu")} | ({"gpu": peak(device, "gpu")} if device.gpus else {})
     if json:
-        facts = {"device": found, "listed": entry.id if entry else None, "peak": peaks, "runtimes": usable, "advice": todo}
+        facts = {"device": device, "listed": entry.id if entry else None, "peak": peaks, "runtimes": usable, "advice": todo}
         show.as_json("doctor", facts | {"calibrations": str(folder())})
     else:
-        machine.device(found, peaks, usable, todo, str(folder()))
+        machine.device(device, peaks, usable, todo, str(folder()))
     if not usable:
         raise typer.Exit(3)

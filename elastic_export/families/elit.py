@@ -33,9 +33,10 @@ from elastic_export.families.layers import (
     split_heads,
     unpatchify,
 )
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost, TensorSpec
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import ModelError
 

@@ -17,8 +17,9 @@ from elastic_export.families.bricks import dit_activation_values, elt_masked_flo
 from elastic_export.families.elt import axes, from_presets, looped, prefixes
 from elastic_export.families.family import Family, example_labels, priced
 from elastic_export.families.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost, TensorSpec
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.errors import ModelError
 

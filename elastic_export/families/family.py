@@ -8,9 +8,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import FLOAT32
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost, TensorSpec
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.errors import ModelError
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from torch import nn
 
 from elastic_export.families.family import random_rows
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Patches, TensorSpec
+from elastic_runtime.contract.manifest import Patches
 
 Config = Mapping[str, Any]
 AXIS = "tokens"  # the elastic dimension: S is its budget

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.foreign.folder import Folder, read_json
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import TensorSpec
 from elastic_runtime.errors import MissingError, ModelError
 from elastic_targets.capture import GraphCapture
 

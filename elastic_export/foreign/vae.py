@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from elastic_export.families.family import random_rows
 from elastic_export.foreign.folder import diffusers_class, read_json
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import TensorSpec, Vae
+from elastic_runtime.contract.manifest import Vae
 from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
 

@@ -4,7 +4,6 @@ RAPL (Linux, Intel and AMD) counts a processor package, NVML an NVIDIA GPU, powe
 They count everything that runs, not one process.
 """
 
-import ctypes
 import os
 import re
 import shutil
@@ -13,7 +12,9 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from elastic_runtime.device import nvml
 
 RAPL = Path("/sys/class/powercap")
 # read() -> joules since some moment
@@ -22,15 +23,15 @@ Counter = Callable[[], float]
 
 def counters() -> tuple[dict[str, Counter], dict[str, str]]:
     """The sources of this machine by name, and for each other source why it is absent."""
-    found: dict[str, Counter] = {}
+    present: dict[str, Counter] = {}
     absent: dict[str, str] = {}
-    for name, opener in (("RAPL", rapl), ("NVML", nvml), ("powermetrics", powermetrics)):
+    for name, opener in (("RAPL", rapl), ("NVML", nvml.energy), ("powermetrics", powermetrics)):
         opened = opener()
         if isinstance(opened, str):
             absent[name] = opened
         else:
-            found[name] = opened
-    return found, absent
+            present[name] = opened
+    return present, absent
 
 
 def rapl(folder: Path = RAPL) -> Counter | str:
@@ -54,26 +55,6 @@ def rapl(folder: Path = RAPL) -> Counter | str:
             total += (now - last[i]) % (ranges[i] + 1)
             last[i] = now
         return total / 1e6
-
-    return read
-
-
-def nvml(library: Any = None) -> Counter | str:
-    """The first GPU's counter (millijoules), or why there is none."""
-    if library is None:
-        try:
-            library = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
-        except OSError:
-            return "there is no NVIDIA driver"
-    device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
-        return "the NVIDIA driver shows no GPU"
-    if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy)):
-        return "the GPU counts no energy (before Volta)"
-
-    def read() -> float:
-        library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy))
-        return energy.value / 1e3
 
     return read
 

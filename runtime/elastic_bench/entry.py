@@ -8,8 +8,8 @@ import numpy as np
 from elastic_bench.records import SingleStream
 from elastic_bench.runtimes import Runtime, sentence
 from elastic_bench.subject import Drawing, Loaded, Turn
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.errors import ElasticError
 
 

@@ -1,8 +1,7 @@
-"""The machine that measures: what it is, the most its processor can do, and the memory that a process has used."""
+"""The machine that measures: what it is, and the most that its processor can do."""
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_bench.records import Machine, Peaks
-from elastic_runtime.device import PACKAGES
+from elastic_runtime.device import PACKAGES, Clock, usable_cores
 
 # What may take part in a measurement, by distribution.
 TAKING_PART = ("elastic-export", "numpy", *(name for package in PACKAGES.values() for name in package.distributions))
@@ -36,18 +35,13 @@ def machine() -> Machine:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python and of those `packages` that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return installed
 
 
 def _memory() -> int | None:
@@ -57,23 +51,7 @@ def _memory() -> int | None:
         return None
 
 
-def peak_memory() -> int | None:
-    """Most resident memory that this process has had; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose getrusage would tell a new process of its parent's memory too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def peaks(
-    side: int = 2048, size: int = 2**27, runs: int = 5, threads: int | None = None, clock: Callable[[], float] = time.perf_counter
-) -> Peaks:
+def peaks(side: int = 2048, size: int = 2**27, runs: int = 5, threads: int | None = None, clock: Clock = time.perf_counter) -> Peaks:
     """The fastest of `runs` float32 products of (side, side) matrices, and of copies of `size` bytes by all threads at once."""
     generator = np.random.default_rng(0)
     a, b = generator.standard_normal((2, side, side), dtype=np.float32)
@@ -91,7 +69,7 @@ def peaks(
     return Peaks(flops_per_second=2 * side**3 / multiplying, bytes_per_second=2 * source.nbytes / copying)
 
 
-def _fastest(run: Callable[[], object], runs: int, clock: Callable[[], float]) -> float:
+def _fastest(run: Callable[[], object], runs: int, clock: Clock) -> float:
     run()  # touches the memory
     best = float("inf")
     for _ in range(runs):

@@ -2,8 +2,9 @@
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.manifest import Quality, Verification
+from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import UsageError

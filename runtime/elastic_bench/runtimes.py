@@ -1,11 +1,13 @@
-"""What can be measured: a backend with its options on one artifact of a bundle. Whoever owns another way to run a model adds its own."""
+"""What can be measured: a backend with its options on one artifact of a bundle. Whoever owns another way to run a model
+adds its own.
+"""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol
 
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
@@ -43,13 +45,19 @@ class Runtime(Protocol):
 
 
 def ways() -> dict[str, tuple[Backend, Way]]:
-    """Every way in which a backend can run, by the name that reports know it by."""
-    return {name: (backend, way) for backend in backends() for name, way in backend.ways.items()}
+    """Every way in which a backend can run, by the name that reports know it by.
+
+    Backends that run everywhere come first: the others are compared with the first that was right.
+    """
+    ordered = sorted(backends(), key=lambda backend: all(way.processor != "cpu" for way in backend.ways.values()))
+    return {name: (backend, way) for backend in ordered for name, way in backend.ways.items()}
 
 
 @dataclass(frozen=True)
 class SessionRuntime:
-    """The backend's way called `way` on the artifact at path `artifact` of a bundle, or on none where the bundle has none for it."""
+    """The backend's way called `way` on the artifact at path `artifact` of a bundle, or on none where the bundle has
+    none for it.
+    """
 
     name: str
     way: str

@@ -1,29 +1,26 @@
 """One runtime on one bundle, in the process that runs it: opened, checked against the recording, timed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from elastic_bench.energy import Counter
-from elastic_bench.machine import peak_memory
 from elastic_bench.records import Settings
 from elastic_bench.runtimes import GRAPH, Opened, Runtime
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
 from elastic_runtime.denoising.pictures import drawable
-from elastic_runtime.device import Processor
+from elastic_runtime.device import Clock, Processor, peak_bytes
 from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.ralu.plan import FULL
 from elastic_runtime.request import Request
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.session import batches
-
-Clock = Callable[[], float]
 
 
 class Loaded(NamedTuple):
@@ -81,7 +78,7 @@ class Subject:
 
     def load(self) -> Loaded:
         """Open the runtime, timed."""
-        before, begun = peak_memory(), self._clock()
+        before, begun = peak_bytes(), self._clock()
         self._opened = self._runtime.open(self._bundle, self._settings.threads)
         seconds = self._clock() - begun
         session = self._opened.denoiser
@@ -159,7 +156,7 @@ class Subject:
 
     def memory(self) -> int | None:
         """Most memory that this process has had."""
-        return peak_memory()
+        return peak_bytes()
 
     def close(self) -> None:
         """Release the sessions."""

@@ -11,14 +11,14 @@ from typing import Any, Self
 import numpy as np
 from msgspec.structs import replace
 
-from elastic_runtime.choosing.calibration import Clock, fastest, peak_bytes
+from elastic_runtime.choosing.calibration import fastest
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, obstacle, pictures, values
-from elastic_runtime.device import probe
+from elastic_runtime.device import Clock, peak_bytes, probe
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing
 from elastic_runtime.drawing.plans import PlanDrawing

@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, dimension, measure
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Graph, TensorSpec, dimension, measure
 from elastic_runtime.errors import BudgetError
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Graph
 from elastic_runtime.errors import MissingError, UsageError
 from elastic_runtime.sessions.session import Session
 

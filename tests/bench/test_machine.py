@@ -2,8 +2,6 @@
 
 import ctypes
 import io
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ import pytest
 
 from elastic_bench import energy
 from elastic_bench.machine import machine, peaks, versions
+from elastic_runtime.device import nvml
 
 
 def test_the_machine_is_told_in_words_and_without_its_name() -> None:
@@ -27,19 +26,6 @@ def test_peaks_count_the_work_of_the_fastest_run() -> None:
     found = peaks(side=8, size=8000, runs=2, threads=2, clock=lambda: next(ticks))
     assert found.flops_per_second == 2 * 8**3 / 1.0
     assert found.bytes_per_second == 2 * 8000 / 2.0
-
-
-def test_peak_memory_grows_with_what_a_process_holds() -> None:
-    """In a process of its own: this one may have held more before."""
-    program = (
-        "from elastic_bench.machine import peak_memory; before = peak_memory(); held = bytearray(2**28); "
-        "held[::2**12] = b'x' * len(held[::2**12]); print(before, peak_memory())"
-    )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    if told == ["None", "None"]:
-        pytest.skip("this system does not tell")
-    before, after = map(int, told)
-    assert after - before > 2**27
 
 
 def zone(folder: Path, name: str, microjoules: int, most: int = 1000) -> Path:
@@ -89,19 +75,19 @@ class Nvml:
 
 def test_nvml_reads_joules_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     library = Nvml()
-    read = energy.nvml(library)
+    read = nvml.energy(lambda: library)
     assert callable(read)
     assert read() == 5.0
     library.millijoules = 7500
     assert read() == 7.5
-    assert energy.nvml(Nvml(gpus=0)) == "the NVIDIA driver shows no GPU"
-    assert "counts no energy" in str(energy.nvml(Nvml(counts=False)))
+    assert nvml.energy(lambda: Nvml(gpus=0)) == "the NVIDIA driver sees no GPU"
+    assert "counts no energy" in str(nvml.energy(lambda: Nvml(counts=False)))
 
     def absent(name: str) -> Any:
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", absent)
-    assert energy.nvml() == "there is no NVIDIA driver"
+    assert nvml.energy() == "there is no NVIDIA driver"
 
 
 def test_powermetrics_is_added_up_from_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:

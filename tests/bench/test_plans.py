@@ -19,8 +19,9 @@ from elastic_bench.records import BundleReport, Settings
 from elastic_bench.runtimes import Opened
 from elastic_bench.subject import Drawing
 from elastic_runtime import Budget, BudgetError, FakeSession
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Cost, OnnxArtifact, Patches, Quality
+from elastic_runtime.contract.manifest import Cost, Patches, Quality
 from elastic_runtime.contract.reference import cut, pack
 
 # 64 tokens a picture: a quarter of them, 7x's and 4x's mixed stages, all.

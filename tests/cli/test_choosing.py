@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import Outcome
 from fakes import write_bundle
@@ -35,6 +36,15 @@ def test_doctor_tells_what_is_here(run: Run, on: Callable[[str], None]) -> None:
     told = json.loads(run("doctor", "--json").out)
     assert (told["schema"], told["listed"], told["device"]["cpu"]["cores"]) == ("elastic-export/doctor/1", "jetson-orin-nano-8-super", 6)
     assert any("elastic-export[torch]" in line for line in told["advice"])
+
+
+def test_doctor_tells_what_an_old_runtime_opens(run: Run, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MACHINES, "old", msgspec.structs.replace(MACHINES["xeon"], packages={"onnxruntime-gpu": "1.20.1"}))
+    on("old")
+    assert "note: onnxruntime 1.20.1 opens opsets up to 21" in run("doctor").err
+    assert json.loads(run("doctor", "--json").out)["advice"][0].startswith("onnxruntime 1.20.1 opens opsets up to 21, and exports have 23")
+    on("xeon")
+    assert "opens opsets" not in run("doctor").err
 
 
 def test_doctor_fails_where_nothing_can_run_a_bundle(run: Run, on: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic_runtime import Bundle
-from elastic_runtime.contract.manifest import CoremlArtifact
+from elastic_runtime.contract.artifacts import CoremlArtifact
 
 pytest.importorskip("coremltools", reason="the Core ML room needs coremltools")
 Run = Callable[..., Any]

@@ -13,8 +13,9 @@ from elastic_bench.records import Settings
 from elastic_bench.runtimes import Opened
 from elastic_bench.subject import Subject
 from elastic_runtime import Budget, FakeSession, InferenceError, MissingError
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Cost, OnnxArtifact
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.device import Processor
 

@@ -8,7 +8,8 @@ import numpy as np
 from fakes import manifest as elit_manifest
 
 from elastic_runtime import Axis, Bundle, FakeSession, Session, Span
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, Graph, Manifest, Model, Patches, TensorSpec, Text, TextEncoder, Vae
+from elastic_runtime.contract.artifacts import FileEntry, Graph, TensorSpec
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model, Patches, Text, TextEncoder, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 CHANNELS, SIZE, UPSCALE, WIDTH, POOLED = 4, 2, 4, 6, 5

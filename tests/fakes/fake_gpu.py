@@ -27,6 +27,8 @@ class Gpu:
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.handles = iter(range(1000, 10_000_000, 1000))
         self.capturable = True
+        self.failing: set[str] = set()  # CUDA calls, by their names, that answer with an error
+        self.enqueues = True
 
     def note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -91,7 +93,7 @@ def cuda_runtime(gpu: Gpu) -> types.ModuleType:
         return call
 
     module.cudaGetErrorString = lambda code: (ok, b"no reason")
-    module.cudaGetDevice = lambda: (ok, 0)
+    module.cudaGetDevice, module.cudaSetDevice = lambda: (ok, 0), done("set_device")
     module.cudaDeviceAttr = types.SimpleNamespace(cudaDevAttrComputeCapabilityMajor=1, cudaDevAttrComputeCapabilityMinor=2)
     module.cudaDeviceGetAttribute = lambda which, device: (ok, gpu.sm // 10 if which == 1 else gpu.sm % 10)
     module.cudaGetDeviceProperties = lambda device: (ok, types.SimpleNamespace(name=b"Fake GPU\0"))
@@ -106,6 +108,12 @@ def cuda_runtime(gpu: Gpu) -> types.ModuleType:
     module.cudaGraphInstantiate = lambda graph, flags: (ok, graph)
     module.cudaGraphDestroy, module.cudaGraphExecDestroy = done("destroy_graph"), done("destroy_executable")
     module.cudaGraphLaunch = launch
+
+    def able(name: str, call: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        return lambda *arguments: (_Code.BAD, None) if name in gpu.failing else call(*arguments)
+
+    for name in ("cudaMalloc", "cudaFree", "cudaMemGetInfo", "cudaStreamSynchronize"):
+        setattr(module, name, able(name, getattr(module, name)))
     return module
 
 
@@ -138,6 +146,8 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         self.gpu.note("execute", self.profile, "captured" if self.gpu.capturing is not None else "plain")
+        if not self.gpu.enqueues:
+            return False
         shape = self.shapes["sample"]
 
         def work() -> None:

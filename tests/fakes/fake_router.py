@@ -10,8 +10,9 @@ import numpy as np
 from fakes import manifest, model
 
 from elastic_runtime import Axis, ElasticPipeline, FakeSession, Span
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Graph, Manifest, TensorSpec
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.schedule import LinearBeta
 
 SIDE, LENGTH = 8, 64

@@ -1,6 +1,8 @@
 """Stand-ins made without torch: a model description, a manifest, a bundle on disk, and sessions with a known velocity."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +10,9 @@ import msgspec
 import numpy as np
 
 from elastic_runtime import Axis, FakeSession, Span
+from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, entry
-from elastic_runtime.contract.manifest import (
-    SCHEMA_VERSION,
-    Artifact,
-    Cost,
-    Graph,
-    Manifest,
-    Model,
-    OnnxArtifact,
-    Provenance,
-    TensorSpec,
-    Vae,
-)
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Manifest, Model, Provenance, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 # (x, t, labels, kept) -> velocity: what a fake denoiser computes
@@ -100,6 +92,20 @@ def session(field: Field, channels: int = CHANNELS, batch: Span = Span(1, 4)) ->
         return {"prediction": np.broadcast_to(value, feeds["sample"].shape).astype(np.float32)}
 
     return FakeSession(denoiser_graph(channels, batch), run)
+
+
+def answers_stay_with_their_thread(
+    run: Callable[[int], np.ndarray], expected: Callable[[int], Any], threads: int = 8, times: int = 25
+) -> None:
+    """Assert that `run(k)` on thread k answers `expected(k)` each time, while the others run theirs."""
+    begin = threading.Barrier(threads)
+
+    def work(k: int) -> int:
+        begin.wait()
+        return sum(not np.allclose(run(k), expected(k), atol=1e-5) for _ in range(times))
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert sum(pool.map(work, range(threads))) == 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from fakes import manifest
 
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import OnnxArtifact
 from elastic_runtime.errors import BundleError
 from elastic_runtime.files.folder import writing
 

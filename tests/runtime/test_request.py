@@ -38,7 +38,7 @@ from elastic_runtime import (
     Span,
     UsageError,
 )
-from elastic_runtime.contract.manifest import Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.schedule import CosineMask, ShiftedCosine
 from elastic_runtime.ralu.plan import PRESETS
 

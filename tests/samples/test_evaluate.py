@@ -11,7 +11,8 @@ import evaluate as script
 from classifier import load_judge
 from digits import Digits, halved
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, FakeSession, Span, UsageError
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Graph, Manifest, Model, Provenance, TensorSpec
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Manifest, Model, Provenance
 from elastic_runtime.contract.schedule import RectifiedFlow
 from evaluate import Protocol, draw, evaluate, spread
 

@@ -22,9 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from elastic_runtime.contract.artifacts import Artifact, Profile, TrtArtifact, Verification
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Cost, Profile, TrtArtifact, Verification
+from elastic_runtime.contract.manifest import Cost
 
 JSON_SCHEMA = 1
 

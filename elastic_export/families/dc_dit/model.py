@@ -21,9 +21,10 @@ from elastic_export.families.bricks import dc_dit_activation_values, dc_dit_flop
 from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, natural, nearest, select, smooth, take
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost, TensorSpec
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import LinearBeta
 from elastic_runtime.errors import ModelError
 
@@ -54,10 +55,9 @@ class DcDitParams:
             raise ValueError(f"input_size must be at least 2, got {self.input_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % 32 or self.hidden_size % (32 * self.enc_dec_dim_factor):
-            wanted = 32 * self.enc_dec_dim_factor
+        if self.hidden_size % (unit := 32 * self.enc_dec_dim_factor):
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {wanted}: GroupNorm has 32 groups"
+                f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {unit}: GroupNorm has 32 groups"
             )
         if not self.dechunk_kernel_sigma > 0:
             raise ValueError(f"dechunk_kernel_sigma must be above 0, got {self.dechunk_kernel_sigma}")

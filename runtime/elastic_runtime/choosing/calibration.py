@@ -9,8 +9,6 @@ import datetime
 import hashlib
 import itertools
 import logging
-import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +24,7 @@ from elastic_runtime.contract.manifest import Manifest, Model
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.denoising.evaluator import evaluator
-from elastic_runtime.device import Device, peak
+from elastic_runtime.device import Clock, Device, peak, peak_bytes
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
@@ -42,7 +40,6 @@ QUARTILE = 0.25  # of the rounds: what a run takes by itself, where something el
 UNTOUCHED = 1 << 20  # bytes; a process that has grown by more since the session was opened has run it, and hides what a run adds
 _log = logging.getLogger(__name__)
 
-Clock = Callable[[], float]
 Identity = dict[str, Any]
 
 
@@ -247,20 +244,6 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
     _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")
     _log.info("fastest of %s: %s", milliseconds, best)
     return best
-
-
-def peak_bytes() -> int | None:
-    """The most memory that this process has held, in bytes; None where the system does not tell."""
-    try:  # getrusage would count what the process that started this one held
-        told = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(told[1]) * 1024 if told else None
-    except OSError:
-        pass
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there
-    return None
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:

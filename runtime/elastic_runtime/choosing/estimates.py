@@ -16,14 +16,13 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.denoising.guidance import Guidance
-from elastic_runtime.device import Device, probe
+from elastic_runtime.device import Clock, Device, probe
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import Session
 
 CLIP = 8.0  # a step this many times slower or faster than predicted tells of a clock or a hang, not of the pace
 WEIGHT = 0.3  # of the latest step in the pace
 
-Clock = Callable[[], float]
 Value = TypeVar("Value")
 # guided and other evaluations of the model in each step of a stage
 Evaluations = tuple[np.ndarray, np.ndarray]

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import msgspec
 import numpy as np
 
-from elastic_runtime.contract.manifest import FileEntry, Manifest, decode
+from elastic_runtime.contract.artifacts import FileEntry
+from elastic_runtime.contract.manifest import Manifest, decode
 from elastic_runtime.errors import BundleError
 
 MANIFEST = "elastic.json"

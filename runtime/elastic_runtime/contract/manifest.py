@@ -3,16 +3,15 @@
 It is strict: a missing or unknown field is an error that names it, so a reader never guesses.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from elastic_runtime.contract import precision as precisions
-from elastic_runtime.contract.axis import Axis, Span
+from elastic_runtime.contract.artifacts import Artifact, FileEntry, Graph
+from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.records import read_record
+from elastic_runtime.contract.records import Record, read_record
 from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
 from elastic_runtime.errors import BundleError
 
@@ -21,210 +20,7 @@ SCHEMA_VERSION = 2
 OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of everything in the manifest."""
-
-
-class FileEntry(_Record, frozen=True, kw_only=True):
-    """One file of the bundle: `path` is relative, with forward slashes."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-class TensorSpec(_Record, frozen=True, kw_only=True):
-    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one
-    (`8*h`)."""
-
-    name: str
-    dtype: Literal["float32", "int64"]
-    shape: tuple[int | str, ...]
-
-
-def dimension(size: str) -> str:
-    """The open dimension in `h` or `8*h`."""
-    return size.rpartition("*")[2]
-
-
-def measure(size: int | str, sizes: Mapping[str, int]) -> int:
-    """A shape's entry as a number, where the open dimensions have `sizes`."""
-    return size if isinstance(size, int) else int(size.rpartition("*")[0] or 1) * sizes[dimension(size)]
-
-
-class Verification(_Record, frozen=True, kw_only=True):
-    """What running an artifact at one budget gave against the reference outputs.
-
-    `tolerance` bounds `max_abs` in units of max(1, |reference|); `where` says what ran it.
-    """
-
-    budget: dict[str, int]
-    max_abs: float
-    cosine: float
-    psnr_db: float
-    finite: bool
-    tolerance: float
-    passed: bool
-    where: str
-
-
-class Artifact(_Record, frozen=True, kw_only=True, tag_field="target"):
-    """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
-
-    precision: precisions.Name
-    files: tuple[FileEntry, ...]
-    toolchain: dict[str, str]
-    verified: tuple[Verification, ...] = ()
-    unverified: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("an artifact needs at least one of `files`")
-
-    @property
-    def path(self) -> str:
-        """The file that a backend opens; the others lie where it expects them."""
-        return self.files[0].path
-
-    @property
-    def slot(self) -> str:
-        """The path without the number that its first folder got where the name stood already: what `path` takes the place of."""
-        return re.sub(r"^([^/]+)-\d+/", r"\1/", self.path)
-
-    @property
-    def target(self) -> str:
-        return str(self.__struct_config__.tag)
-
-    @property
-    def tolerance(self) -> float:
-        """The bound that it is held to, in units of max(1, max |reference|)."""
-        return precisions.tolerance(self.precision, self._compression)
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """How exact it is: less is more exact."""
-        return precisions.rank(self.precision, self._compression)
-
-    @property
-    def _compression(self) -> precisions.Compression | None:
-        return None
-
-
-class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
-    """An ONNX file; weights above 2 GB lie beside it."""
-
-    opset: int
-
-
-class Range(_Record, frozen=True):
-    """Smallest, preferred and largest size of an open dimension in a TensorRT profile."""
-
-    min: int
-    opt: int
-    max: int
-
-
-class Profile(_Record, frozen=True, kw_only=True):
-    """One TensorRT optimization profile: the range of every open dimension of the graph."""
-
-    dimensions: dict[str, Range]
-
-    def contains(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the profile takes inputs whose open dimensions have these sizes."""
-        return all(self.dimensions[name].min <= size <= self.dimensions[name].max for name, size in sizes.items())
-
-    def shape(self, spec: TensorSpec, end: Literal["min", "opt", "max"]) -> tuple[int, ...]:
-        """Shape of an input or output at one end of the profile."""
-        sizes = {name: getattr(size, end) for name, size in self.dimensions.items()}
-        return tuple(measure(size, sizes) for size in spec.shape)
-
-
-class Network(_Record, frozen=True, kw_only=True):
-    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while
-    building."""
-
-    layers: int
-    attentions: int
-    loops: int
-
-
-class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
-    """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
-
-    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their
-    weights.
-    """
-
-    builder: Literal["tensorrt", "tensorrt_rtx"]
-    builder_version: str
-    sms: tuple[int, ...]
-    source: str
-    source_sha256: str
-    profiles: tuple[Profile, ...]
-    network: Network
-    refit: bool = False
-    stripped: bool = False
-    weight_streaming: bool = False
-    version_compatible: bool = False
-
-
-class CoremlCall(_Record, frozen=True, kw_only=True):
-    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
-    takes.
-
-    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
-    """
-
-    function: str
-    budget: dict[str, int]
-    sizes: dict[str, int]
-
-
-class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
-    """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
-
-    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes
-    (`enumerated`) or with open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is
-    the precision of its norms.
-    """
-
-    package: str
-    deployment_target: str
-    shapes: Literal["functions", "enumerated", "range"]
-    batch: Span
-    calls: tuple[CoremlCall, ...]
-    reductions: Literal["fp32", "fp16"]
-    compression: precisions.Compression | None = None
-
-    @property
-    def path(self) -> str:
-        return self.package
-
-    @property
-    def _compression(self) -> precisions.Compression | None:
-        return self.compression
-
-
-class Graph(_Record, frozen=True, kw_only=True):
-    """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    dimensions: dict[str, Span]
-    artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
-
-    def __post_init__(self) -> None:
-        letters = {dimension(size) for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
-        if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
-            raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
-
-    @property
-    def batch(self) -> Span:
-        """Batches that one run takes."""
-        return self.dimensions["B"]
-
-
-class Vae(_Record, frozen=True, kw_only=True):
+class Vae(Record, frozen=True, kw_only=True):
     """How latents become the decoder's input: `latent / scaling_factor + shift_factor`; `upscale` pixels a latent."""
 
     scaling_factor: float
@@ -236,7 +32,7 @@ class Vae(_Record, frozen=True, kw_only=True):
             raise ValueError(f"`upscale` is 1 or more and `scaling_factor` is not 0, got {self.upscale} and {self.scaling_factor}")
 
 
-class Patches(_Record, frozen=True, kw_only=True):
+class Patches(Record, frozen=True, kw_only=True):
     """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and
     out alike.
 
@@ -258,7 +54,7 @@ class Patches(_Record, frozen=True, kw_only=True):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
 
 
-class TextEncoder(_Record, frozen=True, kw_only=True):
+class TextEncoder(Record, frozen=True, kw_only=True):
     """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
 
     Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see
@@ -272,7 +68,7 @@ class TextEncoder(_Record, frozen=True, kw_only=True):
     gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state"], ...]
 
 
-class Text(_Record, frozen=True, kw_only=True):
+class Text(Record, frozen=True, kw_only=True):
     """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B,
     `pooled`).
 
@@ -287,7 +83,7 @@ class Text(_Record, frozen=True, kw_only=True):
     pooled: int
 
 
-class Model(_Record, frozen=True, kw_only=True):
+class Model(Record, frozen=True, kw_only=True):
     """What the runtime must know to sample. `sample_shape` is (C, H, W); `null_label` stands for "no label".
 
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
@@ -323,7 +119,7 @@ class Model(_Record, frozen=True, kw_only=True):
         return self.vae is None and self.tokens is None and self.sample_shape[0] in (1, 3)
 
 
-class Cost(_Record, frozen=True, kw_only=True):
+class Cost(Record, frozen=True, kw_only=True):
     """Cost of one forward pass of one sample at a budget: FLOPs (2 a multiply-add), bytes of weights and activations in
     float32."""
 
@@ -333,7 +129,7 @@ class Cost(_Record, frozen=True, kw_only=True):
     activation_bytes: int
 
 
-class Quality(_Record, frozen=True, kw_only=True):
+class Quality(Record, frozen=True, kw_only=True):
     """What the model card measured at a budget, or along a plan of `steps` by stage (see the card for the protocol)."""
 
     budget: dict[str, int]
@@ -357,7 +153,7 @@ def plan_label(name: str, steps: Sequence[int] | None) -> str:
     return name if steps is None or tuple(steps) == OWN_STEPS.get(name) else f"{name}, {'+'.join(map(str, steps))} steps"
 
 
-class Provenance(_Record, frozen=True, kw_only=True):
+class Provenance(Record, frozen=True, kw_only=True):
     """Where the bundle came from."""
 
     command: str
@@ -368,7 +164,7 @@ class Provenance(_Record, frozen=True, kw_only=True):
     ignored_weights: tuple[str, ...] = ()
 
 
-class Manifest(_Record, frozen=True, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """The content of `elastic.json`."""
 
     schema_version: int

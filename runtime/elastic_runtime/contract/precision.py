@@ -1,7 +1,8 @@
-"""The table of precisions: how an artifact holds its weights and computes, and what follows from it. No other file spells these.
+"""The table of precisions: how an artifact holds its weights and computes, and what follows from it. No other file
+spells these.
 
-Rows stand from the most to the least exact, which is their rank. A row with no targets is read and rated, and nothing makes it yet; its
-tolerance is a first bound, until its target has measured one.
+Rows stand from the most to the least exact, which is their rank. A row with no targets is read and rated, and nothing
+makes it yet; its tolerance is a first bound, until its target has measured one.
 """
 
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ class Precision:
     `weight_bytes`, `activation_bytes`: of a weight with its share of the scales, and of a value between two operators.
     `tolerance`: what a step of a correct lowering may miss the original by, in units of max(1, max |reference|).
     `pictured`: a step does not prove it, so whole pictures are measured against the original's.
-    `rate`: the peak rate that its matrix products run at, as in `device.Peak.flops`; where a device lists none of that name it
-    computes in `fallback`.
+    `rate`: the peak rate that its matrix products run at, as in `device.Peak.flops`; where a device lists none of that
+    name it computes in `fallback`.
     `backends`, `targets`: what runs and what makes it today.
     """
 
@@ -47,7 +48,8 @@ class Precision:
 
 
 EVERY = ("trt", "ort", "openvino", "coreml")
-# A scale of two bytes for each 32 weights of 4 bits, as ONNX Runtime's MatMulNBits takes them; one byte for each 16 in nvfp4.
+# A scale of two bytes for each 32 weights of 4 bits, as ONNX Runtime's MatMulNBits takes them; one byte for each 16 in
+# nvfp4.
 BLOCK_32, BLOCK_16 = 0.5 + 2 / 32, 0.5 + 1 / 16
 _ROWS = (
     Precision("fp32", 4, 4, 1e-5, False, "fp32", None, EVERY, ("onnx", "trt", "coreml")),
@@ -62,8 +64,8 @@ _ROWS = (
 )
 PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
 RATES = tuple(dict.fromkeys(row.rate for row in _ROWS))
-# Weights of a Core ML package that are stored in fewer bits than its precision says, from the most to the least exact, each with the bound
-# of a step: no fault of the lowering, but one that a broken lowering would miss.
+# Weights of a Core ML package that are stored in fewer bits than its precision says, from the most to the least exact,
+# each with the bound of a step: no fault of the lowering, but one that a broken lowering would miss.
 COMPRESSIONS: dict[str, float] = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
 
 

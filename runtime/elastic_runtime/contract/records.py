@@ -1,4 +1,4 @@
-"""Reading a record that carries its schema's version: strictly, and with advice where it cannot be read."""
+"""Records that are kept in files: strict, and read with their schema's version and with advice where they cannot be read."""
 
 from typing import TypeVar
 
@@ -7,6 +7,10 @@ import msgspec
 from elastic_runtime.errors import ElasticError
 
 R = TypeVar("R")
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything in the manifest."""
 
 
 def read_record(

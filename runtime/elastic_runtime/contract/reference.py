@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import TensorSpec, Verification
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
-from elastic_runtime.contract.manifest import TensorSpec, Verification
 
 
 def pack(graph: str, feeds: Mapping[str, np.ndarray], outputs: Mapping[Budget, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -2,13 +2,16 @@
 
 from elastic_runtime.device.advice import advice, runtimes
 from elastic_runtime.device.catalogue import Entry, Figure, Peak, catalogue, listed_peak, matched, peak
+from elastic_runtime.device.cores import thread_limit, usable_cores
+from elastic_runtime.device.memory import peak_bytes
 from elastic_runtime.device.nvml import Reading
 from elastic_runtime.device.packages import PACKAGES, Package
 from elastic_runtime.device.probe import probe
 from elastic_runtime.device.record import Cpu, Device, Gpu, Memory, Processor
-from elastic_runtime.device.sources import Recording, Sources, System
+from elastic_runtime.device.sources import Clock, Recording, Sources, System
 
 __all__ = [
+    "Clock",
     "Cpu",
     "Device",
     "Entry",
@@ -28,6 +31,9 @@ __all__ = [
     "listed_peak",
     "matched",
     "peak",
+    "peak_bytes",
     "probe",
     "runtimes",
+    "thread_limit",
+    "usable_cores",
 ]

@@ -13,20 +13,20 @@ def _told(sources: Sources) -> dict[str, str]:
 
 def cpu(sources: Sources) -> Cpu:
     """The processor. On Apple silicon only the performance cores count: a thread pool waits for its slowest."""
-    told = _told(sources)
-    cores = int(told.get("hw.perflevel0.physicalcpu") or told.get("hw.physicalcpu") or sources.cpus() or 1)
+    values = _told(sources)
+    cores = int(values.get("hw.perflevel0.physicalcpu") or values.get("hw.physicalcpu") or sources.cpus() or 1)
     if sources.machine == "arm64":
         vector, flops = "Neon", 32  # four 128-bit units
-    elif told.get("hw.optional.avx512f") == "1":
+    elif values.get("hw.optional.avx512f") == "1":
         vector, flops = "AVX-512", 64
     else:
-        vector, flops = ("AVX2", 32) if told.get("hw.optional.avx2_0") == "1" else ("AVX", 16)
+        vector, flops = ("AVX2", 32) if values.get("hw.optional.avx2_0") == "1" else ("AVX", 16)
     caches = {"L1d": "hw.perflevel0.l1dcachesize", "L2": "hw.perflevel0.l2cachesize", "L3": "hw.l3cachesize"}
     older = {"L1d": "hw.l1dcachesize", "L2": "hw.l2cachesize"}
-    sizes = {name: int(told.get(key) or told.get(older.get(name, ""), "0")) for name, key in caches.items()}
-    hertz = told.get("hw.cpufrequency_max") or told.get("hw.cpufrequency")
+    sizes = {name: int(values.get(key) or values.get(older.get(name, ""), "0")) for name, key in caches.items()}
+    hertz = values.get("hw.cpufrequency_max") or values.get("hw.cpufrequency")
     return Cpu(
-        model=told.get("machdep.cpu.brand_string", "unknown"),
+        model=values.get("machdep.cpu.brand_string", "unknown"),
         cores=cores,
         usable=float(cores),
         vector=vector,
@@ -54,5 +54,5 @@ def chip(sources: Sources) -> str | None:
 
 def power_mode(sources: Sources) -> str | None:
     """Low power or automatic, as `pmset` tells it."""
-    told = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", sources.output("pmset", "-g") or "", re.MULTILINE)
-    return {"0": "automatic", "1": "low power", "2": "high power"}.get(told[1]) if told else None
+    mode = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", sources.output("pmset", "-g") or "", re.MULTILINE)
+    return {"0": "automatic", "1": "low power", "2": "high power"}.get(mode[1]) if mode else None

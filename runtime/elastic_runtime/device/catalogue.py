@@ -114,10 +114,10 @@ def _cpu(cpu: Cpu) -> Peak:
 def _gpu(gpu: Gpu) -> Peak:
     fp32 = gpu.fp32_flops or 5 * TERA
     tensor = fp32 * TENSOR_CORES
-    told = "its cores, clocks and bus" if gpu.fp32_flops and gpu.bandwidth else "little: the driver does not tell its cores or bus"
+    basis = "its cores, clocks and bus" if gpu.fp32_flops and gpu.bandwidth else "little: the driver does not tell its cores or bus"
     return Peak(
         name=gpu.name,
         flops={EXACT: fp32, HALF: tensor},
         bandwidth=gpu.bandwidth or 200 * GB,
-        origin=f"estimated from {told}",
+        origin=f"estimated from {basis}",
     )

@@ -57,9 +57,9 @@ def _vector(fields: dict[str, str]) -> tuple[str | None, int]:
 
 
 def _mhz(sources: Sources, fields: dict[str, str]) -> float | None:
-    most = sources.text("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
-    if most and most.strip().isdigit():
-        return int(most) / 1000
+    highest = sources.text("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    if highest and highest.strip().isdigit():
+        return int(highest) / 1000
     try:
         return float(fields["cpu MHz"])
     except (KeyError, ValueError):
@@ -78,9 +78,9 @@ def _caches(sources: Sources) -> Iterator[tuple[str, int]]:
 
 def memory(sources: Sources) -> Memory:
     """Memory of the machine or, where it is less, of the container."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", sources.text("/proc/meminfo") or "", re.MULTILINE))
-    total = int(told["MemTotal"]) * 1024 if "MemTotal" in told else None
-    free = told.get("MemAvailable") or told.get("MemFree")
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", sources.text("/proc/meminfo") or "", re.MULTILINE))
+    total = int(sizes["MemTotal"]) * 1024 if "MemTotal" in sizes else None
+    free = sizes.get("MemAvailable") or sizes.get("MemFree")
     available = int(free) * 1024 if free else None
     limits = [(limit, used) for limit, used in _limits(sources) if limit < UNLIMITED and (total is None or limit < total)]
     if not limits:
@@ -104,17 +104,17 @@ def _limits(sources: Sources) -> Iterator[tuple[int, int]]:
 
 def _quota(sources: Sources) -> float | None:
     """Processors that the container's quota comes to."""
-    found = []
+    quotas = []
     for folder in _folders(sources, ""):
         words = (sources.text(f"{folder}/cpu.max") or "").split()
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
-            found.append(int(words[0]) / int(words[1]))
+            quotas.append(int(words[0]) / int(words[1]))
     for name in ("cpu", "cpu,cpuacct"):
         for folder in _folders(sources, name):
             quota, period = (_integer(sources.text(f"{folder}/cpu.cfs_{what}_us")) for what in ("quota", "period"))
             if quota and period and quota > 0:
-                found.append(quota / period)
-    return min(found, default=None)
+                quotas.append(quota / period)
+    return min(quotas, default=None)
 
 
 def _folders(sources: Sources, controller: str) -> list[str]:
@@ -124,7 +124,7 @@ def _folders(sources: Sources, controller: str) -> list[str]:
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names == controller or controller in names.split(","):
             inner = PurePosixPath(path.lstrip("/"))
-            return [root, *(f"{root}/{each}" for each in (*reversed(inner.parents), inner) if str(each) != ".")]
+            return [root, *(f"{root}/{parent}" for parent in (*reversed(inner.parents), inner) if str(parent) != ".")]
     return [root]
 
 

@@ -11,6 +11,7 @@ import msgspec
 SM_CLOCK, MEMORY_CLOCK = 1, 2  # nvmlClockType_t
 FLOPS_PER_CORE = 2  # a multiply-add a clock
 TRANSFERS_PER_CLOCK = 2  # NVML tells half the rate of GDDR and HBM
+NO_GPU = "the NVIDIA driver sees no GPU"
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,18 +47,44 @@ class _Memory(ctypes.Structure):
 
 def read_gpus(load: Callable[[], Any] | None = None) -> tuple[Reading, ...] | str:
     """One reading a GPU, or why there are none. `load` gives the library (default: the system's)."""
+    library = _open(load)
+    if isinstance(library, str):
+        return library
+    try:
+        count = _number(library.nvmlDeviceGetCount_v2) or 0
+        driver = _words(library.nvmlSystemGetDriverVersion) or "unknown"
+        return tuple(_read(library, index, driver) for index in range(count)) or NO_GPU
+    finally:
+        library.nvmlShutdown()
+
+
+def energy(load: Callable[[], Any] | None = None) -> Callable[[], float] | str:
+    """A counter of the first GPU's energy, joules since its driver was loaded, or why there is none."""
+    library = _open(load)
+    if isinstance(library, str):
+        return library
+    device, millijoules = _handle(library, 0), ctypes.c_ulonglong()
+    if device is None:
+        return NO_GPU
+    if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules)) != 0:
+        return "the GPU counts no energy (before Volta)"
+
+    def read() -> float:
+        library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
+        return millijoules.value / 1e3
+
+    return read
+
+
+def _open(load: Callable[[], Any] | None) -> Any:
+    """The library, ready to be asked, or why it is not."""
     try:
         library = (load or _library)()
     except OSError:
         return "there is no NVIDIA driver"
     if library.nvmlInit_v2() != 0:
         return "there is an NVIDIA driver, but it does not answer (nvmlInit failed): is the GPU visible here?"
-    try:
-        count = _number(library.nvmlDeviceGetCount_v2) or 0
-        driver = _words(library.nvmlSystemGetDriverVersion) or "unknown"
-        return tuple(_read(library, index, driver) for index in range(count)) or "the NVIDIA driver sees no GPU"
-    finally:
-        library.nvmlShutdown()
+    return library
 
 
 def _library() -> Any:
@@ -67,18 +94,18 @@ def _library() -> Any:
 
 
 def _read(library: Any, index: int, driver: str) -> Reading:
-    handle = ctypes.c_void_p()
-    if library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle)) != 0:
+    handle = _handle(library, index)
+    if handle is None:
         return Reading(name=f"GPU {index}, which the driver does not open", driver=driver)
     memory = _Memory()
-    told = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 and memory.total > 0
+    known = library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0 and memory.total > 0
     major, minor = ctypes.c_int(), ctypes.c_int()
     capable = library.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor)) == 0
     return Reading(
         name=_words(library.nvmlDeviceGetName, handle) or f"GPU {index}",
         driver=driver,
-        memory_total=memory.total if told else None,
-        memory_free=memory.free if told else None,
+        memory_total=memory.total if known else None,
+        memory_free=memory.free if known else None,
         compute_capability=(major.value, minor.value) if capable else None,
         power_limit=_number(library.nvmlDeviceGetEnforcedPowerLimit, handle),
         sm_clock=_number(library.nvmlDeviceGetMaxClockInfo, handle, ctypes.c_int(SM_CLOCK)),
@@ -86,6 +113,11 @@ def _read(library: Any, index: int, driver: str) -> Reading:
         bus_width=_optional(library, "nvmlDeviceGetMemoryBusWidth", handle),
         cores=_optional(library, "nvmlDeviceGetNumGpuCores", handle),
     )
+
+
+def _handle(library: Any, index: int) -> ctypes.c_void_p | None:
+    handle = ctypes.c_void_p()
+    return handle if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0 else None
 
 
 def _optional(library: Any, name: str, handle: Any) -> int | None:

@@ -1,7 +1,9 @@
-"""The libraries that matter here, as package indexes know them: what a probe looks for, and what installs what is missing.
+"""The libraries that matter here, as package indexes know them: what a probe looks for, and what installs what is
+missing.
 
-This table is also the list of backends: a library that opens artifacts names the file of `elastic_runtime.sessions` that does so, and
-their order is that of preference. It stands here because a probe must not import sessions, which import the device.
+This table is also the list of backends: a library that opens artifacts names the file of `elastic_runtime.sessions`
+that does so, and their order is that of preference. It stands here because a probe must not import sessions, which
+import the device.
 """
 
 from dataclasses import dataclass
@@ -12,9 +14,11 @@ from elastic_runtime.device.sources import Sources, System
 
 @dataclass(frozen=True)
 class Package:
-    """A library: `distributions` that bring it, of which the first one found counts, and the `extra` of ours that installs it.
+    """A library: `distributions` that bring it, of which the first one found counts, and the `extra` of ours that
+    installs it.
 
-    `backend` is the file in `sessions` that opens artifacts with it, or None; `needs` is the hardware without which it opens nothing.
+    `backend` is the file in `sessions` that opens artifacts with it, or None; `needs` is the hardware without which it
+    opens nothing.
     """
 
     name: str
@@ -24,7 +28,9 @@ class Package:
     needs: Literal["nvidia", "apple"] | None = None
 
     def version(self, sources: Sources | None = None) -> str | None:
-        """The version that is installed, found without importing it; None where there is none, or none that an index knows."""
+        """The version that is installed, found without importing it; None where there is none, or none that an index
+        knows.
+        """
         sources = sources or System()
         return next(filter(None, map(sources.version, self.distributions)), None)
 

@@ -3,9 +3,10 @@
 import re
 
 from elastic_runtime.device import apple, linux
+from elastic_runtime.device.cores import processor
 from elastic_runtime.device.nvml import Reading
 from elastic_runtime.device.packages import PACKAGES
-from elastic_runtime.device.record import Cpu, Device, Gpu, Memory
+from elastic_runtime.device.record import Device, Gpu, Memory
 from elastic_runtime.device.sources import Sources, System
 
 
@@ -15,14 +16,12 @@ def probe(sources: Sources | None = None) -> Device:
     notes: list[str] = []
     power_mode = board = None
     if sources.system == "Linux":
-        cpu, memory = linux.cpu(sources), linux.memory(sources)
+        memory = linux.memory(sources)
         board, power_mode = linux.jetson(sources)
     elif sources.system == "Darwin":
-        cpu, memory = apple.cpu(sources), apple.memory(sources)
+        memory = apple.memory(sources)
         board, power_mode = apple.chip(sources), apple.power_mode(sources)
     else:
-        count = sources.cpus() or 1
-        cpu = Cpu(model=sources.processor or "unknown", cores=count, usable=count, vector=None, flops_per_clock=1)
         memory = Memory(total=None, available=None)
         notes.append(f"on {sources.system} neither memory nor the processor's vector units are read; figures of the CPU are guesses")
     gpus, why = _gpus(sources, board)
@@ -34,7 +33,7 @@ def probe(sources: Sources | None = None) -> Device:
     return Device(
         system=sources.system,
         machine=sources.machine,
-        cpu=cpu,
+        cpu=processor(sources),
         memory=memory,
         gpus=gpus,
         board=board,

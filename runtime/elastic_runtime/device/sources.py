@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ import msgspec
 
 from elastic_runtime.device.nvml import Reading, read_gpus
 
+Clock = Callable[[], float]  # seconds since some moment
 SECONDS = 5  # a command that takes longer is taken for absent
 
 

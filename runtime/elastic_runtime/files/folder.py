@@ -20,8 +20,9 @@ from pathlib import Path
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, manifest_text, readable, sha256
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, FileEntry, Manifest
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest
 from elastic_runtime.errors import BundleError, ElasticError
 from elastic_runtime.files import atomic, leftovers
 from elastic_runtime.files.lock import locked

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.bundle import MANIFEST, sha256
-from elastic_runtime.contract.manifest import FileEntry
 from elastic_runtime.files import atomic, lock
 from elastic_runtime.files.names import records
 

@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, FileEntry, TrtArtifact
 from elastic_runtime.contract.bundle import inside
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, FileEntry, Manifest, TrtArtifact
+from elastic_runtime.contract.manifest import Manifest
 
 _NUMBER = re.compile(r"-\d+$")
 

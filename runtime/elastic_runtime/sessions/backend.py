@@ -1,14 +1,14 @@
 """A backend is a record: what opens artifacts, what hinders it here, and the ways in which it can run.
 
-Each backend's file ends in one, `BACKEND`, and imports its library only where it opens something. A new one is a file here, a row in
-`elastic_runtime.device.packages`, and an extra.
+Each backend's file ends in one, `BACKEND`, and imports its library only where it opens something. A new one is a file
+here, a row in `elastic_runtime.device.packages`, and an extra.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_runtime.contract.manifest import Artifact
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.device import PACKAGES, Package, Processor
 from elastic_runtime.sessions.session import Session
 
@@ -29,10 +29,11 @@ class Way:
 class Backend:
     """What opens the artifacts of some targets.
 
-    `name` is what a user writes, or one of `aliases`; `opens` are the targets. `obstacle(artifact)` says in a sentence why it cannot
-    run an artifact here (a package, a version, a device that is not there), or is None. `open(bundle, graph, artifact, **options)` is
-    the session, and raises MissingError, BundleError, InferenceError or UsageError. `ways` are what a benchmark can choose from, by
-    name. `threads`: its sessions take an option `threads`, how many they may start.
+    `name` is what a user writes, or one of `aliases`; `opens` are the targets. `obstacle(artifact)` says in a sentence
+    why it cannot run an artifact here (a package, a version, a device that is not there), or is None. `open(bundle,
+    graph, artifact, **options)` is the session, and raises MissingError, BundleError, InferenceError or UsageError.
+    `ways` are what a benchmark can choose from, by name. `threads`: its sessions take an option `threads`, how many
+    they may start. `limit(version)` says what that version of its library cannot open, and what to do, or is None.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Backend:
     ways: Mapping[str, Way]
     aliases: tuple[str, ...] = ()
     threads: bool = False
+    limit: Callable[[str], str | None] = lambda version: None
 
     @property
     def packages(self) -> tuple[Package, ...]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Verification
 from elastic_runtime.contract.reference import axis_feeds, compare, cut, unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.session import Session, batches
@@ -22,12 +22,12 @@ def check(
     if missing := [budget for budget in session.budgets or () if budget not in outputs]:
         raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
     batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
-    for budget, wanted in outputs.items():
+    for budget, recorded in outputs.items():
         if session.budgets is not None and budget not in session.budgets:
             continue
         axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        whole = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
-        runs = [session.run(whole | {name: whole[name][rows] for name in batched}) for rows in batches(session, len(whole[batched[0]]))]
-        got = {name: np.concatenate([run[name] for run in runs]) for name in wanted}
-        found = [compare(got[name], array, budget, tolerance, session.where) for name, array in wanted.items()]
-        yield max(found, key=lambda row: (not row.passed, not row.finite, row.max_abs))
+        inputs = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
+        runs = [session.run(inputs | {name: inputs[name][rows] for name in batched}) for rows in batches(session, len(inputs[batched[0]]))]
+        got = {name: np.concatenate([run[name] for run in runs]) for name in recorded}
+        rows = [compare(got[name], array, budget, tolerance, session.where) for name, array in recorded.items()]
+        yield max(rows, key=lambda row: (not row.passed, not row.finite, row.max_abs))

@@ -1,7 +1,7 @@
 """Core ML: CPU, GPU and Neural Engine of a Mac, through coremltools.
 
-A package is compiled once and kept in the user's cache folder, because macOS would otherwise compile it at each launch. Its functions
-are loaded when they are first used: each takes memory of its own.
+A package is compiled once and kept in the user's cache folder, because macOS would otherwise compile it at each launch.
+Its functions are loaded when they are first used: each takes memory of its own.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
 from elastic_runtime.files.cache import folder as cache_folder
@@ -39,16 +40,18 @@ def obstacle(artifact: Artifact) -> str | None:
     assert isinstance(artifact, CoremlArtifact)
     if sys.platform != "darwin":
         return f"Core ML needs macOS, and this is {platform.system()}"
-    needed, here = _macos(artifact.deployment_target), int(platform.mac_ver()[0].split(".")[0])
-    if here < needed:
-        return f"the package is for {artifact.deployment_target}, which is macOS {needed} or newer, and this is macOS {here}"
+    needed, macos = _macos(artifact.deployment_target), int(platform.mac_ver()[0].split(".")[0])
+    if macos < needed:
+        return f"the package is for {artifact.deployment_target}, which is macOS {needed} or newer, and this is macOS {macos}"
     if importlib.util.find_spec("coremltools") is None:
         return "coremltools is not installed: pip install 'elastic-export[coreml]'"
     return None
 
 
 def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
-    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has its own)."""
+    """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has
+    its own).
+    """
     lengths = {
         letter: size for spec in specs for letter, size in zip(spec.shape, feeds[spec.name].shape, strict=True) if isinstance(letter, str)
     }
@@ -56,14 +59,18 @@ def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
 
 
 def taken(specs: Iterable[TensorSpec], shapes: str) -> list[TensorSpec]:
-    """Inputs that a package's functions take: a 0-d one is baked into static functions, and a vector of one value where `range` is open."""
+    """Inputs that a package's functions take: a 0-d one is baked into static functions, and a vector of one value where
+    `range` is open.
+    """
     return [spec for spec in specs if spec.shape or shapes == "range"]
 
 
 class PackageSession(Session):
-    """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes int32.
+    """What every way of running a Core ML package shares: a call is chosen by the feeds' sizes, and int64 becomes
+    int32.
 
-    A subclass implements `_call(function, feeds)`.
+    Threads run it one after the other: a Core ML model is for one thread at a time. A subclass implements
+    `_call(function, feeds)`.
     """
 
     def __init__(self, graph: Graph, artifact: CoremlArtifact):
@@ -71,15 +78,16 @@ class PackageSession(Session):
         budgets = None if open_ended else tuple(dict.fromkeys(Budget(**call.budget) for call in artifact.calls))
         super().__init__(graph, artifact.batch, budgets)
         self.artifact = artifact
+        self._lock = threading.Lock()
 
     def function(self, feeds: Arrays) -> str:
         """Name of the function that takes these feeds; raises BudgetError listing what there is."""
-        wanted = sizes(self.graph.inputs, feeds)
+        lengths = sizes(self.graph.inputs, feeds)
         for call in self.artifact.calls:
-            if call.sizes == wanted or (not call.sizes and wanted["B"] in self.artifact.batch):
+            if call.sizes == lengths or (not call.sizes and lengths["B"] in self.artifact.batch):
                 return call.function
         raise BudgetError(
-            f"{self.artifact.package} was not compiled for {_words(wanted)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
+            f"{self.artifact.package} was not compiled for {_words(lengths)}; it takes {'; '.join(map(self._offer, self.artifact.calls))}. "
             "Choose one of these, or export again with --budgets."
         )
 
@@ -91,7 +99,8 @@ class PackageSession(Session):
         for spec in taken(self.graph.inputs, self.artifact.shapes):
             array = np.atleast_1d(feeds[spec.name])
             narrow[spec.name] = np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
-        return self._call(self.function(feeds), narrow)
+        with self._lock:
+            return self._call(self.function(feeds), narrow)
 
     @abstractmethod
     def _call(self, function: str, feeds: Arrays) -> dict[str, np.ndarray]: ...
@@ -100,7 +109,8 @@ class PackageSession(Session):
 class CoremlSession(PackageSession):
     """A Core ML package on this Mac.
 
-    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the user's cache folder).
+    `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the
+    user's cache folder).
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, artifact: CoremlArtifact, compute_units: str = "all", cache: Path | None = None):
@@ -130,11 +140,14 @@ class CoremlSession(PackageSession):
         return {spec.name: np.asarray(outputs[spec.name], dtype=spec.dtype) for spec in self.graph.outputs}
 
     def close(self) -> None:
-        self._functions = None
+        with self._lock:
+            self._functions = None
 
 
 def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
-    """Folder of the compiled package, compiled now if the cache has none for these bytes, this macOS and this coremltools."""
+    """Folder of the compiled package, compiled now if the cache has none for these bytes, this macOS and this
+    coremltools.
+    """
     import coremltools
 
     parts = [entry.sha256 for entry in artifact.files] + [platform.mac_ver()[0], coremltools.__version__]

@@ -19,13 +19,21 @@ class Cuda:
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *values = getattr(self.runtime, name)(*arguments)
         if int(code) != 0:
-            said = self.runtime.cudaGetErrorString(code)[1]
-            raise InferenceError(f"{name} failed: {said.decode() if isinstance(said, bytes) else said}")
+            reason = self.runtime.cudaGetErrorString(code)[1]
+            raise InferenceError(f"{name} failed: {reason.decode() if isinstance(reason, bytes) else reason}")
         return values[0] if values else None
+
+    def current(self) -> int:
+        """Index of this thread's device."""
+        return int(self._call("cudaGetDevice"))
+
+    def select(self, device: int) -> None:
+        """Make a device this thread's: each thread begins with the first one, whatever another has selected."""
+        self._call("cudaSetDevice", device)
 
     def device(self) -> tuple[int, str]:
         """Compute capability (89 for 8.9) and name of the current device."""
-        index = self._call("cudaGetDevice")
+        index = self.current()
         attributes = self.runtime.cudaDeviceAttr
         major = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, index)
         minor = self._call("cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, index)
@@ -37,8 +45,11 @@ class Cuda:
         try:
             return int(self._call("cudaMalloc", max(size, 1)))
         except InferenceError as error:
-            free = self._call("cudaMemGetInfo")
-            raise InferenceError(f"the GPU has no room for {size / 1e6:.0f} MB ({free / 1e6:.0f} MB free): {error}") from error
+            try:
+                free = f" ({self._call('cudaMemGetInfo') / 1e6:.0f} MB free)"
+            except InferenceError:  # a device that has failed answers nothing more, and the first failure is the one to tell of
+                free = ""
+            raise InferenceError(f"the GPU has no room for {size / 1e6:.0f} MB{free}: {error}") from error
 
     def release(self, pointer: int) -> None:
         self._call("cudaFree", pointer)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from elastic_runtime.contract.manifest import Graph
+from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions.session import Arrays, Session
 

@@ -1,10 +1,12 @@
-"""Opening artifacts: which backends there are, which of them can run an artifact here, and a session of the first that can."""
+"""Opening artifacts: which backends there are, which of them can run an artifact here, and a session of the first that
+can.
+"""
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact
 from elastic_runtime.device.packages import BACKENDS
 from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend
@@ -27,6 +29,16 @@ def backend(name: str) -> Backend:
     raise UsageError(f"there is no backend {name!r}; there are {', '.join(names)}")
 
 
+def limits(versions: Mapping[str, str]) -> Iterator[str]:
+    """What the installed `versions` of the backends' libraries (by name, as in `Device.backends`) cannot open, in
+    sentences.
+    """
+    for record in backends():
+        for package in record.packages:
+            if package.name in versions and (limit := record.limit(versions[package.name])):
+                yield f"{package.name} {versions[package.name]} {limit}"
+
+
 def obstacles(artifact: Artifact, name: str | None = None) -> tuple[Backend | None, list[str]]:
     """The first backend here that can run `artifact` (or `name` alone), and why the ones before it cannot.
 
@@ -46,7 +58,8 @@ def obstacles(artifact: Artifact, name: str | None = None) -> tuple[Backend | No
 def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | None = None, **options: object) -> Session:
     """Open one artifact of a graph with backend `name`, or the first one that can.
 
-    Raises: MissingError saying why nothing here can run it; BundleError if it is damaged; UsageError for a name that no backend has.
+    Raises: MissingError saying why nothing here can run it; BundleError if it is damaged; UsageError for a name that no
+    backend has.
     """
     record, reasons = obstacles(artifact, name)
     if record is None:
@@ -61,8 +74,8 @@ def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = Non
 
     Backends are tried in the order of preference, and each backend's artifacts in the manifest's order.
 
-    Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run it;
-    UsageError for a name that no backend has.
+    Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run
+    it; UsageError for a name that no backend has.
     """
     choices, reasons = candidates(bundle, graph, name)
     if not choices:

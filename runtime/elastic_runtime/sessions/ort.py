@@ -1,46 +1,100 @@
-"""ONNX Runtime: CPU and CUDA."""
+"""ONNX Runtime: CPU, CUDA, and whatever other execution providers are built in."""
 
+import contextlib
 import importlib.util
-from collections.abc import Sequence
+import io
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Graph
-from elastic_runtime.contract.precision import PRECISIONS
-from elastic_runtime.device import Processor
-from elastic_runtime.errors import BundleError, InferenceError, MissingError
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.device import PACKAGES, Processor, thread_limit
+from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What a provider computes on; one that is not listed is taken for a GPU's.
 PROCESSORS: dict[str, Processor] = {
-    "CPUExecutionProvider": "cpu",
+    CPU: "cpu",
     "DnnlExecutionProvider": "cpu",
     "OpenVINOExecutionProvider": "cpu",
     "XnnpackExecutionProvider": "cpu",
     "QNNExecutionProvider": "npu",
     "VitisAIExecutionProvider": "npu",
 }
+# Versions from which on an opset is opened, newest first, by the ONNX release that each was built with; all of ours
+# have IR version 10, which came with 1.18. Opset 23 (Attention) is refused by 1.22.
+OPSETS = (((1, 23), 23), ((1, 21), 22), ((1, 18), 21))
+# What the library calls an error that lies in the file, not in the machine.
+DAMAGED = ("InvalidGraph", "InvalidProtobuf", "NoSuchFile")
+# What to do where a provider does not come up.
+ADVICE = {
+    CUDA: "The CUDA libraries did not load, or there is no GPU: pip install 'elastic-export[ort-gpu]' brings the former; pip uninstall "
+    "onnxruntime before, which stands in its way. Or ask for device='cpu'",
+}
+Provider = str | tuple[str, Mapping[str, Any]]
+_log = logging.getLogger(__name__)
 
 
 def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
+    assert isinstance(artifact, OnnxArtifact)
     if importlib.util.find_spec("onnxruntime") is None:
         return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
     if "ort" not in (able := PRECISIONS[artifact.precision].backends):
         others = f"which are for {' and '.join(able)}" if able else "and nothing else has yet"
         return f"ONNX Runtime has no kernels for {artifact.precision} graphs of ours, {others}: open an artifact of another precision"
+    version = PACKAGES["onnxruntime"].version()
+    if version and (newest := newest_opset(version)) is not None and artifact.opset > newest:
+        needed = next((since for since, opset in reversed(OPSETS) if opset >= artifact.opset), OPSETS[0][0])
+        return (
+            f"opset {artifact.opset} needs onnxruntime >= {needed[0]}.{needed[1]}, and here is {version}: "
+            "pip install -U onnxruntime, or export with --opset 20 too"
+        )
     return None
 
 
-class OrtSession(Session):
-    """An ONNX artifact in ONNX Runtime.
+def newest_opset(version: str) -> int | None:
+    """The newest opset that a version opens, 0 for one that opens none of ours; None where it opens every one that we
+    make.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else OPSETS[0][0]
+    if release >= OPSETS[0][0]:
+        return None
+    return next((opset for since, opset in OPSETS if release >= since), 0)
 
-    `providers` are execution providers in order of preference, by default CUDA where it is built in, then CPU; `threads`
-    is the number of intra-op threads (0: one a physical core); `spinning` lets waiting threads stay busy between operations.
-    On a quiet machine that makes small models 1.2 to 1.6 times faster; beside another busy process or a second session it makes them
-    1.3 to 3.5 times slower: turn it off there (docs/performance.md).
+
+def limit(version: str) -> str | None:
+    """What a version cannot open, and what to do; None where it opens everything."""
+    newest = newest_opset(version)
+    if newest is None:
+        return None
+    opens = f"opens opsets up to {newest}" if newest else "opens none of our graphs"
+    return f"{opens}, and exports have {OPSETS[0][1]} unless made with --opset 20: pip install -U onnxruntime"
+
+
+class OrtSession(Session):
+    """An ONNX artifact in ONNX Runtime. Threads run it at once.
+
+    `device` is `cpu`, `cuda` or one of several GPUs, `cuda:1`; or `providers` are execution providers in order of
+    preference, each a name or a pair of name and options, `("CUDAExecutionProvider", {"device_id": 1})`. By default
+    CUDA where it is built in and its libraries load, else the CPU; the log says so where they do not. A float32
+    artifact is computed in float32, not in TF32, unless its provider's options say otherwise. `threads` is the number
+    of intra-op threads (0: one a core, of those that the process may use); `spinning` lets waiting threads stay busy
+    between operations. On a quiet machine that makes small models 1.2 to 1.6 times faster; beside another busy process
+    or a second session it makes them 1.3 to 3.5 times slower: turn it off there (docs/performance.md).
+
+    Raises: UsageError for an unknown device; MissingError for a provider that is not built in, or that does not come up
+    though it was asked for; BundleError for a file that is no graph.
     """
 
     def __init__(
@@ -48,36 +102,37 @@ class OrtSession(Session):
         bundle: Bundle,
         graph: Graph,
         artifact: Artifact,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
+        device: str | None = None,
         threads: int = 0,
         spinning: bool = True,
     ):
         super().__init__(graph)
-        import onnxruntime
-
+        onnxruntime = library()
         available = onnxruntime.get_available_providers()
-        if providers is None:
-            providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-        elif missing := [name for name in providers if name not in available]:
-            raise MissingError(f"this ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
+        chosen = _providers(providers, device, available)
+        for name, options in chosen:
+            if name == CUDA and artifact.precision == EXACT:
+                options.setdefault("use_tf32", 0)  # on by default, from Ampere on, and off by 1e-3
+        if any(name == CUDA for name, _ in chosen):
+            _preload(onnxruntime)
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
+        settings.intra_op_num_threads = threads or thread_limit()
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         settings.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(bundle.file(artifact.path)), settings, providers=list(providers))
-        except Exception as error:  # its exception types are private
-            raise BundleError(f"ONNX Runtime cannot open {bundle.file(artifact.path)}: {error}") from error
+        path = bundle.file(artifact.path)
+        self._session = _open(onnxruntime, path, settings, chosen, asked=providers is not None or device is not None)
         self._outputs = [spec.name for spec in graph.outputs]
         provider = self._session.get_providers()[0]
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise InferenceError("this session is closed")
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
+            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
         except Exception as error:  # its exception types are private
             raise InferenceError(f"ONNX Runtime failed: {error}") from error
 
@@ -85,15 +140,73 @@ class OrtSession(Session):
         self._session = None
 
 
+def library() -> Any:
+    """The library, which on Linux reports its use to its vendor unless told not to before it is imported."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _providers(providers: Sequence[Provider] | None, device: str | None, available: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Providers with options of their own, in order of preference."""
+    if providers is not None and device is not None:
+        raise UsageError(f"give device or providers, not both: device={device!r}, providers={list(providers)!r}")
+    if device is not None:
+        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+        if not match:
+            raise UsageError(f"ONNX Runtime's device is cpu, cuda or cuda:N, got {device!r}")
+        providers = [CPU] if device == "cpu" else [(CUDA, {"device_id": int(match[1] or 0)}), CPU]
+    elif providers is None:
+        providers = [name for name in (CUDA, CPU) if name in available]
+    pairs = [(entry, {}) if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
+    if not pairs:
+        raise UsageError(f"providers is empty: give at least one; this ONNX Runtime has {', '.join(available)}")
+    if missing := [name for name, _ in pairs if name not in available]:
+        raise MissingError(f"this ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
+    return pairs
+
+
+def _preload(onnxruntime: Any) -> None:
+    """Load the CUDA libraries that pip installed, which the provider finds in no other way."""
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # it prints what it does not find; results go there
+            onnxruntime.preload_dlls()
+        if printed.getvalue():
+            _log.info("%s", printed.getvalue().strip())
+
+
+def _open(onnxruntime: Any, path: Path, settings: Any, providers: list[tuple[str, dict[str, Any]]], asked: bool) -> Any:
+    """The library's session on the first of the providers, or on the CPU where no other was asked for and the first
+    does not come up.
+    """
+    first = providers[0][0]
+    advice = ADVICE.get(first, "Ask for another provider, or for device='cpu'")
+    try:
+        # Without its own fallback, which prints to stdout and goes on.
+        session = onnxruntime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
+    except Exception as error:  # its exception types are private
+        if first == CPU or type(error).__name__ in DAMAGED:
+            raise BundleError(f"ONNX Runtime cannot open {path}: {error}") from error
+        if asked:
+            raise MissingError(f"ONNX Runtime cannot open {path} with {first}: {error}. {advice}") from error
+        _log.warning("%s runs on the CPU: %s. %s", path, error, advice)
+        return _open(onnxruntime, path, settings, [(CPU, {})], asked)
+    if (got := session.get_providers()[0]) != first:  # left out without an error
+        if asked:
+            raise MissingError(f"ONNX Runtime was asked for {first} and would run {path} with {got}. {advice}")
+        _log.warning("%s runs with %s: %s was left out. %s", path, got, first, advice)
+    return session
+
+
 BACKEND = Backend(
     name="ort",
     aliases=("onnxruntime",),
     opens=("onnx",),
     obstacle=obstacle,
+    limit=limit,
     open=OrtSession,
     threads=True,
-    ways={
-        "onnxruntime": Way("cpu", {"providers": ["CPUExecutionProvider"]}),
-        "onnxruntime-cuda": Way("gpu", {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}),
-    },
+    ways={"onnxruntime": Way("cpu", {"device": "cpu"}), "onnxruntime-cuda": Way("gpu", {"device": "cuda"})},
 )

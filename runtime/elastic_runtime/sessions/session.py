@@ -9,9 +9,9 @@ from typing import Self
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Artifact, Graph, TensorSpec
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
 
@@ -30,9 +30,12 @@ class Origin:
 class Session(ABC):
     """An open artifact. Close it, or use it in a `with` block.
 
-    A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that is. An artifact
-    may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was compiled for (None: every budget
-    of the axes). `origin` is None for a session that no artifact was opened for.
+    Any thread may run it: each gets its own answer, whether the backend runs them at once or one after the other (its
+    session says which).
+
+    A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that
+    is. An artifact may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was
+    compiled for (None: every budget of the axes). `origin` is None for a session that no artifact was opened for.
     """
 
     where: str
@@ -82,8 +85,8 @@ def batches(session: Session, size: int) -> list[slice]:
 def check_feeds(graph: Graph, feeds: Arrays) -> None:
     """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions.
 
-    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read nothing else
-    of it, so another selection would silently be taken for a prefix.
+    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read
+    nothing else of it, so another selection would silently be taken for a prefix.
     """
     names = {spec.name for spec in graph.inputs}
     if names != set(feeds):
@@ -94,8 +97,8 @@ def check_feeds(graph: Graph, feeds: Arrays) -> None:
         if array.dtype.name != spec.dtype:
             raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
         if len(array.shape) != len(spec.shape) or not all(
-            open_dimensions.setdefault(wanted, size) == size if isinstance(wanted, str) else wanted == size
-            for wanted, size in zip(spec.shape, array.shape, strict=True)
+            open_dimensions.setdefault(dimension, size) == size if isinstance(dimension, str) else dimension == size
+            for dimension, size in zip(spec.shape, array.shape, strict=True)
         ):
             raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
         if spec.dtype == "int64" and len(spec.shape) == 1 and spec.shape != ("B",) and (array != np.arange(len(array))).any():

@@ -1,27 +1,32 @@
 """TensorRT and TensorRT-RTX: one engine, an execution context a profile, a CUDA graph for the shape that is hot.
 
-What users of the library met before shapes this file: contexts share scratch memory but never a profile; a context's CUDA
-graph is captured again whenever its shapes change, after one plain run at the new shapes (https://github.com/NVIDIA/TensorRT
-issues 2648 and 3798); buffers are allocated once, at the largest profile, so that no captured address goes stale.
+What users of the library met before shapes this file: contexts share scratch memory but never a profile; a context's
+CUDA graph is captured again whenever its shapes change, after one plain run at the new shapes
+(https://github.com/NVIDIA/TensorRT issues 2648 and 3798); buffers are allocated once, at the largest profile, so that
+no captured address goes stale.
 """
 
 import contextlib
 import importlib
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, Graph, Profile, TrtArtifact
 from elastic_runtime.device import PACKAGES, Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda import Cuda
 from elastic_runtime.sessions.session import Arrays, Session
 
+# GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it
+# runs on.
+RTX_SMS = (75, 80, 86, 89, 120, 121)
 _log = logging.getLogger(__name__)
 
 
@@ -36,38 +41,46 @@ def gpu() -> tuple[int | None, str]:
 
 
 def obstacle(artifact: Artifact) -> str | None:
-    """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be here."""
+    """Why the engine cannot run here, or None: its GPU generation, its library and the version of that must all be
+    here.
+    """
     assert isinstance(artifact, TrtArtifact)
     whose = f"the engine is for sm {', '.join(map(str, artifact.sms))} and {artifact.builder} {artifact.builder_version}"
     sm, name = gpu()
     if sm is None:
         return f"{whose}, and {name}."
     if sm not in artifact.sms:
-        return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: elastic-export trt BUNDLE --sm {sm}"
+        way = f"elastic-export trt BUNDLE --sm {sm}"
+        if sm not in RTX_SMS:
+            full = PACKAGES["tensorrt"]
+            way = f"elastic-export trt BUNDLE --builder tensorrt (TensorRT-RTX is not for it: pip install 'elastic-export[{full.extra}]')"
+        return f"{whose}, and this GPU is an sm {sm} ({name}). Add an engine for it with: {way}"
     package = PACKAGES[artifact.builder.replace("_", "-")]
     try:
-        found = str(importlib.import_module(artifact.builder).__version__)
+        version = str(importlib.import_module(artifact.builder).__version__)
     except (ImportError, OSError) as error:
         return f"{whose}, and {package.name} is not installed ({error}): pip install 'elastic-export[{package.extra}]'"
-    if not _opens(artifact, found):
+    if not _opens(artifact, version):
         return (
-            f"{whose}, and here is {found}. Install that version (pip install {package.name}=={artifact.builder_version}) "
+            f"{whose}, and here is {version}. Install that version (pip install {package.name}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
     return None
 
 
-def _opens(artifact: TrtArtifact, found: str) -> bool:
+def _opens(artifact: TrtArtifact, version: str) -> bool:
     """Whether version `found` of the builder's library opens the engine."""
     if not artifact.version_compatible:
-        return found == artifact.builder_version
-    here, there = ([int(part) for part in version.split(".")[:3]] for version in (found, artifact.builder_version))
-    return here[0] == there[0] and here >= there
+        return version == artifact.builder_version
+    installed, built = ([int(part) for part in words.split(".")[:3]] for words in (version, artifact.builder_version))
+    return installed[0] == built[0] and installed >= built
 
 
 @dataclass
 class _Slot:
-    """An execution context bound to one profile. `shapes` is what it is set to, `executable` the CUDA graph captured there."""
+    """An execution context bound to one profile. `shapes` is what it is set to, `executable` the CUDA graph captured
+    there.
+    """
 
     context: Any
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -77,14 +90,15 @@ class _Slot:
 
 
 class TrtSession(Session):
-    """An engine on this machine's GPU, for one thread.
+    """An engine on this machine's GPU. Threads run it one after the other: they would share its buffers, its stream and
+    its contexts.
 
-    `cuda_graphs` captures a graph at the second run in a row of a profile at the same shapes; `weight_streaming_bytes` is how
-    much of a weight-streaming engine's weights may stay on the GPU (by default what the library thinks best). Inputs run at
-    their own shapes, in the smallest profile that contains them; nothing is padded.
+    `cuda_graphs` captures a graph at the second run in a row of a profile at the same shapes; `weight_streaming_bytes`
+    is how much of a weight-streaming engine's weights may stay on the GPU (by default what the library thinks best).
+    Inputs run at their own shapes, in the smallest profile that contains them; nothing is padded.
 
-    Raises: InferenceError where the GPU has too little memory; BundleError where the library refuses the engine; MissingError
-    for `weight_streaming_bytes` of an engine that was not built for it.
+    Raises: InferenceError where the GPU has too little memory; BundleError where the library refuses the engine;
+    MissingError for `weight_streaming_bytes` of an engine that was not built for it.
     """
 
     processor: Processor = "gpu"
@@ -101,6 +115,8 @@ class TrtSession(Session):
         self._graphs = cuda_graphs
         self._slots: dict[int, _Slot] = {}
         self._cuda = Cuda()
+        self._lock = threading.Lock()
+        self._device = self._cuda.current()
         with contextlib.ExitStack() as opening:
             self._stream = self._cuda.stream()
             opening.callback(self._cuda.destroy_stream, self._stream)
@@ -151,10 +167,20 @@ class TrtSession(Session):
         return self._logger.errors[-1] if self._logger.errors else "no reason given"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._resources is None:
-            raise InferenceError("this session is closed")
         # Contiguous, and still 0-d where it was: np.ascontiguousarray would make it 1-d.
         arrays = {spec.name: np.asarray(feeds[spec.name], order="C") for spec in self.graph.inputs}
+        with self._lock:
+            if self._resources is None:
+                raise InferenceError("this session is closed")
+            self._cuda.select(self._device)
+            try:
+                return self._compute(arrays)
+            except BaseException:
+                with contextlib.suppress(InferenceError):  # what was enqueued still reads arrays that are about to go
+                    self._cuda.synchronize(self._stream)
+                raise
+
+    def _compute(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         slot = self._slot(self._profile(arrays))
         self._reshape(slot, arrays)
         for name, array in arrays.items():
@@ -186,7 +212,8 @@ class TrtSession(Session):
             return self._slots[index]
         strategy = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(self._library, "DynamicShapesKernelSpecializationStrategy"):
-            # RTX compiles kernels for a shape at run time. Eagerly: a graph captured meanwhile would keep the slow stand-ins.
+            # RTX compiles kernels for a shape at run time. Eagerly: a graph captured meanwhile would keep the slow
+            # stand-ins.
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = self._library.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -216,7 +243,9 @@ class TrtSession(Session):
         slot.shapes = shapes
 
     def _execute(self, slot: _Slot, state: tuple[object, ...]) -> None:
-        """Run once: through the captured graph where it still holds, else plainly, capturing at the second run in a row."""
+        """Run once: through the captured graph where it still holds, else plainly, capturing at the second run in a
+        row.
+        """
         if slot.state != state:
             self._drop(slot)
             slot.state = state
@@ -232,7 +261,9 @@ class TrtSession(Session):
             raise InferenceError(f"the engine failed to run: {self._said()}")
 
     def _capture(self, slot: _Slot) -> None:
-        """Capture a CUDA graph; an engine that cannot be captured runs without graphs from then on, and the log says so."""
+        """Capture a CUDA graph; an engine that cannot be captured runs without graphs from then on, and the log says
+        so.
+        """
         capturable = getattr(slot.context, "is_stream_capturable", None)  # TensorRT-RTX alone can tell beforehand
         try:
             if capturable is not None and not capturable(int(self._stream)):
@@ -259,9 +290,17 @@ class TrtSession(Session):
         self._runtime = None
 
     def close(self) -> None:
-        if self._resources is not None:
+        with self._lock:
+            if self._resources is None:
+                return
             resources, self._resources = self._resources, None
-            self._cuda.synchronize(self._stream)
+            try:
+                self._cuda.select(self._device)
+                self._cuda.synchronize(self._stream)
+            except InferenceError:
+                with contextlib.suppress(InferenceError):  # released all the same; the first failure is the one to tell of
+                    resources.close()
+                raise
             resources.close()
 
 

@@ -15,10 +15,10 @@ import coremltools as ct
 import numpy as np
 import torch
 
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, measure
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import CoremlArtifact, CoremlCall, measure
 from elastic_runtime.sessions.coreml import sizes, taken
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import Compressor

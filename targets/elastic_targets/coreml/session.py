@@ -4,8 +4,8 @@ import platform
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, Graph
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Artifact, CoremlArtifact, Graph
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions.coreml import PackageSession
 from elastic_runtime.sessions.session import Arrays

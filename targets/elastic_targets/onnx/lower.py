@@ -11,9 +11,9 @@ import onnx
 import onnxscript  # noqa: F401  torch imports it only while exporting; its absence is told at the door
 import torch
 
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import OnnxArtifact
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
 from elastic_targets.target import OnProgress, Target

@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import FileEntry, Network
 from elastic_runtime.contract.bundle import sha256
-from elastic_runtime.contract.manifest import FileEntry, Network
 from elastic_runtime.files import atomic, cache
 
 MOST_BYTES = 8_000_000_000

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_runtime.contract.manifest import Graph, Profile
+from elastic_runtime.contract.artifacts import Graph, Profile
 from elastic_runtime.errors import InferenceError, MissingError
 from elastic_targets.trt.builder import Builder
 from elastic_targets.trt.network import Parsed

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from elastic_runtime.contract.artifacts import Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_targets.capture import BundleGraph
 from elastic_targets.target import OnProgress, Target

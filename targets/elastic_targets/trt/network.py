@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_runtime.contract.manifest import Network
+from elastic_runtime.contract.artifacts import Network
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sessions.trt import make_logger
 from elastic_targets.trt.builder import Builder

@@ -8,8 +8,8 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 
+from elastic_runtime.contract.artifacts import Graph, Profile, Range
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import Graph, Profile, Range
 from elastic_runtime.errors import BudgetError
 
 MOST_DEFAULT_BUCKETS = 4

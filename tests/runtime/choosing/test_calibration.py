@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from recordings import MACHINES
 from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
-from elastic_runtime.choosing.calibration import fastest, folder, identity, peak_bytes, points, rates
-from elastic_runtime.contract.manifest import CoremlArtifact
+from elastic_runtime.choosing.calibration import fastest, folder, identity, points, rates
+from elastic_runtime.contract.artifacts import CoremlArtifact
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import opening
@@ -117,15 +116,6 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert pipeline(Machine()).gauge.calibrated.points
     assert "cannot be written" in caplog.text
-
-
-def test_peak_memory_is_told_where_the_system_tells_it() -> None:
-    told = peak_bytes()
-    if sys.platform in ("linux", "darwin"):
-        assert told is not None
-        assert 10_000_000 < told < 1 << 40
-    else:
-        assert told is None
 
 
 class Room:

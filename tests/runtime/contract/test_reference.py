@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
 from elastic_runtime import Axis, Budget, Bundle
-from elastic_runtime.contract.manifest import TensorSpec
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.reference import axis_feeds, compare, cut, pack, unpack
 from elastic_runtime.sessions.checking import check
 

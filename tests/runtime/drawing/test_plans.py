@@ -23,7 +23,7 @@ from elastic_runtime import (
     Span,
     UsageError,
 )
-from elastic_runtime.contract.manifest import FileEntry, Graph, OnnxArtifact
+from elastic_runtime.contract.artifacts import FileEntry, Graph, OnnxArtifact
 from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
+from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.bundle import MANIFEST, entry
-from elastic_runtime.contract.manifest import Manifest, OnnxArtifact
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.files import leftovers
 from elastic_runtime.files.folder import Draft, standing, writing
 from elastic_runtime.files.lock import NAME as LOCK

@@ -9,8 +9,9 @@ from fakes import manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, FileEntry, Network, OnnxArtifact, TrtArtifact
+from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import inside
-from elastic_runtime.contract.manifest import CoremlArtifact, CoremlCall, FileEntry, Network, OnnxArtifact, Span, TrtArtifact
 from elastic_runtime.files.names import apart, free, moving, records, renamed, variants
 
 parts = st.text("abc.-1", min_size=1, max_size=5).filter(lambda part: part.strip("."))

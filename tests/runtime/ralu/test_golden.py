@@ -10,7 +10,8 @@ import pytest
 from fake_flux import denoiser_graph, spec
 
 from elastic_runtime import FakeSession, Session, Span, open_session
-from elastic_runtime.contract.manifest import Graph, Patches, Vae
+from elastic_runtime.contract.artifacts import Graph
+from elastic_runtime.contract.manifest import Patches, Vae
 from elastic_runtime.denoising.denoiser import Guidance
 from elastic_runtime.denoising.pictures import decode
 from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser

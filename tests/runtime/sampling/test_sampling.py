@@ -9,8 +9,8 @@ import pytest
 from fakes import manifest, model
 
 from elastic_runtime import Axis, Budget, ElasticPipeline, FakeSession, Span, UsageError
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Graph, TensorSpec
 from elastic_runtime.contract.schedule import CosineMask, RectifiedFlow, ShiftedCosine
 from elastic_runtime.sampling.fitting import OFFERED, sampler, start
 

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import write_manifest
+from fakes import answers_stay_with_their_thread, write_manifest
 
 from elastic_runtime import (
     Axis,
@@ -23,18 +24,9 @@ from elastic_runtime import (
     UsageError,
     open_session,
 )
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, FileEntry, Graph, TensorSpec
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import (
-    SCHEMA_VERSION,
-    CoremlArtifact,
-    CoremlCall,
-    FileEntry,
-    Graph,
-    Manifest,
-    Model,
-    Provenance,
-    TensorSpec,
-)
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model, Provenance
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.files import cache
 from elastic_runtime.sessions import coreml
@@ -148,6 +140,24 @@ def test_functions_are_loaded_when_first_used_and_integers_are_narrowed(stand_in
         assert session.where == "Core ML cpu+ane, macOS 15.1, coremltools 9.0"
     with pytest.raises(InferenceError, match="this session is closed"):
         session.run(feeds(2))
+
+
+def test_threads_run_one_after_the_other(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Core ML model is for one thread at a time: the stand-in would answer with the feeds of whoever came last."""
+    latest: dict[str, np.ndarray] = {}
+
+    def load(path: str, units: str, name: str | None) -> Any:
+        return SimpleNamespace(predict=predict)
+
+    def predict(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        latest.update(given)
+        time.sleep(1e-4)
+        return {"prediction": latest["sample"] * 2}
+
+    monkeypatch.setattr(sys.modules["coremltools"].models, "CompiledMLModel", load)
+    with open_session(bundle(tmp_path / "b")) as session:
+        sample = np.ones((1, 1, 2, 2), np.float32)
+        answers_stay_with_their_thread(lambda k: session.run(feeds(2) | {"sample": sample * k})["prediction"], lambda k: sample * 2 * k)
 
 
 def test_a_budget_without_a_function_names_those_that_exist(stand_in: StandIn, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from fakes import manifest, session
 
 from elastic_runtime import Budget, BundleError, Span
-from elastic_runtime.contract.manifest import CoremlArtifact, FileEntry
+from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.sessions.checking import check
 

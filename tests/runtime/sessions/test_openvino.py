@@ -1,20 +1,24 @@
 """OpenVINO on a graph written by hand, and on a golden checkpoint."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
-from fakes import manifest, write_bundle, write_manifest
+from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
+from tiny import tiny_bundle, tiny_feeds
 
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.sessions import openvino
 from elastic_runtime.sessions.checking import check
 
 # Not importorskip: importing OpenVINO is the backend's affair.
@@ -24,52 +28,46 @@ pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="these tes
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle whose graph answers `sample + length of latent_ids`."""
-    onnx = pytest.importorskip("onnx", reason="writing the graph needs onnx")
-    from onnx import TensorProto, helper
-
-    folder = tmp_path_factory.mktemp("openvino") / "tiny"
-    described = manifest().graphs["denoiser"]
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    inputs, outputs = (
-        [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], list(spec.shape)) for spec in specs]
-        for specs in (described.inputs, described.outputs)
-    )
-    nodes = [
-        helper.make_node("Shape", ["latent_ids"], ["length"]),
-        helper.make_node("Cast", ["length"], ["number"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["sample", "number"], ["prediction"]),
-    ]
-    path = folder / "onnx" / "denoiser.onnx"
-    path.parent.mkdir(parents=True)
-    graph = helper.make_graph(nodes, "tiny", inputs, outputs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
-    artifact = OnnxArtifact(precision="fp32", files=(entry(folder, path),), toolchain={}, opset=20)
-    write_manifest(folder, manifest(artifacts=(artifact,)))
-    return Bundle.open(folder)
-
-
-def feeds(batch: int, kept: int) -> dict[str, np.ndarray]:
-    sample = np.random.default_rng(batch).standard_normal((batch, 4, 8, 8)).astype(np.float32)
-    return {
-        "sample": sample,
-        "timestep": np.zeros(batch, np.float32),
-        "class_labels": np.zeros(batch, np.int64),
-        "latent_ids": np.arange(kept),
-    }
+    return tiny_bundle(tmp_path_factory.mktemp("openvino") / "tiny", 20)
 
 
 def test_every_size_runs_and_outputs_are_the_callers_own(tiny: Bundle) -> None:
     with open_session(tiny, name="openvino", threads=1) as session:
         results = []
         for batch, kept in ((1, 16), (3, 2), (1, 16)):
-            given = feeds(batch, kept)
+            given = tiny_feeds(batch, kept)
             results.append(session.run(given)["prediction"])
             np.testing.assert_allclose(results[-1], given["sample"] + kept, atol=1e-6)
         np.testing.assert_array_equal(results[0], results[2])
         assert session.where.startswith("openvino 20")
         assert session.where.endswith("CPU f32")
     with pytest.raises(InferenceError, match="closed"):
-        session.run(feeds(1, 16))
+        session.run(tiny_feeds(1, 16))
+
+
+def test_each_thread_gets_its_own_answer(tiny: Bundle) -> None:
+    with open_session(tiny, name="openvino", threads=2) as session:
+        given = [tiny_feeds(1 + k % 4, 1 + k) for k in range(8)]
+        answers_stay_with_their_thread(lambda k: session.run(given[k])["prediction"], lambda k: given[k]["sample"] + 1 + k)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_closes_what_it_inherited(tiny: Bundle) -> None:
+    """In a process of its own, which has no other threads to lose."""
+    program = """
+import os, sys
+from elastic_runtime import Bundle, open_session
+session = open_session(Bundle.open(sys.argv[1]), name="openvino", threads=2)
+child = os.fork()
+session.close()
+print("closed", flush=True)
+if not child:
+    sys.exit()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tiny.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.split() == ["closed", "closed", "0"], done.stderr
 
 
 def test_a_count_of_no_dimensions_stays_one(tmp_path: Path) -> None:
@@ -111,6 +109,37 @@ def test_an_unknown_wish_is_answered_with_what_there_is(tiny: Bundle) -> None:
         open_session(tiny, name="openvino", precision="f8")
     with pytest.raises(MissingError, match="no device 'ABACUS' here; it has .*CPU"):
         open_session(tiny, name="openvino", device="ABACUS")
+
+
+@pytest.mark.parametrize(
+    ("device", "has", "processor"),
+    [
+        ("CPU", ["CPU"], "cpu"),
+        ("GPU.1", ["CPU", "GPU.0", "GPU.1"], "gpu"),
+        ("GPU", ["CPU", "GPU.0", "GPU.1"], "gpu"),
+        ("NPU", ["NPU"], "npu"),
+    ],
+)
+def test_a_device_of_several_is_named_and_tells_its_kind(
+    device: str, has: list[str], processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    class Core:
+        available_devices = has
+
+        def compile_model(self, path: str, device: str, settings: dict[str, object]) -> SimpleNamespace:
+            asked.append((device, settings))
+            return SimpleNamespace(create_infer_request=object)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="2026.4", __spec__=object()))  # type: ignore[arg-type]
+    monkeypatch.setattr(openvino, "thread_limit", lambda: 3)
+    with open_session(write_bundle(tmp_path / "b"), name="openvino", device=device) as session:
+        assert session.processor == processor
+    threads = {"INFERENCE_NUM_THREADS": 3} if processor == "cpu" else {}
+    assert asked == [(device, {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"} | threads)]
+    with pytest.raises(MissingError, match=r"no device 'GPU\.7' here"):
+        open_session(write_bundle(tmp_path / "c"), name="openvino", device="GPU.7")
 
 
 def test_an_artifact_that_is_no_graph_is_said_to_be_damaged(tmp_path: Path) -> None:

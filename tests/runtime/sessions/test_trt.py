@@ -11,11 +11,11 @@ import fake_gpu
 import msgspec
 import numpy as np
 import pytest
-from fakes import manifest, write_bundle, write_manifest
+from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 
 from elastic_runtime import InferenceError, MissingError, open_session
+from elastic_runtime.contract.artifacts import Network, Profile, Range, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Network, Profile, Range, TrtArtifact
 from elastic_runtime.errors import BundleError
 
 VERSION = "1.7.1.116"
@@ -136,6 +136,60 @@ def test_close_lets_go_of_graphs_then_engine_then_memory_and_the_session_is_over
         session.run(feeds(8))
 
 
+def test_a_failure_to_synchronize_releases_everything_and_is_the_one_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    session = open_session(trt_bundle(tmp_path))
+    session.run(feeds(8))
+    gpu.failing = {"cudaStreamSynchronize", "cudaFree"}
+    with pytest.raises(InferenceError, match="cudaStreamSynchronize failed"):
+        session.close()
+    assert ("destroy_stream", 7) in gpu.calls
+    assert gpu.named("engine_gone")
+    gpu.failing = set()
+    session.close()  # it is over
+    with pytest.raises(InferenceError, match="closed"):
+        session.run(feeds(8))
+
+
+def test_memory_is_released_where_only_synchronizing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    session = open_session(trt_bundle(tmp_path))
+    gpu.failing = {"cudaStreamSynchronize"}
+    with pytest.raises(InferenceError, match="cudaStreamSynchronize failed"):
+        session.close()
+    assert not gpu.memory
+
+
+def test_a_failed_enqueue_waits_for_the_copies_that_read_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with open_session(trt_bundle(tmp_path)) as session:
+        gpu.enqueues = False
+        with pytest.raises(InferenceError, match="the engine failed to run"):
+            session.run(feeds(8))
+        after = [call[0] for call in gpu.calls]
+        assert "synchronize" in after[after.index("execute") :]
+        gpu.enqueues = True
+        np.testing.assert_array_equal(session.run(feeds(8, value=1))["prediction"], 2)
+
+
+@pytest.mark.parametrize(("failing", "told"), [((), r" \(1 MB free\)"), (("cudaMemGetInfo",), "")])
+def test_no_room_is_told_of_even_where_the_device_answers_nothing_more(
+    failing: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    gpu.failing = {"cudaMalloc", *failing}
+    with pytest.raises(InferenceError, match=rf"the GPU has no room for 0 MB{told}: cudaMalloc failed: no reason"):
+        open_session(trt_bundle(tmp_path))
+    assert ("destroy_stream", 7) in gpu.calls
+
+
+def test_threads_run_one_after_the_other_on_the_device_of_the_opening_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    with open_session(trt_bundle(tmp_path)) as session:
+        answers_stay_with_their_thread(lambda k: session.run(feeds(4 * (k % 4 + 1), value=k))["prediction"], lambda k: k + 1)
+    assert set(gpu.named("set_device")) == {("set_device", 0)}
+
+
 def test_full_tensorrt_takes_the_allocation_strategy_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.3.0")
     made = trt_bundle(tmp_path, builder="tensorrt", builder_version="10.3.0", sms=(87,))
@@ -165,6 +219,7 @@ def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, 
     ("machine", "changes", "said"),
     [
         ({"sm": 75}, {}, "this GPU is an sm 75 .* elastic-export trt BUNDLE --sm 75"),
+        ({"sm": 90}, {}, r"this GPU is an sm 90 .* elastic-export trt BUNDLE --builder tensorrt .*pip install 'elastic-export\[trt\]'"),
         ({"version": "1.8.0.1"}, {}, r"here is 1.8.0.1. Install that version \(pip install tensorrt-rtx==1.7.1.116\)"),
         (
             {"name": "tensorrt", "sm": 87, "version": "10.7.0"},

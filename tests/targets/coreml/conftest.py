@@ -20,7 +20,7 @@ from coremltools.converters.mil.mil import types
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
 from elastic_runtime import Budget, Span
-from elastic_runtime.contract.manifest import CoremlArtifact, Graph
+from elastic_runtime.contract.artifacts import CoremlArtifact, Graph
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession
 from elastic_targets.coreml.lower import ensures, lower

@@ -12,7 +12,7 @@ from torch import nn
 from elastic_export.families.elit import FAMILY, ElitParams
 from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
-from elastic_runtime.contract.manifest import TensorSpec
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.precision import COMPRESSIONS, PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions, Evaluator

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from fakes import manifest, write_manifest
 
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Graph, OnnxArtifact, TensorSpec
 
 WIDTH = 8
 

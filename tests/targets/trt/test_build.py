@@ -16,7 +16,7 @@ import pytest
 
 from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, BundleError, Span
-from elastic_runtime.contract.manifest import Range, TensorSpec, TrtArtifact
+from elastic_runtime.contract.artifacts import Range, TensorSpec, TrtArtifact
 from elastic_runtime.errors import BudgetError, InferenceError, MissingError, UsageError
 from elastic_targets.capture import BundleGraph
 

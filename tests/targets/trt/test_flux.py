@@ -14,7 +14,7 @@ import folders
 from elastic_export.capture.folders import capture_folder
 from elastic_export.exporting import export_bundle, export_capture
 from elastic_runtime import Span
-from elastic_runtime.contract.manifest import Range, TrtArtifact
+from elastic_runtime.contract.artifacts import Range, TrtArtifact
 from elastic_targets import target
 
 

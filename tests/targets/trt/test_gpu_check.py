@@ -10,7 +10,7 @@ import pytest
 import gpu_check
 from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, Span
-from elastic_runtime.contract.manifest import TensorSpec
+from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.sessions.trt import gpu
 
 Tiny = Callable[..., Bundle]

@@ -4,7 +4,7 @@ import pytest
 from fakes import LATENTS, decoder_graph, denoiser_graph
 
 from elastic_runtime import Axis, BudgetError, Span
-from elastic_runtime.contract.manifest import Graph, Range, TensorSpec
+from elastic_runtime.contract.artifacts import Graph, Range, TensorSpec
 from elastic_targets.trt.profiles import default_buckets, narrow, profiles, read_buckets, unknown_buckets
 
 LOOPS = Axis(name="loops", min=1, max=8, step=1, default=4, input="loops", carrier="value")

@@ -8,7 +8,7 @@ import pytest
 
 from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, Span
-from elastic_runtime.contract.manifest import Range, TrtArtifact
+from elastic_runtime.contract.artifacts import Range, TrtArtifact
 
 
 def dcdit(folder: Path, opset: int) -> Bundle:

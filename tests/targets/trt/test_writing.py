@@ -8,7 +8,7 @@ import pytest
 
 from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, BundleError
-from elastic_runtime.contract.manifest import TrtArtifact
+from elastic_runtime.contract.artifacts import TrtArtifact
 from elastic_runtime.files.folder import writing
 
 Tiny = Callable[..., Bundle]

@@ -1,0 +1,208 @@
+"""What a bundle holds, as records of its manifest: files, tensor specs, graphs, and each target's artifacts with what proved them."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from elastic_runtime.contract import precision as precisions
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.records import Record
+
+
+class FileEntry(Record, frozen=True, kw_only=True):
+    """One file of the bundle: `path` is relative, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class TensorSpec(Record, frozen=True, kw_only=True):
+    """Name, dtype and shape of a graph's input or output; a text dimension is open (`B`, `J`), or a multiple of one
+    (`8*h`)."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+
+def dimension(size: str) -> str:
+    """The open dimension in `h` or `8*h`."""
+    return size.rpartition("*")[2]
+
+
+def measure(size: int | str, sizes: Mapping[str, int]) -> int:
+    """A shape's entry as a number, where the open dimensions have `sizes`."""
+    return size if isinstance(size, int) else int(size.rpartition("*")[0] or 1) * sizes[dimension(size)]
+
+
+class Verification(Record, frozen=True, kw_only=True):
+    """What running an artifact at one budget gave against the reference outputs.
+
+    `tolerance` bounds `max_abs` in units of max(1, |reference|); `where` says what ran it.
+    """
+
+    budget: dict[str, int]
+    max_abs: float
+    cosine: float
+    psnr_db: float
+    finite: bool
+    tolerance: float
+    passed: bool
+    where: str
+
+
+class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
+    """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
+
+    precision: precisions.Name
+    files: tuple[FileEntry, ...]
+    toolchain: dict[str, str]
+    verified: tuple[Verification, ...] = ()
+    unverified: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("an artifact needs at least one of `files`")
+
+    @property
+    def path(self) -> str:
+        """The file that a backend opens; the others lie where it expects them."""
+        return self.files[0].path
+
+    @property
+    def slot(self) -> str:
+        """The path without the number that its first folder got where the name stood already: what `path` takes the place of."""
+        return re.sub(r"^([^/]+)-\d+/", r"\1/", self.path)
+
+    @property
+    def target(self) -> str:
+        return str(self.__struct_config__.tag)
+
+    @property
+    def tolerance(self) -> float:
+        """The bound that it is held to, in units of max(1, max |reference|)."""
+        return precisions.tolerance(self.precision, self._compression)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """How exact it is: less is more exact."""
+        return precisions.rank(self.precision, self._compression)
+
+    @property
+    def _compression(self) -> precisions.Compression | None:
+        return None
+
+
+class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
+    """An ONNX file; weights above 2 GB lie beside it."""
+
+    opset: int
+
+
+class Range(Record, frozen=True):
+    """Smallest, preferred and largest size of an open dimension in a TensorRT profile."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """One TensorRT optimization profile: the range of every open dimension of the graph."""
+
+    dimensions: dict[str, Range]
+
+    def contains(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the profile takes inputs whose open dimensions have these sizes."""
+        return all(self.dimensions[name].min <= size <= self.dimensions[name].max for name, size in sizes.items())
+
+    def shape(self, spec: TensorSpec, end: Literal["min", "opt", "max"]) -> tuple[int, ...]:
+        """Shape of an input or output at one end of the profile."""
+        sizes = {name: getattr(size, end) for name, size in self.dimensions.items()}
+        return tuple(measure(size, sizes) for size in spec.shape)
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """What the TensorRT parser made of the graph: layers in all and of the kinds that matter, as seen while
+    building."""
+
+    layers: int
+    attentions: int
+    loops: int
+
+
+class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
+    """A TensorRT engine. It belongs to one builder, one version of it and the GPU generations `sms` (89 for 8.9).
+
+    `source` is the ONNX file that it was built from; `stripped` engines need it to be opened, since it holds their
+    weights.
+    """
+
+    builder: Literal["tensorrt", "tensorrt_rtx"]
+    builder_version: str
+    sms: tuple[int, ...]
+    source: str
+    source_sha256: str
+    profiles: tuple[Profile, ...]
+    network: Network
+    refit: bool = False
+    stripped: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+
+
+class CoremlCall(Record, frozen=True, kw_only=True):
+    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
+    takes.
+
+    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
+    """
+
+    function: str
+    budget: dict[str, int]
+    sizes: dict[str, int]
+
+
+class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
+    """A Core ML package, which is a folder. Where the graph says int64, it takes int32.
+
+    `calls` lists what it takes: one static function a budget (`functions`), one function with a list of sizes
+    (`enumerated`) or with open ones (`range`). `deployment_target` is the oldest system that opens it. `reductions` is
+    the precision of its norms.
+    """
+
+    package: str
+    deployment_target: str
+    shapes: Literal["functions", "enumerated", "range"]
+    batch: Span
+    calls: tuple[CoremlCall, ...]
+    reductions: Literal["fp32", "fp16"]
+    compression: precisions.Compression | None = None
+
+    @property
+    def path(self) -> str:
+        return self.package
+
+    @property
+    def _compression(self) -> precisions.Compression | None:
+        return self.compression
+
+
+class Graph(Record, frozen=True, kw_only=True):
+    """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dimensions: dict[str, Span]
+    artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
+
+    def __post_init__(self) -> None:
+        letters = {dimension(size) for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
+        if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
+            raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
+
+    @property
+    def batch(self) -> Span:
+        """Batches that one run takes."""
+        return self.dimensions["B"]
