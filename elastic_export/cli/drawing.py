@@ -13,11 +13,11 @@ from elastic_export.cli import options
 from elastic_runtime.choosing.cost import plan_flops
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.drawing.plans import OWN, plans_of
+from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import FULL, Plan
+from elastic_runtime.ralu.plan import FULL, OWN, Plan
 from elastic_runtime.request import Request, Result
 
 Arrays = dict[str, np.ndarray]
