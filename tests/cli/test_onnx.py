@@ -12,7 +12,8 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 import torch
 from conftest import Outcome
 
-from elastic_runtime import Bundle, ElasticPipeline, reference
+from elastic_runtime import Bundle, ElasticPipeline
+from elastic_runtime.contract import reference
 
 Run = Callable[..., Outcome]
 
@@ -139,8 +140,8 @@ def test_a_dry_run_tells_the_budgets_and_writes_nothing(run: Run, elit_c: list[o
         (["--batch", "0-2"], "--batch must start at 1 or more, got 0-2"),
         (["--batch", "4-1"], "reversed: write 1-4"),
         (["--opset", "19"], "--opset must be one of 20, 23, got 19"),
-        (["--dtype", "int8"], "--dtype for onnx must be one of fp32, fp16, bf16, got int8"),
-        (["--dtype", "bf16", "--opset", "20"], "--dtype bf16 needs --opset 23, got 20"),
+        (["--precision", "int8"], "--precision for onnx must be one of fp32, fp16, bf16, got int8"),
+        (["--dtype", "bf16", "--opset", "20"], "--precision bf16 needs --opset 23, got 20"),
         (["--head-blocks", "3"], "head_blocks 3 + tail_blocks 1 must leave a core in depth 4"),
         (["--head-blocks", "-1"], "Invalid value for '--head-blocks'"),
         (["--vae", "nowhere"], "holds no config.json: give the folder of a diffusers AutoencoderKL"),

@@ -52,9 +52,9 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     if options.opset not in OPSETS:
         raise UsageError(f"--opset must be one of {', '.join(map(str, OPSETS))}, got {options.opset}")
     if options.precision not in PRECISIONS:
-        raise UsageError(f"--dtype for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
+        raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
     if options.precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
-        raise UsageError(f"--dtype bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
+        raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:

@@ -87,7 +87,7 @@ def test_turing_gets_an_fp16_engine_of_its_own(room: ModuleType, golden: Path, t
     for artifact in engines(made):
         check_header(made, artifact)
     with pytest.raises(
-        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx --dtype fp32"
+        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx --precision fp32"
     ):
         room.plan(BundleGraph(bundle, "denoiser"), room.TrtOptions(precision="fp32"))
 
@@ -257,7 +257,7 @@ def test_refit_and_strip_need_a_driver_to_build(room: ModuleType, bundle_copy: P
 def test_an_engine_is_replaced_only_when_asked(room: ModuleType, tiny: Tiny) -> None:
     options = room.TrtOptions(sms=(89,))
     made = export_bundle(add_one(tiny), "trt", options)
-    with pytest.raises(BundleError, match="exists: replace it with --overwrite"):
+    with pytest.raises(BundleError, match="exists: choose another -o/--output, or replace it with --overwrite"):
         export_bundle(made, "trt", options)
     assert len(engines(export_bundle(made, "trt", options, overwrite=True))) == 1
 
