@@ -46,8 +46,5 @@ def coreml(
     from elastic_export.cli.making import make, shown
 
     given = {"shapes": shapes, "target": target, "precision": precision, "reductions": reductions, "compression": compress}
-    shown(
-        make("coreml", given | {"budgets": tuple(options.integers(budgets)) if budgets else ()}, source, output, spans, batch, how),
-        "coreml",
-        how,
-    )
+    points = tuple(options.integers(budgets)) if budgets else ()
+    shown(make("coreml", {**given, "budgets": points}, source, output, spans, batch, how), "coreml", how)

@@ -29,9 +29,8 @@ class TrtOptions:
     """What to build. Left empty: every generation that takes the precision, the bundle's spans, the default buckets.
 
     `buckets` are budgets by axis, or sizes by open dimension, or the text of them (see `profiles.read_buckets`); what they do not name
-    gets one range. `precision` chooses among the bundle's
-    ONNX artifacts. `strip` leaves the weights out of the engine (they are read from the ONNX file when it is opened);
-    `version_compatible` engines open in later versions of the same TensorRT major.
+    gets one range. `precision` chooses among the bundle's ONNX artifacts. `strip` leaves the weights out of the engine (they are read from
+    the ONNX file when it is opened); `version_compatible` engines open in later versions of the same TensorRT major.
     """
 
     builder: str = "auto"
