@@ -125,31 +125,13 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Read `transformer,vae`."""
-    return tuple(word.strip() for word in text.split(","))
+def precision(words: str, show_default: bool = True) -> Any:
+    """The option `--precision`; `--dtype` is its old name."""
+    return typer.Option("--precision", "--dtype", help=words, show_default=show_default)
 
 
-MODEL_HELP = "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX or SD3."
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=True)]
 BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
-Latents = Annotated[
-    Span | None,
-    typer.Option(parser=span, metavar="SPAN", help="Kept latents, [bold]32-256[/bold] [dim](default: all)[/dim].", show_default=False),
-]
-Tokens = Annotated[
-    Span | None,
-    typer.Option(
-        parser=span, metavar="SPAN", help="Caps on kept tokens, [bold]16-256[/bold] [dim](default: all)[/dim].", show_default=False
-    ),
-]
-Loops = Annotated[
-    Span | None,
-    typer.Option(
-        parser=span, metavar="SPAN", help="Loops of the shared blocks, [bold]1-8[/bold] [dim](default: all)[/dim].", show_default=False
-    ),
-]
 LatentsEach = Annotated[
     str | None,
     typer.Option(
@@ -263,32 +245,6 @@ QualityFloor = Annotated[
     typer.Option("--quality", metavar="SHARE", help="The cheapest budget that keeps this share of the best accuracy.", show_default=False),
 ]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Weights, .pt or .safetensors (pickles are never run).", show_default=False)
-]
-Config = Annotated[Path | None, typer.Option(metavar="FILE", help="Sizes that the checkpoint does not tell, as JSON.", show_default=False)]
-Vae = Annotated[Path | None, typer.Option(metavar="DIR", help="A diffusers AutoencoderKL folder: adds the decoder.", show_default=False)]
-Components = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LIST",
-        help="Of a diffusers folder: transformer, vae, text [dim](default: all that it lists)[/dim].",
-        show_default=False,
-    ),
-]
-Size = Annotated[
-    Span | None,
-    typer.Option(
-        parser=span,
-        metavar="SPAN",
-        help="Of a diffusers folder: sides of pictures in pixels, [bold]512-1024[/bold] [dim](default: half to all of its own)[/dim].",
-        show_default=False,
-    ),
-]
-HeadBlocks = Annotated[
-    int | None, typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False)
-]
-RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Export without weights, to measure speed; the manifest says so.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

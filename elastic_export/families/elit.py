@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import elit_activation_values, elit_flops
+from elastic_export.families.bricks import attention, cross_attention, dit_activation_values, dit_block, embedders
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import (
     DiTBlock,
@@ -329,10 +329,31 @@ def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarra
     return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"latent_ids": kept}
 
 
+def flops(params: ElitParams, latents: int) -> int:
+    """FLOPs of one ELIT forward pass at batch 1 with `latents` kept latents; Read and Write run at full P whatever it is."""
+    width, tokens, per_group = params.hidden_size, params.tokens, params.group_latents
+    patch_values = params.patch_size**2 * params.in_channels
+    core = params.depth - params.head_blocks - params.tail_blocks
+    windows = params.groups * attention(per_group, per_group, width)
+    feed_forward = 2 * tokens * 2 * width**2  # MLP of ratio 1
+    read = 2 * 7 * width**2 + cross_attention(tokens, tokens, width) + windows + feed_forward
+    write = cross_attention(tokens, tokens, width) + windows + feed_forward
+    outer = (params.head_blocks + params.tail_blocks) * dit_block(tokens, width, params.mlp_ratio)
+    return embedders(tokens, width, patch_values, patch_values) + outer + read + core * dit_block(latents, width, params.mlp_ratio) + write
+
+
+def activation_values(params: ElitParams, latents: int) -> int:
+    """Most values alive at once in an ELIT forward pass at batch 1. While the core runs, the spatial tokens and all latents wait."""
+    outer = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
+    core = dit_activation_values(latents, params.hidden_size, params.num_heads, params.mlp_ratio)
+    waiting = 2 * params.tokens * params.hidden_size
+    return max(outer if params.head_blocks + params.tail_blocks else 0, core + waiting)
+
+
 def cost(params: ElitParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters."""
     latents = budget["latents"]
-    return priced(budget, elit_flops(params, latents), weights, elit_activation_values(params, latents))
+    return priced(budget, flops(params, latents), weights, activation_values(params, latents))
 
 
 def facts(params: ElitParams) -> dict[str, Any]:

@@ -24,7 +24,9 @@ BLOCKED = (
     "optimum",
 )
 FOLDER = Path(elastic_export.__file__).parent / "cli"
-COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "drawing", "making", "options", "show"))
+COMMANDS = sorted(
+    path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "drawing", "making", "records", "options", "show")
+)
 
 
 def without(program: str, *arguments: str, blocked: tuple[str, ...] = BLOCKED) -> "subprocess.CompletedProcess[str]":

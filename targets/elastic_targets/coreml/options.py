@@ -91,7 +91,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     for flag, value, choices in (
         ("--shapes", options.shapes, SHAPES),
         ("--target", options.target, tuple(TARGETS)),
-        ("--dtype", options.precision, PRECISIONS),
+        ("--precision", options.precision, PRECISIONS),
         ("--reductions", options.reductions, ("fp32", "fp16")),
         ("--compress", options.compression, (None, *METHODS)),
     ):
@@ -112,7 +112,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     if options.compression:
         _require(options.target, "iOS16", f"--compress {options.compression}")
         if options.precision != "fp16":
-            raise UsageError(f"--compress {options.compression} stores tables of fp16: use --dtype fp16, got {options.precision}")
+            raise UsageError(f"--compress {options.compression} stores tables of fp16: use --precision fp16, got {options.precision}")
 
 
 def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
