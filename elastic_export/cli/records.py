@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from elastic_export.cli import options
 from elastic_export.cli.options import span
 from elastic_runtime.contract.axis import Span
 
@@ -170,11 +171,17 @@ class BundleOrSource(Source):
 
 
 @dataclass(frozen=True)
-class How:
-    """How a command goes about it, and what it says."""
+class Saying:
+    """What a command may replace, and what it says."""
 
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")] = False
+    overwrite: options.Overwrite = False
+    json: options.Json = False
+    quiet: options.Quiet = False
+
+
+@dataclass(frozen=True)
+class How(Saying):
+    """How an export goes about it, besides."""
+
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")] = False
