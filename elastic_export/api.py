@@ -152,9 +152,9 @@ class Prepared:
     def notes(self) -> Iterator[str]:
         """What a user should know that is not the result."""
         yield from self.capture.notes
-        if self.capture.ignored:
-            yield f"ignored {len(self.capture.ignored)} training-only weights, {self.capture.ignored[0]} among them"
-        if self.capture.model.weights == "random":
+        if ignored := self.capture.manifest.provenance.ignored_weights:
+            yield f"ignored {len(ignored)} training-only weights, {ignored[0]} among them"
+        if self.capture.manifest.model.weights == "random":
             yield "the weights are random: fit to measure speed, not to draw"
 
 

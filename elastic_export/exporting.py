@@ -16,7 +16,7 @@ import elastic_targets
 from elastic_export.verifying import record, require, verify_artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, entry, write_manifest, writing
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, Artifact, Graph, Manifest, Provenance
+from elastic_runtime.contract.manifest import Artifact, Graph, Manifest
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.swap import recover
@@ -164,25 +164,10 @@ def versions() -> dict[str, str]:
 
 
 def _manifest(capture: "Capture", command: str) -> Manifest:
-    graphs = {
-        graph.name: Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=()) for graph in capture.graphs
-    }
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        model=capture.model,
-        axes=capture.axes,
-        graphs=graphs,
-        cost=capture.cost,
-        quality=capture.quality,
-        provenance=Provenance(
-            command=command,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions=versions(),
-            checkpoint=capture.checkpoint.name if capture.checkpoint else None,
-            checkpoint_sha256=capture.checkpoint_sha256,
-            ignored_weights=capture.ignored,
-        ),
-    )
+    """The capture's manifest, with what is known when it is exported."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    provenance = msgspec.structs.replace(capture.manifest.provenance, command=command, created=created, versions=versions())
+    return msgspec.structs.replace(capture.manifest, provenance=provenance)
 
 
 def prepare(capture: "Capture", room: Target, options: Any, output: Path, command: str, overwrite: bool) -> tuple[Bundle | None, Manifest]:

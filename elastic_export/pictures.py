@@ -33,7 +33,8 @@ def grid(
     width, height = side[0] * factor, side[1] * factor
     font = ImageFont.load_default(16)
     widest = max((math.ceil(font.getlength(name)) for name in row_names), default=0)
-    gap, left, top = 4, max(44, widest + 12) * bool(row_names), 28 * bool(column_names)
+    gap = 4
+    left, top = max(44, widest + 12) if row_names else 0, 28 if column_names else 0
     shape = (left + len(rows[0]) * (width + gap) - gap, top + len(rows) * (height + gap) - gap)
     sheet = Image.new("L" if rows[0][0].mode == "L" else "RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)

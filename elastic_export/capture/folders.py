@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_export.capture.capture import Capture
+from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.zoo import quality
 from elastic_export.families import flux, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
@@ -132,7 +132,8 @@ def capture_folder(
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
-    return Capture(
+    making = manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
         model=manifest.Model(
             name=name or path.resolve().name,
             family=family.name,
@@ -148,16 +149,14 @@ def capture_folder(
             text=text,
         ),
         axes=(axis,) if "transformer" in chosen else (),
-        graphs=graphs,
+        graphs=described(graphs),
         cost=costs,
         quality=quality(name) if packaged and name else (),
-        checkpoint=None if packaged else path.resolve(),
-        checkpoint_sha256=folder.sha256("transformer") if digest and "transformer" in chosen else None,
-        ignored=(),
-        files=files,
-        peaks=peaks,
-        notes=tuple(_notes(folder)),
+        provenance=origin(
+            None if packaged else path.resolve(), folder.sha256("transformer") if digest and "transformer" in chosen else None
+        ),
     )
+    return Capture(making, graphs, files, peaks, tuple(_notes(folder)))
 
 
 def _notes(folder: Folder) -> Iterator[str]:

@@ -80,8 +80,9 @@ def policy(
     goals = {"--budget": budget, "--target-ms": target_ms, "--max-memory": max_memory, "--quality": quality}
     given = [name for name, value in goals.items() if value is not None]
     named = len(chosen) > 1 or bool(chosen[0])
-    if len(given) > 1 or (given and named):
-        raise typer.BadParameter(f"{' and '.join(given)}{' and a budget of an axis' * named} choose budgets twice: give one of them")
+    ways = [*given, *(["a budget of an axis"] if named else [])]
+    if given and len(ways) > 1:
+        raise typer.BadParameter(f"{' and '.join(ways)} choose budgets twice: give one of them")
     if budget not in (None, "auto"):
         raise typer.BadParameter(f"--budget takes auto, got {budget!r}; a budget itself is given by its axis, such as --latents 64")
     if target_ms is not None:

@@ -181,9 +181,8 @@ class Elit(nn.Module):
         self.read = Read(params)
         self.write = Write(params)
         self.final_layer = FinalLayer(width, params.patch_size**2 * params.in_channels)
-        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
-        zero = [self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer]
-        initialize(self, zero=[*(block.modulation for block in blocks), *zero])
+        gates: list[Any] = [block.modulation for block in self.blocks]
+        initialize(self, zero=(*gates, self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer))
 
     def to_windows(self, x: Tensor) -> Tensor:
         side = self.params.group_size
@@ -368,4 +367,5 @@ def facts(params: ElitParams) -> dict[str, Any]:
 FAMILY = Family(
     name="elit-sit", params=ElitParams, build=Elit, presets=PRESETS, rename_key=rename_key, sources=sources, assumed=assumed,
     axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+    yields=("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes"), options=("head_blocks",),
 )  # fmt: skip
