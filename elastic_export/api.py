@@ -99,8 +99,7 @@ def export(
 def verify(bundle: Folder | Bundle, tolerance: float | None = None, on_stage: OnStage = silent) -> list[tuple[str, Artifact]]:
     """Check every file's hash, then run every artifact that this machine can against the original's recorded outputs; needs no torch.
 
-        for graph, artifact in elastic_export.verify("digits"):
-            print(graph, artifact.path, all(row.passed for row in artifact.verified), artifact.unverified)
+        proven = {artifact.path: all(row.passed for row in artifact.verified) for graph, artifact in elastic_export.verify("digits")}
 
     Args:
         bundle: its folder. tolerance: the error allowed, times the largest output (at least 1); by default that of each precision.
@@ -182,12 +181,12 @@ def prepare(
     room, name = elastic_targets.target(target), os.fspath(model)
     exporting.destination(Path(output), overwrite)  # a refusal should not wait for the weights to load
     on_stage(f"loading {name}")
-    told = dict(source or {})
+    origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
-        told[each] = None if told.get(each) is None else Path(told[each])
-    told["size"] = None if told.get("size") is None else read_span(told["size"])
-    told["components"] = read_words(told.get("components"))
-    capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=digest, **told)
+        origin[each] = None if origin.get(each) is None else Path(origin[each])
+    origin["size"] = None if origin.get("size") is None else read_span(origin["size"])
+    origin["components"] = read_words(origin.get("components"))
+    capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=digest, **origin)
     return Prepared(capture, room, options, Path(output), overwrite, command)
 
 

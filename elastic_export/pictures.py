@@ -19,9 +19,9 @@ def highlighted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     """`picture` in colour with the kept cells of its square token grid tinted; `mask` is bool (L,), in raster order."""
     side = math.isqrt(len(mask))
     cells = Image.fromarray(mask.reshape(side, side)).resize(picture.size, Image.Resampling.NEAREST)
-    whole = picture.convert("RGB")
-    whole.paste(Image.blend(whole, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
-    return whole
+    tinted = picture.convert("RGB")
+    tinted.paste(Image.blend(tinted, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
+    return tinted
 
 
 def grid(

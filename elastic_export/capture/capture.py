@@ -68,8 +68,8 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         facts = msgspec.structs.replace(facts, vae=read_vae(vae, channels))
         assert facts.vae is not None
         # It decodes one picture at a time, however many the denoiser is asked for at least.
-        whole = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
-        graphs.append(whole.loaded())  # a folder that does not fit should not be found out after the denoiser's export
+        decoding = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
+        graphs.append(decoding.loaded())  # a folder that does not fit should not be found out after the denoiser's export
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     making = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,

@@ -162,8 +162,8 @@ def capture_folder(
 def _notes(folder: Folder) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
     if not folder.indexed:
-        found = ", ".join(folder.listed)
-        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {found}"
+        components = ", ".join(folder.listed)
+        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {components}"
     if not (folder.path / "scheduler" / "scheduler_config.json").is_file():
         yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
 
@@ -241,7 +241,7 @@ def _denoiser(
 
 def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str]) -> tuple[manifest.Text, dict[str, bytes]]:
     """How prompts become embeddings, and the tokenizers' files; without encoders, what the transformer takes."""
-    found, files = [], {}
+    texts, files = [], {}
     beside, after, pooled, kinds = 0, 0, 0, set()
     for component in encoders:
         tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
@@ -262,7 +262,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
         path = f"tokenizer/{component}/tokenizer.json"
         files[path] = tokenizer.content
         entry = manifest.FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
-        found.append(
+        texts.append(
             manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
         )
     if encoders and (pooled != config["pooled_projection_dim"] or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
@@ -274,7 +274,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place.
     length = beside + (after or beside) or family.beside + family.text_length(config)
     width = config["joint_attention_dim"]
-    return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=config["pooled_projection_dim"]), files
+    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=config["pooled_projection_dim"]), files
 
 
 def _scheduler(folder: Folder) -> dict[str, Any]:
