@@ -102,8 +102,7 @@ def export(
 def verify(bundle: Folder | Bundle, tolerance: float | None = None, on_stage: OnStage = silent) -> list[tuple[str, Artifact]]:
     """Check every file's hash, then run every artifact that this machine can against the original's recorded outputs; needs no torch.
 
-        artifacts = elastic_export.verify("digits")
-        assert all(row.passed for _, artifact in artifacts for row in artifact.verified)
+        proven = {artifact.path: all(row.passed for row in artifact.verified) for graph, artifact in elastic_export.verify("digits")}
 
     Args:
         bundle: its folder. tolerance: the error allowed, times the largest output (at least 1); by default that of each precision.
@@ -161,9 +160,9 @@ class Prepared:
     def notes(self) -> Iterator[str]:
         """What a user should know that is not the result."""
         yield from self.capture.notes
-        if self.capture.ignored:
-            yield f"ignored {len(self.capture.ignored)} training-only weights, {self.capture.ignored[0]} among them"
-        if self.capture.model.weights == "random":
+        if ignored := self.capture.manifest.provenance.ignored_weights:
+            yield f"ignored {len(ignored)} training-only weights, {ignored[0]} among them"
+        if self.capture.manifest.model.weights == "random":
             yield "the weights are random: fit to measure speed, not to draw"
 
 
@@ -192,18 +191,18 @@ def preparing(
     from elastic_export.capture.opening import open_model
 
     room, name = elastic_targets.target(target), os.fspath(model)
-    told = dict(source or {})
+    origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
-        told[each] = None if told.get(each) is None else Path(told[each])
-    told["size"] = None if told.get("size") is None else read_span(told["size"])
-    told["components"] = read_words(told.get("components"))
+        origin[each] = None if origin.get(each) is None else Path(origin[each])
+    origin["size"] = None if origin.get("size") is None else read_span(origin["size"])
+    origin["components"] = read_words(origin.get("components"))
     folder = Path(output)
     with contextlib.ExitStack() as stack:
         # A refusal should not wait for the weights to load.
         draft = None if dry_run else stack.enter_context(writing(folder, overwrite))
         old = draft.old if draft else standing(folder, overwrite).bundle
         on_stage(f"loading {name}")
-        capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=not dry_run, **told)
+        capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=not dry_run, **origin)
         yield Prepared(capture, room, options, folder, overwrite, command, old, draft)
 
 

@@ -56,11 +56,11 @@ def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> Non
     graphs = capture.graphs if peaks else capture.graphs[:1]  # a folder's have sizes of their own
     points = {graph.name: [key(budget) for budget in probe_budgets(graph.axes, graph.open_dimensions)] for graph in graphs}
     budgets = next(iter(points.values()))
-    plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.axes, "batch": str(batch)}
+    plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.manifest.axes, "batch": str(batch)}
     plan |= {"verify": budgets} | ({"peak_bytes": peaks} if peaks else {})
     if how.json:
-        show.as_json(target, {"dry_run": True, "model": capture.model} | plan)
+        show.as_json(target, {"dry_run": True, "model": capture.manifest.model} | plan)
     else:
-        what = f"{capture.model.name} for {target}, {prepared.options.precision}, batch {batch}"
+        what = f"{capture.manifest.model.name} for {target}, {prepared.options.precision}, batch {batch}"
         show.line(f"would write {prepared.output}: {what}, verified at {', '.join(budgets)}")
         show.peaks(peaks, points)

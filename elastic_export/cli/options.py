@@ -30,15 +30,15 @@ def integers(text: str) -> list[int]:
     """Read `7`, `0,3,7` or `0-9`, and mixtures."""
     if not re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", text):
         raise typer.BadParameter(f"numbers are written 7 or 0,3,7 or 0-9, got {text!r}")
-    found: list[int] = []
+    values: list[int] = []
     for part in text.split(","):
         low, _, high = part.partition("-")
         if high and int(high) < int(low):
             raise typer.BadParameter(f"{part.strip()} is reversed: write {high.strip()}-{low.strip()}")
         if int(high or low) - int(low) >= MOST:
             raise typer.BadParameter(f"{part.strip()} is more than {MOST} numbers: give fewer")
-        found += range(int(low), int(high or low) + 1)
-    return found
+        values += range(int(low), int(high or low) + 1)
+    return values
 
 
 def budgets(texts: Mapping[str, str | None]) -> list[Budget]:

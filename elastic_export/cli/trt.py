@@ -64,29 +64,29 @@ def trt(
 
     logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
     sms = tuple(options.integers(sm)) if sm else ()
-    wanted = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
-    choose(wanted.builder, wanted.sms)  # its absence should not wait for the model
+    engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
+    choose(engine_options.builder, engine_options.sms)  # its absence should not wait for the model
     bundle = api.opened(source.model, source.weights())
     if bundle is None:
         onnx, folder = {"opset": opset, "precision": precision or "fp32"}, output or Path(Path(source.model).name)
         bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
     if bundle and how.dry_run:
-        _plan(bundle, wanted, how)
+        _plan(bundle, engine_options, how)
     elif bundle:
-        _build(bundle, wanted, output, how)
+        _build(bundle, engine_options, output, how)
 
 
-def _build(bundle: Any, wanted: Any, output: Path | None, how: How) -> None:
+def _build(bundle: Any, engine_options: Any, output: Path | None, how: How) -> None:
     from elastic_export.cli import show
     from elastic_export.cli.making import shown
     from elastic_export.exporting import export_bundle
 
     with show.building(how.quiet) as on_progress:
-        bundle = export_bundle(bundle, "trt", wanted, output, how.overwrite, on_progress)
+        bundle = export_bundle(bundle, "trt", engine_options, output, how.overwrite, on_progress)
     shown(bundle, "trt", how)
 
 
-def _plan(bundle: Any, wanted: Any, how: How) -> None:
+def _plan(bundle: Any, engine_options: Any, how: How) -> None:
     """Show what would be built."""
     from elastic_export.cli import show
     from elastic_targets.capture import BundleGraph
@@ -94,7 +94,7 @@ def _plan(bundle: Any, wanted: Any, how: How) -> None:
 
     plans = []
     for graph in bundle.manifest.graphs:
-        chosen = plan(BundleGraph(bundle, graph), wanted)
+        chosen = plan(BundleGraph(bundle, graph), engine_options)
         network, seconds = estimate(chosen)
         paths = [chosen.path(sms) for sms in chosen.engines]
         plans.append(

@@ -182,9 +182,8 @@ class Elit(nn.Module):
         self.read = Read(params)
         self.write = Write(params)
         self.final_layer = FinalLayer(width, params.patch_size**2 * params.in_channels)
-        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
-        zero = [self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer]
-        initialize(self, zero=[*(block.modulation for block in blocks), *zero])
+        gates: list[Any] = [block.modulation for block in self.blocks]
+        initialize(self, zero=(*gates, self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer))
 
     def to_windows(self, x: Tensor) -> Tensor:
         side = self.params.group_size
@@ -263,9 +262,9 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
 
     Raises: ModelError for a checkpoint that is not an ELIT, or one of a kind that this file does not implement.
     """
-    for name, wanted in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
-        if args.get(name, wanted) != wanted:
-            raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={wanted!r} is supported")
+    for name, supported in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
+        if args.get(name, supported) != supported:
+            raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={supported!r} is supported")
     named = {rename_key(key): tuple(value.shape) for key, value in weights.items()}
     ranks = {
         "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
@@ -289,11 +288,11 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
     renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}
-    told = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}
+    arguments = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}
     if size := re.fullmatch(r"ELIT-SiT-(XL|L|B|S)/(\d+)", str(args.get("model"))):
         preset = _SIZES[size[1].lower()]
-        told |= {"depth": preset.depth, "hidden_size": preset.hidden_size, "num_heads": preset.num_heads, "patch_size": int(size[2])}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+        arguments |= {"depth": preset.depth, "hidden_size": preset.hidden_size, "num_heads": preset.num_heads, "patch_size": int(size[2])}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,4 +368,5 @@ def facts(params: ElitParams) -> dict[str, Any]:
 FAMILY = Family(
     name="elit-sit", params=ElitParams, build=Elit, presets=PRESETS, rename_key=rename_key, sources=sources, assumed=assumed,
     axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+    yields=("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes"), options=("head_blocks",),
 )  # fmt: skip

@@ -217,8 +217,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     }
     for field, stack in (("prelude_blocks", "prelude"), ("unique_blocks", "blocks"), ("coda_blocks", "coda")):
         shapes[field] = len({match[1] for key in named if key and (match := re.match(rf"{stack}\.(\d+)\.", key))})
-    told = {name: args[name] for name in ("num_heads", "loops", "max_loops", "prediction") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "loops", "max_loops", "prediction") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def from_presets(presets: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "unique_blocks": len({match[1] for key in shape if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "mlp_ratio": shape["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    told = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class DcDitParams:
             raise ValueError(f"input_size must be at least 2, got {self.input_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % (unit := 32 * self.enc_dec_dim_factor):
+        if self.hidden_size % 32 or self.hidden_size % (32 * self.enc_dec_dim_factor):
+            unit = 32 * self.enc_dec_dim_factor
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {unit}: GroupNorm has 32 groups"
             )
@@ -272,17 +273,17 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "learn_sigma": named["final_layer.linear.weight"][0] == 2 * channels,
         "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    told = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
     """What no shape tells: heads of the published size with this depth and width, sigma of the published picture size."""
-    found: dict[str, Any] = {"dechunk_kernel_sigma": _SIGMA[known["input_size"]]} if known.get("input_size") in _SIGMA else {}
+    fields: dict[str, Any] = {"dechunk_kernel_sigma": _SIGMA[known["input_size"]]} if known.get("input_size") in _SIGMA else {}
     for preset in _SIZES.values():
         if (known.get("depth"), known.get("hidden_size")) == (preset.depth, preset.hidden_size):
-            found["num_heads"] = preset.num_heads
-    return found
+            fields["num_heads"] = preset.num_heads
+    return fields
 
 
 def axes(params: DcDitParams) -> tuple[Axis, ...]:

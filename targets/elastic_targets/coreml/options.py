@@ -73,10 +73,10 @@ def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
         return list(graph.stages) or [graph.at(Budget())]
     grids = []
     for axis in graph.axes:
-        wanted = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
-        if len(wanted) > _DEFAULT_BUDGETS:
-            wanted = np.geomspace(axis.min, axis.max, _DEFAULT_BUDGETS)
-        grids.append(sorted({min(axis.values, key=lambda value: abs(value - want)) for want in wanted} | {axis.max}))
+        marks = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
+        if len(marks) > _DEFAULT_BUDGETS:
+            marks = np.geomspace(axis.min, axis.max, _DEFAULT_BUDGETS)
+        grids.append(sorted({min(axis.values, key=lambda value: abs(value - mark)) for mark in marks} | {axis.max}))
     names = [axis.name for axis in graph.axes]
     return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*grids)]
 

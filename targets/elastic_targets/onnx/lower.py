@@ -119,10 +119,10 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
                 raise RuntimeError(f"{file.name}: {spec.name} is not {spec.dtype}")
-            wanted = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
+            contract = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
             shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-            if shape != wanted:
-                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {wanted}")
+            if shape != contract:
+                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {contract}")
     if doubles := [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]:
         raise RuntimeError(f"{file.name} holds float64 constants: {', '.join(doubles[:3])}")
 
