@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Model
-from elastic_export.export import export
+from elastic_export.exporting import export_capture
 from elastic_export.families.elt import FAMILY, Elt, EltParams
 from elastic_export.families.layers import randomize
 from elastic_runtime import Budget, Span, open_session
-from elastic_targets import load
+from elastic_targets import target
 from record import machine, versions
 
 COUNTS = (1, 4, 8)
@@ -80,7 +80,7 @@ def main(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         captured = capture(Model("elt", FAMILY, params, model, "random"), {}, Span(1, 4))
-        bundle = export(captured, "onnx", load("onnx").OnnxOptions(), folder / "bundle", "samples/loop_cost.py")
+        bundle = export_capture(captured, "onnx", target("onnx").options(), folder / "bundle", "samples/loop_cost.py")
         with open_session(bundle, threads=given.threads) as session:
             for loops in COUNTS:
                 feeds = FAMILY.feeds(params, Budget(loops=loops), 1)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 import elastic_targets
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets
 from elastic_export.capture.zoo import Request, load
-from elastic_export.export import export
+from elastic_export.exporting import export_capture
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
 from elastic_runtime.files.folder import writing
 
@@ -31,7 +32,7 @@ def captured(golden: Path) -> Capture:
 
 
 def options(**changes: Any) -> Any:
-    return elastic_targets.load("onnx").OnnxOptions(**changes)
+    return elastic_targets.target("onnx").options(**changes)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -46,13 +47,12 @@ def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_write_swe
     program = """
 import os, signal, sys
 from elastic_export.cli import main
-import elastic_targets
-room = elastic_targets.load('onnx')
-def lower(graph, options, folder):
+import dataclasses, elastic_targets.onnx as room
+def lower(graph, options, folder, on_progress):
     (folder / 'onnx').mkdir()
     (folder / 'onnx' / 'denoiser.opset20.onnx').write_bytes(b'half')
     os.kill(os.getpid(), signal.SIGKILL)
-room.lower = lower
+room.TARGET = dataclasses.replace(room.TARGET, lower=lower)
 main(sys.argv[1:])
 """
     arguments = [
@@ -85,15 +85,14 @@ def test_a_full_disk_or_an_interruption_leaves_the_old_bundle_whole(
     error: BaseException, captured: Capture, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(bundle_copy)
-    room = elastic_targets.load("onnx")
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(room, "lower", fail)
+    monkeypatch.setattr("elastic_targets.onnx.TARGET", replace(elastic_targets.target("onnx"), lower=fail))
     wanted = BundleError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted, match="no space left" if wanted is BundleError else None):
-        export(captured, "onnx", options(opset=20), bundle_copy, "again")
+        export_capture(captured, "onnx", options(opset=20), bundle_copy, "again")
     assert files(bundle_copy) == before
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
 
@@ -106,7 +105,7 @@ def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(
 
     def again(**changes: Any) -> Bundle:
         made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
-        return export(made, "onnx", options(**changes), bundle_copy, "again", overwrite=True)
+        return export_capture(made, "onnx", options(**changes), bundle_copy, "again", overwrite=True)
 
     again(opset=20)
     bundle = again()
@@ -114,7 +113,7 @@ def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(
     assert sorted(paths) == ["onnx-2/denoiser.onnx", "onnx/denoiser.opset20.onnx"]
     with pytest.raises(BundleError, match=r"onnx-2/denoiser\.onnx exists: choose another"):
         made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
-        export(made, "onnx", options(), bundle_copy, "again")
+        export_capture(made, "onnx", options(), bundle_copy, "again")
     every = {path.relative_to(bundle_copy).as_posix() for path in bundle_copy.rglob("*") if path.is_file()}
     assert every == {"elastic.json", "reference.npz", *paths, *mine}
     assert {name: (bundle_copy / name).read_bytes() for name in mine} == mine
@@ -125,7 +124,7 @@ def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture,
     with np.errstate(all="ignore"):
         captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")
     with pytest.raises(VerificationError, match="fails at latents=4: values that are not finite"):
-        export(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
+        export_capture(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,7 +150,7 @@ def test_an_axis_that_does_not_exist_is_answered_with_those_that_do(golden: Path
 
 def test_an_unknown_target_is_answered_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="no target 'abacus'; there are onnx"):
-        elastic_targets.load("abacus")
+        elastic_targets.target("abacus")
 
 
 def test_probes_walk_each_axis_with_the_others_at_their_defaults() -> None:

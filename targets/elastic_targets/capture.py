@@ -1,4 +1,4 @@
-"""What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds."""
+"""What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds; or of a bundle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -6,15 +6,17 @@ from typing import Any, Self
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import TensorSpec, dimension, measure
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, dimension, measure
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BudgetError
 
 
 @dataclass(frozen=True)
 class GraphCapture:
-    """One graph: a `torch.nn.Module` whose forward takes the inputs by name and in order.
+    """One graph: a `torch.nn.Module` whose forward takes the inputs by name and in order; in its attribute `exact` it may name
+    children that stay float32 whatever the precision.
 
     `feeds(budget, batch)` gives numpy arrays for every input; the same arguments give the same arrays. `open_dimensions`
     are those that neither the batch nor an axis explains (T of FLUX, a decoder's h and w): a budget names sizes for them as it
@@ -81,3 +83,16 @@ class GraphCapture:
     def example(self) -> dict[str, np.ndarray]:
         """Feeds to trace with."""
         return self.feeds(self.traced, min(max(2, self.batch.min), self.batch.max))
+
+
+@dataclass(frozen=True)
+class BundleGraph:
+    """One graph of an open bundle, for a target that takes the artifact of another."""
+
+    bundle: Bundle
+    name: str
+
+    @property
+    def described(self) -> Graph:
+        """What the manifest says of it, its artifacts among that."""
+        return self.bundle.manifest.graphs[self.name]

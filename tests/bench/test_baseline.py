@@ -13,10 +13,10 @@ pytest.importorskip("onnxruntime", reason="exporting verifies with ONNX Runtime"
 from elastic_export.bench.baseline import TorchRuntime, request
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
-from elastic_export.export import export
+from elastic_export.exporting import export_capture
 from elastic_runtime import Bundle, InferenceError, ModelError, Span
 from elastic_runtime.sessions.checking import check
-from elastic_targets import load as room
+from elastic_targets import target as room
 
 SIZES = {
     "hidden_size": 32, "num_heads": 4, "num_classes": 10, "unique_blocks": 1, "loops": 2, "max_loops": 3,
@@ -30,7 +30,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("baseline")
     (folder / "config.json").write_text(json.dumps(SIZES))
     model = load(Request("elt-masked", config=folder / "config.json", random_weights=True))
-    return export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder / "masked", "elastic-export onnx")
+    return export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder / "masked", "elastic-export onnx")
 
 
 def test_eager_torch_gives_what_the_bundle_recorded(masked: Bundle) -> None:

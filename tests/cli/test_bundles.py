@@ -131,7 +131,7 @@ def test_verify_notices_other_weights(run: Run, digits: Path, tmp_path: Path) ->
     folder = shutil.copytree(digits, tmp_path / "copy")
     bundle = Bundle.open(folder)
     arrays = {name: array + 0.1 if "/latents=64/" in name else array for name, array in bundle.reference().items()}
-    from elastic_export.verify import verify
+    from elastic_export.verifying import verify
 
     ((_, artifact),) = verify(bundle, arrays=arrays)
     assert [row.passed for row in artifact.verified] == [row.budget["latents"] != 64 for row in artifact.verified]

@@ -13,9 +13,9 @@ from conftest import Outcome
 
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
-from elastic_export.export import export
+from elastic_export.exporting import export_capture
 from elastic_runtime import Span
-from elastic_targets import load as room
+from elastic_targets import target as room
 
 Run = Callable[..., Outcome]
 SIZES = {"hidden_size": 32, "num_heads": 4, "num_classes": 10, "unique_blocks": 2, "loops": 3, "max_loops": 8}
@@ -36,7 +36,7 @@ def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder.with_suffix(".json")
     config.write_text(json.dumps(DIFFUSION))
     captured = capture(load(Request("elt", config=config, random_weights=True)), {"loops": Span(1, 6)}, Span(1, 4))
-    export(captured, "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx elt")
+    export_capture(captured, "onnx", room("onnx").options(), folder, "elastic-export onnx elt")
     return folder
 
 

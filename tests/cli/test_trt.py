@@ -25,7 +25,7 @@ def test_a_bundle_gains_engines_and_inspect_shows_their_profiles(run: Run, bundl
     assert "was not verified: trt: the engine is for sm 86, 89" in shown.err or "max abs" in shown.out
     again = run("trt", bundle_copy, "--sm", "86,89", "--latents", "32-64", "--buckets", "none", "-q")
     assert again.code == 2
-    assert "exists: replace it with --overwrite" in again.err
+    assert "exists: choose another -o/--output, or replace it with --overwrite" in again.err
 
 
 def test_a_model_is_exported_and_built_in_one_go(run: Run, golden: Path, tmp_path: Path) -> None:
@@ -60,7 +60,11 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
         (("--sm", "x"), 2, "numbers are written"),
         (("--latents", "32-512"), 2, "latents 512 is not available: this model offers 4-64 in steps of 4; the nearest is 64"),
         (("--buckets", "3x"), 2, "--buckets is written 32,64,128"),
-        (("--dtype", "bf16"), 2, "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --dtype bf16"),
+        (
+            ("--precision", "bf16"),
+            2,
+            "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --precision bf16",
+        ),
         (("--checkpoint", "w.pt"), 2, "is a bundle and has its weights"),
         (("--builder", "nvcc"), 2, "--builder must be one of auto, rtx, tensorrt"),
     ],

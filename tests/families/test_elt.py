@@ -12,14 +12,13 @@ onnx = pytest.importorskip("onnx")
 
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.zoo import Model  # noqa: E402
-from elastic_export.export import export  # noqa: E402
+from elastic_export.exporting import export_capture  # noqa: E402
 from elastic_export.families import elt, elt_masked  # noqa: E402
-from elastic_export.families.bricks import elt_flops, elt_masked_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import DiTBlock, randomize  # noqa: E402
 from elastic_runtime import Budget, BudgetError, Bundle, ModelError, Span, open_session  # noqa: E402
 from elastic_runtime.contract.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine  # noqa: E402
-from elastic_targets import load as room  # noqa: E402
+from elastic_targets import target as room  # noqa: E402
 
 DIFFUSION = elt.EltParams(
     input_size=8, patch_size=2, in_channels=1, hidden_size=32, num_heads=4, num_classes=10, unique_blocks=2, loops=3, max_loops=8,
@@ -50,7 +49,7 @@ def answer(model: Model, budget: Budget) -> np.ndarray:
 def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Bundle]:
     model = loaded(*request.param)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    return model, export(capture(model, {}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), folder, "elastic-export onnx")
+    return model, export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder, "elastic-export onnx")
 
 
 def test_every_count_is_exact_through_onnx_runtime(exported: tuple[Model, Bundle]) -> None:
@@ -81,8 +80,8 @@ def test_the_graph_is_one_loop_that_ends_on_its_condition(exported: tuple[Model,
 
 def test_weights_stand_once_whatever_the_span(exported: tuple[Model, Bundle], tmp_path: Path) -> None:
     model, bundle = exported
-    once = export(
-        capture(model, {"loops": Span(1, 1)}, Span(1, 4)), "onnx", room("onnx").OnnxOptions(), tmp_path / "once", "elastic-export"
+    once = export_capture(
+        capture(model, {"loops": Span(1, 1)}, Span(1, 4)), "onnx", room("onnx").options(), tmp_path / "once", "elastic-export"
     )
     sizes = [next(iter(each.manifest.graphs["denoiser"].artifacts)).files[0].bytes for each in (once, bundle)]
     assert sizes[1] < 1.1 * sizes[0]
@@ -150,12 +149,12 @@ def test_spans_beyond_the_model_are_refused() -> None:
 
 
 def test_cost_is_that_of_the_blocks_that_run() -> None:
-    block = elt_flops(DIFFUSION, 2) - elt_flops(DIFFUSION, 1)
-    assert elt_flops(DIFFUSION, 8) == elt_flops(DIFFUSION, 1) + 7 * block
-    assert elt_flops(replace(DIFFUSION, prelude_blocks=3), 1) == elt_flops(DIFFUSION, 1) + block  # two blocks make a loop
+    block = elt.flops(DIFFUSION, 2) - elt.flops(DIFFUSION, 1)
+    assert elt.flops(DIFFUSION, 8) == elt.flops(DIFFUSION, 1) + 7 * block
+    assert elt.flops(replace(DIFFUSION, prelude_blocks=3), 1) == elt.flops(DIFFUSION, 1) + block  # two blocks make a loop
     tokens, width = MASKED.tokens, MASKED.hidden_size
     linear = 2 * tokens * sum(p.numel() for p in elt_masked.Block(width, 4, 4.0).parameters() if p.ndim == 2)
-    assert elt_masked_flops(MASKED, 2) - elt_masked_flops(MASKED, 1) == 2 * (linear + 4 * tokens**2 * width)
+    assert elt_masked.flops(MASKED, 2) - elt_masked.flops(MASKED, 1) == 2 * (linear + 4 * tokens**2 * width)
     one, eight = (elt.cost(DIFFUSION, Budget(loops=loops), 1000) for loops in (1, 8))
     assert (one.weight_bytes, one.activation_bytes) == (eight.weight_bytes, eight.activation_bytes) == (4000, one.activation_bytes)
 

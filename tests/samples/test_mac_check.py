@@ -17,13 +17,13 @@ pytest.importorskip("coremltools", reason="the Core ML room needs coremltools")
 def bundle(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
+    from elastic_export.exporting import export_capture
     from elastic_runtime import Budget
     from elastic_targets.coreml import CoremlOptions
 
     captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
     options = CoremlOptions(budgets=(Budget(latents=16), Budget(latents=64)))
-    return export(captured, "coreml", options, tmp_path_factory.mktemp("mac") / "bundle", "elastic-export coreml")
+    return export_capture(captured, "coreml", options, tmp_path_factory.mktemp("mac") / "bundle", "elastic-export coreml")
 
 
 def test_the_table_has_a_row_for_each_unit_and_budget(

@@ -24,8 +24,10 @@ from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.compress import Compressor
 from elastic_targets.coreml.functions import join
 from elastic_targets.coreml.mends import mended, rewrite, save
-from elastic_targets.coreml.options import TARGETS, CoremlOptions, budgets, opened, path
+from elastic_targets.coreml.options import PRECISIONS, TARGETS, CoremlOptions, budgets, opened, paths, proves, requires
 from elastic_targets.coreml.precision import precision
+from elastic_targets.coreml.session import EvaluatorSession
+from elastic_targets.target import OnProgress, Target
 
 Points = Mapping[Budget, Mapping[str, np.ndarray]]
 _TYPES = {"float32": np.float32, "int64": np.int32}
@@ -43,9 +45,9 @@ class Baked(torch.nn.Module):
         return self.module(**inputs, **self.values)
 
 
-def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlArtifact:
+def lower(graph: GraphCapture, options: CoremlOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[CoremlArtifact]:
     """Write the package into `folder` and return its manifest entry. It runs the smallest batch of the graph's span."""
-    package = folder / path(graph.name, options)
+    package = folder / paths(graph, options)[0]
     package.parent.mkdir(parents=True, exist_ok=True)
     batch = graph.batch.min
     points = {budget: graph.feeds(budget, batch) for budget in budgets(graph, options)}
@@ -68,9 +70,9 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
         CoremlCall(function=names[budget], budget=dict(budget), sizes=sizes(graph.inputs, feeds) if shapes != "range" else {})
         for budget, feeds in points.items()
     ]
-    return CoremlArtifact(
+    artifact = CoremlArtifact(
         precision=options.precision,  # type: ignore[arg-type]
-        package=path(graph.name, options),
+        package=paths(graph, options)[0],
         deployment_target=options.target,
         shapes=shapes,  # type: ignore[arg-type]
         batch=Span(batch, batch),
@@ -80,6 +82,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path) -> CoremlAr
         files=tuple(entry(folder, file) for file in sorted(package.rglob("*")) if file.is_file()),
         toolchain={name: version(name) for name in ("torch", "coremltools")},
     )
+    return (artifact,)
 
 
 def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None:
@@ -105,11 +108,11 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
                 )
             for each, feature in zip(specs, features, strict=True):
                 array = feature.type.multiArrayType
-                wanted = [measure(size, call.sizes) for size in each.shape or (1,)] if call.sizes else []
+                contract = [measure(size, call.sizes) for size in each.shape or (1,)] if call.sizes else []
                 if array.dataType != kinds[each.dtype]:
                     raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} is not {each.dtype}")
-                if artifact.shapes == "functions" and list(array.shape) != wanted:
-                    raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} has shape {list(array.shape)}, not {wanted}")
+                if artifact.shapes == "functions" and list(array.shape) != contract:
+                    raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} has shape {list(array.shape)}, not {contract}")
 
 
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:
@@ -163,3 +166,17 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
         gc.collect()  # coremltools leaves its temporary folders to the collector, each of which would warn later
+
+
+TARGET = Target(
+    name="coreml",
+    takes="torch",
+    options=CoremlOptions,
+    precisions=PRECISIONS,
+    requires=requires,
+    paths=paths,
+    lower=lower,
+    ensures=ensures,
+    proves=proves,
+    evaluator=EvaluatorSession,
+)

@@ -3,6 +3,6 @@
 Opset 23 keeps attention as one `Attention` node, which ONNX Runtime fuses; opset 20 spells it out, which TensorRT needs in float32.
 """
 
-from elastic_targets.onnx.lower import OnnxOptions, ensures, lower, path, proves, requires
+from elastic_targets.onnx.lower import TARGET, OnnxOptions
 
-__all__ = ["OnnxOptions", "ensures", "lower", "path", "proves", "requires"]
+__all__ = ["OnnxOptions", "TARGET"]

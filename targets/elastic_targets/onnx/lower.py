@@ -16,12 +16,14 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.target import OnProgress, Target
 
 OPSETS = (20, 23)
 DEFAULT_OPSET = 23
 # protobuf messages end at 2 GB; weights past that go to a second file.
 EXTERNAL_DATA_FROM = 2_000_000_000
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = tuple(_TYPES)
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
@@ -33,11 +35,11 @@ class OnnxOptions:
     precision: str = "fp32"
 
 
-def path(graph: str, options: OnnxOptions) -> str:
+def paths(graph: GraphCapture, options: OnnxOptions) -> tuple[str]:
     """Where the artifact lies in the bundle: `onnx/denoiser.onnx`, with the opset and precision named where they are not the default."""
     opset = "" if options.opset == DEFAULT_OPSET else f".opset{options.opset}"
     precision = "" if options.precision == "fp32" else f".{options.precision}"
-    return f"onnx/{graph}{opset}{precision}.onnx"
+    return (f"onnx/{graph.name}{opset}{precision}.onnx",)
 
 
 def proves(graph: GraphCapture, options: OnnxOptions) -> list[Budget]:
@@ -49,17 +51,17 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     """Raise UsageError unless the options make sense for this graph."""
     if options.opset not in OPSETS:
         raise UsageError(f"--opset must be one of {', '.join(map(str, OPSETS))}, got {options.opset}")
-    if options.precision not in _TYPES:
-        raise UsageError(f"--dtype for onnx must be one of {', '.join(_TYPES)}, got {options.precision}")
+    if options.precision not in PRECISIONS:
+        raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
     if options.precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
-        raise UsageError(f"--dtype bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
+        raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 
 
-def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifact:
-    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry."""
-    module = graph.module if options.precision == "fp32" else copy.deepcopy(graph.module).to(_TYPES[options.precision])
+def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
+    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry; the exporter tells no progress."""
+    module = graph.module if options.precision == "fp32" else held_in(graph.module, _TYPES[options.precision])
     example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
-    file = folder / path(graph.name, options)
+    file = folder / paths(graph, options)[0]
     file.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter speaks of its own deprecations and of our named dimensions; `ensures` checks the names.
@@ -82,13 +84,21 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path) -> OnnxArtifa
         value.const_value = None  # the exporter keeps its last graph alive, and with it every weight
     data = file.with_name(file.name + ".data")
     files = [file] + ([data] if data.exists() else [])
-    toolchain = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
-    return OnnxArtifact(
+    artifact = OnnxArtifact(
         precision=options.precision,  # type: ignore[arg-type]
         opset=options.opset,
         files=tuple(entry(folder, each) for each in files),
-        toolchain=toolchain,
+        toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
+    return (artifact,)
+
+
+def held_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of `module` in another precision, but for the children that it names in `exact`."""
+    held = copy.deepcopy(module).to(dtype)
+    for name in getattr(module, "exact", ()):
+        setattr(held, name, copy.deepcopy(getattr(module, name)))  # from the original: what was rounded stays rounded
+    return held
 
 
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
@@ -109,9 +119,22 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
                 raise RuntimeError(f"{file.name}: {spec.name} is not {spec.dtype}")
-            wanted = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
+            contract = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
             shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-            if shape != wanted:
-                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {wanted}")
+            if shape != contract:
+                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {contract}")
     if doubles := [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]:
         raise RuntimeError(f"{file.name} holds float64 constants: {', '.join(doubles[:3])}")
+
+
+TARGET = Target(
+    name="onnx",
+    takes="torch",
+    options=OnnxOptions,
+    precisions=PRECISIONS,
+    requires=requires,
+    paths=paths,
+    lower=lower,
+    ensures=ensures,
+    proves=proves,
+)

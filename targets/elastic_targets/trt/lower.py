@@ -7,18 +7,20 @@ from pathlib import Path
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Graph, Network, OnnxArtifact, Profile, TrtArtifact
+from elastic_runtime.contract.artifacts import Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.contract.bundle import Bundle, entry
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.errors import BudgetError, UsageError
+from elastic_targets.capture import BundleGraph
+from elastic_targets.target import OnProgress, Target
 from elastic_targets.trt import cache
 from elastic_targets.trt.builder import Builder, choose
 from elastic_targets.trt.engine import Settings, build
 from elastic_targets.trt.network import Parsed, parse
-from elastic_targets.trt.profiles import narrow, profiles, unknown_buckets
+from elastic_targets.trt.profiles import narrow, profiles, read_buckets, unknown_buckets
 
-# progress(stage, done, total): what is being built, and how far all of it is
-OnProgress = Callable[[str, int, int], None]
+PRECISIONS = ("fp32", "fp16", "bf16")
 _STEPS = 1000  # of each engine
 
 
@@ -26,9 +28,9 @@ _STEPS = 1000  # of each engine
 class TrtOptions:
     """What to build. Left empty: every generation that takes the precision, the bundle's spans, the default buckets.
 
-    `buckets` are budgets by axis, or sizes by open dimension; what they do not name gets one range. `precision` chooses among the bundle's
-    ONNX artifacts. `strip` leaves the weights out of the engine (they are read from the ONNX file when it is opened);
-    `version_compatible` engines open in later versions of the same TensorRT major.
+    `buckets` are budgets by axis, or sizes by open dimension, or the text of them (see `profiles.read_buckets`); what they do not name
+    gets one range. `precision` chooses among the bundle's ONNX artifacts. `strip` leaves the weights out of the engine (they are read from
+    the ONNX file when it is opened); `version_compatible` engines open in later versions of the same TensorRT major.
     """
 
     builder: str = "auto"
@@ -36,7 +38,7 @@ class TrtOptions:
     precision: str | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
     batch: Span | None = None
-    buckets: Mapping[str, tuple[int, ...]] | None = None
+    buckets: Mapping[str, tuple[int, ...]] | str | None = None
     refit: bool = False
     strip: bool = False
     weight_streaming: bool = False
@@ -48,7 +50,7 @@ class Plan:
     """What `lower` will do for one graph: sources in order of preference, profiles, and the engines by their generations."""
 
     builder: Builder
-    graph: str
+    graph: BundleGraph
     sources: tuple[OnnxArtifact, ...]
     profiles: tuple[Profile, ...]
     engines: tuple[tuple[int, ...], ...]
@@ -57,28 +59,40 @@ class Plan:
     def path(self, sms: tuple[int, ...]) -> str:
         """Where the engine for these generations lies in the bundle."""
         precision = "" if self.settings.precision == "fp32" else f".{self.settings.precision}"
-        return f"trt/{self.graph}{precision}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
+        return f"trt/{self.graph.name}{precision}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
 
 
-def requires(bundle: Bundle, graph: str, options: TrtOptions) -> None:
+def requires(graph: BundleGraph, options: TrtOptions) -> None:
     """Raise UsageError or MissingError unless the engines can be built as asked; reads no weights."""
-    plan(bundle, graph, options)
+    plan(graph, options)
 
 
-def plan(bundle: Bundle, graph: str, options: TrtOptions) -> Plan:
+def paths(graph: BundleGraph, options: TrtOptions) -> tuple[str, ...]:
+    """Where the engines lie in the bundle."""
+    chosen = plan(graph, options)
+    return tuple(map(chosen.path, chosen.engines))
+
+
+def proves(graph: BundleGraph, options: TrtOptions) -> list[Budget]:
+    """Budgets to verify besides those that the bundle has recorded: none, since without torch no others can be."""
+    return []
+
+
+def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
     """Decide what to build for one graph of an open bundle.
 
     Raises: UsageError and its kinds for what the bundle or the builder does not offer; MissingError for an absent builder.
     """
-    described = bundle.manifest.graphs[graph]
-    sources = _sources(bundle, described, graph, options.precision)
+    manifest = graph.bundle.manifest
+    sources = _sources(graph, options.precision)
     builder = choose(options.builder, options.sms)
     if options.version_compatible and builder.name == "tensorrt_rtx":
         raise UsageError(
             "--version-compatible needs --builder tensorrt: tensorrt-rtx has no lean runtime, its engines belong to one version"
         )
-    axes = narrow(bundle.manifest.axes, options.spans)
-    if unknown := unknown_buckets(options.buckets or (), bundle.manifest.graphs.values(), axes):
+    axes = narrow(manifest.axes, options.spans)
+    buckets = read_buckets(options.buckets, axes) if isinstance(options.buckets, str) else options.buckets
+    if unknown := unknown_buckets(buckets or (), manifest.graphs.values(), axes):
         raise BudgetError(f"buckets are for axes that change a shape and for open dimensions; this bundle has no {', '.join(unknown)}")
     settings = Settings(
         precision=sources[0].precision,
@@ -88,24 +102,24 @@ def plan(bundle: Bundle, graph: str, options: TrtOptions) -> Plan:
         version_compatible=options.version_compatible,
     )
     engines = builder.engines(options.sms, settings.precision)
-    return Plan(builder, graph, sources, profiles(described, axes, options.batch, options.buckets), engines, settings)
+    return Plan(builder, graph, sources, profiles(graph.described, axes, options.batch, buckets), engines, settings)
 
 
-def estimate(bundle: Bundle, plan: Plan) -> tuple[Network, float]:
+def estimate(plan: Plan) -> tuple[Network, float]:
     """What the parser makes of the graph, and seconds that building all its engines is likely to take where none is cached."""
-    parsed, _ = _parse(bundle, plan)
+    parsed, _ = _parse(plan)
     return parsed.facts, len(plan.engines) * cache.estimate(str(plan.builder), parsed.facts.layers, len(plan.profiles))
 
 
-def lower(bundle: Bundle, graph: str, options: TrtOptions, folder: Path, progress: OnProgress | None = None) -> tuple[TrtArtifact, ...]:
+def lower(graph: BundleGraph, options: TrtOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[TrtArtifact, ...]:
     """Build the engines of one graph into `folder` (the bundle to be) and return their manifest entries.
 
-    Engines that were built before come from the user's cache. Whatever `progress` raises, or Ctrl-C, cancels the build.
+    Engines that were built before come from the user's cache. Whatever `on_progress` raises, or Ctrl-C, cancels the build.
 
     Raises: UsageError for a graph that the builder cannot read; MissingError and InferenceError as `engine.build`.
     """
-    chosen = plan(bundle, graph, options)
-    report = progress or (lambda stage, done, total: None)
+    chosen = plan(graph, options)
+    report = on_progress or (lambda stage, done, total: None)
     parsed: Parsed | None = None
     source: OnnxArtifact | None = None
     made = []
@@ -114,62 +128,61 @@ def lower(bundle: Bundle, graph: str, options: TrtOptions, folder: Path, progres
         target.parent.mkdir(parents=True, exist_ok=True)
         if hit := _cached(chosen, sms, target):
             made.append(_artifact(chosen, folder, target, *hit, sms))
-            report(f"{graph} {_name(sms)} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.engines))
+            report(f"{graph.name} {_name(sms)} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.engines))
             continue
         if parsed is None or source is None:
-            parsed, source = _parse(bundle, chosen)
+            parsed, source = _parse(chosen)
         seconds = cache.estimate(str(chosen.builder), parsed.facts.layers, len(chosen.profiles))
-        stage = f"{graph} {_name(sms)}, about {max(seconds, 1):.0f} s"
+        stage = f"{graph.name} {_name(sms)}, about {max(seconds, 1):.0f} s"
 
         def advance(done: float, stage: str = stage, i: int = i) -> None:
             report(stage, int((i + done) * _STEPS), _STEPS * len(chosen.engines))
 
-        _build(chosen, bundle.manifest.graphs[graph], parsed, _key(chosen, source, sms), sms, target, advance)
+        _build(chosen, parsed, _key(chosen, source, sms), sms, target, advance)
         made.append(_artifact(chosen, folder, target, source, parsed.facts, sms))
     return tuple(made)
 
 
-def ensures(bundle: Bundle, graph: str, artifacts: tuple[TrtArtifact, ...], folder: Path) -> None:
-    """Check what was written: files as recorded, profiles that serve every size the graph's narrowed dimensions have.
+def ensures(graph: BundleGraph, artifact: TrtArtifact, folder: Path) -> None:
+    """Check what was written: a file as recorded, profiles that serve every size the graph's narrowed dimensions have.
 
     What an engine computes needs its GPU: see `elastic-export verify`.
 
     Raises: RuntimeError, since a failure here is a fault of this library and not of the user.
     """
-    dimensions = bundle.manifest.graphs[graph].dimensions
-    for artifact in artifacts:
-        path = folder / artifact.path
-        if path.stat().st_size != artifact.files[0].bytes or not artifact.files[0].bytes:
-            raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes, {artifact.files[0].bytes} were recorded")
-        for profile in artifact.profiles:
-            if set(profile.dimensions) != set(dimensions):
-                raise RuntimeError(f"{path.name}: a profile has {sorted(profile.dimensions)}, the graph {sorted(dimensions)}")
-            for name, size in profile.dimensions.items():
-                if not dimensions[name].min <= size.min <= size.opt <= size.max <= dimensions[name].max:
-                    raise RuntimeError(f"{path.name}: profile {name} {size} lies outside {dimensions[name]}")
+    dimensions, path = graph.described.dimensions, folder / artifact.path
+    if path.stat().st_size != artifact.files[0].bytes or not artifact.files[0].bytes:
+        raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes, {artifact.files[0].bytes} were recorded")
+    for profile in artifact.profiles:
+        if set(profile.dimensions) != set(dimensions):
+            raise RuntimeError(f"{path.name}: a profile has {sorted(profile.dimensions)}, the graph {sorted(dimensions)}")
+        for name, size in profile.dimensions.items():
+            if not dimensions[name].min <= size.min <= size.opt <= size.max <= dimensions[name].max:
+                raise RuntimeError(f"{path.name}: profile {name} {size} lies outside {dimensions[name]}")
 
 
-def _sources(bundle: Bundle, described: Graph, graph: str, precision: str | None) -> tuple[OnnxArtifact, ...]:
+def _sources(graph: BundleGraph, precision: str | None) -> tuple[OnnxArtifact, ...]:
     """ONNX artifacts to try: of one precision, the newest opset first, since it says most about attention."""
-    found = [artifact for artifact in described.artifacts if isinstance(artifact, OnnxArtifact)]
-    if not found:
-        advice = f"Add one with: elastic-export onnx -o {bundle.folder}"
-        raise UsageError(f"{bundle.folder} has no ONNX artifact of {graph!r} to build from. {advice}")
-    precision = precision or found[0].precision
-    if not (fitting := [artifact for artifact in found if artifact.precision == precision]):
-        have = ", ".join(sorted({artifact.precision for artifact in found}))
+    artifacts = [artifact for artifact in graph.described.artifacts if isinstance(artifact, OnnxArtifact)]
+    folder = graph.bundle.folder
+    if not artifacts:
+        advice = f"Add one with: elastic-export onnx -o {folder}"
+        raise UsageError(f"{folder} has no ONNX artifact of {graph.name!r} to build from. {advice}")
+    precision = precision or artifacts[0].precision
+    if not (fitting := [artifact for artifact in artifacts if artifact.precision == precision]):
+        have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(
-            f"{bundle.folder} has no {precision} ONNX artifact of {graph!r}; it has {have}. "
-            f"Add one with: elastic-export onnx --dtype {precision} -o {bundle.folder}"
+            f"{folder} has no {precision} ONNX artifact of {graph.name!r}; it has {have}. "
+            f"Add one with: elastic-export onnx --precision {precision} -o {folder}"
         )
     return tuple(sorted(fitting, key=lambda artifact: -artifact.opset))
 
 
-def _parse(bundle: Bundle, plan: Plan) -> tuple[Parsed, OnnxArtifact]:
+def _parse(plan: Plan) -> tuple[Parsed, OnnxArtifact]:
     """Parse the first source that the builder can read; raise what it said about the last where there is none."""
     for source in plan.sources:
         try:
-            return parse(plan.builder, bundle.file(source.path), source.opset), source
+            return parse(plan.builder, plan.graph.bundle.file(source.path), source.opset), source
         except UsageError:
             if source is plan.sources[-1]:
                 raise
@@ -200,15 +213,13 @@ def _cached(plan: Plan, sms: tuple[int, ...], target: Path) -> tuple[OnnxArtifac
     return None
 
 
-def _build(
-    plan: Plan, graph: Graph, parsed: Parsed, key: str, sms: tuple[int, ...], target: Path, advance: Callable[[float], None]
-) -> None:
+def _build(plan: Plan, parsed: Parsed, key: str, sms: tuple[int, ...], target: Path, advance: Callable[[float], None]) -> None:
     """Build one engine, write it to `target` and keep it in the cache."""
     timings = f"{plan.builder.name}-{plan.builder.version}-{_name(sms)}"
     advance(0.0)
     start = time.perf_counter()
     known = cache.load_timings(timings)
-    engine, learned = build(plan.builder, parsed, graph, plan.profiles, sms, plan.settings, known, advance)
+    engine, learned = build(plan.builder, parsed, plan.graph.described, plan.profiles, sms, plan.settings, known, advance)
     cache.learn(str(plan.builder), parsed.facts.layers, len(plan.profiles), time.perf_counter() - start)
     cache.store_timings(timings, learned)
     with target.open("wb") as stream:
@@ -235,3 +246,17 @@ def _artifact(plan: Plan, folder: Path, target: Path, source: OnnxArtifact, netw
         weight_streaming=settings.weight_streaming,
         version_compatible=settings.version_compatible,
     )
+
+
+TARGET = Target(
+    name="trt",
+    takes="onnx",
+    options=TrtOptions,
+    precisions=PRECISIONS,
+    requires=requires,
+    paths=paths,
+    lower=lower,
+    ensures=ensures,
+    proves=proves,
+    available=lambda options: choose(options.builder, options.sms),
+)

@@ -1,5 +1,6 @@
 """Policies among plans, on a machine of known arithmetic: the headline for models that are drawn along plans."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_a_machine_that_slows_down_takes_fewer_steps_in_the_stages_still_to_come
     assert 4 <= len(result.steps) < planned
     assert {step.stage for step in result.steps} == {0, 1, 2}
     times = [(step.time, step.next_time) for step in result.steps if step.stage == 2]
-    assert all(a[1] == b[0] for a, b in zip(times, times[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(times))
     assert times[-1][1] == 0
 
 

@@ -56,11 +56,11 @@ def through_onnxruntime(folder: Path, bundle: Path) -> Opened:
     components = pytest.importorskip("elastic_export.capture.folders", reason="makes a bundle of the golden folder")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="runs the golden model in ONNX Runtime")
-    from elastic_export.export import export
-    from elastic_targets import load
+    from elastic_export.exporting import export_capture
+    from elastic_targets import target
 
     captured = components.capture_folder(folder, ("transformer", "vae"), Span(512, 512), Span(1, 1))
-    made = export(captured, "onnx", load("onnx").OnnxOptions(), bundle, "elastic-export onnx")
+    made = export_capture(captured, "onnx", target("onnx").options(), bundle, "elastic-export onnx")
     assert made.manifest.model.patches == PATCHES
     assert made.manifest.model.vae == VAE
     return open_session(made, "denoiser", "ort", threads=1), open_session(made, "decoder", "ort", threads=1)

@@ -22,7 +22,9 @@ from elastic_export.capture.zoo import Request, load
 from elastic_runtime import Budget, Span
 from elastic_runtime.contract.artifacts import CoremlArtifact, Graph
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession, ensures, lower, requires
+from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession
+from elastic_targets.coreml.lower import ensures, lower
+from elastic_targets.coreml.options import requires
 
 
 class Folder:
@@ -53,7 +55,7 @@ def lowered(tmp_path: Path) -> Callable[..., tuple[CoremlArtifact, EvaluatorSess
     def make(graph: GraphCapture, **options: Any) -> tuple[CoremlArtifact, EvaluatorSession]:
         chosen = CoremlOptions(**options)
         requires(graph, chosen)
-        artifact = lower(graph, chosen, tmp_path)
+        (artifact,) = lower(graph, chosen, tmp_path)
         ensures(graph, artifact, tmp_path)
         described = Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=(artifact,))
         return artifact, EvaluatorSession(Folder(tmp_path), described, artifact)  # type: ignore[arg-type]

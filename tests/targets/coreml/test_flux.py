@@ -15,7 +15,8 @@ from elastic_export.capture.folders import capture_folder
 from elastic_runtime import Budget, BudgetError, Span
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, budgets, requires
+from elastic_targets.coreml import CoremlOptions
+from elastic_targets.coreml.options import budgets, requires
 
 Lowered = Callable[..., Any]
 Error = Callable[..., float]

@@ -14,7 +14,8 @@ from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, requires
+from elastic_targets.coreml import CoremlOptions, Evaluator
+from elastic_targets.coreml.options import budgets, requires
 
 ELT = elt.EltParams(
     input_size=8, patch_size=2, in_channels=4, hidden_size=128, num_heads=4, num_classes=10, unique_blocks=2, loops=3, max_loops=4,

@@ -15,7 +15,8 @@ from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.precision import COMPRESSIONS, PRECISIONS
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, Evaluator, budgets, path, requires
+from elastic_targets.coreml import CoremlOptions, Evaluator
+from elastic_targets.coreml.options import budgets, paths, requires
 
 Elit = Callable[..., GraphCapture]
 Lowered = Callable[..., Any]
@@ -159,10 +160,10 @@ def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:
         ),
         ({"target": "iOS9"}, "--target for coreml must be one of iOS15, .*got iOS9"),
         ({"shapes": "any"}, "--shapes for coreml must be one of functions, enumerated, range, got any"),
-        ({"precision": "bf16"}, "--dtype for coreml must be one of fp16, fp32, got bf16"),
+        ({"precision": "bf16"}, "--precision for coreml must be one of fp16, fp32, got bf16"),
         ({"reductions": "bf16"}, "--reductions for coreml must be one of fp32, fp16, got bf16"),
         ({"compression": "int3"}, "--compress for coreml must be one of palette8, palette6, palette4, int8, got int3"),
-        ({"compression": "palette4", "precision": "fp32"}, "--compress palette4 .* use --dtype fp16, got fp32"),
+        ({"compression": "palette4", "precision": "fp32"}, "--compress palette4 .* use --precision fp16, got fp32"),
         ({"budgets": tuple(Budget(latents=4 * i) for i in range(1, 18))}, "latents 68 is not available"),
         ({"budgets": (Budget(latents=18),)}, "latents 18 is not available: this model offers 4-64 in steps of 4"),
         ({"budgets": (Budget(tokens=16),)}, "no axis 'tokens'; it has latents"),
@@ -184,7 +185,9 @@ def test_more_functions_than_make_sense_are_refused(elit: Elit) -> None:
     requires(graph, CoremlOptions(budgets=many, shapes="enumerated"))
 
 
-def test_the_name_says_what_is_not_the_default() -> None:
-    assert path("denoiser", CoremlOptions()) == "coreml/denoiser.mlpackage"
-    assert path("decoder", CoremlOptions("range", precision="fp32")) == "coreml/decoder.range.fp32.mlpackage"
-    assert path("denoiser", CoremlOptions(reductions="fp16", compression="int8")) == "coreml/denoiser.fp16-reductions.int8.mlpackage"
+def test_the_name_says_what_is_not_the_default(elit: Elit) -> None:
+    denoiser = elit()
+    decoder = replace(denoiser, name="decoder")
+    assert paths(denoiser, CoremlOptions()) == ("coreml/denoiser.mlpackage",)
+    assert paths(decoder, CoremlOptions("range", precision="fp32")) == ("coreml/decoder.range.fp32.mlpackage",)
+    assert paths(denoiser, CoremlOptions(reductions="fp16", compression="int8")) == ("coreml/denoiser.fp16-reductions.int8.mlpackage",)

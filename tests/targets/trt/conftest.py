@@ -27,9 +27,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def room() -> ModuleType:
     """The TensorRT room, where tensorrt-rtx can build."""
     pytest.importorskip("tensorrt_rtx", reason="building engines needs tensorrt-rtx")
-    from elastic_targets import load
+    import elastic_targets.trt
 
-    return load("trt")
+    return elastic_targets.trt
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_export.engines import add_engines
+from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, BundleError, Span
 from elastic_runtime.contract.artifacts import Range, TensorSpec, TrtArtifact
 from elastic_runtime.errors import BudgetError, InferenceError, MissingError, UsageError
+from elastic_targets.capture import BundleGraph
 
 Tiny = Callable[..., Bundle]
 ONE = {"latents": Span(32, 64)}
@@ -50,7 +51,7 @@ def add_one(tiny: Tiny) -> Bundle:
 def test_elit_builds_its_buckets_for_two_generations(room: ModuleType, bundle_copy: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     options = room.TrtOptions(sms=(89, 86), buckets={"latents": (16, 64)})
-    made = add_engines(Bundle.open(bundle_copy), options, on_progress=lambda *step: steps.append(step))
+    made = export_bundle(Bundle.open(bundle_copy), "trt", options, on_progress=lambda *step: steps.append(step))
     (artifact,) = engines(made)
     assert (artifact.sms, artifact.precision, artifact.source) == ((86, 89), "fp32", "onnx/denoiser.onnx")
     assert artifact.path.startswith("trt/denoiser.sm86-89.tensorrt_rtx-")
@@ -75,40 +76,40 @@ def test_turing_gets_an_fp16_engine_of_its_own(room: ModuleType, golden: Path, t
     pytest.importorskip("torch", reason="exporting fp16 needs torch")
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
-    from elastic_targets import load as enter
+    from elastic_export.exporting import export_capture
+    from elastic_targets import target as enter
 
     captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), ONE, Span(1, 2))
-    onnx = enter("onnx").OnnxOptions(precision="fp16")
-    bundle = export(captured, "onnx", onnx, tmp_path / "half", "elastic-export onnx")
-    made = add_engines(bundle, room.TrtOptions(sms=(75, 89), buckets={}))
+    onnx = enter("onnx").options(precision="fp16")
+    bundle = export_capture(captured, "onnx", onnx, tmp_path / "half", "elastic-export onnx")
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(75, 89), buckets={}))
     assert [(artifact.sms, artifact.precision) for artifact in engines(made)] == [((75,), "fp16"), ((89,), "fp16")]
     for artifact in engines(made):
         check_header(made, artifact)
     with pytest.raises(
-        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx --dtype fp32"
+        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx --precision fp32"
     ):
-        room.plan(bundle, "denoiser", room.TrtOptions(precision="fp32"))
+        room.plan(BundleGraph(bundle, "denoiser"), room.TrtOptions(precision="fp32"))
 
 
 def test_the_same_build_again_comes_from_the_cache_and_another_does_not(
     room: ModuleType, tiny: Tiny, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle, options = add_one(tiny), room.TrtOptions(sms=(86,))
-    first = room.lower(bundle, "denoiser", options, tmp_path / "one")
+    first = room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "one")
     # From here on nothing can build: what still works did not need to.
     monkeypatch.setattr(sys.modules["elastic_targets.trt.lower"], "build", lambda *_: pytest.fail("it was built again"))
     stages: list[str] = []
-    again = room.lower(bundle, "denoiser", options, tmp_path / "two", lambda stage, *_: stages.append(stage))
+    again = room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "two", lambda stage, *_: stages.append(stage))
     assert again == first
     assert stages == ["denoiser sm86 from the cache"]
     for change in ({"sms": (89,)}, {"batch": Span(1, 2)}, {"weight_streaming": True}):
         with pytest.raises(pytest.fail.Exception, match="built again"):
-            room.lower(bundle, "denoiser", room.TrtOptions(**{"sms": (86,)} | change), tmp_path / "three")
+            room.lower(BundleGraph(bundle, "denoiser"), room.TrtOptions(**{"sms": (86,)} | change), tmp_path / "three")
     (kept,) = [path for path in cache.iterdir() if path.is_dir()]
     (kept / "engine").write_bytes(b"damaged")
     with pytest.raises(pytest.fail.Exception, match="built again"):
-        room.lower(bundle, "denoiser", options, tmp_path / "four")
+        room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "four")
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
@@ -116,12 +117,12 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert room.lower(add_one(tiny), "denoiser", room.TrtOptions(sms=(86,)), tmp_path / "out")
+    assert room.lower(BundleGraph(add_one(tiny), "denoiser"), room.TrtOptions(sms=(86,)), tmp_path / "out")
     assert "the engine was not cached" in caplog.text
 
 
 def test_a_loop_with_its_condition_builds_and_its_count_stays_an_input(room: ModuleType, tiny: Tiny) -> None:
-    made = add_engines(looped(tiny, condition=True), room.TrtOptions(sms=(89,)))
+    made = export_bundle(looped(tiny, condition=True), "trt", room.TrtOptions(sms=(89,)))
     (artifact,) = engines(made)
     assert artifact.network.loops == 1
     assert [set(profile.dimensions) for profile in artifact.profiles] == [{"B"}]
@@ -131,18 +132,18 @@ def elt(folder: Path, opset: int) -> Bundle:
     """A small looped transformer with random weights, as the onnx command writes it."""
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
+    from elastic_export.exporting import export_capture
     from elastic_targets.onnx import OnnxOptions
 
     sizes = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
     config = folder / "elt.json"
     config.write_text(json.dumps({"family": "elt", "unique_blocks": 2, "loops": 3, "max_loops": 4} | sizes))
     captured = capture(load(Request("elt", config=config, random_weights=True)), {}, Span(1, 4))
-    return export(captured, "onnx", OnnxOptions(opset=opset), folder / "elt", "elastic-export onnx elt")
+    return export_capture(captured, "onnx", OnnxOptions(opset=opset), folder / "elt", "elastic-export onnx elt")
 
 
 def test_a_looped_transformer_builds_for_every_loop_count_at_once(room: ModuleType, tmp_path: Path) -> None:
-    made = add_engines(elt(tmp_path, opset=20), room.TrtOptions(sms=(86, 89)))
+    made = export_bundle(elt(tmp_path, opset=20), "trt", room.TrtOptions(sms=(86, 89)))
     (artifact,) = engines(made)
     check_header(made, artifact)
     assert artifact.sms == (86, 89)
@@ -153,12 +154,12 @@ def test_a_looped_transformer_builds_for_every_loop_count_at_once(room: ModuleTy
 
 def test_attention_inside_a_loop_is_refused_with_the_opset_that_builds(room: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Attention operators and a Loop.*Export again with --opset 20"):
-        add_engines(elt(tmp_path, opset=23), room.TrtOptions(sms=(89,)))
+        export_bundle(elt(tmp_path, opset=23), "trt", room.TrtOptions(sms=(89,)))
 
 
 def test_a_loop_without_condition_is_refused_with_the_remedy(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a trip count nor a condition going in.*Wire the condition"):
-        room.lower(looped(tiny, condition=False), "denoiser", room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(looped(tiny, condition=False), "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 def looped(tiny: Tiny, condition: bool) -> Bundle:
@@ -195,7 +196,7 @@ def test_a_node_that_the_builder_does_not_take_is_named(room: ModuleType, tiny: 
     with pytest.raises(
         UsageError, match=r"cannot read denoiser.onnx \(opset 20\): node 0 is a NonZero: .*Change the model so that it does without"
     ):
-        room.lower(tiny([*found, shape]), "denoiser", room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(tiny([*found, shape]), "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 def test_an_opset_that_the_parser_does_not_know_says_how_to_export_again(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
@@ -204,14 +205,14 @@ def test_an_opset_that_the_parser_does_not_know_says_how_to_export_again(room: M
 
     unknown = helper.make_node("Attention3", ["sample"], ["prediction"])
     with pytest.raises(UsageError, match=r"node 0 is a Attention3: .*export again with: elastic-export onnx --opset 20"):
-        room.lower(tiny([unknown], opset=23), "denoiser", room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(tiny([unknown], opset=23), "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 def test_an_input_whose_value_decides_a_shape_is_refused(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
     reshape = nodes(("Reshape", ["sample", "size"], ["prediction"]))
     bundle = tiny(reshape, inputs=(TensorSpec(name="size", dtype="int64", shape=(2,)),))
     with pytest.raises(UsageError, match="the value of size decides a shape"):
-        room.lower(bundle, "denoiser", room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(bundle, "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -229,17 +230,17 @@ def test_what_cannot_be_built_is_refused_before_anything_is_read(
     room: ModuleType, tiny: Tiny, options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        room.requires(add_one(tiny), "denoiser", room.TrtOptions(**options))
+        room.requires(BundleGraph(add_one(tiny), "denoiser"), room.TrtOptions(**options))
 
 
 def test_an_absent_builder_is_one_line_that_installs_it(room: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = add_one(tiny)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingError, match=r"needs the package tensorrt .*pip install 'elastic-export\[trt\]'"):
-        room.requires(bundle, "denoiser", room.TrtOptions(builder="tensorrt"))
+        room.requires(BundleGraph(bundle, "denoiser"), room.TrtOptions(builder="tensorrt"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingError, match=r"pip install 'elastic-export\[rtx\]'.*pip install 'elastic-export\[trt\]'"):
-        room.requires(bundle, "denoiser", room.TrtOptions())
+        room.requires(BundleGraph(bundle, "denoiser"), room.TrtOptions())
 
 
 def test_refit_and_strip_need_a_driver_to_build(room: ModuleType, bundle_copy: Path) -> None:
@@ -249,16 +250,16 @@ def test_refit_and_strip_need_a_driver_to_build(room: ModuleType, bundle_copy: P
         pytest.skip("there is a GPU here")
     before = contents(bundle_copy)
     with pytest.raises(MissingError, match="needs a GPU and its driver to build with --refit or --strip"):
-        add_engines(Bundle.open(bundle_copy), room.TrtOptions(sms=(89,), spans=ONE, buckets={}, strip=True))
+        export_bundle(Bundle.open(bundle_copy), "trt", room.TrtOptions(sms=(89,), spans=ONE, buckets={}, strip=True))
     assert contents(bundle_copy) == before
 
 
 def test_an_engine_is_replaced_only_when_asked(room: ModuleType, tiny: Tiny) -> None:
     options = room.TrtOptions(sms=(89,))
-    made = add_engines(add_one(tiny), options)
-    with pytest.raises(BundleError, match="exists: replace it with --overwrite"):
-        add_engines(made, options)
-    assert len(engines(add_engines(made, options, overwrite=True))) == 1
+    made = export_bundle(add_one(tiny), "trt", options)
+    with pytest.raises(BundleError, match=r"exists: choose another -o/--output, or replace it with --overwrite"):
+        export_bundle(made, "trt", options)
+    assert len(engines(export_bundle(made, "trt", options, overwrite=True))) == 1
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -272,7 +273,7 @@ def test_interrupting_a_build_calls_it_off_and_leaves_the_bundle_whole(room: Mod
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        add_engines(Bundle.open(bundle_copy), room.TrtOptions(sms=(89,)), on_progress=interrupt)
+        export_bundle(Bundle.open(bundle_copy), "trt", room.TrtOptions(sms=(89,)), on_progress=interrupt)
     assert contents(bundle_copy) == before
     assert not list(bundle_copy.glob(".*"))
 
@@ -290,7 +291,7 @@ def test_a_full_disk_leaves_the_bundle_whole(room: ModuleType, tiny: Tiny, monke
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(BundleError, match="no space left on the disk.*nothing was changed"):
-        add_engines(bundle, room.TrtOptions(sms=(89,)))
+        export_bundle(bundle, "trt", room.TrtOptions(sms=(89,)))
     assert contents(bundle.folder) == before
 
 
@@ -298,14 +299,14 @@ def test_a_killed_build_leaves_the_bundle_whole_and_the_next_one_clears_up(room:
     bundle = add_one(tiny)
     before = contents(bundle.folder)
     script = (
-        "import os, sys\nfrom elastic_export.engines import add_engines\n"
-        "from elastic_runtime import Bundle\nfrom elastic_targets import load\n"
-        "add_engines(Bundle.open(sys.argv[1]), load('trt').TrtOptions(sms=(89,)), on_progress=lambda *_: os.kill(os.getpid(), 9))\n"
+        "import os, sys\nfrom elastic_export.exporting import export_bundle\n"
+        "from elastic_runtime import Bundle\nfrom elastic_targets import target\n"
+        "export_bundle(Bundle.open(sys.argv[1]), 'trt', target('trt').options(sms=(89,)), on_progress=lambda *_: os.kill(os.getpid(), 9))\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(bundle.folder)], check=False).returncode == -9
     assert {name: content for name, content in contents(bundle.folder).items() if not name.startswith(".")} == before
     assert list(bundle.folder.glob(".partial-*"))
-    add_engines(bundle, room.TrtOptions(sms=(89,)))
+    export_bundle(bundle, "trt", room.TrtOptions(sms=(89,)))
     assert not list(bundle.folder.glob(".*"))
 
 
@@ -316,7 +317,7 @@ def test_what_the_builder_says_reaches_the_user(room: ModuleType, tiny: Tiny, tm
 
     monkeypatch.setattr(engine, "_optimization_profile", lambda parsed, *_: parsed.builder.create_optimization_profile())
     with pytest.raises(InferenceError, match="tensorrt_rtx .* failed to build for sm 89: .*profile"):
-        room.lower(bundle, "denoiser", room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(bundle, "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 def test_the_room_and_the_command_from_a_bundle_need_no_torch_and_no_onnx(room: ModuleType, tiny: Tiny) -> None:
@@ -337,13 +338,13 @@ def test_bf16_builds_and_its_graph_computes_what_the_original_does(room: ModuleT
 
     from elastic_export.capture.capture import capture
     from elastic_export.capture.zoo import Request, load
-    from elastic_export.export import export
+    from elastic_export.exporting import export_capture
     from elastic_runtime.contract.precision import PRECISIONS
     from elastic_runtime.contract.reference import axis_feeds, compare, unpack
-    from elastic_targets import load as enter
+    from elastic_targets import target as enter
 
     captured = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), ONE, Span(1, 2))
-    bundle = export(captured, "onnx", enter("onnx").OnnxOptions(precision="bf16"), tmp_path / "brain", "elastic-export onnx")
+    bundle = export_capture(captured, "onnx", enter("onnx").options(precision="bf16"), tmp_path / "brain", "elastic-export onnx")
     (onnx,) = bundle.manifest.graphs["denoiser"].artifacts
     if find_spec("openvino"):
         assert onnx.verified
@@ -354,7 +355,7 @@ def test_bf16_builds_and_its_graph_computes_what_the_original_does(room: ModuleT
     budget, wanted = next(iter(outputs.items()))
     (got,) = ReferenceEvaluator(str(bundle.file(onnx.path))).run(None, feeds | axis_feeds(bundle.manifest.axes, budget))
     assert compare(got, wanted["prediction"], budget, PRECISIONS["bf16"].tolerance, "onnx").passed
-    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets={}))
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets={}))
     assert [artifact.precision for artifact in engines(made)] == ["bf16"]
 
 
@@ -368,14 +369,14 @@ def test_auto_takes_the_builder_that_serves_the_gpu_of_this_machine(
     rtx = sys.modules["tensorrt_rtx"]
     fake_gpu.install(monkeypatch, sm=here, name="tensorrt", version="10.3.0")
     assert sys.modules["tensorrt_rtx"] is rtx
-    plan = room.plan(bundle, "denoiser", room.TrtOptions())
+    plan = room.plan(BundleGraph(bundle, "denoiser"), room.TrtOptions())
     assert plan.builder.name == builder
     assert any(here in sms for sms in plan.engines)
     if builder == "tensorrt":
         with pytest.raises(
             UsageError, match=f"tensorrt 10.3.0 does not build for sm 86 here; it builds for {here}. It builds only for the GPU"
         ):
-            room.plan(bundle, "denoiser", room.TrtOptions(builder="tensorrt", sms=(86,)))
+            room.plan(BundleGraph(bundle, "denoiser"), room.TrtOptions(builder="tensorrt", sms=(86,)))
 
 
 def test_full_tensorrt_needs_the_gpu_that_the_engine_is_for(room: ModuleType, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,4 +386,4 @@ def test_full_tensorrt_needs_the_gpu_that_the_engine_is_for(room: ModuleType, ti
     fake_gpu.install(monkeypatch, name="tensorrt", version="10.3.0")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(MissingError, match="builds on the GPU that will run the engine, and the CUDA bindings are not installed"):
-        room.requires(bundle, "denoiser", room.TrtOptions(builder="tensorrt"))
+        room.requires(BundleGraph(bundle, "denoiser"), room.TrtOptions(builder="tensorrt"))

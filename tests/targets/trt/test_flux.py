@@ -12,18 +12,17 @@ pytest.importorskip("transformers", reason="the folders' encoders are transforme
 import folders
 
 from elastic_export.capture.folders import capture_folder
-from elastic_export.engines import add_engines
-from elastic_export.export import export
+from elastic_export.exporting import export_bundle, export_capture
 from elastic_runtime import Span
 from elastic_runtime.contract.artifacts import Range, TrtArtifact
-from elastic_targets import load
+from elastic_targets import target
 
 
 def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux())
     captured = capture_folder(tmp_path / "f", None, None, Span(1, 2))
-    bundle = export(captured, "onnx", load("onnx").OnnxOptions(), tmp_path / "out", "elastic-export onnx f")
-    made = add_engines(bundle, room.TrtOptions(sms=(89,), buckets=room.read_buckets("16,28,64", bundle.manifest.axes)))
+    bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f")
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets=room.read_buckets("16,28,64", bundle.manifest.axes)))
     engines = {
         name: artifact for name, graph in made.manifest.graphs.items() for artifact in graph.artifacts if isinstance(artifact, TrtArtifact)
     }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpu_check
-from elastic_export.engines import add_engines
+from elastic_export.exporting import export_bundle
 from elastic_runtime import Bundle, Span
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.sessions.trt import gpu
@@ -27,7 +27,7 @@ def plus(room: ModuleType, tiny: Tiny) -> Callable[[float], Bundle]:
         constant = numpy_helper.from_array(np.array(addend, np.float32), "addend")
         node = helper.make_node("Add", ["sample", "addend"], ["prediction"])
         bundle = tiny([node], [constant], (latents,), J=Span(1, 16))
-        return add_engines(bundle, room.TrtOptions(sms=(89,), buckets={"latents": (16, 64)}))
+        return export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets={"latents": (16, 64)}))
 
     return make
 

@@ -3,7 +3,7 @@
 `record` runs the original in torch and is done once, while exporting. `verify` needs no torch, so it also runs on the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +11,7 @@ import numpy as np
 
 import elastic_targets
 from elastic_runtime.contract import reference
-from elastic_runtime.contract.artifacts import Artifact, Verification
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, VerificationError
@@ -20,9 +20,6 @@ from elastic_runtime.sessions.opening import obstacles, open_artifact
 
 if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
-
-# on_row(graph, artifact, row): told after each budget
-OnRow = Callable[[str, Artifact, Verification], None]
 
 
 def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray]:
@@ -43,23 +40,18 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
-    whole = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
-    return reference.pack(graph.name, {name: array for name, array in whole.items() if name not in carriers}, outputs)
+    shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
+    return reference.pack(graph.name, {name: array for name, array in shared.items() if name not in carriers}, outputs)
 
 
-def verify(
-    bundle: Bundle,
-    tolerance: float | None = None,
-    arrays: Mapping[str, np.ndarray] | None = None,
-    on_row: OnRow | None = None,
-) -> list[tuple[str, Artifact]]:
-    """Run every artifact against the recorded reference (or `arrays` in its place); return each with what was found.
+def verify(bundle: Bundle, tolerance: float | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Artifact]]:
+    """Run every artifact against the recorded reference (or `arrays` in its place); return each with what was measured.
 
-    An artifact that nothing here can run comes back without rows (what was found elsewhere proves nothing here) and says why in
+    An artifact that nothing here can run comes back without rows (what was measured elsewhere proves nothing here) and says why in
     `unverified`. A missed tolerance does not raise: see `require`.
     """
     return [
-        (name, verify_artifact(bundle, name, artifact, tolerance, arrays, on_row))
+        (name, verify_artifact(bundle, name, artifact, tolerance, arrays))
         for name, graph in bundle.manifest.graphs.items()
         for artifact in graph.artifacts
     ]
@@ -71,7 +63,6 @@ def verify_artifact(
     artifact: Artifact,
     tolerance: float | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
-    on_row: OnRow | None = None,
 ) -> Artifact:
     """Run one artifact at every recorded budget and return it with its rows."""
     room, reasons = obstacles(artifact)
@@ -79,15 +70,11 @@ def verify_artifact(
     if opened is None:
         return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
     limit = tolerance if tolerance is not None else artifact.tolerance
-    rows = []
     with opened as session:
-        for row in check(bundle, graph, session, limit, arrays):
-            rows.append(row)
-            if on_row:
-                on_row(graph, artifact, row)
+        rows = tuple(check(bundle, graph, session, limit, arrays))
     if not rows:
         raise BundleError(f"the reference of {bundle.folder} has no outputs for {graph!r}: export the bundle again")
-    return msgspec.structs.replace(artifact, verified=tuple(rows), unverified=None)
+    return msgspec.structs.replace(artifact, verified=rows, unverified=None)
 
 
 def require(graph: str, artifact: Artifact) -> None:

@@ -1,0 +1,216 @@
+"""Capture -> lower -> verify -> manifest, in a draft that becomes the bundle only when all of it succeeded."""
+
+import contextlib
+import datetime
+import gc
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+import elastic_targets
+from elastic_export.verifying import record, require, verify_artifact
+from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import Bundle, entry
+from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.reference import unpack
+from elastic_runtime.errors import BundleError
+from elastic_runtime.files.folder import Draft, writing
+from elastic_targets.capture import BundleGraph
+from elastic_targets.target import OnProgress, Target
+
+if TYPE_CHECKING:
+    from elastic_export.capture.capture import Capture
+    from elastic_targets.capture import GraphCapture
+
+REFERENCE = "reference.npz"
+# on_stage(what): told before each part of the work
+OnStage = Callable[[str], None]
+
+
+def silent(*_: object) -> None:
+    """The default for progress callbacks."""
+
+
+def export_capture(
+    capture: "Capture",
+    target: str,
+    options: Any,
+    output: Path,
+    command: str,
+    overwrite: bool = False,
+    on_stage: OnStage = silent,
+    on_progress: OnProgress = silent,
+) -> Bundle:
+    """Lower every graph of `capture` for a target that takes torch, prove it, and write or extend the bundle at `output`.
+
+    `options` are the target's own. The capture is consumed: its graphs are let go one by one. On any error the old bundle is whole.
+
+    Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
+    """
+    with writing(output, overwrite) as draft:
+        return export_into(draft, capture, target, options, command, overwrite, on_stage, on_progress)
+
+
+def export_into(
+    draft: Draft,
+    capture: "Capture",
+    target: str,
+    options: Any,
+    command: str,
+    overwrite: bool = False,
+    on_stage: OnStage = silent,
+    on_progress: OnProgress = silent,
+) -> Bundle:
+    """What `export_capture` does, for a caller who holds the folder already."""
+    room = elastic_targets.target(target)
+    old, manifest = prepare(capture, room, options, draft.old, command, overwrite)
+    arrays = old.reference() if old and old.manifest.reference else {}
+    for path, content in ({} if old else capture.files).items():  # the old bundle has them
+        (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
+        (draft.stage / path).write_bytes(content)
+    while capture.graphs:
+        on_stage(f"running the original {capture.graphs[0].name}")
+        graph = capture.graphs.pop(0).loaded()  # one in memory at a time
+        if new := _reference(graph, room, options, arrays):
+            arrays |= new
+            reference = draft.stage / REFERENCE
+            with reference.open("wb") as stream:
+                np.savez(stream, **arrays)  # type: ignore[arg-type]
+            manifest = msgspec.structs.replace(manifest, reference=entry(draft.stage, reference))
+        on_stage(f"lowering {graph.name} to {target}")
+        name, artifacts = graph.name, _lowered(room, graph, options, draft.stage, on_progress)
+        del graph  # the original's weights are no longer needed,
+        gc.collect()  # and the exporter leaves them in reference cycles
+        on_stage(f"verifying {name}")
+        manifest = _proven(draft.bundle(manifest.joined(name, artifacts)), name, artifacts)
+    on_stage("writing the bundle")
+    return draft.commit(manifest)
+
+
+def export_bundle(
+    bundle: Bundle, target: str, options: Any, output: Path | None = None, overwrite: bool = False, on_progress: OnProgress = silent
+) -> Bundle:
+    """Lower every graph of `bundle` for a target that takes its ONNX artifacts, into it, or into a copy at `output`; prove what this
+    machine can run. No torch: this is also what runs on a Jetson.
+
+    On any error, Ctrl-C included, the old bundle is whole.
+
+    Raises: UsageError and its kinds for what cannot be made as asked, MissingError for an absent compiler; BundleError where
+    an artifact or the output exists and `overwrite` is not given, or another run writes there; VerificationError naming the
+    budget that failed.
+    """
+    room = elastic_targets.target(target)
+    folder = output or bundle.folder
+    here = folder.exists() and os.path.samefile(folder, bundle.folder)
+    with writing(folder, overwrite=overwrite and not here) as draft:
+        if here:
+            bundle = draft.old or Bundle.open(folder)  # as it is now that nobody else can write it
+        elif draft.old and not overwrite:
+            raise BundleError(f"{folder} holds another bundle: choose another -o/--output, or replace it with --overwrite")
+        graphs = [BundleGraph(bundle, name) for name in bundle.manifest.graphs]
+        for graph in graphs:
+            room.requires(graph, options)
+        _refuse_clobber(bundle, room, graphs, options, overwrite)
+        if not here:
+            draft.copy(bundle)
+        manifest = bundle.manifest
+        for graph in graphs:
+            artifacts = _lowered(room, graph, options, draft.stage, on_progress)
+            manifest = _proven(draft.bundle(manifest.joined(graph.name, artifacts)), graph.name, artifacts)
+        return draft.commit(manifest)
+
+
+def _lowered(room: Target, graph: Any, options: Any, stage: Path, on_progress: OnProgress) -> tuple[Artifact, ...]:
+    """The artifacts of a graph, written into `stage` and checked."""
+    artifacts = room.lower(graph, options, stage, on_progress)
+    for artifact in artifacts:
+        room.ensures(graph, artifact, stage)
+    return artifacts
+
+
+def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...]) -> Manifest:
+    """The manifest of `bundle` with these artifacts of a graph proven, or told why they could not be run.
+
+    Raises: VerificationError naming the budget that failed.
+    """
+    proven = [verify_artifact(bundle, graph, artifact) for artifact in artifacts]
+    for artifact in proven:
+        require(graph, artifact)
+    return bundle.manifest.joined(graph, proven)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part in an export."""
+    packages = {"python": platform.python_version(), "elastic-export": version("elastic-export")}
+    for name in ("torch", "onnx", "onnxruntime", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return packages
+
+
+def _manifest(capture: "Capture", command: str) -> Manifest:
+    """The capture's manifest, with what is known when it is exported."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    provenance = msgspec.structs.replace(capture.manifest.provenance, command=command, created=created, versions=versions())
+    return msgspec.structs.replace(capture.manifest, provenance=provenance)
+
+
+def prepare(
+    capture: "Capture", room: Target, options: Any, old: Bundle | None, command: str, overwrite: bool
+) -> tuple[Bundle | None, Manifest]:
+    """The bundle that the export will extend (`old`, or None: it makes a new one), and the manifest to go on with.
+
+    Raises: what `export_capture` raises before it lowers anything.
+    """
+    for graph in capture.graphs:
+        room.requires(graph, options)
+    manifest = _manifest(capture, command)
+    if old and not (conflict := _conflict(old.manifest, manifest)):
+        _refuse_clobber(old, room, capture.graphs, options, overwrite)
+        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality)
+    if old and not overwrite:
+        raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
+    return None, manifest
+
+
+def _conflict(old: Manifest, new: Manifest) -> str | None:
+    """Why `new` cannot join the bundle of `old`, or None."""
+    facts = [(name, getattr(old.model, name), getattr(new.model, name)) for name in ("name", "family", "weights", "vae")]
+    facts += [(name, old.model.config.get(name), value) for name, value in new.model.config.items()]
+    if new.provenance.checkpoint_sha256:  # a dry run does not read the weights, and a VAE alone has none to tell of
+        facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
+    facts += [("axes", [axis.name for axis in old.axes], [axis.name for axis in new.axes])]
+    facts += [(axis.name, str(before.span), str(axis.span)) for before in old.axes for axis in new.axes if axis.name == before.name]
+    for name, graph in new.graphs.items():
+        before = old.graphs[name].dimensions if name in old.graphs else None
+        facts += [(f"{name}'s dimensions", _spans(before), _spans(graph.dimensions))]
+    return next((f"its {what}: {before} there, {now} here" for what, before, now in facts if before != now), None)
+
+
+def _spans(dimensions: dict[str, Span] | None) -> str | None:
+    return None if dimensions is None else ", ".join(f"{name} {span}" for name, span in dimensions.items())
+
+
+def _refuse_clobber(old: Bundle, room: Target, graphs: Sequence[Any], options: Any, overwrite: bool) -> None:
+    if overwrite:
+        return
+    for graph in graphs:
+        standing = {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts}
+        if path := next((standing[path] for path in room.paths(graph, options) if path in standing), None):
+            raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
+
+
+def _reference(graph: "GraphCapture", room: Target, options: Any, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The original's outputs at the budgets that must be proven and are not yet recorded."""
+    from elastic_export.capture.capture import probe_budgets
+
+    budgets = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
+    missing = [budget for budget in budgets if budget not in unpack(graph.name, known)[1]]
+    return record(graph, missing) if missing else {}
