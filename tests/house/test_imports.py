@@ -5,12 +5,6 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 PACKAGES = ("elastic_runtime", "elastic_bench", "elastic_targets", "elastic_export")
-# Edges without which the circles of today would not be. What is listed is to go, and nothing is added.
-KNOWN = {
-    "elastic_export": {  # a family's formulas belong to the family
-        ("elastic_export.families.bricks", f"elastic_export.families.{name}") for name in ("dc_dit.model", "elit", "elt", "elt_masked")
-    },
-}
 
 Imports = Mapping[str, Iterable[str]]
 
@@ -49,13 +43,9 @@ def rooms(package: str) -> dict[str, set[str]]:
     return found
 
 
-def without(imports: Imports, known: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    return {name: {other for other in others if (name, other) not in known} for name, others in imports.items()}
-
-
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
-    assert circle(without(modules(package), KNOWN.get(package, ()))) == []
+    assert circle(modules(package)) == []
 
 
 def test_rooms_of_the_runtime_know_each_other_one_way() -> None:

@@ -1,10 +1,11 @@
 """What a policy may know before it chooses: the ways to draw, their time, memory and quality here, and the pace of
 late."""
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class Gauge:
     """How fast a session is here: predictions, made when first asked for, and the pace of the latest steps against
     them.
 
-    `spent` is the time that looking at the device and measuring took: once for a session, and no part of any picture's.
+    Looking at the device and measuring is done once for a session, and is no part of any picture's time: see `spent`. Threads may share a
+    gauge.
 
     `finish()` makes a picture of a last state and `preview()` does what leads to a plan's second stage, both to be
     timed; `opened` is the process's peak memory when the session was opened.
@@ -51,12 +53,19 @@ class Gauge:
         self.session, self.manifest = session, manifest
         self.opened = opened
         self.pace = 1.0
-        self.spent = 0.0
+        self._spent, self._lock = threading.local(), threading.RLock()
+        self._measured: dict[str, Any] = {}
         self._finish, self._preview, self._clock, self._probe = finish, preview, clock, device
 
-    @cached_property
+    @property
+    def spent(self) -> float:
+        """Seconds that looking at the device and measuring took this thread, waiting for another that measures included."""
+        return float(getattr(self._spent, "seconds", 0.0))
+
+    @property
     def device(self) -> Device:
-        return self._timed(self._probe)
+        """What was found here."""
+        return self._once("device", self._probe)
 
     @cached_property
     def budgets(self) -> tuple[Budget, ...]:
@@ -76,11 +85,11 @@ class Gauge:
         """Costs by the device's peak rates alone: the same before and after a calibration."""
         return Costs(self.manifest, calibration.rates(self.session, self.device), self._precision)
 
-    @cached_property
+    @property
     def calibrated(self) -> calibration.Calibration:
         """The calibration of this session here, measured now if none is kept."""
         who = calibration.identity(self.session, self.manifest, self.device)
-        return self._timed(lambda: calibration.calibrate(who, self._measure))
+        return self._once("calibration", lambda: calibration.calibrate(who, self._measure))
 
     @cached_property
     def costs(self) -> Costs:
@@ -92,10 +101,15 @@ class Gauge:
         ratio = clipped(predicted, seconds)
         self.pace += WEIGHT * (ratio - self.pace)
 
-    def _timed(self, work: Callable[[], Value]) -> Value:
-        begun = self._clock()
-        value = work()
-        self.spent += max(self._clock() - begun, 0.0)
+    def _once(self, name: str, work: Callable[[], Value]) -> Value:
+        """What `work` gives, done by the first thread that asks; the others wait for it."""
+        if name not in self._measured:
+            begun = self._clock()
+            with self._lock:
+                if name not in self._measured:
+                    self._measured[name] = work()
+            self._spent.seconds = self.spent + max(self._clock() - begun, 0.0)
+        value: Value = self._measured[name]
         return value
 
     @property
