@@ -154,3 +154,11 @@ def test_files_and_headings_that_are_linked_exist() -> None:
             page = document.parent / link if link else document
             assert page.exists(), f"{document.name} links to {link}"
             assert not heading or heading in anchors(page), f"{document.name} links to {link}#{heading}"
+
+
+def test_paths_that_are_named_exist() -> None:
+    readme()
+    rooms = "tests|samples|docs|runtime|targets|elastic_export"
+    for document in DOCUMENTS:
+        for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", document.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists() or "NAME" in path, f"{document.name} names {path}"
