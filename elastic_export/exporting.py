@@ -15,10 +15,10 @@ import numpy as np
 
 import elastic_targets
 from elastic_export.verifying import record, require, verify_artifact
-from elastic_runtime.contract.artifacts import Artifact, Graph
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Provenance
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.files.folder import Draft, writing
@@ -156,25 +156,10 @@ def versions() -> dict[str, str]:
 
 
 def _manifest(capture: "Capture", command: str) -> Manifest:
-    graphs = {
-        graph.name: Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=()) for graph in capture.graphs
-    }
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        model=capture.model,
-        axes=capture.axes,
-        graphs=graphs,
-        cost=capture.cost,
-        quality=capture.quality,
-        provenance=Provenance(
-            command=command,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            versions=versions(),
-            checkpoint=capture.checkpoint.name if capture.checkpoint else None,
-            checkpoint_sha256=capture.checkpoint_sha256,
-            ignored_weights=capture.ignored,
-        ),
-    )
+    """The capture's manifest, with what is known when it is exported."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    provenance = msgspec.structs.replace(capture.manifest.provenance, command=command, created=created, versions=versions())
+    return msgspec.structs.replace(capture.manifest, provenance=provenance)
 
 
 def prepare(

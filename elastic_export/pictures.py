@@ -21,9 +21,9 @@ def highlighted(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     """`picture` in colour with the kept cells of its square token grid tinted; `mask` is bool (L,), in raster order."""
     side = math.isqrt(len(mask))
     cells = Image.fromarray(mask.reshape(side, side)).resize(picture.size, Image.Resampling.NEAREST)
-    whole = picture.convert("RGB")
-    whole.paste(Image.blend(whole, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
-    return whole
+    tinted = picture.convert("RGB")
+    tinted.paste(Image.blend(tinted, Image.new("RGB", picture.size, KEPT), 0.5), mask=cells)
+    return tinted
 
 
 class KeptTokens:
@@ -58,7 +58,8 @@ def grid(
     width, height = side[0] * factor, side[1] * factor
     font = ImageFont.load_default(16)
     widest = max((math.ceil(font.getlength(name)) for name in row_names), default=0)
-    gap, left, top = 4, max(44, widest + 12) * bool(row_names), 28 * bool(column_names)
+    gap = 4
+    left, top = max(44, widest + 12) if row_names else 0, 28 if column_names else 0
     shape = (left + len(rows[0]) * (width + gap) - gap, top + len(rows) * (height + gap) - gap)
     sheet = Image.new("L" if rows[0][0].mode == "L" else "RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)

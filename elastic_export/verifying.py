@@ -40,8 +40,8 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
-    whole = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
-    return reference.pack(graph.name, {name: array for name, array in whole.items() if name not in carriers}, outputs)
+    shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
+    return reference.pack(graph.name, {name: array for name, array in shared.items() if name not in carriers}, outputs)
 
 
 def verify(bundle: Bundle, tolerance: float | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Artifact]]:

@@ -1,12 +1,13 @@
-"""Pictures by a deadline, on a machine that gets busy in the middle: `Deadline` against every fixed budget of the card.
+"""Pictures by a deadline, on a machine that gets busy in the middle: `Deadline` against every fixed budget or plan of the card.
 
     python samples/deadlines.py BUNDLE
     python samples/deadlines.py BUNDLE --pictures 20 --threads 2
 
-The deadlines are spread evenly between the times that the cheapest and the dearest budget take at all steps. During every other picture
-another process for each core starts to work when half of the allowed time is over, and stops when the picture is done. All policies get
-the same deadlines, neighbours, classes and noise. A bundle of the digits is judged by `samples/classifier.py`; any other one by its
-card's table alone. Goals: 95 % arrive, 80 % of the time is used, and better pictures than the best fixed budget that is as punctual.
+The deadlines are spread evenly between the times that the cheapest and the dearest budget take at all steps or, of a model that is drawn
+along plans, the cheapest preset and 50 steps at full resolution. During every other picture another process for each core starts to work
+when half of the allowed time is over, and stops when the picture is done. All policies get the same deadlines, neighbours, classes and
+noise. A bundle of the digits is judged by `samples/classifier.py`; any other one by its card's table alone. Goals: 95 % arrive, 80 % of
+the time is used, and better pictures than the best fixed budget or plan that is as punctual.
 """
 
 import argparse
@@ -14,21 +15,27 @@ import contextlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from elastic_runtime import Budget, Deadline, ElasticPipeline, Fixed, Guidance, Outlook, Policy
+from elastic_runtime import Auto, Budget, Deadline, ElasticPipeline, Fixed, Plan, Request
 from elastic_runtime.contract.budget import key
-from elastic_runtime.sampling.fitting import sampler
+from elastic_runtime.drawing.plans import plans_of
+from elastic_runtime.ralu.plan import FULL, PRESETS
 from record import machine, versions
 
 SLICE = 0.002  # seconds that a busy neighbour works before it looks up
+PLAIN_STEPS = 50  # at full resolution: the dearest plan
+# what is asked for: way(index of the picture, seconds allowed)
+Way = Callable[[int, float], Request]
 
 
 @dataclass
@@ -70,45 +77,91 @@ def neighbours(count: int) -> Iterator[list[Connection]]:
             process.join()
 
 
-def run(pipe: ElasticPipeline, policies: list[Policy], seconds: list[float], busy: list[Connection], given: argparse.Namespace) -> Result:
-    """Draw one picture for each deadline, by the policy of the same place."""
-    found = Result()
-    outlook = Outlook(pipe.gauge, 1, Guidance(given.guidance), sampler(pipe.bundle.manifest.model)[0])
-    for i, (policy, allowed) in enumerate(zip(policies, seconds, strict=True)):
+def run(pipe: ElasticPipeline, way: Way, seconds: list[float], busy: list[Connection], given: argparse.Namespace) -> Result:
+    """Draw one picture for each deadline."""
+    result = Result()
+    outlook = pipe.outlook(asked(pipe, 0, Auto(), given))
+    for i, allowed in enumerate(seconds):
         if i % 2:
             begin = time.monotonic() + allowed / 2
             for each in busy:
                 each.send(begin)
-        drawn = pipe(
-            [i % pipe.bundle.manifest.model.num_classes], num_inference_steps=given.steps, guidance_scale=given.guidance, policy=policy,
-            generator=np.random.default_rng([given.seed, i]), output_type="np",
-        )  # fmt: skip
+        drawn = pipe.draw(way(i, allowed), generator=np.random.default_rng([given.seed, i]))
         if i % 2:
             for each in busy:
                 each.send("enough")
         time.sleep(given.rest)
-        found.arrived.append(drawn.seconds <= allowed)
-        found.use.append(min(drawn.seconds / allowed, 1.0))
-        found.steps.append(len(drawn.steps))
-        found.card.append(float(np.mean([outlook.quality(step.budget) for step in drawn.steps])))
-        found.pictures.append(drawn.images)
-    return found
+        result.arrived.append(drawn.seconds <= allowed)
+        result.use.append(min(drawn.seconds / allowed, 1.0))
+        result.steps.append(len(drawn.steps))
+        if drawn.plan:
+            result.card.append(outlook.quality(outlook.planned(drawn.plan)))
+        else:
+            result.card.append(float(np.mean([outlook.quality(outlook.fixed(step.budget, None)) for step in drawn.steps])))
+        result.pictures.append(drawn.images)
+    return result
+
+
+def asked(pipe: ElasticPipeline, index: int, policy: Any, given: argparse.Namespace, **more: Any) -> Request:
+    """The request of picture `index`."""
+    steps = {} if pipe.bundle.manifest.model.patches else {"num_inference_steps": given.steps}
+    return Request(
+        class_labels=(index % pipe.bundle.manifest.model.num_classes,),
+        guidance_scale=given.guidance,
+        policy=policy,
+        output_type="np",
+        **steps,
+        **more,
+    )
+
+
+def fixed(pipe: ElasticPipeline, given: argparse.Namespace) -> dict[str, Way]:
+    """Every budget or plan of the card, by name."""
+    manifest = pipe.bundle.manifest
+    if manifest.model.patches:
+        plans = {row.where: (row.plan, row.steps) for row in manifest.quality if row.plan and row.steps}
+        known = plans_of(pipe.bundle, asked(pipe, 0, Auto(), given))[1]
+        whole = {name: replace(known[plan], steps=steps) for name, (plan, steps) in plans.items()}
+        return {name: partial(_along, pipe, plan, given) for name, plan in whole.items()}
+    budgets = [Budget(**row.budget) for row in manifest.quality] or [pipe.gauge.budgets[0], pipe.gauge.budgets[-1]]
+    return {key(budget): partial(_at, pipe, budget, given) for budget in budgets}
+
+
+def _along(pipe: ElasticPipeline, plan: Plan, given: argparse.Namespace, index: int, allowed: float) -> Request:
+    return asked(pipe, index, None, given, plan=plan)
+
+
+def _at(pipe: ElasticPipeline, budget: Budget, given: argparse.Namespace, index: int, allowed: float) -> Request:
+    return asked(pipe, index, Fixed(budget), given)
+
+
+def ends(pipe: ElasticPipeline, given: argparse.Namespace) -> tuple[float, float]:
+    """Predicted seconds of the cheapest and the dearest way that the deadlines lie between."""
+    outlook = pipe.outlook(asked(pipe, 0, Auto(), given))
+    if pipe.bundle.manifest.model.patches:
+        times = [outlook.picture(option) for option in outlook.options() if option.name in (*PRESETS, f"{FULL}, {PLAIN_STEPS} steps")]
+    else:
+        times = [outlook.picture(option) for option in outlook.options()]
+    return min(times), max(times)
 
 
 def judged(pipe: ElasticPipeline, results: dict[str, Result]) -> None:
     """Fill in how many pictures are named as asked, where the judge knows what is drawn. torch comes last: its threads would disturb."""
-    if pipe.bundle.manifest.model.sample_shape != (1, 32, 32):
+    side = next(iter(results.values())).pictures[0].shape[1]
+    if side not in (32, 64) or pipe.bundle.manifest.model.num_classes != 10:
         return
     from classifier import load_judge
 
-    judge = load_judge()
+    judge = load_judge(side)
     for result in results.values():
-        images = np.concatenate(result.pictures).transpose(0, 3, 1, 2) * 2 - 1
+        images = np.concatenate(result.pictures).mean(axis=-1)[:, None] * 2 - 1
         result.accuracy = float((judge.judge(images)[1] == np.arange(len(images)) % 10).mean())
 
 
 def report(results: dict[str, Result], given: argparse.Namespace, where: str) -> None:
-    table = Table(title=f"{given.pictures} pictures, {given.steps} steps, guidance {given.guidance:g}, {where}", title_justify="left")
+    span = " to ".join(f"{1e3 * end:.0f}" for end in given.ends)
+    title = f"{given.pictures} pictures, deadlines of {span} ms, guidance {given.guidance:g}, {where}"
+    table = Table(title=title, title_justify="left")
     for column in ("policy", "on time", "use of the time", "steps", "card's quality", "as asked"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, result in results.items():
@@ -122,22 +175,21 @@ def report(results: dict[str, Result], given: argparse.Namespace, where: str) ->
     ours, fixed = results["Deadline"], {name: result for name, result in results.items() if name != "Deadline"}
     punctual = {name: result for name, result in fixed.items() if np.mean(result.arrived) >= np.mean(ours.arrived)}
     if not punctual:
-        console.print("no fixed budget is as punctual as Deadline")
+        console.print("no fixed way is as punctual as Deadline")
         return
     best = max(punctual, key=lambda name: (punctual[name].accuracy or 0.0, float(np.mean(punctual[name].card))))
-    console.print(f"the best fixed budget that is as punctual: {best}")
+    console.print(f"the best fixed way that is as punctual: {best}")
 
 
 def main(given: argparse.Namespace) -> None:
     options = {"threads": given.threads, "spinning": given.spinning} if given.threads or not given.spinning else {}
     with ElasticPipeline.from_pretrained(given.bundle, **options) as pipe, neighbours(os.cpu_count() or 1) as busy:
-        gauge, manifest = pipe.gauge, pipe.bundle.manifest
-        outlook = Outlook(gauge, 1, Guidance(given.guidance), sampler(manifest.model)[0])
-        ends = [outlook.picture(choice, outlook.times(given.steps)) for choice in outlook.choices()]
-        seconds = np.random.default_rng(given.seed).permutation(np.linspace(ends[0], ends[-1], given.pictures)).tolist()
-        results = {"Deadline": run(pipe, [Deadline(allowed) for allowed in seconds], seconds, busy, given)}
-        for budget in [Budget(**row.budget) for row in manifest.quality] or [gauge.budgets[0], gauge.budgets[-1]]:
-            results[key(budget)] = run(pipe, [Fixed(budget)] * given.pictures, seconds, busy, given)
+        given.ends = ends(pipe, given)
+        seconds = np.random.default_rng(given.seed).permutation(np.linspace(*given.ends, given.pictures)).tolist()
+        ways: dict[str, Way] = {"Deadline": lambda index, allowed: asked(pipe, index, Deadline(allowed), given)}
+        for way in ways.values():
+            pipe.draw(way(0, 2 * given.ends[1]))  # a first run is slower
+        results = {name: run(pipe, way, seconds, busy, given) for name, way in (ways | fixed(pipe, given)).items()}
         judged(pipe, results)
         report(results, given, pipe.where)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import dcdit
 from digits import Digits, halved, load_digits
 from elastic_export.families import elt
 from elastic_export.families.dc_dit import model as dc_dit
@@ -109,7 +110,7 @@ def recipe(plain: bool) -> Loss:
             if plain:
                 return diffusion.hybrid_loss(model(noisy, t.float(), classes, 1), images, noisy, t, noise)
             drop = DROPS[int(torch.randint(len(DROPS), ()))] if progress >= WARM_UP else 0.0
-            prediction, p, natural = model.learn(noisy, t.float(), classes, torch.full((len(images),), drop))
+            prediction, p, natural = dcdit.learn(model, noisy, t.float(), classes, torch.full((len(images),), drop))
         return diffusion.hybrid_loss(prediction, images, noisy, t, noise) + RATIO_WEIGHT * ratio_loss(p, natural)
 
     return loss
@@ -125,4 +126,4 @@ if __name__ == "__main__":
     if given.plain:
         train(lambda: elt.Elt(PLAIN), recipe(plain=True), given, {"family": elt.FAMILY.name, "config": asdict(PLAIN)}, data)
     else:
-        train(lambda: dc_dit.untrained(PARAMS), recipe(plain=False), given, {"family": dc_dit.FAMILY.name, "config": asdict(PARAMS)}, data)
+        train(lambda: dcdit.untrained(PARAMS), recipe(plain=False), given, {"family": dc_dit.FAMILY.name, "config": asdict(PARAMS)}, data)

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from elastic_runtime import Bundle, Span
+from elastic_runtime import Bundle
 
 # The same examples in every run, and no deadline: a test must not fail because the machine is busy.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
@@ -49,19 +49,19 @@ def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], B
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
-    from elastic_export.capture.capture import capture
-    from elastic_export.capture.zoo import Request, load
-    from elastic_export.exporting import export_capture
-    from elastic_targets import target as room
+    import elastic_export
 
     made: dict[str, Bundle] = {}
 
     def bundle(name: str) -> Bundle:
         if name not in made:
-            request = Request("elit-sit", GOLDEN / f"elit-{name}.pt", GOLDEN / f"elit-{name}.json")
-            captured = capture(load(request), {}, Span(1, 4))
-            folder = tmp_path_factory.mktemp("bundles") / f"elit-{name}"
-            made[name] = export_capture(captured, "onnx", room("onnx").options(), folder, "elastic-export onnx elit-sit")
+            made[name] = elastic_export.export(
+                "elit-sit",
+                output=tmp_path_factory.mktemp("bundles") / f"elit-{name}",
+                checkpoint=GOLDEN / f"elit-{name}.pt",
+                config=GOLDEN / f"elit-{name}.json",
+                command="elastic-export onnx elit-sit",
+            )
         return made[name]
 
     return bundle
@@ -78,10 +78,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that draws one-channel pictures, with random weights."""
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
-    from elastic_export.capture.capture import capture
-    from elastic_export.capture.zoo import Request, load
-    from elastic_export.exporting import export_capture
-    from elastic_targets import target as room
+    import elastic_export
 
     folder = tmp_path_factory.mktemp("digits")
     config = {
@@ -89,8 +86,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    model = load(Request("elit-sit", config=folder / "config.json", random_weights=True))
-    return export_capture(capture(model, {}, Span(1, 4)), "onnx", room("onnx").options(), folder / "bundle", "elastic-export onnx").folder
+    return elastic_export.export("elit-sit", output=folder / "bundle", config=folder / "config.json", random_weights=True).folder
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A model made portable: its graphs, its axes narrowed to what was asked for, its cost at each budget."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import msgspec
 
 from elastic_export.capture.zoo import Model
 from elastic_export.foreign.vae import decoder, read_vae
-from elastic_runtime.contract import manifest
+from elastic_runtime.contract import artifacts, manifest
 from elastic_runtime.contract.axis import Axis, Span, probes
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
@@ -18,20 +18,15 @@ from elastic_targets.capture import GraphCapture
 
 @dataclass
 class Capture:
-    """What a target needs. `graphs` is emptied as they are lowered, so that a large model's weights can be let go.
+    """A manifest in the making, its graphs and its files. `graphs` is emptied as they are lowered, so that a large model's weights can be
+    let go; in the manifest they have no artifacts yet, and its provenance knows the weights but not the command.
 
     `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph. `notes` say what
     was taken for granted.
     """
 
-    model: manifest.Model
-    axes: tuple[Axis, ...]
+    manifest: manifest.Manifest
     graphs: list[GraphCapture]
-    cost: tuple[manifest.Cost, ...]
-    quality: tuple[manifest.Quality, ...]
-    checkpoint: Path | None
-    checkpoint_sha256: str | None
-    ignored: tuple[str, ...]
     files: Mapping[str, bytes] = field(default_factory=dict)
     peaks: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -73,19 +68,33 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         facts = msgspec.structs.replace(facts, vae=read_vae(vae, channels))
         assert facts.vae is not None
         # It decodes one picture at a time, however many the denoiser is asked for at least.
-        whole = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
-        graphs.append(whole.loaded())  # a folder that does not fit should not be found out after the denoiser's export
+        decoding = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
+        graphs.append(decoding.loaded())  # a folder that does not fit should not be found out after the denoiser's export
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
-    return Capture(
+    making = manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
         model=facts,
         axes=axes,
-        graphs=graphs,
+        graphs=described(graphs),
         cost=tuple(family.cost(params, budget, parameters) for budget in all_budgets(axes)),
         quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
-        checkpoint=model.checkpoint,
-        checkpoint_sha256=model.checkpoint_sha256,
-        ignored=model.ignored,
+        provenance=origin(model.checkpoint, model.checkpoint_sha256, model.ignored),
     )
+    return Capture(making, graphs)
+
+
+def described(graphs: Iterable[GraphCapture]) -> dict[str, artifacts.Graph]:
+    """The manifest's word of graphs that have no artifacts yet."""
+    return {
+        graph.name: artifacts.Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=())
+        for graph in graphs
+    }
+
+
+def origin(checkpoint: Path | None, sha256: str | None, ignored: tuple[str, ...] = ()) -> manifest.Provenance:
+    """Where weights came from; what is made of them, when and by what is filled in by the export."""
+    name = checkpoint.name if checkpoint else None
+    return manifest.Provenance(command="", created="", versions={}, checkpoint=name, checkpoint_sha256=sha256, ignored_weights=ignored)
 
 
 def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_export.capture.capture import Capture
+from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.zoo import quality
 from elastic_export.families import flux, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
@@ -133,7 +133,8 @@ def capture_folder(
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
-    return Capture(
+    making = manifest.Manifest(
+        schema_version=manifest.SCHEMA_VERSION,
         model=manifest.Model(
             name=name or path.resolve().name,
             family=family.name,
@@ -149,23 +150,21 @@ def capture_folder(
             text=text,
         ),
         axes=(axis,) if "transformer" in chosen else (),
-        graphs=graphs,
+        graphs=described(graphs),
         cost=costs,
         quality=quality(name) if packaged and name else (),
-        checkpoint=None if packaged else path.resolve(),
-        checkpoint_sha256=folder.sha256("transformer") if digest and "transformer" in chosen else None,
-        ignored=(),
-        files=files,
-        peaks=peaks,
-        notes=tuple(_notes(folder)),
+        provenance=origin(
+            None if packaged else path.resolve(), folder.sha256("transformer") if digest and "transformer" in chosen else None
+        ),
     )
+    return Capture(making, graphs, files, peaks, tuple(_notes(folder)))
 
 
 def _notes(folder: Folder) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
     if not folder.indexed:
-        found = ", ".join(folder.listed)
-        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {found}"
+        components = ", ".join(folder.listed)
+        yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {components}"
     if not (folder.path / "scheduler" / "scheduler_config.json").is_file():
         yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
 
@@ -243,7 +242,7 @@ def _denoiser(
 
 def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str]) -> tuple[manifest.Text, dict[str, bytes]]:
     """How prompts become embeddings, and the tokenizers' files; without encoders, what the transformer takes."""
-    found, files = [], {}
+    texts, files = [], {}
     beside, after, pooled, kinds = 0, 0, 0, set()
     for component in encoders:
         tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
@@ -264,7 +263,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
         path = f"tokenizer/{component}/tokenizer.json"
         files[path] = tokenizer.content
         entry = FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
-        found.append(
+        texts.append(
             manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
         )
     if encoders and (pooled != config["pooled_projection_dim"] or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
@@ -276,7 +275,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place.
     length = beside + (after or beside) or family.beside + family.text_length(config)
     width = config["joint_attention_dim"]
-    return manifest.Text(encoders=tuple(found), length=length, width=width, pooled=config["pooled_projection_dim"]), files
+    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=config["pooled_projection_dim"]), files
 
 
 def _scheduler(folder: Folder) -> dict[str, Any]:

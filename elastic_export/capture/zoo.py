@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,35 +86,33 @@ def load(request: Request) -> Model:
     family, preset = _find(request.name)
     config = _config(request.config, family) if request.config else {}
     if request.random_weights:
-        params = agree(family, _named(preset, config, request), request.overrides)
+        params = agree(family, _named(family, preset, config, request), request.overrides)
         torch.manual_seed(0)
         module = family.build(params)
         randomize(module, seed=0)
         return Model(request.name, family, params, module.eval(), "random")
     if not request.checkpoint:
         raise ModelError(f"{request.name} needs its weights: give --checkpoint FILE (.pt or .safetensors), or say --random-weights aloud")
-    return _with_checkpoint(request, family, _named(preset, config, request))
+    model = _with_weights(request, family, request.checkpoint, _named(family, preset, config, request))
+    return replace(model, checkpoint=request.checkpoint)
 
 
-def _named(preset: Any, config: dict[str, Any], request: Request) -> dict[str, dict[str, Any]]:
-    """Sources of fields besides the checkpoint. A preset's block split is only a default: checkpoints know their own."""
+def _named(family: Family, preset: Any, config: dict[str, Any], request: Request) -> dict[str, dict[str, Any]]:
+    """Sources of fields besides the checkpoint, which knows some of a preset's better."""
     fields = asdict(preset) if preset else {}
     if request.checkpoint:
-        for name in ("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes"):
-            fields.pop(name, None)
+        fields = {name: value for name, value in fields.items() if name not in family.yields}
     return {f"preset {request.name}": fields, f"config {request.config}": config}
 
 
-def _with_checkpoint(request: Request, family: Family, named: dict[str, dict[str, Any]]) -> Model:
-    assert request.checkpoint is not None
-    checkpoint = read_checkpoint(request.checkpoint)
-    told = family.sources(checkpoint.weights, checkpoint.args)
-    params = agree(family, told | named, request.overrides)
+def _with_weights(request: Request, family: Family, file: Path, named: dict[str, dict[str, Any]]) -> Model:
+    checkpoint = read_checkpoint(file)
+    params = agree(family, family.sources(checkpoint.weights, checkpoint.args) | named, request.overrides)
     with torch.device("meta"):  # the weights come from the file; building real ones first would double the memory
         module = family.build(params)
     ignored = load_weights(module, family, checkpoint)
-    digest = sha256(request.checkpoint)
-    return Model(request.name, family, params, module.eval().requires_grad_(False), "checkpoint", request.checkpoint, digest, ignored)
+    module = module.eval().requires_grad_(False)
+    return Model(request.name, family, params, module, "checkpoint", checkpoint_sha256=sha256(file), ignored=ignored)
 
 
 def _sample(request: Request) -> Model:
@@ -123,9 +121,8 @@ def _sample(request: Request) -> Model:
             raise ModelError(f"{request.name} is a packaged sample with its own weights: {flag} does not go with it; name a family instead")
     card = json.loads(samples()[request.name].read_text())
     family = FAMILIES[card["family"]]
-    weights = Request(request.name, samples()[request.name].with_suffix(".safetensors"), overrides=request.overrides)
-    model = _with_checkpoint(weights, family, {"the card": card["config"]})
-    return Model(**{**vars(model), "quality": quality(request.name), "checkpoint": None})
+    model = _with_weights(request, family, samples()[request.name].with_suffix(".safetensors"), {"the card": card["config"]})
+    return replace(model, quality=quality(request.name))
 
 
 def quality(name: str) -> tuple[Quality, ...]:
@@ -154,6 +151,6 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
         raise ModelError(f"--config {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"--config {path} must hold a JSON object, got {type(config).__name__}")
-    if (told := config.pop("family", family.name)) != family.name:
-        raise ModelError(f"--config {path} is of family {told!r}, but {family.name!r} was asked for")
+    if (other := config.pop("family", family.name)) != family.name:
+        raise ModelError(f"--config {path} is of family {other!r}, but {family.name!r} was asked for")
     return config

@@ -126,12 +126,12 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
         )
 
 
-def _exported(folder: Path, sample: str, spans: dict[str, Span | None], quiet: bool) -> Any:
-    from elastic_export.cli.making import make
-    from elastic_targets import target
+def _exported(folder: Path, sample: str, spans: dict[str, Any], quiet: bool) -> Any:
+    from elastic_export import api
 
-    bundle = make("onnx", target("onnx").options(), sample, folder, spans, Span(1, 4), "fp32", overwrite=True, quiet=quiet)
-    assert bundle is not None
+    with show.stages(quiet) as on_stage:
+        bundle = api.export(sample, output=folder, overwrite=True, command=options.command_line(), on_stage=on_stage, **spans)
+    show.bundle(bundle)
     return bundle
 
 

@@ -1,201 +1,107 @@
-"""From the options of `elastic-export generate` to a request, and from a result to what is said of it."""
+"""The options of `elastic-export generate`, as records: what to draw, what chooses, the steps, and guidance."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from elastic_export.cli import options
-from elastic_runtime.choosing.cost import plan_flops
-from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.drawing.plans import OWN, plans_of
-from elastic_runtime.errors import UsageError
-from elastic_runtime.pipeline import unfit
-from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import FULL, Plan
-from elastic_runtime.request import Request, Result
 
-Arrays = dict[str, np.ndarray]
-CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
-PLAIN_STEPS = 50  # that the paper compares with
-# option -> the request's field that it sets
-FLAGS = {
-    "--latents": "budget", "--loops": "budget", "--tokens": "budget", "--guidance-latents": "guidance_budget",
-    "--guidance-loops": "guidance_budget", "--guidance-tokens": "guidance_budget", "--drop": "drop_fraction",
-    "--guidance-drop": "guidance_drop_fraction", "--autoguidance": "autoguidance", "--sampler": "sampler", "--temperature": "temperature",
-    "--plan": "plan", "--prompt": "prompt", "--negative-prompt": "negative_prompt", "--height": "height", "--width": "width",
-    "--true-cfg": "true_cfg_scale", "--cache": "caching",
-}  # fmt: skip
+PLANS = "Drawing along a plan (FLUX, SD3)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DrawingOptions:
-    """The options that say what to draw and how, as they were typed; None (or empty) where nothing was."""
-
-    classes: str | None = None
-    prompt: list[str] | None = None
-    negative_prompt: str | None = None
-    budgets: Mapping[str, str | None]
-    weak: Mapping[str, int | None]
-    drop: float = 0.0
-    guidance_drop: float | None = None
-    budget: str | None = None
-    target_ms: float | None = None
-    max_memory: float | None = None
-    quality: float | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    true_cfg: float | None = None
-    interval: str = "0-1"
-    autoguidance: bool = False
-    sampler: str | None = None
-    temperature: float | None = None
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    plan: str | None = None
-    cache: int | None = None
-
-    @property
-    def typed(self) -> dict[str, Any]:
-        """What was typed, by option."""
-        typed: dict[str, Any] = {f"--{axis}": value for axis, value in self.budgets.items() if value is not None}
-        typed |= {f"--guidance-{axis}": value for axis, value in self.weak.items() if value is not None}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("budgets", "weak") and value != field.default:
-                typed[f"--{field.name.replace('_', '-')}"] = value
-        return typed
+def _option(name: str, words: str, **more: Any) -> Any:
+    """An option that need not be given."""
+    return typer.Option(name, help=words, show_default=False, **more)
 
 
-def request(bundle: Bundle, given: DrawingOptions) -> Request:
-    """The request that the options stand for on this bundle.
+def _planned(name: str, words: str, **more: Any) -> Any:
+    """The same for models that are drawn along plans."""
+    return _option(name, words, rich_help_panel=PLANS, **more)
 
-    Raises: typer.BadParameter for options that do not fit its kind of model, or contradict each other.
-    """
-    model, (taken_not, kind) = bundle.manifest.model, unfit(bundle)
-    _subject(model.name, model.num_classes, given)
-    if wrong := [flag for flag in given.typed if FLAGS.get(flag) in taken_not]:
-        raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
-    if model.patches and given.steps is not None and given.plan != FULL:
-        raise typer.BadParameter(f"--steps is for --plan full; plan {given.plan or '4x'} has steps of its own")
-    labels = None if given.prompt else tuple(options.integers("0" if given.classes is None else given.classes))
-    budgets = options.budgets(given.budgets)
-    weak = Budget(**{axis: value for axis, value in given.weak.items() if value is not None}) or None
-    policy = options.policy(budgets, weak, given.budget, given.target_ms, given.max_memory, given.quality)
-    goal = any(value is not None for value in (given.budget, given.target_ms, given.max_memory, given.quality))
-    if model.patches and not goal and (given.plan is not None or given.cache is not None):
-        policy = None
-    guidance = CLASSES_GUIDANCE if given.guidance is None and labels is not None else given.guidance
-    asked = Request(
-        class_labels=labels,
-        prompt=tuple(given.prompt) if given.prompt else None,
-        negative_prompt=given.negative_prompt,
-        num_inference_steps=20 if given.steps is None and not model.patches else given.steps,
-        guidance_scale=guidance,
-        true_cfg_scale=given.true_cfg,
-        guidance_interval=options.interval(given.interval),
-        autoguidance=given.autoguidance,
-        sampler=given.sampler,
-        temperature=given.temperature,
-        height=given.height,
-        width=given.width,
-        plan=options.plan(given.plan) if given.plan else None,
-        policy=policy,
-        drop_fraction=given.drop,
-        guidance_drop_fraction=given.guidance_drop,
-        seeds=given.seed,
+
+@dataclass(frozen=True)
+class Subject:
+    """What to draw."""
+
+    classes: Annotated[
+        str | None, _option("--classes", "Labels: [bold]7[/bold], [bold]0,3,7[/bold] or [bold]0-9[/bold] [dim](default: 0)[/dim].")
+    ] = None
+    prompt: Annotated[list[str] | None, _planned("--prompt", "What to draw; again for another picture.", metavar="TEXT")] = None
+    negative_prompt: Annotated[str | None, _planned("--negative-prompt", "What guidance leads away from.", metavar="TEXT")] = None
+    height: Annotated[int | None, _planned("--height", "Height in pixels.")] = None
+    width: Annotated[int | None, _planned("--width", "Width in pixels.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next ones have the seeds after it.")] = 0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What chooses budgets or a plan."""
+
+    budget: Annotated[
+        str | None,
+        _option("--budget", "What suits this machine [dim](the default where nothing else is given)[/dim].", metavar="auto"),
+    ] = None
+    target_ms: Annotated[float | None, _option("--target-ms", "Be done in this time, with the best that is.", metavar="MS")] = None
+    max_memory: Annotated[
+        float | None, _option("--max-memory", "The best within this memory, [bold]2GB[/bold].", parser=options.memory, metavar="SIZE")
+    ] = None
+    quality: Annotated[float | None, _option("--quality", "The cheapest that keeps this share of the best accuracy.", metavar="SHARE")] = (
+        None
     )
-    if given.cache is None:
-        return asked
-    from msgspec.structs import replace
-
-    return replace(asked, caching=Caching.every(next(iter(plans_of(bundle, asked)[1].values())), given.cache))
 
 
-def _subject(name: str, classes: int, given: DrawingOptions) -> None:
-    if given.prompt and classes:
-        raise typer.BadParameter(f"--prompt does not fit {name}, which draws classes: give --classes")
-    if given.classes is not None and not classes:
-        raise typer.BadParameter(f"--classes does not fit {name}, which draws from prompts: give --prompt")
-    if not classes and not given.prompt:
-        raise typer.BadParameter(f"{name} draws from prompts: give --prompt")
+@dataclass(frozen=True)
+class Sampling:
+    """Steps, and how they go."""
+
+    steps: Annotated[int | None, _option("--steps", "Denoising steps [dim](default: 20)[/dim].", min=1)] = None
+    sampler: Annotated[
+        str | None, _option("--sampler", "euler, heun, sde; ddpm, ddim; maskgit [dim](default: the first that fits)[/dim].")
+    ] = None
+    temperature: Annotated[float | None, _option("--temperature", "How freely a masked model keeps tokens [dim](default: 4.5)[/dim].")] = (
+        None
+    )
+    plan: Annotated[
+        str | None,
+        _planned(
+            "--plan",
+            "[bold]4x[/bold], [bold]7x[/bold], [bold]full[/bold], or steps/end times/share [dim](default: what suits)[/dim].",
+            metavar="PLAN",
+        ),
+    ] = None
+    cache: Annotated[
+        int | None,
+        _planned("--cache", "Run the network on every N-th step, and extrapolate between [dim](default: on all)[/dim].", metavar="N"),
+    ] = None
 
 
-def read(path: Path, given: DrawingOptions) -> Request:
-    """The request in a file: one by itself, or the whole of what `generate --json` prints.
+@dataclass(frozen=True)
+class Guided:
+    """Guidance, and what routers drop in each branch."""
 
-    Raises: UsageError for a file that is none; typer.BadParameter for another option beside it.
-    """
-    if given.typed:
-        raise typer.BadParameter(f"--request says all that is to be drawn: leave {next(iter(given.typed))} out, or write it into {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read --request {path}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--request {path} is not JSON: {error}") from None
-    if isinstance(content, dict) and str(content.get("schema", "")).startswith("elastic-export/generate/"):
-        text = json.dumps(content.get("request", {}))
-    return Request.from_json(text, f"--request {path}")
-
-
-def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:
-    """What a picture's metadata and `--json` tell: how it was drawn, what each step used, and the request that draws it again."""
-    seeds = result.facts["seeds"]
-    drop = asked.drop_fraction
-    told: dict[str, Any] = result.facts | {
-        "classes": asked.class_labels,
-        "prompts": asked.prompt,
-        "negative_prompt": asked.negative_prompt,
-        "seed": seeds[0] if seeds else None,
-        "guidance_interval": asked.guidance_interval,
-        "policy": repr(asked.policy),
-        "seconds": sum(step.seconds for step in result.steps) if result.plan is None else result.seconds,
-        "total_seconds": result.seconds,
-        "steps": result.steps,
-        "request": json.loads(result.request.to_json()),
-    }
-    if result.plan is None:
-        told["drop_fractions"] = [drop, drop if asked.guidance_drop_fraction is None else asked.guidance_drop_fraction]
-    else:
-        told |= {"schedule": result.plan, "flops": flops(bundle, result), "skipped": sum(not step.computed for step in result.steps)}
-    return {name: value for name, value in told.items() if value is not None or name in ("embedded_guidance", "flops")}
+    guidance: Annotated[
+        float | None,
+        _option("--guidance", "Guidance scale; 1 is off [dim](default: 2; with prompts FLUX.1-dev 3.5, SD3 7)[/dim]."),
+    ] = None
+    true_cfg: Annotated[float | None, _planned("--true-cfg", "Classifier-free guidance where --guidance is distilled.")] = None
+    interval: Annotated[str, typer.Option(metavar="LOW-HIGH", help="Times between which guidance acts; 1 is pure noise.")] = "0-1"
+    autoguidance: Annotated[
+        bool, typer.Option("--autoguidance", help="The weak branch keeps the label; needs a budget or drop of its own.")
+    ] = False
+    drop: Annotated[float, typer.Option(metavar="SHARE", help="Share of a router's kept tokens to drop, 0 to below 1.")] = 0.0
+    guidance_drop: Annotated[
+        float | None, _option("--guidance-drop", "The same for the weak branch [dim](default: as --drop)[/dim].", metavar="SHARE")
+    ] = None
 
 
-def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:
-    """FLOPs of a picture along its plan, of as many steps at full resolution, and of the paper's number; None without a cost table."""
-    if not bundle.manifest.cost or result.plan is None:
-        return None
-    size, skipped = result.facts["size"], {step.index for step in result.steps if not step.computed}
-    plans = {"same_steps": Plan.full(len(result.steps)), "usual": Plan.full(PLAIN_STEPS)}
-    whole = {name: plan_flops(bundle.manifest, plan, size) for name, plan in plans.items()}
-    return {"plan": plan_flops(bundle.manifest, result.plan, size, skipped)} | whole
-
-
-def lines(output: Path, result: Result, told: Mapping[str, Any]) -> Iterator[str]:
-    """What is said of a picture on stdout."""
-    count, steps, seed = len(result.images), len(result.steps), told.get("seed")
-    pictures = f"{count} picture{'' if count == 1 else 's'} in {told['seconds']:.2f} s"
-    if result.plan is None:
-        budgets = ", ".join(dict.fromkeys(str(step.budget) for step in result.steps))
-        counts = [number for step in result.steps for number in step.kept or ()]
-        kept = f", kept {min(counts)} to {max(counts)} tokens" if counts else ""
-        yield f"{output}: {pictures}, {steps} steps at {budgets}{kept}, seed {seed}, {told['where']}"
-    else:
-        tokens = "/".join(map(str, told["tokens"]))
-        name = "of one's own" if str(told["plan"]).startswith(OWN) else told["plan"].partition(",")[0]
-        yield f"{output}: {pictures}, plan {name}, {steps} steps at {tokens} tokens, seed {seed}, {told['where']}"
-        if spent := told.get("flops"):
-            yield (
-                f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "
-                f"{steps} steps at full resolution, {spent['usual'] / spent['plan']:.2f}x less than {PLAIN_STEPS}"
-            )
-    yield f"chosen: {result.steps[0].reason}"
+def typed(*records: Any, budgets: Mapping[str, Any] | None = None, weak: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What was typed, by option: the fields that are not as they are by default."""
+    named = {f"--{axis}": value for axis, value in (budgets or {}).items()}
+    named |= {f"--guidance-{axis}": value for axis, value in (weak or {}).items()}
+    for record in records:
+        for field in fields(record):
+            if (value := getattr(record, field.name)) != field.default:
+                named[f"--{field.name.replace('_', '-')}"] = value
+    return named

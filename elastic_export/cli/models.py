@@ -1,7 +1,6 @@
 """`elastic-export models`: what may stand as MODEL."""
 
 from elastic_export.cli import options, show
-from elastic_runtime.errors import MissingError
 
 
 def models(json: options.Json = False) -> None:
@@ -12,12 +11,9 @@ def models(json: options.Json = False) -> None:
       elastic-export models
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt -o xl
     """
-    try:
-        from elastic_export.capture.catalogue import catalogue
-        from elastic_export.capture.zoo import FAMILIES
-    except ModuleNotFoundError as error:
-        raise MissingError(f"the model zoo needs torch ({error}): pip install 'elastic-export[torch]'") from error
-    rows = catalogue()
+    from elastic_export import api
+
+    rows = api.models()
     if json:
         show.as_json("models", {"models": rows})
         return
@@ -33,4 +29,6 @@ def models(json: options.Json = False) -> None:
             for row in rows
         ],
     )
+    from elastic_export.capture.zoo import FAMILIES
+
     show.line(f"Any other size: name a family ({', '.join(FAMILIES)}) with --checkpoint and --config. FLUX and SD3: a diffusers folder.")

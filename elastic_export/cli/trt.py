@@ -6,29 +6,30 @@ from typing import Annotated, Any
 import typer
 
 from elastic_export.cli import options
+from elastic_export.cli.records import BundleOrSource, How, Spans, opened
 from elastic_runtime.contract.axis import Span
 
-MODEL_HELP = "A bundle's folder, which needs no torch; or a model to export first, as for [bold]elastic-export onnx[/bold]."
-BatchOrAll = Annotated[
-    Span | None,
-    typer.Option(
-        parser=options.span, metavar="SPAN", help="Batch sizes of one run [dim](default: the bundle's, or 1-4)[/dim].", show_default=False
-    ),
-]
 
-
+@opened
 def trt(
-    model: Annotated[str, typer.Argument(metavar="[BUNDLE|MODEL]", help=MODEL_HELP)] = "elit-mnist",
+    source: BundleOrSource,
+    spans: Spans,
+    how: How,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="DIR", help="Where the bundle goes [dim](default: into BUNDLE, or ./MODEL)[/dim].", show_default=False
         ),
     ] = None,
-    latents: options.Latents = None,
-    tokens: options.Tokens = None,
-    loops: options.Loops = None,
-    batch: BatchOrAll = None,
+    batch: Annotated[
+        Span | None,
+        typer.Option(
+            parser=options.span,
+            metavar="SPAN",
+            help="Batch sizes of one run [dim](default: the bundle's, or 1-4)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
     buckets: Annotated[
         str,
         typer.Option(metavar="LIST", help="One profile a bucket, [bold]32,64,128,256[/bold]; none: one range; auto: the span's halvings."),
@@ -37,26 +38,14 @@ def trt(
         str | None, typer.Option(metavar="LIST", help="GPU generations, [bold]86,89[/bold] [dim](default: all)[/dim].", show_default=False)
     ] = None,
     builder: Annotated[str, typer.Option(help="rtx builds ahead of time anywhere; tensorrt builds on the GPU; auto: what fits.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16 [dim](default: the bundle's, or fp32)[/dim].", show_default=False)
+    precision: Annotated[
+        str | None, options.precision("fp32, fp16 or bf16 [dim](default: the bundle's, or fp32)[/dim].", show_default=False)
     ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later (the build needs a GPU).")] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave the weights in the ONNX file (the build needs a GPU).")] = False,
     weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Opens in later TensorRT versions.")] = False,
     opset: Annotated[int, typer.Option(help="Of the ONNX file made from MODEL; TensorRT before 10.14 needs 20.")] = 23,
-    checkpoint: options.Checkpoint = None,
-    config: options.Config = None,
-    vae: options.Vae = None,
-    components: options.Components = None,
-    size: options.Size = None,
-    head_blocks: options.HeadBlocks = None,
-    random_weights: options.RandomWeights = False,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Build TensorRT engines with one profile a bucket, from a bundle's ONNX artifact, for GPUs that need not be here.
 
@@ -64,86 +53,62 @@ def trt(
 
       elastic-export trt --latents 32-256
       elastic-export trt digits --sm 86,89 --buckets 64,128,256
-      elastic-export trt elit-sit --checkpoint elit.pt --config elit.json -o out --dtype fp16
+      elastic-export trt elit-sit --checkpoint elit.pt --config elit.json -o out --precision fp16
       elastic-export trt elt-s-3x4-256 --checkpoint elt.pt -o looped --opset 20
     """
     import logging
 
-    from elastic_runtime.contract.bundle import MANIFEST, Bundle
-    from elastic_runtime.errors import UsageError
-    from elastic_targets import target
-    from elastic_targets import trt as room
-
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
-    sms = tuple(options.integers(sm)) if sm else ()
-    room.choose(builder, sms)  # its absence should not wait for the model
-    spans = {"latents": latents, "tokens": tokens, "loops": loops}
-    chosen: dict[str, Any] = {
-        "builder": builder, "sms": sms, "precision": dtype, "refit": refit, "strip": strip,
-        "weight_streaming": weight_streaming, "version_compatible": version_compatible,
-    }  # fmt: skip
-    if (Path(model) / MANIFEST).is_file():
-        if checkpoint or config or vae or components or size or random_weights or head_blocks is not None:
-            raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
-        bundle = Bundle.open(model)
-        chosen |= {"spans": {name: span for name, span in spans.items() if span}, "batch": batch}
-        _finish(bundle, chosen, buckets, output, overwrite, dry_run, json, quiet)
-        return
+    from elastic_export import api
     from elastic_export.cli.making import make
+    from elastic_targets.trt import TrtOptions, choose
 
-    output = output or Path(Path(model).name)
-    exported = make(
-        "onnx", target("onnx").options(opset=opset, precision=dtype or "fp32"), model, output, spans, batch or Span(1, 4),
-        dtype or "fp32", checkpoint=checkpoint, config=config, vae=vae, components=components, size=size,
-        head_blocks=head_blocks, random_weights=random_weights,
-        overwrite=overwrite, dry_run=dry_run, json=json, quiet=quiet, verbose=verbose, silent=not dry_run,
-    )  # fmt: skip
-    if exported:
-        _finish(exported, chosen, buckets, None, overwrite, False, json, quiet)
+    logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
+    sms = tuple(options.integers(sm)) if sm else ()
+    engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
+    choose(engine_options.builder, engine_options.sms)  # its absence should not wait for the model
+    bundle = api.opened(source.model, source.weights())
+    if bundle is None:
+        onnx, folder = {"opset": opset, "precision": precision or "fp32"}, output or Path(Path(source.model).name)
+        bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
+    if bundle and how.dry_run:
+        _plan(bundle, engine_options, how)
+    elif bundle:
+        _build(bundle, engine_options, output, how)
 
 
-def _finish(
-    bundle: Any,
-    chosen: dict[str, Any],
-    buckets: str,
-    output: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    json: bool,
-    quiet: bool,
-) -> None:
-    """Build into an open bundle and show it, or show what would be built."""
+def _build(bundle: Any, engine_options: Any, output: Path | None, how: How) -> None:
     from elastic_export.cli import show
+    from elastic_export.cli.making import shown
     from elastic_export.exporting import export_bundle
-    from elastic_targets import trt as room
-    from elastic_targets.capture import BundleGraph
 
-    wanted = room.TrtOptions(**chosen, buckets=room.read_buckets(buckets, bundle.manifest.axes))
-    if not dry_run:
-        with show.building(quiet) as on_progress:
-            bundle = export_bundle(bundle, "trt", wanted, output, overwrite, on_progress)
-        if json:
-            show.as_json("trt", {"bundle": str(bundle.folder), "manifest": bundle.manifest})
-        else:
-            show.bundle(bundle)
-        return
+    with show.building(how.quiet) as on_progress:
+        bundle = export_bundle(bundle, "trt", engine_options, output, how.overwrite, on_progress)
+    shown(bundle, "trt", how)
+
+
+def _plan(bundle: Any, engine_options: Any, how: How) -> None:
+    """Show what would be built."""
+    from elastic_export.cli import show
+    from elastic_targets.capture import BundleGraph
+    from elastic_targets.trt import estimate, plan
+
     plans = []
     for graph in bundle.manifest.graphs:
-        plan = room.plan(BundleGraph(bundle, graph), wanted)
-        network, seconds = room.estimate(plan)
-        paths = [plan.path(sms) for sms in plan.engines]
+        chosen = plan(BundleGraph(bundle, graph), engine_options)
+        network, seconds = estimate(chosen)
+        paths = [chosen.path(sms) for sms in chosen.engines]
         plans.append(
             {
                 "graph": graph,
-                "builder": str(plan.builder),
+                "builder": str(chosen.builder),
                 "engines": paths,
-                "profiles": plan.profiles,
+                "profiles": chosen.profiles,
                 "network": network,
                 "seconds": seconds,
             }
         )
-        if not json:
-            show.line(f"would build {', '.join(paths)} with {plan.builder} in about {max(seconds, 1):.0f} s ({network.layers} layers)")
-            show.profiles(plan.profiles)
-    if json:
+        if not how.json:
+            show.line(f"would build {', '.join(paths)} with {chosen.builder} in about {max(seconds, 1):.0f} s ({network.layers} layers)")
+            show.profiles(chosen.profiles)
+    if how.json:
         show.as_json("trt", {"dry_run": True, "bundle": str(bundle.folder), "plans": plans})

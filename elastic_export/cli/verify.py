@@ -27,16 +27,12 @@ def verify(
       elastic-export verify digits
       elastic-export verify digits --tolerance 1e-6 --json
     """
+    from elastic_export import api
     from elastic_export.verifying import require
-    from elastic_export.verifying import verify as run
-    from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.errors import MissingError
 
     with show.stages(quiet) as on_stage:
-        on_stage(f"hashing {bundle}")
-        opened = Bundle.open(bundle, hashes=True)
-        on_stage("running at each recorded budget")
-        results = run(opened, tolerance)
+        results = api.verify(bundle, tolerance, on_stage)
     if json:
         rows = [
             {"graph": graph, "artifact": artifact.path, "verified": artifact.verified, "unverified": artifact.unverified}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import elit_activation_values, elit_flops
+from elastic_export.families.bricks import attention, cross_attention, dit_activation_values, dit_block, embedders
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import (
     DiTBlock,
@@ -182,9 +182,8 @@ class Elit(nn.Module):
         self.read = Read(params)
         self.write = Write(params)
         self.final_layer = FinalLayer(width, params.patch_size**2 * params.in_channels)
-        blocks = [module for module in self.modules() if isinstance(module, DiTBlock)]
-        zero = [self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer]
-        initialize(self, zero=[*(block.modulation for block in blocks), *zero])
+        gates: list[Any] = [block.modulation for block in self.blocks]
+        initialize(self, zero=(*gates, self.read.modulation, self.write.attention.proj, self.write.mlp.fc2, self.final_layer))
 
     def to_windows(self, x: Tensor) -> Tensor:
         side = self.params.group_size
@@ -263,9 +262,9 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
 
     Raises: ModelError for a checkpoint that is not an ELIT, or one of a kind that this file does not implement.
     """
-    for name, wanted in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
-        if args.get(name, wanted) != wanted:
-            raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={wanted!r} is supported")
+    for name, supported in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
+        if args.get(name, supported) != supported:
+            raise ModelError(f"the checkpoint was trained with {name}={args[name]!r}; only {name}={supported!r} is supported")
     named = {rename_key(key): tuple(value.shape) for key, value in weights.items()}
     ranks = {
         "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
@@ -289,11 +288,11 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
     renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}
-    told = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}
+    arguments = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}
     if size := re.fullmatch(r"ELIT-SiT-(XL|L|B|S)/(\d+)", str(args.get("model"))):
         preset = _SIZES[size[1].lower()]
-        told |= {"depth": preset.depth, "hidden_size": preset.hidden_size, "num_heads": preset.num_heads, "patch_size": int(size[2])}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+        arguments |= {"depth": preset.depth, "hidden_size": preset.hidden_size, "num_heads": preset.num_heads, "patch_size": int(size[2])}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,10 +328,31 @@ def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarra
     return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"latent_ids": kept}
 
 
+def flops(params: ElitParams, latents: int) -> int:
+    """FLOPs of one ELIT forward pass at batch 1 with `latents` kept latents; Read and Write run at full P whatever it is."""
+    width, tokens, per_group = params.hidden_size, params.tokens, params.group_latents
+    patch_values = params.patch_size**2 * params.in_channels
+    core = params.depth - params.head_blocks - params.tail_blocks
+    windows = params.groups * attention(per_group, per_group, width)
+    feed_forward = 2 * tokens * 2 * width**2  # MLP of ratio 1
+    read = 2 * 7 * width**2 + cross_attention(tokens, tokens, width) + windows + feed_forward
+    write = cross_attention(tokens, tokens, width) + windows + feed_forward
+    outer = (params.head_blocks + params.tail_blocks) * dit_block(tokens, width, params.mlp_ratio)
+    return embedders(tokens, width, patch_values, patch_values) + outer + read + core * dit_block(latents, width, params.mlp_ratio) + write
+
+
+def activation_values(params: ElitParams, latents: int) -> int:
+    """Most values alive at once in an ELIT forward pass at batch 1. While the core runs, the spatial tokens and all latents wait."""
+    outer = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
+    core = dit_activation_values(latents, params.hidden_size, params.num_heads, params.mlp_ratio)
+    waiting = 2 * params.tokens * params.hidden_size
+    return max(outer if params.head_blocks + params.tail_blocks else 0, core + waiting)
+
+
 def cost(params: ElitParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters."""
     latents = budget["latents"]
-    return priced(budget, elit_flops(params, latents), weights, elit_activation_values(params, latents))
+    return priced(budget, flops(params, latents), weights, activation_values(params, latents))
 
 
 def facts(params: ElitParams) -> dict[str, Any]:
@@ -348,4 +368,5 @@ def facts(params: ElitParams) -> dict[str, Any]:
 FAMILY = Family(
     name="elit-sit", params=ElitParams, build=Elit, presets=PRESETS, rename_key=rename_key, sources=sources, assumed=assumed,
     axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+    yields=("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes"), options=("head_blocks",),
 )  # fmt: skip

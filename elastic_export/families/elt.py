@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from elastic_export.families.bricks import dit_activation_values, elt_flops
+from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import (
     DiTBlock,
@@ -217,8 +217,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     }
     for field, stack in (("prelude_blocks", "prelude"), ("unique_blocks", "blocks"), ("coda_blocks", "coda")):
         shapes[field] = len({match[1] for key in named if key and (match := re.match(rf"{stack}\.(\d+)\.", key))})
-    told = {name: args[name] for name in ("num_heads", "loops", "max_loops", "prediction") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "loops", "max_loops", "prediction") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def from_presets(presets: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,10 +253,18 @@ def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray
     return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"loops": loops}
 
 
+def flops(params: EltParams, loops: int) -> int:
+    """FLOPs of one ELT forward pass at batch 1: prelude, `loops` times the shared blocks, coda."""
+    values, out = (params.patch_size**2 * channels for channels in (params.in_channels, params.out_channels))
+    depth = params.prelude_blocks + params.unique_blocks * loops + params.coda_blocks
+    block = dit_block(params.tokens, params.hidden_size, params.mlp_ratio)
+    return embedders(params.tokens, params.hidden_size, values, out) + depth * block
+
+
 def cost(params: EltParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
     values = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
-    return priced(budget, elt_flops(params, budget["loops"]), weights, values)
+    return priced(budget, flops(params, budget["loops"]), weights, values)
 
 
 def facts(params: EltParams) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, elt_masked_flops
+from elastic_export.families.bricks import attention, dit_activation_values
 from elastic_export.families.elt import axes, from_presets, looped, prefixes
 from elastic_export.families.family import Family, example_labels, priced
 from elastic_export.families.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
@@ -144,8 +144,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "unique_blocks": len({match[1] for key in shape if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "mlp_ratio": shape["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    told = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,10 +174,17 @@ def feeds(params: EltMaskedParams, budget: Budget, batch: int) -> dict[str, np.n
     }
 
 
+def flops(params: EltMaskedParams, loops: int) -> int:
+    """FLOPs of one masked ELT forward pass at batch 1: `loops` times the shared blocks, which are DiT's without adaLN, and the logits."""
+    width, tokens = params.hidden_size, params.tokens
+    block = round(2 * tokens * (4 + 2 * params.mlp_ratio) * width**2) + attention(tokens, tokens, width)
+    return params.unique_blocks * loops * block + 2 * tokens * width * params.vocabulary
+
+
 def cost(params: EltMaskedParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass; `weights` is the number of parameters, each held once whatever the loops."""
     values = dit_activation_values(params.tokens, params.hidden_size, params.num_heads, params.mlp_ratio)
-    return priced(budget, elt_masked_flops(params, budget["loops"]), weights, values)
+    return priced(budget, flops(params, budget["loops"]), weights, values)
 
 
 def facts(params: EltMaskedParams) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Family:
     assumed(fields): fields of P to use where no source knows them.
     axes(P), inputs(P), outputs(P), feeds(P, budget, batch), cost(P, budget, parameter count): the denoiser graph.
     facts(P): fields of the manifest's `Model` that the family decides.
+    yields: fields that a preset leaves to a checkpoint, which knows its own. options: fields that a user may overrule by an option.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Family:
     feeds: Callable[[Any, Budget, int], dict[str, np.ndarray]]
     cost: Callable[[Any, Budget, int], Cost]
     facts: Callable[[Any], dict[str, Any]]
+    yields: tuple[str, ...] = ("num_heads", "num_classes")
+    options: tuple[str, ...] = ()
 
 
 def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: Mapping[str, Any]) -> Any:
@@ -57,7 +60,7 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
                 continue
             before, where = known.setdefault(name, (value, source))
             if before != value:
-                flag = f" Override with --{name.replace('_', '-')}." if name == "head_blocks" else ""
+                flag = f" Override with --{name.replace('_', '-')}." if name in family.options else ""
                 raise ModelError(f"{name} is {before!r} by {where} but {value!r} by {source}.{flag}")
     merged = {name: value for name, (value, _) in known.items()} | dict(overrides)
     merged = family.assumed(merged) | merged

@@ -83,15 +83,15 @@ def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, S
     side = patches.table or int(np.ceil(np.sqrt(spans["S"].max)))
     generator = np.random.default_rng(0)
     ranges = {"timestep": (0.05, 0.95), "guidance": (1.0, 5.0)}
-    found = {}
+    arrays = {}
     for spec in specs:
         if spec.name == "txt_ids":
-            found[spec.name] = np.zeros((sizes["T"], 3), dtype=np.float32)
+            arrays[spec.name] = np.zeros((sizes["T"], 3), dtype=np.float32)
         elif spec.name in ("img_ids", "pos_ids"):
             places = generator.integers(0, 2 * side - 1, (spans["S"].max, 2)) / 2
-            found[spec.name] = np.pad(places, ((0, 0), (spec.shape[1] - 2, 0)))[: sizes["S"]].astype(np.float32)  # type: ignore[operator]
+            arrays[spec.name] = np.pad(places, ((0, 0), (spec.shape[1] - 2, 0)))[: sizes["S"]].astype(np.float32)  # type: ignore[operator]
         elif spec.name in ranges:
-            found[spec.name] = generator.uniform(*ranges[spec.name], batch).astype(np.float32)
+            arrays[spec.name] = generator.uniform(*ranges[spec.name], batch).astype(np.float32)
         else:
-            found[spec.name] = random_rows(generator, spec, {"B": batch} | {name: span.max for name, span in spans.items()}, sizes)
-    return found
+            arrays[spec.name] = random_rows(generator, spec, {"B": batch} | {name: span.max for name, span in spans.items()}, sizes)
+    return arrays

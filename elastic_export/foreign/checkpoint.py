@@ -94,15 +94,15 @@ def fit(module: nn.Module, weights: Mapping[str, Tensor], where: str, what: str)
 
     Raises: ModelError naming missing, unexpected and misshapen weights of `where`, which should hold a `what`.
     """
-    wanted = module.state_dict()
+    state = module.state_dict()
     faults = []
-    if missing := [name for name in wanted if name not in weights]:
+    if missing := [name for name in state if name not in weights]:
         faults.append(f"lacks {_few(missing)}")
-    if extra := [name for name in weights if name not in wanted]:
+    if extra := [name for name in weights if name not in state]:
         faults.append(f"has unknown {_few(extra)}")
-    for name in wanted.keys() & weights.keys():
-        if wanted[name].shape != weights[name].shape:
-            faults.append(f"has {name} of shape {tuple(weights[name].shape)} where the model has {tuple(wanted[name].shape)}")
+    for name in state.keys() & weights.keys():
+        if state[name].shape != weights[name].shape:
+            faults.append(f"has {name} of shape {tuple(weights[name].shape)} where the model has {tuple(state[name].shape)}")
     if faults:
         raise ModelError(f"{where} does not fit {what}: it {'; it '.join(sorted(faults)[:6])}")
     module.load_state_dict(weights, assign=True)

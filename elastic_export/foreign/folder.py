@@ -51,8 +51,8 @@ class Folder:
         else:
             folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)
         if "transformer" not in folder.listed:
-            found = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())) or "no sub-folders"
-            raise ModelError(f"{path} is not a diffusers folder of a diffusion transformer: it has no transformer, but {found}")
+            folders = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())) or "no sub-folders"
+            raise ModelError(f"{path} is not a diffusers folder of a diffusion transformer: it has no transformer, but {folders}")
         return folder
 
     def choose(self, components: tuple[str, ...] | None) -> list[str]:

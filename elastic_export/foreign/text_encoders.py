@@ -37,10 +37,10 @@ class Encoder(nn.Module):
         every = self.encoder(input_ids, output_hidden_states="penultimate_hidden_state" in self.gives)
         # The projection of CLIP's pooled state, where there is one, is the first output.
         pooled = every.text_embeds if "text_embeds" in every else every.get("pooler_output")
-        found = {"pooled": pooled, "last_hidden_state": every.last_hidden_state}
+        embeddings = {"pooled": pooled, "last_hidden_state": every.last_hidden_state}
         if "penultimate_hidden_state" in self.gives:
-            found["penultimate_hidden_state"] = every.hidden_states[-2]
-        return tuple(found[name].float() for name in self.gives)
+            embeddings["penultimate_hidden_state"] = every.hidden_states[-2]
+        return tuple(embeddings[name].float() for name in self.gives)
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
                 "tokenizer.json that needs none (PreTrainedTokenizerFast), and take auto_map out of tokenizer_config.json"
             ) from None
         raise ModelError(f"{path} is not a tokenizer that transformers reads: {str(error).splitlines()[0]}") from None
-    if (whole := path / "tokenizer.json").is_file():
-        content = whole.read_bytes()
+    if (file := path / "tokenizer.json").is_file():
+        content = file.read_bytes()
     elif (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         content = backend.to_str().encode()
     else:

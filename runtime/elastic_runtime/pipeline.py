@@ -12,7 +12,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from elastic_runtime.choosing.calibration import fastest
-from elastic_runtime.choosing.estimates import Gauge
+from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
@@ -247,6 +247,15 @@ class ElasticPipeline:
             except StopIteration:
                 return
             replacement = yield progress
+
+    def outlook(self, request: Request) -> Outlook:
+        """What a policy would know of a request: the ways to draw it, their predicted time and memory, and their quality by the card.
+
+        A request with a policy leaves the plan open, one with a plan leaves its steps open.
+        """
+        drawing = self._drawing(request, None)
+        drawing.prepare(self.session)
+        return drawing.outlook(self.gauge, finishes=request.output_type != "latent")
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
         """Final latents (B, C, H, W) as pictures: through the decoder where the bundle has one, else they are the

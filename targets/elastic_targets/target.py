@@ -28,18 +28,20 @@ class Target:
     lower(Graph, options, folder, on_progress): writes them into the bundle to be and returns their manifest entries.
     ensures(Graph, artifact, folder): checks one that was written; raises RuntimeError for a fault of this library.
     proves(Graph, options): budgets to verify besides both ends, the middle and an untraced one.
+    available(options): raises MissingError or UsageError where no compiler here fits; before any graph is there to ask about.
     evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is.
     """
 
     name: str
     takes: Literal["torch", "onnx"]
-    options: Callable[..., Any]
+    options: type[Any]
     precisions: tuple[str, ...]
     requires: Callable[[Any, Any], None]
     paths: Callable[[Any, Any], tuple[str, ...]]
     lower: Callable[[Any, Any, Path, OnProgress], tuple[Artifact, ...]]
     ensures: Callable[[Any, Any, Path], None]
     proves: Callable[[Any, Any], list[Budget]]
+    available: Callable[[Any], object] | None = None
     evaluator: Callable[[Bundle, Graph, Any], Session] | None = None
 
 

@@ -46,7 +46,7 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
     captured = capture_folder(whole, None, None, Span(1, 2))
     assert [graph.name for graph in captured.graphs] == ["denoiser", "decoder", "text_encoder", "text_encoder_2"]
     assert all(graph.module is None for graph in captured.graphs)
-    model = captured.model
+    model = captured.manifest.model
     assert (model.name, model.family, model.sample_shape, model.num_classes) == ("tiny-flux", "flux", (4, 16, 16), 0)
     assert model.patches is not None
     assert (model.patches.size, model.patches.positions, model.patches.guidance_embeds) == (2, "img_ids", True)
@@ -62,9 +62,9 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
     assert denoiser.dimensions == {"B": Span(1, 2), "S": Span(4, 64), "T": Span(1, 6)}
     assert [point["tokens"] for point in denoiser.stages] == [16, 19, 28, 64]
     assert decoder.dimensions == {"B": Span(1, 2), "h": Span(4, 16), "w": Span(4, 16)}
-    assert captured.axes == denoiser.axes == (axis(Span(4, 64)),)
+    assert captured.manifest.axes == denoiser.axes == (axis(Span(4, 64)),)
     assert set(captured.peaks) == {graph.name for graph in captured.graphs}
-    assert captured.cost[0].flops > 0
+    assert captured.manifest.cost[0].flops > 0
     assert set(captured.files) == {"tokenizer/text_encoder/tokenizer.json", "tokenizer/text_encoder_2/tokenizer.json"}
 
 
@@ -96,12 +96,12 @@ def test_peaks_count_the_weights_in_the_files(whole: Path) -> None:
 
 def test_prompts_of_sd3_are_clips_beside_each_other_and_t5_after_them(tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.sd3(**folders.SD35), text=True)
-    text = capture_folder(tmp_path / "f", ("text",), None, ONE).model.text
+    text = capture_folder(tmp_path / "f", ("text",), None, ONE).manifest.model.text
     assert text is not None
     assert (text.length, text.width, text.pooled, len(text.encoders)) == (12 + 6, 16, 16, 3)
     index = json.loads((tmp_path / "f" / "model_index.json").read_text()) | {"text_encoder_3": [None, None]}
     (tmp_path / "f" / "model_index.json").write_text(json.dumps(index))
-    without = capture_folder(tmp_path / "f", None, None, ONE).model.text
+    without = capture_folder(tmp_path / "f", None, None, ONE).manifest.model.text
     assert without is not None
     assert (without.length, len(without.encoders)) == (24, 2)  # zeros stand for T5's tokens
 
@@ -112,7 +112,7 @@ def test_a_folder_with_labels_has_classes_and_no_text(copy: Path) -> None:
     }
     (copy / "model_index.json").write_text(json.dumps(index))
     captured = capture_folder(copy, None, None, ONE)
-    assert (captured.model.num_classes, captured.model.null_label, captured.model.text) == (2, 2, None)
+    assert (captured.manifest.model.num_classes, captured.manifest.model.null_label, captured.manifest.model.text) == (2, 2, None)
     assert captured.graphs[0].dimensions == {"B": ONE, "S": Span(4, 64)}
     assert captured.graphs[0].inputs[1].shape == ("B", 1, 16)
     many = index | {"id2label": {str(number): "cat" for number in range(9)}}
@@ -122,14 +122,14 @@ def test_a_folder_with_labels_has_classes_and_no_text(copy: Path) -> None:
     (copy / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "CLIPTextModel"]}))
     with pytest.raises(ModelError, match=r"has classes \(id2label\) and text encoders \(text_encoder\).* --components transformer,vae"):
         capture_folder(copy, None, None, ONE)
-    assert capture_folder(copy, ("transformer", "vae"), None, ONE).model.num_classes == 2
+    assert capture_folder(copy, ("transformer", "vae"), None, ONE).manifest.model.num_classes == 2
 
 
 def test_other_components_need_the_transformer_s_config_alone(copy: Path) -> None:
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     captured = capture_folder(copy, ("vae",), None, ONE)
     assert [graph.name for graph in captured.graphs] == ["decoder"]
-    assert (captured.axes, captured.cost, captured.checkpoint_sha256) == ((), (), None)
+    assert (captured.manifest.axes, captured.manifest.cost, captured.manifest.provenance.checkpoint_sha256) == ((), (), None)
     with pytest.raises(ModelError, match="holds no safetensors weights"):
         capture_folder(copy, None, None, ONE)
 
@@ -137,16 +137,16 @@ def test_other_components_need_the_transformer_s_config_alone(copy: Path) -> Non
 def test_without_a_vae_a_pixel_is_the_latent_s(tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux(), decoder=False)
     captured = capture_folder(tmp_path / "f", None, Span(32, 64), ONE)
-    assert captured.model.vae is None
-    assert captured.model.sample_shape[1:] == (64, 64)
+    assert captured.manifest.model.vae is None
+    assert captured.manifest.model.sample_shape[1:] == (64, 64)
     assert captured.graphs[0].dimensions["S"] == Span(64, 1024)
 
 
 def test_three_costs_give_every_other_and_the_decoder_s_peak_grows_with_the_picture(whole: Path) -> None:
     small, large = (capture_folder(whole, None, size, Span(1, 2)) for size in (Span(32, 32), Span(64, 64)))
-    assert [row.budget for row in small.cost] == [{"tokens": count} for count in (16, 40, 64)]
+    assert [row.budget for row in small.manifest.cost] == [{"tokens": count} for count in (16, 40, 64)]
     config = folders.flux().config
-    fitted = np.polyfit([row.budget["tokens"] for row in small.cost], [row.flops for row in small.cost], 2)
+    fitted = np.polyfit([row.budget["tokens"] for row in small.manifest.cost], [row.flops for row in small.manifest.cost], 2)
     assert [round(np.polyval(fitted, count)) for count in range(16, 65)] == [FLUX.flops(config, count, 6) for count in range(16, 65)]
     grown = 2 * 4 * (64**2 - 32**2) * (3 * 8 + 8)
     assert large.peaks["decoder"] - small.peaks["decoder"] == grown, "bytes of the activations of a batch of two"
@@ -161,9 +161,9 @@ def test_sizes_are_of_pictures_and_of_the_stages_of_the_largest() -> None:
 
 def test_tokens_narrow_the_axis_that_the_sides_set(whole: Path) -> None:
     narrow = capture_folder(whole, None, Span(16, 32), ONE, spans={"tokens": Span(16, 40)})
-    assert narrow.graphs[0].dimensions["S"] == narrow.axes[0].span == Span(16, 40)
+    assert narrow.graphs[0].dimensions["S"] == narrow.manifest.axes[0].span == Span(16, 40)
     assert [point["tokens"] for point in narrow.graphs[0].stages] == [19, 40]
-    assert narrow.model.sample_shape == (4, 12, 12), "the largest square picture: 6 x 6 tokens"
+    assert narrow.manifest.model.sample_shape == (4, 12, 12), "the largest square picture: 6 x 6 tokens"
     assert narrow.graphs[1].dimensions["h"] == Span(4, 16)
     for span in (Span(2, 64), Span(16, 65), Span(4, 15)):
         with pytest.raises(BudgetError, match=rf"--tokens {span} does not go with sides of 16-32 pixels: .* 16 to 64 tokens"):

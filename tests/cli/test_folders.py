@@ -81,7 +81,7 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
 def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name: str, transformer: Callable[[], Any], dtype: str) -> None:
     folders.write(tmp_path / name, transformer(), decoder=name == "sd3")
     size = "16-24" if name == "sd3" else "8-16"  # without a VAE, pixels are those of the latent
-    options = ["--components", "transformer", "--size", size, "--batch", "1-2", "--dtype", dtype]
+    options = ["--components", "transformer", "--size", size, "--batch", "1-2", "--precision", dtype]
     done = run("onnx", tmp_path / name, "-o", tmp_path / "out", *options)
     assert done.code == 0, done.err
     bundle = Bundle.open(tmp_path / "out")

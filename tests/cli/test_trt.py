@@ -60,7 +60,11 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
         (("--sm", "x"), 2, "numbers are written"),
         (("--latents", "32-512"), 2, "latents 512 is not available: this model offers 4-64 in steps of 4; the nearest is 64"),
         (("--buckets", "3x"), 2, "--buckets is written 32,64,128"),
-        (("--dtype", "bf16"), 2, "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --dtype bf16"),
+        (
+            ("--precision", "bf16"),
+            2,
+            "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --precision bf16",
+        ),
         (("--checkpoint", "w.pt"), 2, "is a bundle and has its weights"),
         (("--builder", "nvcc"), 2, "--builder must be one of auto, rtx, tensorrt"),
     ],

@@ -11,18 +11,21 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
+from dcdit import learn, untrained, upcycle  # noqa: E402
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.zoo import Model, Request, load  # noqa: E402
 from elastic_export.exporting import export_capture  # noqa: E402
-from elastic_export.families.bricks import dc_dit_flops, elt_flops  # noqa: E402
 from elastic_export.families.dc_dit.chunk import count, nearest, select, smooth  # noqa: E402
-from elastic_export.families.dc_dit.model import FAMILY, PRESETS, DcDit, DcDitParams, rename_key, sources, untrained, upcycle  # noqa: E402
+from elastic_export.families.dc_dit.model import FAMILY, PRESETS, DcDit, DcDitParams, rename_key, sources  # noqa: E402
+from elastic_export.families.dc_dit.model import flops as dc_dit_flops  # noqa: E402
 from elastic_export.families.elt import Elt, EltParams  # noqa: E402
+from elastic_export.families.elt import flops as elt_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import randomize  # noqa: E402
 from elastic_runtime import Bundle, ModelError, Span, open_session  # noqa: E402
 from elastic_runtime.contract.schedule import LinearBeta  # noqa: E402
 from elastic_targets import target as room  # noqa: E402
+from elastic_targets.onnx.lower import held_in  # noqa: E402
 
 FRACTIONS = {"0.0": (0, 0), "0.3": (0.3, 0.3), "0.6": (0.6, 0.6), "0.9": (0.9, 0.9), "per_sample_0.2_0.5": (0.2, 0.5)}
 SMALL = DcDitParams(
@@ -213,7 +216,7 @@ def test_learning_sees_what_is_drawn_and_moves_the_router() -> None:
         torch.arange(3),
     )
     drop = torch.full((3,), 0.3)
-    prediction, p, natural = module.learn(sample, t, labels, drop)
+    prediction, p, natural = learn(module, sample, t, labels, drop)
     drawn, kept, probability = module(sample, t, labels, drop, torch.arange(64))
     assert (prediction - drawn).abs().max() < 1e-5
     assert torch.equal(kept, natural.float().sum(1) - torch.floor(natural.float().sum(1) * 0.3))
@@ -229,8 +232,9 @@ def test_half_precision_leaves_the_decisions_as_they_are() -> None:
     arrays = feeds({"x": np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32), "t": np.array([9.0, 700.0], np.float32),
                     "y": np.array([0, 10])}, (0, 0.3), 64)  # fmt: skip
     prediction, kept = forward(module, arrays)
-    half, same = forward(module.half(), arrays)
-    assert (module.router.proj.weight.dtype, module.blocks[0].attn.qkv.weight.dtype) == (torch.float32, torch.float16)
+    held = held_in(module, torch.float16)
+    half, same = forward(held, arrays)
+    assert (held.router.proj.weight.dtype, held.blocks[0].attn.qkv.weight.dtype) == (torch.float32, torch.float16)
     assert half.dtype == np.float32
     assert kept.tolist() == same.tolist()
     assert 0 < np.abs(half - prediction).max() <= 2e-2 * max(1, np.abs(prediction).max())

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
 from elastic_export.capture.zoo import Model, Request, load  # noqa: E402
 from elastic_export.families import elit  # noqa: E402
-from elastic_export.families.bricks import elit_flops  # noqa: E402
 from elastic_export.families.elit import FAMILY, PRESETS, Elit, ElitParams, rename_key, sources  # noqa: E402
+from elastic_export.families.elit import flops as elit_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import randomize  # noqa: E402
 from elastic_runtime import Budget, Bundle, ModelError, open_session  # noqa: E402

@@ -14,7 +14,6 @@ from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.zoo import Model  # noqa: E402
 from elastic_export.exporting import export_capture  # noqa: E402
 from elastic_export.families import elt, elt_masked  # noqa: E402
-from elastic_export.families.bricks import elt_flops, elt_masked_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import DiTBlock, randomize  # noqa: E402
 from elastic_runtime import Budget, BudgetError, Bundle, ModelError, Span, open_session  # noqa: E402
@@ -150,12 +149,12 @@ def test_spans_beyond_the_model_are_refused() -> None:
 
 
 def test_cost_is_that_of_the_blocks_that_run() -> None:
-    block = elt_flops(DIFFUSION, 2) - elt_flops(DIFFUSION, 1)
-    assert elt_flops(DIFFUSION, 8) == elt_flops(DIFFUSION, 1) + 7 * block
-    assert elt_flops(replace(DIFFUSION, prelude_blocks=3), 1) == elt_flops(DIFFUSION, 1) + block  # two blocks make a loop
+    block = elt.flops(DIFFUSION, 2) - elt.flops(DIFFUSION, 1)
+    assert elt.flops(DIFFUSION, 8) == elt.flops(DIFFUSION, 1) + 7 * block
+    assert elt.flops(replace(DIFFUSION, prelude_blocks=3), 1) == elt.flops(DIFFUSION, 1) + block  # two blocks make a loop
     tokens, width = MASKED.tokens, MASKED.hidden_size
     linear = 2 * tokens * sum(p.numel() for p in elt_masked.Block(width, 4, 4.0).parameters() if p.ndim == 2)
-    assert elt_masked_flops(MASKED, 2) - elt_masked_flops(MASKED, 1) == 2 * (linear + 4 * tokens**2 * width)
+    assert elt_masked.flops(MASKED, 2) - elt_masked.flops(MASKED, 1) == 2 * (linear + 4 * tokens**2 * width)
     one, eight = (elt.cost(DIFFUSION, Budget(loops=loops), 1000) for loops in (1, 8))
     assert (one.weight_bytes, one.activation_bytes) == (eight.weight_bytes, eight.activation_bytes) == (4000, one.activation_bytes)
 

@@ -24,7 +24,8 @@ BLOCKED = (
     "optimum",
 )
 FOLDER = Path(elastic_export.__file__).parent / "cli"
-COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "drawing", "making", "options", "show"))
+# A command's file holds the function of its name.
+COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if f"\ndef {path.stem}(" in path.read_text(encoding="utf-8"))
 
 
 def without(program: str, *arguments: str, blocked: tuple[str, ...] = BLOCKED) -> "subprocess.CompletedProcess[str]":

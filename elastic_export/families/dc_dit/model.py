@@ -8,7 +8,7 @@ them and the core's DiT blocks, which see K tokens.
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dc_dit_activation_values, dc_dit_flops
-from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, natural, nearest, select, smooth, take
+from elastic_export.families.bricks import dit_activation_values, dit_block
+from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, nearest, select, smooth, take
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
 from elastic_runtime.contract.artifacts import TensorSpec
@@ -55,7 +55,8 @@ class DcDitParams:
             raise ValueError(f"input_size must be at least 2, got {self.input_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if self.hidden_size % (unit := 32 * self.enc_dec_dim_factor):
+        if self.hidden_size % 32 or self.hidden_size % (32 * self.enc_dec_dim_factor):
+            unit = 32 * self.enc_dec_dim_factor
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {unit}: GroupNorm has 32 groups"
             )
@@ -131,9 +132,9 @@ class DcDit(nn.Module):
     """DC-DiT denoiser: `(sample, timestep, class_labels, drop_fraction, slots) -> (prediction, kept, probability)`."""
 
     pos_embed: Tensor
-    # What leads to a decision. In a model of half precision it stays float32, since a token that is kept or dropped by a rounding
-    # error changes the picture by more than one; it is a twentieth of the arithmetic.
-    deciding = ("x_embedder", "t_embedder", "y_embedder", "encoder", "router")
+    # What leads to a decision stays float32 in a graph of half precision, since a token that is kept or dropped by a rounding error
+    # changes the picture by more than one; it is a twentieth of the arithmetic.
+    exact = ("x_embedder", "t_embedder", "y_embedder", "encoder", "router")
 
     def __init__(self, params: DcDitParams):
         super().__init__()
@@ -154,15 +155,6 @@ class DcDit(nn.Module):
         self.cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # (T, 2): row, column
         gates: list[Any] = [block.modulation for block in self.blocks]
         initialize(self, zero=(*gates, self.final_layer, self.residual_proj))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DcDit":
-        def in_its_precision(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
-
-        for name, child in self.named_children():
-            child._apply(in_its_precision if name in self.deciding else fn)
-        return super()._apply(fn, recurse=False)
 
     def to_grid(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).unflatten(2, (self.params.input_size, -1))  # (B, D, s, s)
@@ -205,50 +197,6 @@ class DcDit(nn.Module):
         kept = count(p, drop_fraction)
         tokens, _ = self.through_core(x, c, p, kept, slots)
         return self.decode(tokens + float32(self.residual_proj, x), c), kept, p
-
-    def learn(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, drop_fraction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: the prediction with no cap, the router's probabilities (B, T) and what it keeps by itself (B, T).
-
-        A factor of 1 on the de-chunked tokens passes their gradient to the probability of the decision taken (straight-through).
-        """
-        x, c, p = self.encode(sample, timestep, class_labels)
-        kept = count(p, drop_fraction)
-        slots = torch.arange(int(kept.max()))
-        tokens, positions = self.through_core(x, c, p, kept, slots)
-        taken = torch.zeros_like(p).scatter(1, positions, (slots < kept[:, None]).to(p.dtype)).bool()
-        decision = torch.where(taken, p, 1 - p)
-        tokens = tokens * (1 + decision - decision.detach())[:, :, None]
-        return self.decode(tokens + float32(self.residual_proj, x), c), p, natural(p)
-
-
-def untrained(params: DcDitParams) -> DcDit:
-    """A DC-DiT to train: what `DcDit` starts with, and a router that says 0.25 of every token, the share that the paper aims for."""
-    model = DcDit(params)
-    last = model.router.residual_scorer[-1]
-    nn.init.constant_(last.bias, -1.1)  # type: ignore[arg-type]
-    return model
-
-
-def upcycle(params: DcDitParams, dit: Mapping[str, Tensor]) -> tuple[DcDit, tuple[str, ...]]:
-    """An untrained DC-DiT whose core is a plain DiT's, and the names of the weights that came from there (section 4.4).
-
-    `dit` is a checkpoint in DiT's public format, of this width, with blocks and embedders as they are there; those of time and label
-    are taken too. The convolutions around the core, the router and the final layer, whose widths are others, start afresh.
-
-    Raises: ModelError where the DiT has other blocks or another width.
-    """
-    model = untrained(params)
-    wanted = {name: value for name, value in model.state_dict().items() if name.startswith(("blocks.", "t_embedder.", "y_embedder."))}
-    given = {_renamed(key): value for key, value in dit.items()}
-    if missing := [name for name in wanted if name not in given]:
-        raise ModelError(f"the DiT to upcycle lacks {missing[0]} and {len(missing) - 1} more: it needs at least {params.depth} blocks")
-    if (blocks := _blocks(given, "blocks")) != params.depth:
-        raise ModelError(f"the DiT to upcycle has {blocks} blocks, the DC-DiT's core {params.depth}")
-    for name, value in wanted.items():
-        if given[name].shape != value.shape:
-            raise ModelError(f"the DiT to upcycle has {name} of shape {tuple(given[name].shape)}, the DC-DiT {tuple(value.shape)}")
-    model.load_state_dict({name: given[name].float() for name in wanted}, strict=False)
-    return model, tuple(wanted)
 
 
 _RENAMES = (
@@ -325,17 +273,17 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "learn_sigma": named["final_layer.linear.weight"][0] == 2 * channels,
         "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    told = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
-    return {"the checkpoint's shapes": shapes, "the checkpoint's args": told}
+    arguments = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
+    return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
     """What no shape tells: heads of the published size with this depth and width, sigma of the published picture size."""
-    found: dict[str, Any] = {"dechunk_kernel_sigma": _SIGMA[known["input_size"]]} if known.get("input_size") in _SIGMA else {}
+    fields: dict[str, Any] = {"dechunk_kernel_sigma": _SIGMA[known["input_size"]]} if known.get("input_size") in _SIGMA else {}
     for preset in _SIZES.values():
         if (known.get("depth"), known.get("hidden_size")) == (preset.depth, preset.hidden_size):
-            found["num_heads"] = preset.num_heads
-    return found
+            fields["num_heads"] = preset.num_heads
+    return fields
 
 
 def axes(params: DcDitParams) -> tuple[Axis, ...]:
@@ -376,10 +324,45 @@ def feeds(params: DcDitParams, budget: Budget, batch: int) -> dict[str, np.ndarr
     }
 
 
+def convolution(pixels: int, side: int, channels: int, out: int) -> int:
+    """FLOPs of a `side` x `side` convolution with stride 1."""
+    return 2 * pixels * side**2 * channels * out
+
+
+def conv_block(pixels: int, channels: int, out: int, condition: int) -> int:
+    """FLOPs of DC-DiT's convolution block: two 3x3 convolutions, the condition's projection, and a 1x1 skip where widths differ."""
+    inner = min(channels, out)
+    skip = convolution(pixels, 1, channels, out) if channels != out else 0
+    return convolution(pixels, 3, channels, inner) + convolution(pixels, 3, inner, out) + 2 * condition * inner + skip
+
+
+def flops(params: DcDitParams, slots: int) -> int:
+    """FLOPs of one DC-DiT forward pass at batch 1 with `slots` token slots; all but the core and de-chunking is the same at any number."""
+    width, outer, tokens = params.hidden_size, params.outer_width, params.tokens
+    encoders, decoders = params.blocks
+    inner = width // 4
+    router = convolution(tokens, 1, width, inner) + 2 * convolution(tokens, 3, inner, inner) + convolution(tokens, 1, inner, 1)
+    last, first = conv_block(tokens, outer, width, width), conv_block(tokens, width, outer, width)
+    around = last + first + (encoders + decoders - 2) * conv_block(tokens, outer, outer, width)
+    final = 2 * (width * 2 * outer + tokens * outer * 2 * params.in_channels)
+    ends = convolution(tokens, 3, params.in_channels, outer) + 2 * (256 * width + width**2) + final
+    residual, smoothing = 2 * tokens * width**2, 2 * slots**2 * width
+    return ends + around + router + residual + smoothing + params.depth * dit_block(slots, width, params.mlp_ratio)
+
+
+def activation_values(params: DcDitParams, slots: int) -> int:
+    """Most values alive at once in a DC-DiT forward pass at batch 1: in a convolution block at full width, in the core while the
+    tokens and their residual wait, or in the search for the nearest tokens."""
+    waiting = 2 * params.tokens * params.hidden_size
+    core = dit_activation_values(slots, params.hidden_size, params.num_heads, params.mlp_ratio)
+    nearest = 3 * params.tokens * slots + slots * params.hidden_size
+    return waiting + max(core, nearest, 2 * params.tokens * params.hidden_size)
+
+
 def cost(params: DcDitParams, budget: Budget, weights: int) -> Cost:
     """Cost of one sample's forward pass with `tokens` slots, filled or not; `weights` is the number of parameters."""
     slots = budget["tokens"]
-    return priced(budget, dc_dit_flops(params, slots), weights, dc_dit_activation_values(params, slots))
+    return priced(budget, flops(params, slots), weights, activation_values(params, slots))
 
 
 def facts(params: DcDitParams) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class BudgetOutlook(Outlook):
         self.fixed(choice.budget, choice.guidance_budget)
 
     def course(self, option: Option, steps: int | None = None) -> Course:
-        model, flexible = self.gauge.manifest.model, resumable(self.gauge.manifest.model, self.sampler)
+        model, flexible = self.gauge.manifest.model, resumable(self.sampler)
         counts = option.steps if steps is None else (steps,)
         return Course.of(counts, lambda stage, begin, count: times(model, self.sampler, count, begin), flexible)
 

@@ -12,7 +12,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import UsageError
-from elastic_runtime.ralu.plan import Plan
+from elastic_runtime.ralu.plan import OWN, Plan
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import batches
 
@@ -114,6 +114,10 @@ class PlanOutlook(Outlook):
                 f"{self.gauge.manifest.model.name} has as many tokens as its plan and the picture's size say: give plan, height and width"
             )
         return self._option(self.usual_name, self.plans[self.usual_name])
+
+    def planned(self, plan: Plan) -> Option:
+        """A plan in its own steps as an option, by the name under which the card may grade it."""
+        return self._option(next((name for name, each in self.plans.items() if each.alike(plan)), OWN), plan)
 
     def check(self, choice: Choice) -> None:
         if choice.plan is None:

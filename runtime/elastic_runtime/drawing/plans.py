@@ -21,7 +21,7 @@ from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, PRESETS, Plan, full, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, preset
 from elastic_runtime.request import Request, StepRecord
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators
@@ -31,7 +31,6 @@ from elastic_runtime.sessions.session import Session, batches
 USUAL = "4x"  # where nothing is asked for
 STEPS = 20  # of plan full
 MOST_STEPS = 50  # of plan full that a policy weighs: what the paper compares with
-OWN = "own"  # a plan of the caller's, which no card grades
 
 
 class PlanDrawing(Drawing):
@@ -149,7 +148,7 @@ class PlanDrawing(Drawing):
 
     def name_of(self, plan: Plan) -> str:
         """The name of a plan in whichever number of steps."""
-        return next((name for name, each in self.plans.items() if _alike(each, plan)), OWN)
+        return next((name for name, each in self.plans.items() if each.alike(plan)), OWN)
 
     @property
     def drawn(self) -> Plan:
@@ -272,11 +271,6 @@ class PlanDrawing(Drawing):
         except BudgetError as error:
             return error
         return None
-
-
-def _alike(left: Plan, right: Plan) -> bool:
-    """Whether two plans differ in their steps at most."""
-    return len(left.steps) == len(right.steps) and replace(left, steps=right.steps) == right
 
 
 def plans_of(bundle: Bundle, request: Request) -> tuple[tuple[int, int], dict[str, Plan]]:

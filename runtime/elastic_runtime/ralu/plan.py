@@ -113,6 +113,10 @@ class Plan:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
 
+    def alike(self, other: "Plan") -> bool:
+        """Whether two plans differ in their steps at most."""
+        return len(self.steps) == len(other.steps) and replace(self, steps=other.steps) == other
+
     def spread(self, total: int) -> "Plan":
         """The same stages in `total` steps, shared out as they are now, at least one a stage.
 
@@ -227,6 +231,7 @@ PRESETS = {
 
 
 FULL = "full"
+OWN = "own"  # a plan of the caller's, which no card grades
 
 
 def preset(name: str) -> Plan:

@@ -71,9 +71,9 @@ def times(model: Model, name: str, steps: int, begin: float | None = None) -> np
     return model.schedule.times(steps) if begin is None else model.schedule.times(steps, begin)
 
 
-def resumable(model: Model, name: str) -> bool:
+def resumable(name: str) -> bool:
     """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
-    return name != "sde" and isinstance(model.schedule, RectifiedFlow | ShiftedCosine | LinearBeta | CosineMask)
+    return name != "sde"
 
 
 def _run(model: Model, name: str, temperature: float | None) -> Run:

@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,9 @@ from elastic_runtime.sessions.session import Arrays, Session
 # What it may compute in: our name -> its own, which is understood as well.
 HINTS = {name: name.replace("fp", "f") for name, row in PRECISIONS.items() if "openvino" in row.backends}
 PROCESSORS: dict[str, Processor] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
+# A session's first run is alone. The bindings (2026.4) make C++ statics in it, for which a thread gives up the interpreter's
+# lock and wants it back, while another holds that and waits for the static: about one process in ten hung for ever.
+FIRST_RUN = threading.Lock()
 
 
 def obstacle(artifact: Artifact) -> str | None:
@@ -64,11 +68,20 @@ class OpenvinoSession(Session):
             self._idle = deque([self._model.create_infer_request()])
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
+        self._warm = False
         self._process = os.getpid()
         self.processor = PROCESSORS[kind]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        if self._warm:
+            return self._infer(feeds)
+        with FIRST_RUN:
+            outputs = self._infer(feeds)
+            self._warm = True
+            return outputs
+
+    def _infer(self, feeds: Arrays) -> dict[str, np.ndarray]:
         model, idle = self._model, self._idle
         if model is None:
             raise InferenceError("this session is closed")

@@ -108,11 +108,11 @@ def ensures(graph: GraphCapture, artifact: CoremlArtifact, folder: Path) -> None
                 )
             for each, feature in zip(specs, features, strict=True):
                 array = feature.type.multiArrayType
-                wanted = [measure(size, call.sizes) for size in each.shape or (1,)] if call.sizes else []
+                contract = [measure(size, call.sizes) for size in each.shape or (1,)] if call.sizes else []
                 if array.dataType != kinds[each.dtype]:
                     raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} is not {each.dtype}")
-                if artifact.shapes == "functions" and list(array.shape) != wanted:
-                    raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} has shape {list(array.shape)}, not {wanted}")
+                if artifact.shapes == "functions" and list(array.shape) != contract:
+                    raise RuntimeError(f"{call.function} of {artifact.path}: {each.name} has shape {list(array.shape)}, not {contract}")
 
 
 def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans: Mapping[str, Span]) -> Any:

@@ -73,10 +73,10 @@ def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
         return list(graph.stages) or [graph.at(Budget())]
     grids = []
     for axis in graph.axes:
-        wanted = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
-        if len(wanted) > _DEFAULT_BUDGETS:
-            wanted = np.geomspace(axis.min, axis.max, _DEFAULT_BUDGETS)
-        grids.append(sorted({min(axis.values, key=lambda value: abs(value - want)) for want in wanted} | {axis.max}))
+        marks = axis.min * 2.0 ** np.arange(np.ceil(np.log2(axis.max / axis.min)) + 1)
+        if len(marks) > _DEFAULT_BUDGETS:
+            marks = np.geomspace(axis.min, axis.max, _DEFAULT_BUDGETS)
+        grids.append(sorted({min(axis.values, key=lambda value: abs(value - mark)) for mark in marks} | {axis.max}))
     names = [axis.name for axis in graph.axes]
     return [Budget(**dict(zip(names, point, strict=True))) for point in itertools.product(*grids)]
 
@@ -91,7 +91,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     for flag, value, choices in (
         ("--shapes", options.shapes, SHAPES),
         ("--target", options.target, tuple(TARGETS)),
-        ("--dtype", options.precision, PRECISIONS),
+        ("--precision", options.precision, PRECISIONS),
         ("--reductions", options.reductions, ("fp32", "fp16")),
         ("--compress", options.compression, (None, *METHODS)),
     ):
@@ -112,7 +112,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     if options.compression:
         _require(options.target, "iOS16", f"--compress {options.compression}")
         if options.precision != "fp16":
-            raise UsageError(f"--compress {options.compression} stores tables of fp16: use --dtype fp16, got {options.precision}")
+            raise UsageError(f"--compress {options.compression} stores tables of fp16: use --precision fp16, got {options.precision}")
 
 
 def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:

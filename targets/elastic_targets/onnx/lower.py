@@ -52,14 +52,14 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     if options.opset not in OPSETS:
         raise UsageError(f"--opset must be one of {', '.join(map(str, OPSETS))}, got {options.opset}")
     if options.precision not in PRECISIONS:
-        raise UsageError(f"--dtype for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
+        raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
     if options.precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
-        raise UsageError(f"--dtype bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
+        raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
     """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry; the exporter tells no progress."""
-    module = graph.module if options.precision == "fp32" else copy.deepcopy(graph.module).to(_TYPES[options.precision])
+    module = graph.module if options.precision == "fp32" else held_in(graph.module, _TYPES[options.precision])
     example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
     file = folder / paths(graph, options)[0]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,14 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
     return (artifact,)
 
 
+def held_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of `module` in another precision, but for the children that it names in `exact`."""
+    held = copy.deepcopy(module).to(dtype)
+    for name in getattr(module, "exact", ()):
+        setattr(held, name, copy.deepcopy(getattr(module, name)))  # from the original: what was rounded stays rounded
+    return held
+
+
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
     """Check the written file: ONNX's own checker, the contract's names, types and open dimensions, no float64 inside.
 
@@ -111,10 +119,10 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
             kind = value.type.tensor_type
             if kind.elem_type != _DTYPES[spec.dtype]:
                 raise RuntimeError(f"{file.name}: {spec.name} is not {spec.dtype}")
-            wanted = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
+            contract = [size if i in graph.dynamic(spec) else graph.fixed(size) for i, size in enumerate(spec.shape)]
             shape = [dim.dim_param or dim.dim_value for dim in kind.shape.dim]
-            if shape != wanted:
-                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {wanted}")
+            if shape != contract:
+                raise RuntimeError(f"{file.name}: {spec.name} has shape {shape}, the contract says {contract}")
     if doubles := [tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE]:
         raise RuntimeError(f"{file.name} holds float64 constants: {', '.join(doubles[:3])}")
 

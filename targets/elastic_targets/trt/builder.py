@@ -38,10 +38,14 @@ class Builder:
         turing = self.ahead_of_time and TURING in (asked or self.sms)
         if turing and precision != "fp16" and asked:
             raise UsageError(
-                f"{self} builds only fp16 graphs for sm {TURING}, this one is {precision}: add --dtype fp16, or leave {TURING} out of --sm"
+                f"{self} builds only fp16 graphs for sm {TURING}, this one is {precision}: "
+                f"add --precision fp16, or leave {TURING} out of --sm"
             )
-        others = tuple(sorted({*(asked or self.sms)} - ({TURING} if self.ahead_of_time else set())))
-        return ((TURING,),) * (turing and precision == "fp16") + ((others,) if others else ())
+        apart = {TURING} if self.ahead_of_time else set()
+        engines: list[tuple[int, ...]] = [(TURING,)] if turing and precision == "fp16" else []
+        if others := sorted({*(asked or self.sms)} - apart):
+            engines.append(tuple(others))
+        return tuple(engines)
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"

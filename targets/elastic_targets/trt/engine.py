@@ -74,8 +74,8 @@ def _configure(builder: Builder, config: Any, sms: tuple[int, ...], settings: Se
         "REFIT": settings.refit, "STRIP_PLAN": settings.strip, "WEIGHT_STREAMING": settings.weight_streaming,
         "VERSION_COMPATIBLE": settings.version_compatible,
     }  # fmt: skip
-    for name, wanted in asked.items():
-        if wanted:
+    for name, value in asked.items():
+        if value:
             config.set_flag(getattr(flags, name))
 
 

@@ -18,7 +18,7 @@ from elastic_targets.trt import cache
 from elastic_targets.trt.builder import Builder, choose
 from elastic_targets.trt.engine import Settings, build
 from elastic_targets.trt.network import Parsed, parse
-from elastic_targets.trt.profiles import narrow, profiles, unknown_buckets
+from elastic_targets.trt.profiles import narrow, profiles, read_buckets, unknown_buckets
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _STEPS = 1000  # of each engine
@@ -28,9 +28,9 @@ _STEPS = 1000  # of each engine
 class TrtOptions:
     """What to build. Left empty: every generation that takes the precision, the bundle's spans, the default buckets.
 
-    `buckets` are budgets by axis, or sizes by open dimension; what they do not name gets one range. `precision` chooses among the bundle's
-    ONNX artifacts. `strip` leaves the weights out of the engine (they are read from the ONNX file when it is opened);
-    `version_compatible` engines open in later versions of the same TensorRT major.
+    `buckets` are budgets by axis, or sizes by open dimension, or the text of them (see `profiles.read_buckets`); what they do not name
+    gets one range. `precision` chooses among the bundle's ONNX artifacts. `strip` leaves the weights out of the engine (they are read from
+    the ONNX file when it is opened); `version_compatible` engines open in later versions of the same TensorRT major.
     """
 
     builder: str = "auto"
@@ -38,7 +38,7 @@ class TrtOptions:
     precision: str | None = None
     spans: Mapping[str, Span] = field(default_factory=dict)
     batch: Span | None = None
-    buckets: Mapping[str, tuple[int, ...]] | None = None
+    buckets: Mapping[str, tuple[int, ...]] | str | None = None
     refit: bool = False
     strip: bool = False
     weight_streaming: bool = False
@@ -91,7 +91,8 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
             "--version-compatible needs --builder tensorrt: tensorrt-rtx has no lean runtime, its engines belong to one version"
         )
     axes = narrow(manifest.axes, options.spans)
-    if unknown := unknown_buckets(options.buckets or (), manifest.graphs.values(), axes):
+    buckets = read_buckets(options.buckets, axes) if isinstance(options.buckets, str) else options.buckets
+    if unknown := unknown_buckets(buckets or (), manifest.graphs.values(), axes):
         raise BudgetError(f"buckets are for axes that change a shape and for open dimensions; this bundle has no {', '.join(unknown)}")
     settings = Settings(
         precision=sources[0].precision,
@@ -101,7 +102,7 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
         version_compatible=options.version_compatible,
     )
     engines = builder.engines(options.sms, settings.precision)
-    return Plan(builder, graph, sources, profiles(graph.described, axes, options.batch, options.buckets), engines, settings)
+    return Plan(builder, graph, sources, profiles(graph.described, axes, options.batch, buckets), engines, settings)
 
 
 def estimate(plan: Plan) -> tuple[Network, float]:
@@ -172,7 +173,7 @@ def _sources(graph: BundleGraph, precision: str | None) -> tuple[OnnxArtifact, .
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(
             f"{folder} has no {precision} ONNX artifact of {graph.name!r}; it has {have}. "
-            f"Add one with: elastic-export onnx --dtype {precision} -o {folder}"
+            f"Add one with: elastic-export onnx --precision {precision} -o {folder}"
         )
     return tuple(sorted(fitting, key=lambda artifact: -artifact.opset))
 
@@ -257,4 +258,5 @@ TARGET = Target(
     lower=lower,
     ensures=ensures,
     proves=proves,
+    available=lambda options: choose(options.builder, options.sms),
 )

@@ -17,12 +17,12 @@ MOST_DEFAULT_BUCKETS = 4
 
 def default_buckets(axis: Axis) -> tuple[int, ...]:
     """The axis's end and its halvings, at most four, smallest first: 32-256 gives 32, 64, 128, 256."""
-    found = [axis.max]
-    while len(found) < MOST_DEFAULT_BUCKETS and (half := axis.min + (found[-1] // 2 - axis.min) // axis.step * axis.step) >= axis.min:
-        if half == found[-1]:
+    buckets = [axis.max]
+    while len(buckets) < MOST_DEFAULT_BUCKETS and (half := axis.min + (buckets[-1] // 2 - axis.min) // axis.step * axis.step) >= axis.min:
+        if half == buckets[-1]:
             break
-        found.append(half)
-    return tuple(reversed(found))
+        buckets.append(half)
+    return tuple(reversed(buckets))
 
 
 def narrow(axes: Iterable[Axis], spans: Mapping[str, Span]) -> tuple[Axis, ...]:
@@ -50,13 +50,13 @@ def read_buckets(text: str, axes: Iterable[Axis]) -> dict[str, tuple[int, ...]] 
         return None
     if text == "none":
         return {}
-    found = {}
+    buckets = {}
     for part in text.split(";"):
         match = re.fullmatch(r"\s*(?:(\w+)\s*=)?\s*(\d+(?:\s*,\s*\d+)*)\s*", part)
         if not match:
             raise BudgetError(f"--buckets is written 32,64,128 or latents=32,64 or none or auto, got {text!r}")
-        found[match[1] or _only(axes)] = tuple(int(value) for value in match[2].split(","))
-    return found
+        buckets[match[1] or _only(axes)] = tuple(int(value) for value in match[2].split(","))
+    return buckets
 
 
 def _only(axes: Iterable[Axis]) -> str:
@@ -109,9 +109,9 @@ def _batch(asked: Span, offered: Span) -> Range:
     return Range(asked.min, min(max(2, asked.min), asked.max), asked.max)
 
 
-def _divide(name: str, span: Span, step: int, wanted: Iterable[int]) -> list[Range]:
+def _divide(name: str, span: Span, step: int, buckets: Iterable[int]) -> list[Range]:
     """Ranges of a span that end at the buckets, or the whole of it where there are none."""
-    ends = sorted(set(wanted)) or [span.max]
+    ends = sorted(set(buckets)) or [span.max]
     if outside := [end for end in ends if end not in span]:
         raise BudgetError(f"the bucket {outside[0]} lies outside {name} {span}: choose buckets within it")
     if ends[-1] != span.max:

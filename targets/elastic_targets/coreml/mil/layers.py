@@ -61,15 +61,15 @@ def conv_transpose(
     spatial = x.dim() - 2
     if pad_type not in ("valid", "custom"):
         raise NotImplementedError(f"conv_transpose with pad_type {pad_type!r}")
-    whole = _CONV_TRANSPOSE[spatial](
+    full = _CONV_TRANSPOSE[spatial](
         x, weight, bias, stride=_sizes(strides, spatial), dilation=_sizes(dilations, spatial), groups=int(groups)
     )
     if pad_type == "custom" and pad is not None:
         for axis, (before, after) in enumerate(pad.reshape(-1, 2).tolist(), start=2):
-            whole = whole.narrow(axis, before, whole.shape[axis] - before - after)
-    if output_shape is not None and list(whole.shape) != output_shape.tolist():
-        raise NotImplementedError(f"conv_transpose to {output_shape.tolist()} where its padding gives {list(whole.shape)}")
-    return whole
+            full = full.narrow(axis, before, full.shape[axis] - before - after)
+    if output_shape is not None and list(full.shape) != output_shape.tolist():
+        raise NotImplementedError(f"conv_transpose to {output_shape.tolist()} where its padding gives {list(full.shape)}")
+    return full
 
 
 def layer_norm(

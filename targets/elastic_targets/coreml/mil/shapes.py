@@ -11,10 +11,10 @@ _SCATTER = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    wanted = shape.tolist()
-    if len(wanted) == x.dim():  # there, 0 keeps a dimension
-        wanted = [size or kept for size, kept in zip(wanted, x.shape, strict=True)]
-    return x.reshape(wanted)
+    sizes = shape.tolist()
+    if len(sizes) == x.dim():  # there, 0 keeps a dimension
+        sizes = [size or kept for size, kept in zip(sizes, x.shape, strict=True)]
+    return x.reshape(sizes)
 
 
 def transpose(x: Tensor, perm: Tensor) -> Tensor:

@@ -1,0 +1,256 @@
+"""The Python API, which the commands are doors to: `export`, `verify`, `models`. Nothing here prints."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import elastic_targets
+from elastic_export import exporting, verifying
+from elastic_export.exporting import OnStage, silent
+from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.bundle import MANIFEST, Bundle
+from elastic_runtime.errors import MissingError, UsageError
+from elastic_runtime.files.folder import Draft, standing, writing
+from elastic_targets.target import OnProgress, Target
+
+if TYPE_CHECKING:
+    from elastic_export.capture.capture import Capture
+
+DEFAULT = "elit-mnist"
+BATCH = Span(1, 4)
+Folder = str | os.PathLike[str]
+Spanned = Span | str | int
+
+
+def export(
+    model: Folder = DEFAULT,
+    *,
+    output: Folder,
+    target: str = "onnx",
+    latents: Spanned | None = None,
+    tokens: Spanned | None = None,
+    loops: Spanned | None = None,
+    batch: Spanned | None = None,
+    precision: str | None = None,
+    checkpoint: Folder | None = None,
+    config: Folder | None = None,
+    vae: Folder | None = None,
+    components: Sequence[str] | str | None = None,
+    size: Spanned | None = None,
+    head_blocks: int | None = None,
+    random_weights: bool = False,
+    overwrite: bool = False,
+    command: str | None = None,
+    on_stage: OnStage = silent,
+    on_progress: OnProgress = silent,
+    **options: Any,
+) -> Bundle:
+    """Compile a model with its compute axis open, prove every budget that is recorded, and write a bundle or extend one.
+
+        bundle = elastic_export.export("elit-mnist", output="digits", latents="32-256")
+        elastic_export.export("elit-mnist", output="digits", latents="32-256", target="coreml", budgets=[64, 128])
+        elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
+
+    Args:
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX or SD3. For a target that takes
+            ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
+        output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
+        target: onnx, coreml or trt.
+        latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
+        batch: samples of one run, of which guidance takes two a picture; by default 1 to 4, or what the bundle has.
+        precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt.
+        checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
+        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels.
+        head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
+        overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
+        on_stage: told `(what)` before each part of the work. on_progress: told `(what, done, total)` by slow compilers.
+        options: the target's own: `opset` (onnx, and trt for a model); `shapes`, `target`, `reductions`, `compression` and `budgets`
+            (coreml); `builder`, `sms`, `buckets`, `refit`, `strip`, `weight_streaming`, `version_compatible` (trt).
+
+    Raises: UsageError and its kinds for what cannot be done as asked; MissingError with the line that installs what is not there;
+        VerificationError naming the budget that failed and the figure. The old bundle is whole on any error.
+    """
+    source: dict[str, Any] = {
+        "checkpoint": checkpoint, "config": config, "vae": vae, "components": components, "size": size, "head_blocks": head_blocks,
+        "random_weights": random_weights,
+    }  # fmt: skip
+    spans = {"latents": latents, "tokens": tokens, "loops": loops}
+    command = command or f"elastic_export.export({os.fspath(model)!r}, target={target!r})"
+    room = elastic_targets.target(target)
+    if room.takes == "torch":
+        chosen = target_options(room, options, precision)
+        with preparing(model, target, chosen, output, spans, batch, source, overwrite, command, on_stage) as ready:
+            return ready.run(on_stage, on_progress)
+    given = {name: value for name, value in options.items() if name != "opset"}
+    given |= {"spans": read_spans(spans), "batch": None if batch is None else read_span(batch)}
+    chosen = target_options(room, given, precision)
+    if room.available:
+        room.available(chosen)  # its absence should not wait for the model
+    bundle = opened(model, source)
+    if bundle is None:
+        onnx = elastic_targets.target("onnx")
+        first = target_options(onnx, {name: value for name, value in options.items() if name == "opset"}, precision)
+        with preparing(model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage) as ready:
+            bundle = ready.run(on_stage, on_progress)
+    return exporting.export_bundle(bundle, target, chosen, Path(output), overwrite, on_progress)
+
+
+def verify(bundle: Folder | Bundle, tolerance: float | None = None, on_stage: OnStage = silent) -> list[tuple[str, Artifact]]:
+    """Check every file's hash, then run every artifact that this machine can against the original's recorded outputs; needs no torch.
+
+        proven = {artifact.path: all(row.passed for row in artifact.verified) for graph, artifact in elastic_export.verify("digits")}
+
+    Args:
+        bundle: its folder. tolerance: the error allowed, times the largest output (at least 1); by default that of each precision.
+
+    Returns: each graph's artifacts with `verified`, a row a recorded budget, or why nothing here can run it in `unverified`.
+
+    Raises: BundleError for a bundle that is damaged. A missed tolerance is a row that did not pass, and raises nothing.
+    """
+    folder = bundle.folder if isinstance(bundle, Bundle) else Path(bundle)
+    on_stage(f"hashing {folder}")
+    hashed = Bundle.open(folder, hashes=True)
+    on_stage("running at each recorded budget")
+    return verifying.verify(hashed, tolerance)
+
+
+def models() -> list[dict[str, Any]]:
+    """What may stand as a model by name, a row each: `name`, `family`, `weights`, `axes` ("latents 16-256"), `gflops` at the smallest
+    and the largest budget, and `parameters`.
+
+    Raises: MissingError without torch.
+    """
+    require_torch("the model zoo")
+    from elastic_export.capture.catalogue import catalogue
+
+    return catalogue()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An export whose model is captured and whose options are checked, before anything is lowered.
+
+    `old` is the bundle that stands at `output`; `draft` is None for a dry run.
+    """
+
+    capture: "Capture"
+    target: Target
+    options: Any
+    output: Path
+    overwrite: bool
+    command: str
+    old: Bundle | None
+    draft: Draft | None
+
+    def check(self) -> None:
+        """Raise what `run` would before it lowers anything."""
+        exporting.prepare(self.capture, self.target, self.options, self.old, self.command, self.overwrite)
+
+    def run(self, on_stage: OnStage = silent, on_progress: OnProgress = silent) -> Bundle:
+        """Lower, prove and write; the capture is consumed. Not for a dry run."""
+        assert self.draft is not None
+        return exporting.export_into(
+            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What a user should know that is not the result."""
+        yield from self.capture.notes
+        if ignored := self.capture.manifest.provenance.ignored_weights:
+            yield f"ignored {len(ignored)} training-only weights, {ignored[0]} among them"
+        if self.capture.manifest.model.weights == "random":
+            yield "the weights are random: fit to measure speed, not to draw"
+
+
+@contextlib.contextmanager
+def preparing(
+    model: Folder,
+    target: str,
+    options: Any,
+    output: Folder,
+    spans: Mapping[str, Spanned | None],
+    batch: Spanned | None = None,
+    source: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    on_stage: OnStage = silent,
+    dry_run: bool = False,
+) -> Iterator[Prepared]:
+    """What `export` does before it lowers anything, for a target that takes torch; nobody else writes at `output` meanwhile.
+
+    `options` are the target's own record, `source` where the model comes from (`checkpoint` to `random_weights`, see `export`). A dry run
+    writes nothing, and does not read a folder's weights through for their hash.
+
+    Raises: as `export`.
+    """
+    require_torch("exporting")
+    from elastic_export.capture.opening import open_model
+
+    room, name = elastic_targets.target(target), os.fspath(model)
+    origin = dict(source or {})
+    for each in ("checkpoint", "config", "vae"):
+        origin[each] = None if origin.get(each) is None else Path(origin[each])
+    origin["size"] = None if origin.get("size") is None else read_span(origin["size"])
+    origin["components"] = read_words(origin.get("components"))
+    folder = Path(output)
+    with contextlib.ExitStack() as stack:
+        # A refusal should not wait for the weights to load.
+        draft = None if dry_run else stack.enter_context(writing(folder, overwrite))
+        old = draft.old if draft else standing(folder, overwrite).bundle
+        on_stage(f"loading {name}")
+        capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=not dry_run, **origin)
+        yield Prepared(capture, room, options, folder, overwrite, command, old, draft)
+
+
+def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
+    """The bundle that stands at `model`; None for a model that is still to be exported.
+
+    Raises: UsageError for a bundle with a `source` of its own.
+    """
+    if not (Path(model) / MANIFEST).is_file():
+        return None
+    if any(value is not None and value is not False for value in source.values()):
+        raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
+    return Bundle.open(model)
+
+
+def target_options(room: Target, given: Mapping[str, Any], precision: str | None = None) -> Any:
+    """The record of a target's own options.
+
+    Raises: UsageError listing the options that it has.
+    """
+    known = [field.name for field in fields(room.options)]
+    if unknown := sorted(set(given) - set(known)):
+        raise UsageError(f"the {room.name} target has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return room.options(**values | ({} if precision is None else {"precision": precision}))
+
+
+def require_torch(what: str) -> None:
+    """Raise MissingError with the line to paste unless the hall can be entered."""
+    try:
+        import safetensors  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingError(f"{what} needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
+
+
+def read_span(value: Spanned) -> Span:
+    """`"32-256"`, `64` or a `Span`, as a span; raises BudgetError for other text."""
+    return value if isinstance(value, Span) else Span.parse(str(value))
+
+
+def read_spans(spans: Mapping[str, Spanned | None]) -> dict[str, Span]:
+    """Those that are given."""
+    return {name: read_span(value) for name, value in spans.items() if value is not None}
+
+
+def read_words(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """`"transformer,vae"`, or the words themselves."""
+    if value is None:
+        return None
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
