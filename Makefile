@@ -8,13 +8,13 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
 
-# Every packaged sample in every runtime of this machine, and the README's figures from it. Nothing else should run meanwhile.
+# Every packaged sample in every runtime of this machine, and the figures of docs/performance.md from it. Nothing else should run meanwhile.
 bench: .venv/.base
 	$(INSTALL) --editable '.[torch,ort,openvino,report]'
 	for card in elastic_export/pretrained/*.json; do name=$$(basename $$card .json) && \
 		$(BIN)/elastic-export onnx $$name -o build/bench/$$name --overwrite || exit 1; done
 	$(BIN)/elastic-export bench $$(ls -d build/bench/*/) --quality --overwrite --json build/bench.json --html build/bench.html
-	$(BIN)/python samples/speed.py build/bench.json README.md --plot docs/speed.svg
+	$(BIN)/python samples/speed.py build/bench.json docs/performance.md --plot docs/speed.svg
 
 test: lint check wheel
 

@@ -1,10 +1,10 @@
 """Write a trained sample's figures, from its JSON record, into the pages that quote them, and plot them.
 
     python samples/card.py elastic_export/pretrained/elit-mnist.json \\
-        elastic_export/pretrained/elit-mnist.md README.md --plot docs/elit-mnist-quality.png
+        elastic_export/pretrained/elit-mnist.md docs/quality.md --plot docs/elit-mnist-quality.png
 
-A page holds the figures between `<!-- figures elit-mnist -->` and `<!-- end of figures -->`, so that all pages and the
-bundle's manifest say the same. With --check nothing is written, and a page that differs is an error.
+The model's card and docs/quality.md hold the figures between `<!-- figures elit-mnist -->` and `<!-- end of figures -->`,
+so that both and the bundle's manifest say the same. With --check nothing is written, and a page that differs is an error.
 """
 
 import argparse
@@ -188,7 +188,7 @@ def main(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("record", type=Path, help="JSON record of a trained sample")
-    options.add_argument("pages", type=Path, nargs="*", help="Markdown pages to fill")
+    options.add_argument("pages", type=Path, nargs="*", help="Markdown pages to fill: the card, docs/quality.md")
     options.add_argument("--plot", type=Path, help="PNG of the figures")
     options.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     main(options.parse_args())

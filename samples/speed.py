@@ -1,6 +1,6 @@
-"""Write a benchmark's figures into the page that quotes them, and plot latency by budget.
+"""Write a benchmark's figures into docs/performance.md, which quotes them, and plot latency by budget.
 
-    python samples/speed.py build/bench.json README.md --plot docs/speed.svg
+    python samples/speed.py build/bench.json docs/performance.md --plot docs/speed.svg
 
 The page holds them between `<!-- figures speed -->` and `<!-- end of figures -->`. With --check nothing is written, and a page that
 differs is an error.
@@ -74,7 +74,7 @@ def options() -> argparse.ArgumentParser:
     """What the script takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="what elastic-export bench --json wrote")
-    parser.add_argument("pages", type=Path, nargs="*", help="Markdown pages to fill")
+    parser.add_argument("pages", type=Path, nargs="*", help="Markdown pages to fill: docs/performance.md")
     parser.add_argument("--plot", type=Path, help="SVG of latency by budget")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page differs")
     return parser

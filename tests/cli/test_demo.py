@@ -13,7 +13,7 @@ pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("diffusers", reason="ralu-digits is a diffusers folder")
 pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
 
-from elastic_runtime import Bundle, RaluPipeline
+from elastic_runtime import Bundle, ElasticPipeline
 from elastic_runtime.errors import UsageError
 
 Run = Callable[..., Outcome]
@@ -63,7 +63,7 @@ def test_it_is_listed_inspected_and_verified(demo: Path, run: Run) -> None:
 
 
 def test_the_same_noise_is_the_same_digit_along_plans(demo: Path) -> None:
-    with RaluPipeline.from_pretrained(demo / "ralu-digits") as pipe:
+    with ElasticPipeline.from_pretrained(demo / "ralu-digits") as pipe:
         drawn = [
             pipe(class_labels=[1], plan=plan, guidance_scale=2.0, generator=np.random.default_rng([0, 1]), output_type="np").images
             for plan in ("4x", "4x", "7x")

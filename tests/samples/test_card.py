@@ -125,10 +125,11 @@ def test_machine_and_versions_are_words() -> None:
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_cards_say_what_the_records_say(path: Path) -> None:
-    card = path.with_suffix(".md")
+@pytest.mark.parametrize("page", [None, ROOT / "docs" / "quality.md"], ids=["card", "quality.md"])
+def test_pages_say_what_the_records_say(path: Path, page: Path | None) -> None:
+    page = page or path.with_suffix(".md")
     content = section(read(path))
-    assert filled(card.read_text(encoding="utf-8"), path.stem, content, str(card)) == card.read_text(encoding="utf-8")
+    assert filled(page.read_text(encoding="utf-8"), path.stem, content, str(page)) == page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)

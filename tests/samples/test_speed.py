@@ -1,16 +1,18 @@
 """`samples/speed.py` on a report of stand-ins."""
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 
+from card import filled
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
 from elastic_bench.records import Peaks, Report, Settings, encode
 from elastic_runtime import UsageError
-from speed import main, options, section, table
+from speed import NAME, main, options, section, table
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +52,10 @@ def test_the_page_and_the_plot_are_filled_and_checked(report: Report, tmp_path: 
     main(options().parse_args([str(json), str(page), "--check"]))
     with pytest.raises(UsageError, match="cannot read"):
         main(options().parse_args([str(tmp_path / "none.json")]))
+
+
+def test_the_page_that_make_bench_fills_is_ready_for_it(report: Report) -> None:
+    root = Path(__file__).parents[2]
+    recipe = re.search(r"samples/speed\.py \S+ (\S+)", (root / "Makefile").read_text(encoding="utf-8"))
+    assert recipe
+    assert section(report) in filled((root / recipe[1]).read_text(encoding="utf-8"), NAME, section(report), recipe[1])

@@ -37,10 +37,10 @@ class Caching:
     def every(cls, plan: Plan, interval: int, order: Literal[0, 1] = 1) -> Self:
         """Run the network on the first `order + 1` steps of each stage and then on every `interval`-th.
 
-        Raises: UsageError for something else than a plan (see `RaluPipeline.drawing` for named ones), or an interval below 2.
+        Raises: UsageError for something else than a plan (`ralu.plan.PRESETS` has the named ones), or an interval below 2.
         """
         if not isinstance(plan, Plan):
-            raise UsageError(f"caching is laid over a Plan, PRESETS['4x'] or pipe.drawing('full', 20).plan, got {plan!r}")
+            raise UsageError(f"caching is laid over a Plan, PRESETS['4x'] or Plan.full(20), got {plan!r}")
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
             raise UsageError(
                 f"the network runs on every 2nd step or more rarely, got an interval of {interval!r}: without caching it runs on every step"
