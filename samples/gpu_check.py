@@ -69,8 +69,9 @@ def feeds(manifest: Manifest, budget: Budget, seed: int, batch: int = 1) -> Arra
     random = np.random.default_rng(seed)
     carried = axis_feeds(tuple(axis for axis in manifest.axes if axis.name in budget), budget)
     arrays: Arrays = {}
+    shaped = {str(axis.dimension): Span(budget[axis.name], budget[axis.name]) for axis in manifest.axes if axis.carrier == "shape"}
+    sizes = graph.dimensions | {"B": Span(batch, batch)} | shaped
     for spec in graph.inputs:
-        sizes = graph.dimensions | {"B": Span(batch, batch)}
         shape = tuple(sizes[size].min if isinstance(size, str) else size for size in spec.shape)
         if spec.name in carried:
             arrays[spec.name] = carried[spec.name]

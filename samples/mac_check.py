@@ -22,7 +22,7 @@ import numpy as np
 from elastic_runtime import Bundle, MissingError
 from elastic_runtime.contract.artifacts import CoremlArtifact
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.reference import axis_feeds, unpack
+from elastic_runtime.contract.reference import axis_feeds, cut, unpack
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle
 
@@ -61,7 +61,7 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
         batched = [spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"]
         for budget in session.budgets or tuple(outputs):
             axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-            feeds = shared | axis_feeds(axes, budget)
+            feeds = cut(graph.inputs, shared, budget, axes) | axis_feeds(axes, budget)
             feeds |= {each: np.ascontiguousarray(feeds[each][: session.batch.min]) for each in batched}
             seconds = []
             for _ in range(runs + 1):

@@ -14,7 +14,7 @@ from elastic_bench.records import ROUNDS, BundleReport, Row, RuntimeReport, Sett
 from elastic_bench.runtimes import Runtime, sentence
 from elastic_bench.statistics import summarize
 from elastic_bench.subject import Drawing, Turn
-from elastic_runtime.choosing.cost import Work
+from elastic_runtime.choosing.cost import Costs, Rates
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import compare
@@ -200,12 +200,12 @@ def _report(entry: Entry, bundle: Bundle, settings: Settings) -> RuntimeReport:
 def _row(entry: Entry, budget: Budget, turns: list[Turn], bundle: Bundle, settings: Settings) -> Row:
     rounds = tuple(turn.steady for turn in turns)
     step = summarize(rounds)
-    cost = next((row for row in bundle.manifest.cost if Budget(**row.budget) == budget), None)
-    work = Work(cost.flops, cost.weight_bytes, cost.activation_bytes).at(entry.runtime.precision) if cost else None
+    cost = Costs(bundle.manifest, Rates(1.0, 1.0)).work(budget) if bundle.manifest.cost else None
+    work = cost.at(entry.runtime.precision) if cost else None
     switching = float(np.median([turn.entering for turn in turns])) - step.p50
     return Row(
         budget=dict(budget),
-        flops=settings.batch * cost.flops if cost else None,
+        flops=round(settings.batch * cost.flops) if cost else None,
         moved_bytes=int(work.weight_bytes + settings.batch * work.activation_bytes) if work else None,
         first_seconds=entry.first[budget][0],
         switch_seconds=switching if len(entry.first) > 1 else None,

@@ -294,8 +294,6 @@ class ElasticPipeline:
             if not np.isfinite(step.sample).all():
                 raise InferenceError(f"step {step.index} gave values that are not finite; try --precision fp32, and verify the bundle")
             seconds = self._clock() - last
-            if choice.predicted is not None:
-                gauge.observe(choice.predicted, seconds)
             replacement = yield choice, drawing.progress(step, drawing.record(step, choice, seconds))
             last = self._clock()
             if not drawing.left:

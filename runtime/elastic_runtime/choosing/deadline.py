@@ -23,7 +23,8 @@ class Underway:
     clock.
 
     `asked` are the steps of the whole run as first asked for; `course` is None before the first step of a model that is
-    drawn along plans.
+    drawn along plans. `fresh` is whether the step under way is the first of its kind in the session, which tells nothing
+    of the pace.
     """
 
     options: tuple[Option, ...]
@@ -35,6 +36,7 @@ class Underway:
     elapsed: float = 0.0
     clock: float | None = None
     predicted: float = 0.0
+    fresh: bool = False
 
     @property
     def pace(self) -> float:
@@ -119,7 +121,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
             reason += f"; the card has no quality table ({outlook.table}), so what takes more counts as better"
         changed = state.course is None or course.steps != state.course.steps or state.clock is None
         choice = best.choice(course.steps if changed else None, predicted, reason, stage=course.first)
-        return choice, replace(state, course=course.onward(), predicted=predicted, clock=seconds)
+        fresh = outlook.first(best, course)
+        return choice, replace(state, course=course.onward(), predicted=predicted, clock=seconds, fresh=fresh)
 
     def _reachable(self, outlook: Outlook, cheapest: Option, steps: int) -> None:
         """Raise UnreachableError with the nearest time, where `steps` of the cheapest option take longer than there
@@ -144,7 +147,10 @@ class Deadline(Record, frozen=True, tag="deadline"):
             return replace(state, elapsed=min(max(seconds, 0.0), self.seconds))
         took = seconds - state.clock
         took = min(took, self.seconds) if took >= 0 else state.predicted * state.pace
-        ratios = (*state.ratios, clipped(state.predicted, took))[-RECENT:]
+        ratios = state.ratios
+        if not state.fresh:
+            ratios = (*ratios, clipped(state.predicted, took))[-RECENT:]
+            state.outlook.gauge.observe(state.predicted, took)
         return replace(state, elapsed=state.elapsed + took, ratios=ratios, measured=state.measured + 1)
 
     def _replanned(self, state: Underway, left: float) -> Course:

@@ -3,7 +3,7 @@ late."""
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -55,6 +55,7 @@ class Gauge:
         self.pace = 1.0
         self._spent, self._lock = threading.local(), threading.RLock()
         self._measured: dict[str, Any] = {}
+        self._ran: set[tuple[Budget, int]] = set()
         self._finish, self._preview, self._clock, self._probe = finish, preview, clock, device
 
     @property
@@ -96,6 +97,15 @@ class Gauge:
         """Costs by measured points."""
         return Costs(self.manifest, calibration.rates(self.session, self.device), self._precision, self.calibrated.points)
 
+    def first(self, runs: Iterable[tuple[Budget, int]]) -> bool:
+        """Whether some of these budgets and batches have not been run since the session was opened; from now on they have.
+
+        A first run at a shape plans its memory, takes it and wakes its threads: it tells nothing of the pace.
+        """
+        new = set(runs) - self._ran
+        self._ran |= new
+        return bool(new)
+
     def observe(self, predicted: float, seconds: float) -> None:
         """Take one step into the pace, measured over predicted; it outlives the picture, as a hot chip does."""
         ratio = clipped(predicted, seconds)
@@ -118,6 +128,7 @@ class Gauge:
 
     def _measure(self) -> calibration.Measured:
         points = calibration.points(self.session, self.manifest, self.budgets, self._clock, opened=self.opened)
+        self.first((Budget(**point.budget), point.batch) for point in points)
         return calibration.Measured(points, self._seconds(self._finish), self._seconds(self._preview))
 
     def _seconds(self, work: Callable[[], object] | None) -> float:
@@ -246,6 +257,12 @@ class Outlook(ABC):
             seconds += int(plain.sum()) * self.seconds(option, stage, False) if plain.any() else 0.0
             seconds += self.entering() if stage and (index or course.enters) else 0.0
         return seconds
+
+    def first(self, option: Option, course: Course) -> bool:
+        """Whether the next step is the first that the session runs in this way; from now on it is not."""
+        guided, plain = self.evaluations(course)[0]
+        kinds = [kind for kind, count in ((True, guided[0]), (False, plain[0])) if count]
+        return self.gauge.first(run for kind in kinds for run in self.runs(option, course.first, kind))
 
     def step(self, option: Option, course: Course) -> float:
         """Predicted seconds of the next step of a course."""
