@@ -189,8 +189,10 @@ def preparing(
     """
     require_torch("exporting")
     from elastic_export.capture.opening import open_model
+    from elastic_export.capture.zoo import locate
 
     room, name = elastic_targets.target(target), os.fspath(model)
+    place = locate(name)  # before the output, which may have the model's name, is made
     origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
         origin[each] = None if origin.get(each) is None else Path(origin[each])
@@ -202,7 +204,8 @@ def preparing(
         draft = None if dry_run else stack.enter_context(writing(folder, overwrite))
         old = draft.old if draft else standing(folder, overwrite).bundle
         on_stage(f"loading {name}")
-        capture = open_model(name, read_spans(spans), BATCH if batch is None else read_span(batch), digest=not dry_run, **origin)
+        batches = BATCH if batch is None else read_span(batch)
+        capture = open_model(name, place, read_spans(spans), batches, digest=not dry_run, **origin)
         yield Prepared(capture, room, options, folder, overwrite, command, old, draft)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from elastic_export.capture.capture import Capture, capture
 from elastic_export.capture.folders import capture_folder
-from elastic_export.capture.zoo import Request, load, locate, samples
+from elastic_export.capture.zoo import Request, load, samples
 from elastic_export.families import tokens
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.errors import UsageError
@@ -13,6 +13,7 @@ from elastic_runtime.errors import UsageError
 
 def open_model(
     model: str,
+    folder: Path | None,
     spans: Mapping[str, Span],
     batch: Span,
     *,
@@ -27,11 +28,11 @@ def open_model(
 ) -> Capture:
     """Capture the model of that name, its axes narrowed to `spans`; see `elastic_export.export` for the rest.
 
-    `digest`: whether to read a folder's weights through once, for their SHA-256.
+    `folder`: what `locate` says of the name. `digest`: whether to read a folder's weights through once, for their SHA-256.
 
     Raises: UsageError for arguments that are for another kind of model; ModelError and BudgetError as `load` and the captures.
     """
-    if folder := locate(model):
+    if folder:
         others = {f"--{name}": span for name, span in spans.items() if name != tokens.AXIS}
         others |= {"--checkpoint": checkpoint, "--config": config, "--vae": vae}  # type: ignore[dict-item]
         others |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}  # type: ignore[dict-item]

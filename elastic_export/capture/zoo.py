@@ -59,11 +59,16 @@ def locate(name: str) -> Path | None:
     """The diffusers folder that a name stands for: a packaged sample's, or a path; None for a model of the zoo's own.
 
     The zoo's names come first: a bundle that was made of one often stands in a folder of the same name.
+
+    Raises: ModelError where there is neither.
     """
     if name in samples():
         packaged = samples()[name].with_suffix("")
         return packaged if packaged.is_dir() else None
-    return Path(name) if name not in names() and Path(name).is_dir() else None
+    if name not in names() and Path(name).is_dir():
+        return Path(name)
+    _find(name)
+    return None
 
 
 def names() -> list[str]:

@@ -27,22 +27,28 @@ class BudgetOutlook(Outlook):
 
     @property
     def graded(self) -> bool:
-        return self._accuracy is not None
+        return self._rows is not None
 
     @cached_property
-    def _accuracy(self) -> tuple[list[float], list[float]] | None:
-        rows = sorted((self._flops(Budget(**row.budget)), row.accuracy) for row in self.gauge.manifest.quality)
-        best = max((accuracy for _, accuracy in rows), default=0.0)
-        return ([flops for flops, _ in rows], [accuracy / best for _, accuracy in rows]) if best > 0 else None
+    def _rows(self) -> np.ndarray | None:
+        """FLOPs of the card's rows, rising; accuracy over the best; Frechet distance over the least: (3, rows)."""
+        quality = self.gauge.manifest.quality
+        rows = np.array(sorted((self._flops(Budget(**row.budget)), row.accuracy, row.frechet_distance) for row in quality)).T
+        if not rows.size or not rows[1].max() > 0 or not rows[2].min() > 0:
+            return None
+        return np.stack([rows[0], rows[1] / rows[1].max(), rows[2] / rows[2].min()])
 
     def quality(self, option: Option) -> float:
         """A straight line in FLOPs between the table's rows and level beyond them; without one the share of the
         largest's FLOPs."""
         budget, flops = option.budget, self._flops(option.budget)
-        if self._accuracy is None:
+        if self._rows is None:
             most = self._flops(self.gauge.budgets[-1])
             return flops / most if most else sum(budget.values()) / max(sum(self.gauge.budgets[-1].values()), 1)
-        return float(np.interp(flops, *self._accuracy))
+        return float(np.interp(flops, self._rows[0], self._rows[1]))
+
+    def distance(self, option: Option) -> float:
+        return 1.0 if self._rows is None else float(np.interp(self._flops(option.budget), self._rows[0], self._rows[2]))
 
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
         """The weak branch runs at `guidance_budget`, never above the strong one's, or at the same budget."""

@@ -194,6 +194,10 @@ class Outlook(ABC):
         """Accuracy over the best of the card's table; without a table a number that only ranks."""
 
     @abstractmethod
+    def distance(self, option: Option) -> float:
+        """The Frechet distance of pictures to real ones over the least of the card's table; 1 without a table."""
+
+    @abstractmethod
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
         """Ways to draw, cheapest first.
 

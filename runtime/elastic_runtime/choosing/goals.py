@@ -9,6 +9,7 @@ from elastic_runtime.choosing.policy import Settled
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UnreachableError, UsageError
 
+NEAR = 1.25  # times the least Frechet distance: what a judge still recognises may look much worse
 FREE = 0.01  # of a time that is predicted by peak rates alone: a larger budget that adds less is bound by memory, not by arithmetic
 
 
@@ -103,9 +104,10 @@ class Quality(Settled, frozen=True, tag="quality"):
 class Auto(Settled, frozen=True, tag="auto"):
     """What suits this machine when nothing is asked for: enough quality in the least time.
 
-    With a quality table it is the cheapest way that keeps `floor` of the best accuracy, else the model's usual one.
-    Larger budgets that take the same time by the device's peak rates are free, so the largest of them is taken; and
-    where memory is short, the largest that fits. Nothing is measured: the same machine chooses the same each time.
+    With a quality table it is the cheapest way that keeps `floor` of the best accuracy and whose pictures are near the
+    best ones, by their Frechet distance too (`NEAR`); else the model's usual one. Larger budgets that take the same time
+    by the device's peak rates are free, so the largest of them is taken; and where memory is short, the largest that
+    fits. Nothing is measured: the same machine chooses the same each time.
     """
 
     floor: float = 0.99
@@ -131,7 +133,7 @@ class Auto(Settled, frozen=True, tag="auto"):
         return best.choice(reason=f"{target.name} {reason}, and this takes no longer: reading the weights does")
 
     def _target(self, options: list[Option], outlook: Outlook) -> tuple[Option, str]:
-        keeping = [option for option in options if outlook.quality(option) >= self.floor]
+        keeping = [option for option in options if outlook.quality(option) >= self.floor and outlook.distance(option) <= NEAR]
         if outlook.routed:  # a router sizes its own steps, and a cap would only cut into them
             return max(options, key=lambda option: sum(option.budget.values())), "leaves the number of tokens to the router"
         if outlook.graded and keeping:

@@ -45,16 +45,19 @@ class PlanOutlook(Outlook):
         self.plans, self.size, self.usual_name = plans, size, usual_name
 
     @cached_property
-    def _rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By plan: FLOPs of the graded rows, rising, and their accuracy over the best of all; more steps of a plan
-        never count as worse."""
-        rows: dict[str, list[tuple[float, float]]] = {}
-        best = max((row.accuracy for row in self.gauge.manifest.quality), default=0.0)
-        for row, name, plan in self._graded_plans():
-            if best > 0:
-                rows.setdefault(name, []).append((self._flops(plan), row.accuracy / best))
-        columns = {name: np.array([(0.0, 0.0), *sorted(pairs)]).T for name, pairs in rows.items()}
-        return {name: (flops, np.maximum.accumulate(accuracy)) for name, (flops, accuracy) in columns.items()}
+    def _rows(self) -> dict[str, np.ndarray]:
+        """By plan: FLOPs of the graded rows, rising from none, their accuracy over the best of all, and their Frechet distance over the
+        least of all, (3, rows); more steps of a plan never count as worse."""
+        rows = [(name, self._flops(plan), row.accuracy, row.frechet_distance) for row, name, plan in self._graded_plans()]
+        best, least = max((row[2] for row in rows), default=0.0), min((row[3] for row in rows), default=0.0)
+        if not (best > 0 and least > 0):
+            return {}
+        tables = {}
+        for name in {row[0] for row in rows}:
+            flops, accuracy, distance = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
+            accuracy, distance = np.maximum.accumulate(accuracy) / best, np.minimum.accumulate(distance) / least
+            tables[name] = np.stack([[0.0, *flops], [0.0, *accuracy], [distance[0], *distance]])
+        return tables
 
     def _graded_plans(self) -> Iterator[tuple[Quality, str, Plan]]:
         """The card's rows of plans that may be drawn, each with its plan's name and the plan in the steps of the
@@ -78,8 +81,15 @@ class PlanOutlook(Outlook):
         if not self._rows:
             whole = Plan.full(max(plan.total for plan in self.plans.values()))
             return self._flops(option.plan) / self._flops(whole) + surer
-        flops, accuracy = self._rows.get(_kind(option), (np.zeros(1), np.zeros(1)))
+        flops, accuracy, _ = self._rows.get(_kind(option), np.zeros((3, 1)))
         return float(np.interp(self._flops(option.plan), flops, accuracy)) + surer
+
+    def distance(self, option: Option) -> float:
+        """As `quality`, but nearest to the first row below it; an ungraded plan is infinitely far."""
+        if not self._rows:
+            return 1.0
+        table = self._rows.get(_kind(option))
+        return float("inf") if table is None else float(np.interp(self._flops(_plan(option)), table[0], table[2]))
 
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
         """Each plan in its own steps, and in those that the card grades."""

@@ -148,6 +148,16 @@ def test_auto_is_the_cheapest_of_almost_the_best_and_measures_nothing() -> None:
     assert machine.now - begun == pytest.approx(FOUR + DECODE / 4)
 
 
+def test_auto_takes_nothing_that_is_recognised_and_looks_worse() -> None:
+    rows = tuple(
+        msgspec.structs.replace(row, accuracy=0.95, frechet_distance=60.0 if sum(row.steps or ()) < 10 else 40.0)
+        for row in described().quality
+    )
+    whole = msgspec.structs.replace(described(), quality=rows)
+    assert draw(pipeline(Machine(), whole=whole), Auto()).plan == PRESETS["7x"]
+    assert sum(steps(draw(pipeline(Machine(), whole=whole), Quality(0.99)))) < 10, "which promises accuracy alone"
+
+
 def test_latency_and_memory_choose_among_plans() -> None:
     result = draw(pipeline(Machine()), FitLatency(1.1 * FOUR + 2 * DECODE))
     assert result.seconds <= 1.1 * FOUR + 2 * DECODE
