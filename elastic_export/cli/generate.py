@@ -53,9 +53,12 @@ def generate(
     """
     import warnings
 
+    import numpy as np
+
     from elastic_export.cli import requests
     from elastic_export.pictures import KeptTokens, grid, refuse_clobber, save
     from elastic_runtime.contract.bundle import Bundle
+    from elastic_runtime.drawing.budgets import STEPS
     from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
 
@@ -71,7 +74,7 @@ def generate(
         asked = requests.read(request, typed(subject, goal, sampling, guided, budgets=budgets, weak=guidance_budgets))
     else:
         asked = requests.request(folder, subject, goal, sampling, guided, budgets, guidance_budgets)
-    kept = KeptTokens(asked.num_inference_steps) if show_tokens else None
+    kept = KeptTokens(asked.num_inference_steps or STEPS) if show_tokens else None
     with ElasticPipeline.from_pretrained(folder, backend) as pipe, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         with show.bar(saying.quiet, "drawing", asked.num_inference_steps) as advance:
@@ -83,7 +86,8 @@ def generate(
                 return {}
 
             result = pipe.draw(asked, callback_on_step_end=after_step)
-        sheet = kept.sheet(pipe, [str(label) for label in asked.class_labels or ()]) if kept else None  # type: ignore[union-attr]
+        labels = np.repeat(() if asked.class_labels is None else np.atleast_1d(asked.class_labels), asked.num_images_per_prompt)
+        sheet = kept.sheet(pipe, [str(label) for label in labels]) if kept else None
         measuring = pipe.gauge.spent
     for warning in warned:
         show.note(str(warning.message))

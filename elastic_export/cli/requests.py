@@ -128,7 +128,10 @@ def read(path: Path, typed: Mapping[str, Any]) -> Request:
         raise UsageError(f"--request {path} is not JSON: {error}") from None
     if isinstance(content, dict) and str(content.get("schema", "")).startswith("elastic-export/generate/"):
         text = json.dumps(content.get("request", {}))
-    return Request.from_json(text, f"--request {path}")
+    asked = Request.from_json(text, f"--request {path}")
+    if asked.output_type != "pil":
+        raise UsageError(f"--request {path} asks for output_type {asked.output_type}, and the command writes a picture: leave it out")
+    return asked
 
 
 def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,12 +16,12 @@ from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.denoising.pictures import OutputType, drawable, obstacle, pictures, values
+from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
 from elastic_runtime.device import Clock, peak_bytes, probe
 from elastic_runtime.drawing.budgets import BudgetDrawing
-from elastic_runtime.drawing.drawing import Drawing
+from elastic_runtime.drawing.drawing import Drawing, finite
 from elastic_runtime.drawing.plans import PlanDrawing
-from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
+from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import edge_scores
 from elastic_runtime.ralu.plan import Plan
@@ -52,6 +51,7 @@ class ElasticPipeline:
         self._clock = clock
         self._sessions: dict[str, Session] = dict(open_graph) if isinstance(open_graph, Mapping) else {}
         self._lock = threading.RLock()
+        self._gauge: Gauge | None = None
 
     @classmethod
     def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
@@ -98,7 +98,7 @@ class ElasticPipeline:
         with self._lock:
             while self._sessions:
                 self._sessions.popitem()[1].close()
-            self.__dict__.pop("gauge", None)
+            self._gauge = None
 
     def session(self, graph: str) -> Session:
         """The open session of a graph of the bundle, opened now if it is the first time; a text encoder is the caller's
@@ -116,13 +116,16 @@ class ElasticPipeline:
         """What the denoiser runs on."""
         return self.session("denoiser").where
 
-    @cached_property
+    @property
     def gauge(self) -> Gauge:
         """How fast the denoiser is here; made when it is first asked for, and kept as long as the session is open."""
-        session, manifest = self.session("denoiser"), self.bundle.manifest
-        finish = self._finish if drawable(manifest) else None
-        preview = self._preview if manifest.model.patches and finish else None
-        return Gauge(session, manifest, finish, self._clock, peak_bytes(), preview=preview)
+        with self._lock:
+            session, manifest = self.session("denoiser"), self.bundle.manifest
+            if self._gauge is None or self._gauge.session is not session:
+                finish = self._finish if drawable(manifest) else None
+                preview = self._preview if finish and self._previewed() else None
+                self._gauge = Gauge(session, manifest, finish, self._clock, peak_bytes(), preview=preview)
+            return self._gauge
 
     def __call__(
         self,
@@ -291,8 +294,7 @@ class ElasticPipeline:
         last, replacement = self._clock(), None
         while True:
             step = drawing.step(replacement)
-            if not np.isfinite(step.sample).all():
-                raise InferenceError(f"step {step.index} gave values that are not finite; try --precision fp32, and verify the bundle")
+            finite(step.sample, step.index)
             seconds = self._clock() - last
             replacement = yield choice, drawing.progress(step, drawing.record(step, choice, seconds))
             last = self._clock()
@@ -305,20 +307,31 @@ class ElasticPipeline:
     @property
     def _measuring(self) -> float:
         """Seconds that looking at the device and measuring took so far."""
-        gauge = self.__dict__.get("gauge")
-        return gauge.spent if gauge else 0.0
+        return self._gauge.spent if self._gauge else 0.0
 
     def _finish(self) -> None:
         """Make one picture of nothing: what a picture takes after its last step."""
-        self.images(np.zeros((1, *self.bundle.manifest.model.sample_shape)))
+        manifest = self.bundle.manifest
+        self.images(np.zeros((1, manifest.model.sample_shape[0], *nearest(manifest))))
+
+    def _previewed(self) -> tuple[int, int] | None:
+        """Sides of the latents of a preview; None where no plan of this bundle has one."""
+        manifest, takes = self.bundle.manifest, sides(self.bundle.manifest)
+        height, width = (side // 2 for side in nearest(manifest))
+        patches = manifest.model.patches
+        if patches is None or height % patches.size or width % patches.size:
+            return None
+        if takes and (height not in takes[0] or width not in takes[1]):
+            return None
+        return height, width
 
     def _preview(self) -> None:
         """Look for edges in a preview of nothing: what a picture takes before a plan's second stage."""
-        model = self.bundle.manifest.model
-        channels, height, width = model.sample_shape
-        picture = self.decode(np.zeros((1, channels, height // 2, width // 2)))
-        size = model.patches.size if model.patches else 1
-        edge_scores(picture, size * (model.vae.upscale if model.vae else 1))
+        model, size = self.bundle.manifest.model, self._previewed()
+        assert model.patches is not None
+        assert size is not None
+        picture = self.decode(np.zeros((1, model.sample_shape[0], *size)))
+        edge_scores(picture, model.patches.size * (model.vae.upscale if model.vae else 1))
 
 
 def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
@@ -350,6 +363,8 @@ class _Opener:
 def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:
     """The request that draws the same pictures again: with its seeds, and with what the policy chose."""
     changes: dict[str, Any] = {"seeds": drawing.seeds}
+    if request.class_labels is not None and not isinstance(request.class_labels, int):
+        changes["class_labels"] = tuple(int(label) for label in np.atleast_1d(request.class_labels))
     if request.policy is not None:
         first, *rest = (replace(choice, predicted=None, reason="") for choice in choices)
         changes |= {"policy": Replay((first, *(replace(choice, plan=None) for choice in rest))), "guidance_budget": None}

@@ -6,6 +6,9 @@ strictly.
 
 import base64
 import io
+import json
+import math
+import tokenize
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +24,8 @@ from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.sampling.flow import Step
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Goal = Fixed | PerStep | Replay | Deadline | FitLatency | FitMemory | Quality | Auto
 
@@ -77,8 +82,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def to_json(self) -> bytes:
         """This request as JSON; raises UsageError for what has no JSON form (a policy of one's own)."""
         try:
-            return msgspec.json.encode(self, enc_hook=to_plain)
-        except (TypeError, NotImplementedError, msgspec.ValidationError, OverflowError) as error:
+            plain = msgspec.to_builtins(self, enc_hook=to_plain, str_keys=True)
+            return json.dumps(plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+        except (TypeError, ValueError, NotImplementedError, OverflowError) as error:
             raise UsageError(f"this request has no JSON form: {error}") from None
 
     @classmethod
@@ -138,7 +144,7 @@ class Result:
     `images`: PIL pictures, or float32 (B, H, W, C) in [0, 1], or the final latents (B, C, H, W). `steps` tells what was
     spent. `seconds` is the time from the call to the pictures, without what a first call takes to calibrate. `plan` is
     the one that was drawn along, in the steps that it took. `request` draws the same pictures again: its seeds and what
-    the policy chose are in it.
+    the policy chose are in it. Noise from a generator, and states that a callback replaced, are not.
     """
 
     images: Any
@@ -162,6 +168,19 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a record")
 
 
+def _array(npy: bytes) -> np.ndarray:
+    """The array of a .npy file, none larger than the file has bytes for, whatever its header says."""
+    stream = io.BytesIO(npy)
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version} of the format")
+    shape, fortran, dtype = _HEADERS[version](stream)
+    if dtype.hasobject:
+        raise ValueError("it holds objects")
+    flat = np.frombuffer(npy, dtype, math.prod(shape), stream.tell())
+    return flat.reshape(shape, order="F" if fortran else "C").copy()
+
+
 def _from_plain(kind: type, value: Any) -> Any:
     if kind is Budget:
         if not isinstance(value, dict) or not all(isinstance(each, int) and not isinstance(each, bool) for each in value.values()):
@@ -171,7 +190,7 @@ def _from_plain(kind: type, value: Any) -> Any:
         if not isinstance(value, dict) or list(value) != ["npy"] or not isinstance(value["npy"], str):
             raise ValueError('an array is an object {"npy": "base64 of a .npy file"}')
         try:
-            return np.load(io.BytesIO(base64.b64decode(value["npy"], validate=True)), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            return _array(base64.b64decode(value["npy"], validate=True))
+        except (ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError) as error:
             raise ValueError(f"an array that numpy does not read: {error}") from None
     raise NotImplementedError(kind)

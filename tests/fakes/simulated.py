@@ -73,5 +73,5 @@ def pipeline(machine: Machine, graded: bool = True, recording: str = "xeon", **c
     bundle = Bundle(Path("bundle"), msgspec.structs.replace(described(graded), **changes))
     fake = session(machine)
     pipe = ElasticPipeline(bundle, {"denoiser": fake}, machine.clock)
-    pipe.gauge = Gauge(fake, bundle.manifest, None, machine.clock, opened=100_000_000, device=lambda: probe(MACHINES[recording]))
+    pipe._gauge = Gauge(fake, bundle.manifest, None, machine.clock, opened=100_000_000, device=lambda: probe(MACHINES[recording]))
     return pipe

@@ -61,7 +61,7 @@ def pipeline(machine: Machine, graded: bool = True, whole: Manifest | None = Non
         sessions["decoder"] = FakeSession(graphs["decoder"], decoded)
     pipe = ElasticPipeline(bundle, sessions, machine.clock)
     finish = pipe._finish if drawable(bundle.manifest) else None
-    preview = pipe._preview if finish else None
+    preview = pipe._preview if finish and pipe._previewed() else None
     device = lambda: probe(MACHINES["xeon"])  # noqa: E731
-    pipe.gauge = Gauge(sessions["denoiser"], bundle.manifest, finish, machine.clock, 100_000_000, device, preview)
+    pipe._gauge = Gauge(sessions["denoiser"], bundle.manifest, finish, machine.clock, 100_000_000, device, preview)
     return pipe

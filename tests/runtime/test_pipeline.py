@@ -7,6 +7,7 @@ from fakes import NULL, decoder_graph, manifest, session
 from PIL import Image
 
 from elastic_runtime import (
+    Auto,
     Budget,
     BudgetError,
     Bundle,
@@ -129,6 +130,11 @@ def test_autoguidance_keeps_labels_and_wants_a_smaller_budget() -> None:
     assert set(seen) == {1}
     with pytest.raises(UsageError, match="autoguidance needs a guidance budget smaller than the budget"):
         pipe([1], guidance_scale=2.0, autoguidance=True)
+    with pytest.raises(UsageError, match="autoguidance needs a guidance budget smaller"):  # it would lead away from the better branch
+        pipe([1], guidance_scale=2.0, autoguidance=True, budget=LOW, guidance_budget=Budget(latents=64))
+    falling = PerStep((Budget(latents=64), LOW), LOW)  # whose last step has nothing to be led away from
+    with pytest.raises(UsageError, match="autoguidance needs a guidance budget smaller"):
+        pipe([1], guidance_scale=2.0, autoguidance=True, policy=falling, num_inference_steps=2)
 
 
 def test_unguided_pictures_never_see_the_null_label() -> None:
@@ -155,7 +161,7 @@ def test_a_budget_and_a_policy_do_not_mix() -> None:
     with pytest.raises(UsageError, match="give budget or policy, not both"):
         pipe([1], budget=FULL, policy=Fixed(LOW))
     with pytest.raises(UsageError, match="give the policy its guidance_budget"):
-        pipe([1], guidance_budget=LOW, policy=PerStep((FULL,)))
+        pipe([1], guidance_scale=2.0, guidance_budget=LOW, policy=PerStep((FULL,)))
     pipe([1], num_inference_steps=1, guidance_scale=2.0, guidance_budget=LOW, policy=Fixed(FULL), generator=rng())
     assert kept(fake) == [16, 1]
 
@@ -226,7 +232,7 @@ def test_labels_that_are_not_whole_numbers_are_refused(labels: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise": np.zeros((2, 1, 8, 8))}, r"noise must have shape \(1, 1, 8, 8\) \(one sample a label\), got \(2, 1, 8, 8\)"),
+        ({"noise": np.zeros((2, 1, 8, 8))}, r"noise must have shape \(1, 1, 8, 8\), one sample a picture, got \(2, 1, 8, 8\)"),
         ({"output_type": "pt"}, "output_type must be pil, np or latent, got 'pt'"),
         ({"sampler": "ddim"}, "'ddim' does not fit; tiny, whose schedule is rectified_flow, takes euler"),
         ({"temperature": 1.0}, "temperature is for masked models; euler takes none"),
@@ -239,7 +245,18 @@ def test_labels_that_are_not_whole_numbers_are_refused(labels: Any) -> None:
         ({"guidance_interval": 0.8}, "interval"),
         ({"budget": Budget(latents=63)}, "the nearest is 64"),
         ({"budget": Budget(tokens=63)}, "no axis 'tokens'"),
-        ({"guidance_budget": Budget(latents=1)}, "the nearest is 4"),
+        ({"guidance_budget": Budget(latents=1), "guidance_scale": 2.0}, "the nearest is 4"),
+        ({"noise": np.full((1, 1, 8, 8), np.nan)}, "noise must be finite numbers of shape"),
+        ({"noise": [[1], [2, 3]]}, "noise must be finite numbers of shape"),
+        ({"noise": np.zeros((1, 1, 8, 8), complex)}, "noise must be finite numbers of shape"),
+        ({"budget": 64}, r"budget is a Budget, such as Budget\(latents=64\), got 64"),
+        ({"policy": "auto"}, "policy is one of the policies, .* got 'auto'"),
+        ({"policy": Auto}, "policy is one of the policies"),
+        ({"sampler": ""}, "there is no sampler ''"),
+        ({"autoguidance": True}, "autoguidance acts through guidance, which is off: give guidance_scale above 1"),
+        ({"guidance_budget": LOW}, "guidance_budget acts through guidance, which is off"),
+        ({"guidance_interval": (0.3, 0.8)}, "guidance_interval acts through guidance, which is off"),
+        ({"policy": PerStep(())}, "budgets by step are one for each step, got none"),
         ({"generator": 7}, r"numpy\.random\.Generator"),
     ],
 )
@@ -255,6 +272,22 @@ def test_values_that_are_not_finite_stop_the_picture_and_name_the_step() -> None
     with pytest.raises(InferenceError, match="step 1 gave values that are not finite"):
         pipe([5], num_inference_steps=2, generator=rng())
     assert len(fake.calls) == 2
+
+
+def test_what_was_measured_of_a_session_goes_with_it() -> None:
+    manifest_, opened = manifest(1), []
+
+    def open_graph(graph: str) -> FakeSession:
+        opened.append(session(lambda x, t, labels, kept: 0 * x, 1))
+        return opened[-1]
+
+    pipe = ElasticPipeline(Bundle(Path("bundle"), manifest_), open_graph)
+    before = pipe.gauge
+    assert pipe.gauge is before
+    pipe.close()
+    assert pipe.gauge is not before
+    assert pipe.gauge.session is opened[-1]
+    assert len(opened) == 2
 
 
 def test_closing_the_pipeline_closes_its_sessions() -> None:

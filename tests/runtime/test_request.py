@@ -1,6 +1,10 @@
 """Requests as records: their JSON, what draws a picture again, and a seed a picture in every family."""
 
+import base64
+import io
 import json
+import re
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from fake_router import pipeline as routed
 from fakes import manifest, model, session
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from simulated import Machine, pipeline, run_seconds
 from simulated_plans import pipeline as planned
 
@@ -30,6 +35,7 @@ from elastic_runtime import (
     FitLatency,
     FitMemory,
     Fixed,
+    InferenceError,
     PerStep,
     Plan,
     Quality,
@@ -51,7 +57,7 @@ POLICIES = st.one_of(
     st.builds(FitLatency, SECONDS),
     st.builds(FitMemory, SECONDS),
     st.builds(Quality, st.floats(0.01, 1)),
-    st.builds(Auto, st.floats(0, 1)),
+    st.builds(Auto, st.floats(0.01, 1)),
     st.builds(Replay, st.lists(st.builds(Choice, BUDGETS, BUDGETS, st.none() | st.tuples(st.integers(1, 9)))).map(tuple)),
 )
 LABELS = st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=4).map(tuple)
@@ -112,12 +118,9 @@ def test_what_is_wrong_with_a_request_is_named(text: str, named: str) -> None:
 
 
 def test_a_pickle_in_an_array_is_not_read() -> None:
-    import base64
-    import io
-
     stream = io.BytesIO()
     np.save(stream, np.array([print]), allow_pickle=True)
-    with pytest.raises(UsageError, match="allow_pickle=False"):
+    with pytest.raises(UsageError, match="it holds objects"):
         Request.from_json(json.dumps({"noise": {"npy": base64.b64encode(stream.getvalue()).decode()}}))
 
 
@@ -149,14 +152,68 @@ def test_a_replay_that_does_not_fit_is_refused() -> None:
     full = Budget(latents=64)
     for choices, message in (
         ((), "has a choice for each step, got none"),
-        ((Choice(full, full),) * 3, "ends after 3, and there is a step more"),
+        ((Choice(full, full),) * 3, "ends after 3, and 1 are left to take"),
+        ((Choice(full, full),) * 5, "4 are taken, and it has 5"),
+        ((Choice(full, full, steps=(2, 3)), *(Choice(full, full),) * 3), "a whole number from 1 for one stage still to come, got (2, 3)"),
+        ((Choice(full, full, steps=()),), "a whole number from 1 for one stage"),
+        ((Choice(Budget(), Budget()),) * 4, "a choice names every axis, latents, got none"),
         ((Choice(Budget(latents=3), full),), "latents 3 is not available"),
         ((Choice(full, full, plan=PRESETS["4x"]),), "draws at budgets, not along a plan"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UsageError, match=re.escape(message)):
             pipe(1, num_inference_steps=4, policy=Replay(choices), output_type="latent")
     with pytest.raises(UsageError, match="this choice names none"):
         planned(Machine())(1, policy=Replay((Choice(full, full),)))
+
+
+@pytest.mark.parametrize("steps", [(0, 6, 7), (-1, 6, 7), (5, 6), (5, 6, 7, 8), (5.0, 6, 7)])
+def test_a_replay_of_other_stages_is_refused(steps: Any) -> None:
+    tokens = Budget(tokens=16)
+    choices = (Choice(tokens, tokens, plan=PRESETS["4x"], steps=steps), *(Choice(tokens, tokens),) * 17)
+    with pytest.raises(UsageError, match="a whole number from 1 for each of the 3 stages"):
+        planned(Machine())(1, policy=Replay(choices))
+
+
+def test_a_replay_s_plan_is_the_request_s() -> None:
+    pipe = planned(Machine())
+    first = pipe(1, policy=FitLatency(0.1), seeds=3, output_type="latent")
+    again = pipe.draw(first.request)
+    assert again.facts["plan"] == first.facts["plan"]
+    np.testing.assert_array_equal(again.images, first.images)
+    with pytest.raises(UsageError, match="was drawn along another plan than 'full': leave plan out"):
+        pipe.draw(replace(first.request, plan="full"))
+
+
+def test_logits_that_are_not_finite_stop_the_picture() -> None:
+    pipe = masked()
+    broken = lambda feeds: {"logits": np.full((*feeds["tokens"].shape, 5), np.nan)}  # noqa: E731
+    other = ElasticPipeline(pipe.bundle, {"denoiser": FakeSession(pipe.bundle.manifest.graphs["denoiser"], broken)})
+    with pytest.raises(InferenceError, match="step 0 gave values that are not finite"):
+        other(1, num_inference_steps=4, output_type="latent")
+
+
+@pytest.mark.parametrize("labels", [np.array([1, 2]), range(1, 3), [1, 2]])
+def test_labels_of_any_kind_are_in_the_request_that_draws_them_again(labels: Any) -> None:
+    result = pipeline(Machine())(labels, num_inference_steps=2, output_type="latent")
+    assert Request.from_json(result.request.to_json()).class_labels == (1, 2)
+
+
+def test_a_number_that_json_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="no JSON form"):
+        Request(guidance_scale=float("nan")).to_json()
+
+
+@pytest.mark.parametrize("shape", ["(99999999999,)", "(3,", "(2, 2)"])
+def test_an_array_whose_header_promises_more_than_it_has_is_refused(shape: str) -> None:
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    npy = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(24)
+    with pytest.raises(UsageError, match="an array that numpy does not read"):
+        Request.from_json(json.dumps({"noise": {"npy": base64.b64encode(npy).decode()}}))
+
+
+def test_an_array_is_not_read_from_an_archive() -> None:
+    with pytest.raises(UsageError, match="an array that numpy does not read"):
+        Request.from_json(json.dumps({"noise": {"npy": base64.b64encode(b"PK\x03\x04" + bytes(40)).decode()}}))
 
 
 LOOPS = Axis(name="loops", min=1, max=8, step=1, default=6, input="loops", carrier="value")
@@ -231,7 +288,14 @@ def test_without_a_seed_the_picture_says_which_it_had() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "message"),
-    [(-1, "a seed is a whole number from 0"), ((1, 2, 3), "2 pictures and 3 seeds"), (1.5, "got 1.5"), ("x", "got 'x'"), (2**64, "a seed")],
+    [
+        (-1, "a seed is a whole number from 0"),
+        ((1, 2, 3), "2 pictures and 3 seeds"),
+        (1.5, "got 1.5"),
+        ("x", "got 'x'"),
+        (2**64, "a seed"),
+        (2**63 - 1, "end above the largest"),
+    ],
 )
 def test_seeds_that_are_none_are_refused(seeds: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -11,7 +11,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.sampling.course import Course
-from elastic_runtime.sampling.fitting import resumable, times
+from elastic_runtime.sampling.fitting import least_steps, resumable, times
 from elastic_runtime.sessions.session import batches
 
 
@@ -23,6 +23,7 @@ class BudgetOutlook(Outlook):
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True):
         super().__init__(gauge, count, guidance, steps, finishes)
         self.sampler = sampler
+        self.least = least_steps(sampler)
         self.table = f"accuracy by {', '.join(axis.name for axis in self.axes) or 'budget'}"
 
     @property
@@ -75,7 +76,9 @@ class BudgetOutlook(Outlook):
     def check(self, choice: Choice) -> None:
         if choice.plan is not None:
             raise UsageError(f"{self.gauge.manifest.model.name} draws at budgets, not along a plan: leave plan out")
-        self.fixed(choice.budget, choice.guidance_budget)
+        for budget in (choice.budget, choice.guidance_budget):
+            if budget.on(self.axes) != budget:
+                raise BudgetError(f"a choice names every axis, {', '.join(axis.name for axis in self.axes)}, got {budget or 'none'}")
 
     def course(self, option: Option, steps: int | None = None) -> Course:
         model, flexible = self.gauge.manifest.model, resumable(self.sampler)

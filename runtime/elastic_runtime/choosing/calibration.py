@@ -87,10 +87,11 @@ def folder() -> Path:
 
 def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
     """Everything that a measured time depends on."""
-    origin = session.origin
+    origin, decoder = session.origin, manifest.graphs.get("decoder")
     return {
         "model": manifest.model.name,
         "files": [file.sha256 for file in origin.artifact.files] if origin else [],
+        "decoder": [file.sha256 for artifact in decoder.artifacts for file in artifact.files] if decoder else [],
         "precision": origin.artifact.precision if origin else None,
         "options": {name: repr(value) for name, value in sorted(origin.options.items())} if origin else {},
         "inputs": [spec.name for spec in session.graph.inputs],

@@ -84,15 +84,14 @@ class Deadline(Record, frozen=True, tag="deadline"):
             raise UsageError(f"least_steps must be a whole number above zero, got {self.least_steps!r}")
 
     def init(self, outlook: Outlook) -> Underway:
-        options = tuple(outlook.frontier(self.guidance_budget))
+        options = tuple(outlook.frontier(self.guidance_budget, self.least_steps))
         goal = self.seconds * (1 - self.margin) - outlook.finish
         carried = (outlook.pace,) if outlook.pace != 1 else ()
         if options[0].plan:
-            options = tuple(option for option in options if sum(option.steps) >= self.least_steps) or options[-1:]
             self._reachable(outlook, options[0], sum(options[0].steps))
             return Underway(options, outlook, sum(options[0].steps), None, carried)
         steps = outlook.steps or 1
-        fewest = min(self.least_steps, steps)
+        fewest = min(max(self.least_steps, outlook.least), steps)
         planned = most(lambda count: outlook.over(options[0], outlook.course(options[0], count)) <= goal, fewest, steps)
         if planned == fewest:
             self._reachable(outlook, options[0], fewest)

@@ -4,13 +4,12 @@ late."""
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
 from elastic_runtime.choosing import calibration
-from elastic_runtime.choosing.cost import Costs
+from elastic_runtime.choosing.cost import Costs, Point
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
@@ -68,23 +67,30 @@ class Gauge:
         """What was found here."""
         return self._once("device", self._probe)
 
-    @cached_property
+    @property
     def budgets(self) -> tuple[Budget, ...]:
         """What the session offers, cheapest first, thinned out where it is very much."""
-        offered = calibration.offered(self.manifest.axes, self.session)
-        return tuple(sorted(offered, key=lambda budget: Costs(self.manifest, self.prior.rates).work(budget).flops))
 
-    @cached_property
+        def offered() -> tuple[Budget, ...]:
+            work = Costs(self.manifest, self.prior.rates).work
+            return tuple(sorted(calibration.offered(self.manifest.axes, self.session), key=lambda budget: work(budget).flops))
+
+        return self._once("budgets", offered)
+
+    @property
     def prior(self) -> Costs:
         """Costs by the device's peak rates or, where a calibration is kept, by that; nothing is measured."""
-        rates = calibration.rates(self.session, self.device)
-        kept = calibration.load(calibration.identity(self.session, self.manifest, self.device))
-        return Costs(self.manifest, rates, self._precision, kept.points if kept else ())
 
-    @cached_property
+        def prior() -> Costs:
+            kept = calibration.load(calibration.identity(self.session, self.manifest, self.device))
+            return self._costs(kept.points if kept else ())
+
+        return self._once("prior", prior)
+
+    @property
     def peak(self) -> Costs:
         """Costs by the device's peak rates alone: the same before and after a calibration."""
-        return Costs(self.manifest, calibration.rates(self.session, self.device), self._precision)
+        return self._once("peak", lambda: self._costs(()))
 
     @property
     def calibrated(self) -> calibration.Calibration:
@@ -92,10 +98,10 @@ class Gauge:
         who = calibration.identity(self.session, self.manifest, self.device)
         return self._once("calibration", lambda: calibration.calibrate(who, self._measure))
 
-    @cached_property
+    @property
     def costs(self) -> Costs:
         """Costs by measured points."""
-        return Costs(self.manifest, calibration.rates(self.session, self.device), self._precision, self.calibrated.points)
+        return self._once("costs", lambda: self._costs(self.calibrated.points))
 
     def first(self, runs: Iterable[tuple[Budget, int]]) -> bool:
         """Whether some of these budgets and batches have not been run since the session was opened; from now on they have.
@@ -114,17 +120,22 @@ class Gauge:
     def _once(self, name: str, work: Callable[[], Value]) -> Value:
         """What `work` gives, done by the first thread that asks; the others wait for it."""
         if name not in self._measured:
-            begun = self._clock()
-            with self._lock:
-                if name not in self._measured:
-                    self._measured[name] = work()
-            self._spent.seconds = self.spent + max(self._clock() - begun, 0.0)
+            within, begun = getattr(self._spent, "within", False), self._clock()
+            self._spent.within = True  # what asks for more of it is one measuring
+            try:
+                with self._lock:
+                    if name not in self._measured:
+                        self._measured[name] = work()
+            finally:
+                self._spent.within = within
+                if not within:
+                    self._spent.seconds = self.spent + max(self._clock() - begun, 0.0)
         value: Value = self._measured[name]
         return value
 
-    @property
-    def _precision(self) -> str:
-        return self.session.origin.artifact.precision if self.session.origin else EXACT
+    def _costs(self, points: Iterable[Point]) -> Costs:
+        precision = self.session.origin.artifact.precision if self.session.origin else EXACT
+        return Costs(self.manifest, calibration.rates(self.session, self.device), precision, points)
 
     def _measure(self) -> calibration.Measured:
         points = calibration.points(self.session, self.manifest, self.budgets, self._clock, opened=self.opened)
@@ -159,6 +170,7 @@ class Outlook(ABC):
     named: str  # what a user names instead of leaving the choice to a policy
     table: str  # what a quality table for it holds
     smaller: str  # what needs less memory
+    least = 1  # steps that a run takes
 
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool = True):
         self.gauge, self.count, self.guidance, self.steps, self.finishes = gauge, count, guidance, steps, finishes
@@ -177,7 +189,12 @@ class Outlook(ABC):
     @property
     def finish(self) -> float:
         """Predicted seconds from the last step to the pictures."""
-        return self.gauge.calibrated.finish * self.count if self.finishes else 0.0
+        return self.gauge.calibrated.finish * self.area * self.count if self.finishes else 0.0
+
+    @property
+    def area(self) -> float:
+        """The picture's, over that of the one whose last part was measured."""
+        return 1.0
 
     @property
     def routed(self) -> bool:
@@ -196,6 +213,10 @@ class Outlook(ABC):
     @abstractmethod
     def distance(self, option: Option) -> float:
         """The Frechet distance of pictures to real ones over the least of the card's table; 1 without a table."""
+
+    def worth(self, option: Option) -> float:
+        """What ways to draw are ranked by: quality over distance, since what a judge recognises alike may look very different."""
+        return self.quality(option) / self.distance(option)
 
     @abstractmethod
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
@@ -293,11 +314,16 @@ class Outlook(ABC):
         stages = range(len(option.steps))
         return max(self.gauge.prior.growth(*run) for stage in stages for run in self.runs(option, stage, guided))
 
-    def frontier(self, guidance_budget: Budget | None = None) -> list[Option]:
-        """Those of `finest` that are worth their time: each takes longer than the one before, and is better."""
-        priced = [(self.picture(option), option) for option in self.finest(guidance_budget)]
+    def frontier(self, guidance_budget: Budget | None = None, least: int = 1) -> list[Option]:
+        """Those of `finest` that are worth their time: each takes longer than the one before, and is better.
+
+        Options of fewer than `least` steps are left out, or than the most that there are.
+        """
+        options = self.finest(guidance_budget)
+        least = min(least, max(sum(option.steps) for option in options))
+        priced = [(self.picture(option), option) for option in options if sum(option.steps) >= least]
         kept: list[Option] = []
-        for _, option in sorted(priced, key=lambda pair: (pair[0], -self.quality(pair[1]))):
-            if not kept or self.quality(option) > self.quality(kept[-1]):
+        for _, option in sorted(priced, key=lambda pair: (pair[0], -self.worth(pair[1]))):
+            if not kept or self.worth(option) > self.worth(kept[-1]):
                 kept.append(option)
         return kept

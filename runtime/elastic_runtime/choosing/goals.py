@@ -19,6 +19,12 @@ def positive(value: float, what: str, unit: str) -> None:
         raise UsageError(f"{what} must be a number of {unit} above zero, got {value!r}")
 
 
+def share(value: float, what: str) -> None:
+    """Raise UsageError unless `value` is a share of the best."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UsageError(f"{what} is a share of the best, above 0 and at most 1, got {value!r}")
+
+
 class FitMemory(Settled, frozen=True, tag="fit_memory"):
     """The best way to draw in which the process is predicted to stay within `limit` bytes at its peak.
 
@@ -42,7 +48,7 @@ class FitMemory(Settled, frozen=True, tag="fit_memory"):
                 f"{_megabytes(outlook.gauge.opened or 0)}, and at {least.name} it needs {_megabytes(outlook.memory(least))}. "
                 f"Allow that much, or draw {outlook.smaller}."
             )
-        best = max(fitting, key=outlook.quality)
+        best = max(fitting, key=outlook.worth)
         return best.choice(reason=f"{_megabytes(outlook.memory(best))} of the {_megabytes(self.limit)} allowed")
 
 
@@ -81,8 +87,7 @@ class Quality(Settled, frozen=True, tag="quality"):
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.floor, bool) or not isinstance(self.floor, int | float) or not 0 < self.floor <= 1:
-            raise UsageError(f"a quality is a share of the best, above 0 and at most 1, got {self.floor!r}")
+        share(self.floor, "a quality")
 
     def init(self, outlook: Outlook) -> Choice:
         if not outlook.graded:
@@ -113,6 +118,9 @@ class Auto(Settled, frozen=True, tag="auto"):
     floor: float = 0.99
     guidance_budget: Budget | None = None
 
+    def __post_init__(self) -> None:
+        share(self.floor, "the floor")
+
     def init(self, outlook: Outlook) -> Choice:
         options = outlook.options(self.guidance_budget)
         available = outlook.gauge.device.memory.available
@@ -127,7 +135,7 @@ class Auto(Settled, frozen=True, tag="auto"):
             return fitting[-1].choice(reason=f"the largest that fits into {_megabytes(available or 0)} of free memory")
         seconds = outlook.peak_seconds(target)
         free = [option for option in fitting if outlook.peak_seconds(option) <= seconds * (1 + FREE)]
-        best = max([target, *free], key=outlook.quality)
+        best = max([target, *free], key=outlook.worth)
         if best == target:
             return target.choice(reason=reason)
         return best.choice(reason=f"{target.name} {reason}, and this takes no longer: reading the weights does")
@@ -144,11 +152,12 @@ class Auto(Settled, frozen=True, tag="auto"):
 
 def _fewer(outlook: Outlook, option: Option, seconds: float) -> int:
     """The most steps of an option that are done in `seconds`; 0 where none are."""
-    low, high = 0, sum(option.steps)
+    least = max(outlook.least, len(option.steps))
+    low, high = least - 1, sum(option.steps)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if outlook.picture(option, steps=middle) <= seconds else (low, middle)
-    return low
+    return low if low >= least else 0
 
 
 def _megabytes(size: float) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import msgspec
 
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import Plan
 
 
@@ -22,6 +23,18 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     predicted: float | None = None
     reason: str = ""
     plan: Plan | None = None
+
+    def left(self, planned: tuple[int, ...]) -> tuple[int, ...]:
+        """Steps left of each stage still to come: this choice's, or those that were planned.
+
+        Raises: UsageError where they are not a whole number from 1 for each of the stages.
+        """
+        if self.steps is None:
+            return planned
+        if len(self.steps) != len(planned) or not all(type(count) is int and count > 0 for count in self.steps):
+            stages = f"each of the {len(planned)} stages" if len(planned) > 1 else "one stage"
+            raise UsageError(f"a choice's steps are a whole number from 1 for {stages} still to come, got {self.steps}")
+        return self.steps
 
 
 @dataclass(frozen=True)

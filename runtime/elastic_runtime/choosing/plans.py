@@ -1,5 +1,6 @@
 """The outlook of a model that is drawn along plans: which plan, in how many steps (RALU, arXiv 2507.08422)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.denoising.pictures import nearest
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import OWN, Plan
 from elastic_runtime.sampling.course import Course
@@ -42,6 +44,9 @@ class PlanOutlook(Outlook):
         finishes: bool = True,
     ):
         super().__init__(gauge, count, guidance, None, finishes)
+        patches = gauge.manifest.model.patches
+        assert patches is not None
+        self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
         self.plans, self.size, self.usual_name = plans, size, usual_name
 
     @cached_property
@@ -154,7 +159,11 @@ class PlanOutlook(Outlook):
 
     def entering(self) -> float:
         """Half of what leads to the second and third stage: a preview, its edges, and what grows."""
-        return self.gauge.calibrated.preview * self.count / 2
+        return self.gauge.calibrated.preview * self.area * self.count / 2
+
+    @property
+    def area(self) -> float:
+        return math.prod(self.size) / self._measured
 
     def _option(self, name: str, plan: Plan) -> Option:
         budgets = tuple(Budget(tokens=count) for count in plan.tokens(*self.size))

@@ -58,6 +58,8 @@ class PerStep(Record, frozen=True, tag="per_step"):
     guidance_budget: Budget | None = None
 
     def init(self, outlook: Outlook) -> tuple[Choice, ...]:
+        if not self.budgets:
+            raise BudgetError("budgets by step are one for each step, got none")
         options = tuple(outlook.fixed(budget, self.guidance_budget) for budget in self.budgets)
         for option in options:
             if len(option.steps) > 1 or option.plan:
@@ -78,10 +80,16 @@ class Replay(Record, frozen=True, tag="replay"):
     def init(self, outlook: Outlook) -> None:
         if not self.choices:
             raise UsageError("a replay has a choice for each step, got none")
-        for choice in self.choices:
-            outlook.check(replace(choice, plan=self.choices[0].plan))
+        first = self.choices[0]
+        left = first.plan.steps if first.plan else (outlook.steps or 1,)
+        for index, choice in enumerate(self.choices):
+            outlook.check(replace(choice, plan=first.plan))
+            if not left:
+                raise UsageError(f"a replay has a choice for each step: {index} are taken, and it has {len(self.choices)}")
+            now, *later = choice.left(left)
+            left = (now - 1, *later) if now > 1 else tuple(later)
+        if left:
+            raise UsageError(f"a replay has a choice for each step: it ends after {len(self.choices)}, and {sum(left)} are left to take")
 
     def next(self, state: None, index: int, seconds: float) -> tuple[Choice, None]:
-        if index >= len(self.choices):
-            raise UsageError(f"a replay has a choice for each step: it ends after {len(self.choices)}, and there is a step more")
         return replace(self.choices[index], reason="as recorded"), None

@@ -93,6 +93,8 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def narrow(self, span: Span) -> "Axis":
         """Return the axis restricted to `span`, whose ends must be budgets of this axis."""
+        if span.min > span.max:
+            raise BudgetError(f"{self.name} cannot span {span}: its first end is above its second")
         low, high = self.check(span.min), self.check(span.max)
         return msgspec.structs.replace(self, min=low, max=high, default=min(max(self.default, low), high))
 

@@ -60,7 +60,11 @@ class Conditioning:
             raise UsageError(f"{meant[0]} acts through classifier-free guidance, which is off: give {scale} above 1")
         if self.class_labels is not None:
             return len(whole_labels(bundle.manifest.model, self.class_labels))
-        return len(_texts("prompt", self.prompt) if self.prompt is not None else np.asarray(self.prompt_embeds))
+        if self.negative_prompt is not None:
+            _texts("negative_prompt", self.negative_prompt)
+        if self.prompt is not None:
+            return len(_texts("prompt", self.prompt))
+        return len(_numbers("prompt_embeds", self.prompt_embeds, 3))
 
     def conditions(self, bundle: Bundle, open_graph: Callable[[str], Session], guided: bool) -> tuple[Conditions, Conditions | None]:
         """The conditions of each picture and, where `guided`, those of the weak branch.
@@ -120,8 +124,8 @@ def guidance_of(
         usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
         return None, Guidance(usual if guidance_scale is None else guidance_scale, *interval)
     embedded = EMBEDDED if guidance_scale is None else guidance_scale
-    if not 0 <= embedded < float("inf"):
-        raise UsageError(f"guidance_scale must be 0 or more, got {embedded}")
+    if isinstance(embedded, bool) or not isinstance(embedded, int | float | np.integer | np.floating) or not 0 <= embedded < float("inf"):
+        raise UsageError(f"guidance_scale must be a number, 0 or more, got {embedded!r}")
     return embedded, Guidance(1.0 if true_cfg_scale is None else true_cfg_scale, *interval)
 
 
@@ -150,6 +154,17 @@ def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
     return texts
 
 
+def _numbers(name: str, value: Any, dimensions: int) -> np.ndarray:
+    """Embeddings as float32; raises UsageError unless they are numbers of so many dimensions, of one prompt or more."""
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):  # ragged, or no numbers
+        raise UsageError(f"{name} must be an array of numbers, got {type(value).__name__}") from None
+    if array.ndim != dimensions or not len(array):
+        raise UsageError(f"{name} must have {dimensions} dimensions, a prompt each in the first, got shape {array.shape}")
+    return array
+
+
 def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None) -> Conditions:
     if prefix and hidden is None and pooled is None:
         raise UsageError(
@@ -158,7 +173,7 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
         )
     if hidden is None or pooled is None:
         raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together: give both")
-    hidden, pooled = np.asarray(hidden, dtype=np.float32), np.asarray(pooled, dtype=np.float32)
+    hidden, pooled = _numbers(f"{prefix}prompt_embeds", hidden, 3), _numbers(f"{prefix}pooled_prompt_embeds", pooled, 2)
     wide, flat = width(bundle, "encoder_hidden_states"), width(bundle, "pooled_projections")
     if hidden.ndim != 3 or hidden.shape[2] != wide or pooled.shape != (len(hidden), flat):
         wanted = f"(B, T, {wide}) and (B, {flat})"

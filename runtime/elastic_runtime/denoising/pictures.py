@@ -5,6 +5,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.manifest import Manifest, Vae
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.errors import InferenceError
@@ -37,6 +38,23 @@ def obstacle(manifest: Manifest) -> str | None:
     )
 
 
+def sides(manifest: Manifest) -> tuple[Span, Span] | None:
+    """Heights and widths of the latents that the decoder takes; None where the bundle holds none."""
+    if "decoder" not in manifest.graphs:
+        return None
+    graph = manifest.graphs["decoder"]
+    height, width = (graph.dimensions[side] if isinstance(side, str) else Span(int(side), int(side)) for side in graph.inputs[0].shape[2:])
+    return height, width
+
+
+def nearest(manifest: Manifest) -> tuple[int, int]:
+    """Height and width of the latents nearest to the model's own that the bundle makes pictures of."""
+    height, width = manifest.model.sample_shape[1:]
+    if takes := sides(manifest):
+        height, width = (min(max(side, span.min), span.max) for side, span in zip((height, width), takes, strict=True))
+    return height, width
+
+
 def values(manifest: Manifest, decoder: Session | None, latents: np.ndarray) -> np.ndarray:
     """Final latents (B, C, h, w) as values in about [-1, 1], (B, C, H, W): through the decoder, or as they are."""
     model, schedule = manifest.model, manifest.model.schedule
@@ -57,7 +75,7 @@ def decode(decoder: Session, vae: Vae, latents: np.ndarray) -> np.ndarray:
     scaled = (latents / vae.scaling_factor + vae.shift_factor).astype(np.float32)
     decoded = np.concatenate([decoder.run({"latent": one[None]})["image"] for one in scaled])
     if not np.isfinite(decoded).all():
-        raise InferenceError(f"the decoder on {decoder.where} gave values that are not finite; try --dtype fp32, and verify the bundle")
+        raise InferenceError(f"the decoder on {decoder.where} gave values that are not finite; try --precision fp32, and verify the bundle")
     return decoded
 
 

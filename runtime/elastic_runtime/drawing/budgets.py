@@ -16,7 +16,7 @@ from elastic_runtime.contract.schedule import whole_steps
 from elastic_runtime.denoising.conditions import whole_labels
 from elastic_runtime.denoising.denoiser import Answer, Denoiser
 from elastic_runtime.denoising.guidance import Branches, Guidance
-from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
+from elastic_runtime.drawing.drawing import Drawing, Opener, finite, repeats
 from elastic_runtime.errors import UsageError
 from elastic_runtime.request import Progress, Request, StepRecord
 from elastic_runtime.sampling.fitting import sampler, start
@@ -42,6 +42,7 @@ class BudgetDrawing(Drawing):
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")
         scale = 1.0 if request.guidance_scale is None else request.guidance_scale
         self.guidance = Guidance(scale, *interval, auto=request.autoguidance)
+        self.check_guidance("guidance_budget", "autoguidance", "guidance_drop_fraction", "guidance_interval")
         self.sampler, self._run = sampler(self.model, request.sampler, request.temperature)
         self.steps = STEPS if request.num_inference_steps is None else request.num_inference_steps
         whole_steps(self.steps)
@@ -76,15 +77,14 @@ class BudgetDrawing(Drawing):
         self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
+        work = gauge.peak.work
+        self._size = lambda budget: (work(budget).flops, sum(budget.values()))
         return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes)
 
     def begin(self, choice: Choice) -> None:
-        routing = self._routing
-        same = choice.guidance_budget == choice.budget and routing.guidance_drop == routing.drop
-        if self.guidance.auto and self.guidance.scale > 1 and same:
-            raise UsageError("autoguidance needs a guidance budget smaller than the budget: give guidance_budget")
+        self._check(choice)
         self._choice, self._index = choice, 0
-        (self._left,) = choice.steps or (self.steps,)
+        (self._left,) = choice.left((self.steps,))
         self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise)
 
     def step(self, replacement: np.ndarray | None) -> Step:
@@ -102,6 +102,8 @@ class BudgetDrawing(Drawing):
         answer = self._denoiser.guided(x, time, self._labels, self.guidance, branches, self._routing)
         self._routing = self._routing.after(answer.routed, answer.guidance_routed)
         self._answers.append(answer)
+        if self.model.tokens:  # whose state is whole numbers, whatever was predicted
+            finite(answer.prediction, index)
         return answer.prediction
 
     def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
@@ -114,13 +116,24 @@ class BudgetDrawing(Drawing):
         return Progress(step, record, routed.mask if routed else None)
 
     def follow(self, choice: Choice, step: Step, replacement: np.ndarray | None) -> np.ndarray | None:
+        self._check(choice)
         self._choice = choice
-        if choice.steps in (None, (self._left,)):
+        left = choice.left((self._left,))
+        if left == (self._left,):
             return replacement
-        (self._left,) = choice.steps
+        (self._left,) = left
         self._loop.close()
         self._loop = self._run(self._predict, after(step, replacement), self._left, self._noise, step.next_time)
         return None
+
+    def _check(self, choice: Choice) -> None:
+        """Raise UsageError where autoguidance would lead away from a branch that is no weaker."""
+        if not self.guidance.auto:
+            return
+        routing, strong, weak = self._routing, choice.budget, choice.guidance_budget
+        less = self._size(weak) <= self._size(strong) and routing.guidance_drop >= routing.drop
+        if not less or (weak == strong and routing.guidance_drop == routing.drop):
+            raise UsageError(f"autoguidance needs a guidance budget smaller than the budget, {strong}, got {weak}: give guidance_budget")
 
     def latents(self, state: np.ndarray) -> np.ndarray:
         return state

@@ -9,9 +9,10 @@ import numpy as np
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.guidance import Guidance
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, StepRecord
 from elastic_runtime.sampling.flow import Step
@@ -41,6 +42,12 @@ class Drawing(ABC):
         for name in self.unfit:
             if _given(getattr(request, name), getattr(default, name)):
                 raise UsageError(f"{name} does not fit {self.model.name}, which draws {self.kind}")
+        for name in ("budget", "guidance_budget"):
+            if not isinstance(getattr(request, name), Budget | None):
+                raise UsageError(f"{name} is a Budget, such as Budget(latents=64), got {getattr(request, name)!r}")
+        policy = request.policy
+        if policy is not None and (isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "next"))):
+            raise UsageError(f"policy is one of the policies, such as Auto() or Deadline(0.5), got {policy!r}")
         self._generator = generator
         self.seeds: tuple[int, ...] | None = None
 
@@ -94,6 +101,15 @@ class Drawing(ABC):
         """What a picture's metadata tells beside the request."""
         return {}
 
+    def check_guidance(self, *names: str) -> None:
+        """Raise UsageError for fields of the request that act through guidance, where it is off."""
+        default = Request()
+        for name in names:
+            if self.guidance.scale <= 1 and _given(getattr(self.request, name), getattr(default, name)):
+                patches = self.model.patches
+                scale = "true_cfg_scale" if patches and patches.guidance_embeds else "guidance_scale"
+                raise UsageError(f"{name} acts through guidance, which is off: give {scale} above 1")
+
     def _source(self) -> Any:
         """Where noise comes from: the caller's generators, or a seed for each picture."""
         if self._generator is not None:
@@ -106,6 +122,12 @@ class Drawing(ABC):
 
 def _given(value: Any, default: Any) -> bool:
     return value is not None and (isinstance(value, np.ndarray) or value != default)
+
+
+def finite(values: np.ndarray, index: int) -> None:
+    """Raise InferenceError unless what step `index` gave is finite."""
+    if not np.isfinite(values).all():
+        raise InferenceError(f"step {index} gave values that are not finite; try --precision fp32, and verify the bundle")
 
 
 def repeats(count: Any) -> int:

@@ -9,13 +9,12 @@ import numpy as np
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.plans import PlanOutlook
-from elastic_runtime.choosing.policy import Fixed, Policy
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.choosing.policy import Fixed, Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Patches, plan_label
 from elastic_runtime.denoising.conditions import Conditioning, guidance_of
-from elastic_runtime.denoising.pictures import drawable, obstacle, values
+from elastic_runtime.denoising.pictures import drawable, obstacle, sides, values
 from elastic_runtime.denoising.tokens import TokenDenoiser
 from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
 from elastic_runtime.errors import BudgetError, UsageError
@@ -24,7 +23,7 @@ from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, preset
 from elastic_runtime.request import Request, StepRecord
 from elastic_runtime.sampling.flow import Step
-from elastic_runtime.sampling.noise import Generators
+from elastic_runtime.sampling.noise import Generators, initial
 from elastic_runtime.sampling.stages import RaluLoop, RaluStep, from_draws, ralu
 from elastic_runtime.sessions.session import Session, batches
 
@@ -51,6 +50,7 @@ class PlanDrawing(Drawing):
         if request.caching is not None:
             self._check_caching(request.caching)
         self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
+        self.check_guidance("guidance_interval")
         if request.caching and self.guidance.scale > 1 and tuple(request.guidance_interval) != (0.0, 1.0):
             raise UsageError(
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
@@ -68,9 +68,7 @@ class PlanDrawing(Drawing):
         self._count = self._conditioning.check(bundle, self.guidance.scale > 1) * self._repeats
         self._noise = self._source()
         shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))
-        self._start = self._noise.standard_normal(shape) if request.noise is None else np.asarray(request.noise)
-        if self._start.shape != shape:
-            raise UsageError(f"noise must have shape {shape}, one sample a picture, got {self._start.shape}")
+        self._start = self._noise.standard_normal(shape) if request.noise is None else initial(request.noise, shape)
 
     @property
     def count(self) -> int:
@@ -106,7 +104,7 @@ class PlanDrawing(Drawing):
         self._check(choice.plan)
         if refusal := self._refusal(choice.plan):
             raise refusal
-        self._left = list(choice.steps or choice.plan.steps)
+        self._left = list(choice.left(choice.plan.steps))
         self._taken = [0] * len(self._left)
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
         noise = from_draws(self._noise.standard_normal)
@@ -126,8 +124,8 @@ class PlanDrawing(Drawing):
         return StepRecord(step.index, step.time, step.next_time, budget, weak, seconds, **details)  # type: ignore[arg-type]
 
     def follow(self, choice: Choice, step: Step, replacement: np.ndarray | None) -> np.ndarray | None:
-        if choice.steps is not None:
-            self._left[len(self._left) - len(choice.steps) :] = choice.steps
+        left = choice.left(self.left)
+        self._left[len(self._left) - len(left) :] = left
         return replacement
 
     def latents(self, state: np.ndarray) -> np.ndarray:
@@ -168,12 +166,14 @@ class PlanDrawing(Drawing):
     def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
         """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
         request, model = self.request, self.model
-        plan = USUAL if request.plan is None else request.plan
+        plan, recorded = USUAL if request.plan is None else request.plan, _recorded(request.policy)
+        if not isinstance(plan, str | Plan):
+            raise UsageError(f"plan is {', '.join((*PRESETS, FULL))}, or a Plan, got {plan!r}")
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
-        open_choice = chooses and request.plan is None
+        open_choice = chooses and request.plan is None and recorded is None
         if request.num_inference_steps is not None and plan != FULL:
             raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
-        plain = plan == FULL or (isinstance(plan, Plan) and plan.plain)
+        plain = recorded.plain if recorded else plan == FULL or (isinstance(plan, Plan) and plan.plain)
         height = model.sample_shape[1] * self._upscale if request.height is None else request.height
         width = model.sample_shape[2] * self._upscale if request.width is None else request.width
         unit = self._patches.size * self._upscale
@@ -185,12 +185,20 @@ class PlanDrawing(Drawing):
             chosen = {FULL: full(steps, size[0] * size[1], scheduler)}
         else:
             chosen = {OWN: plan} if isinstance(plan, Plan) else {plan: preset(plan)}
-        if open_choice:
+        if recorded:
+            if request.plan is not None and not any(each.alike(recorded) for each in chosen.values()):
+                raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
+            chosen = {self._name(recorded): recorded}
+        elif open_choice:
             chosen |= PRESETS | {FULL: full(steps, size[0] * size[1], scheduler)}
         if self._patches.table is not None and max(size) > self._patches.table:
             most = self._patches.table * unit
             raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
         return size, self._taking(chosen, size)
+
+    def _name(self, plan: Plan) -> str:
+        """What a plan of any number of steps is called."""
+        return FULL if plan.plain else next((name for name, each in PRESETS.items() if each.alike(plan)), OWN)
 
     def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
         """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
@@ -234,11 +242,8 @@ class PlanDrawing(Drawing):
 
     def _check_decoder(self, height: int, width: int, what: str) -> None:
         """Raise UsageError unless the decoder takes latents of these sides."""
-        if "decoder" not in self.bundle.manifest.graphs:
-            return
-        graph = self.bundle.manifest.graphs["decoder"]
-        for name, side, takes in zip(("height", "width"), (height, width), graph.inputs[0].shape[2:], strict=True):
-            span = graph.dimensions[takes] if isinstance(takes, str) else Span(int(takes), int(takes))
+        takes = sides(self.bundle.manifest)
+        for name, side, span in zip(("height", "width"), (height, width), takes, strict=True) if takes else ():
             if side not in span:
                 raise UsageError(
                     f"this bundle decodes {name}s of {span.min * self._upscale} to {span.max * self._upscale} px, and {what} has "
@@ -271,6 +276,11 @@ class PlanDrawing(Drawing):
         except BudgetError as error:
             return error
         return None
+
+
+def _recorded(policy: Policy | None) -> Plan | None:
+    """The plan along which a replay was drawn."""
+    return policy.choices[0].plan if isinstance(policy, Replay) and policy.choices else None
 
 
 def plans_of(bundle: Bundle, request: Request) -> tuple[tuple[int, int], dict[str, Plan]]:

@@ -8,8 +8,9 @@ from elastic_runtime.contract.manifest import Model
 from elastic_runtime.contract.schedule import CosineMask, LinearBeta, Onward, RectifiedFlow, ShiftedCosine
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sampling.diffusion import ddim, ddpm
-from elastic_runtime.sampling.flow import SAMPLERS, Loop, Predict, sde_times
+from elastic_runtime.sampling.flow import SAMPLERS, SDE_LEAST, Loop, Predict, sde_times
 from elastic_runtime.sampling.masking import TEMPERATURE, maskgit
+from elastic_runtime.sampling.noise import initial
 
 
 class Run(Protocol):
@@ -34,7 +35,7 @@ def sampler(model: Model, name: str | None = None, temperature: float | None = N
     Raises: UsageError for a sampler that does not fit the schedule, or a temperature that the sampler does not take.
     """
     offered = OFFERED[type(model.schedule)]
-    name = name or offered[0]
+    name = offered[0] if name is None else name
     if name not in offered:
         every = sorted({each for names in OFFERED.values() for each in names})
         what = f"sampler {name!r} does not fit" if name in every else f"there is no sampler {name!r}"
@@ -55,10 +56,7 @@ def start(model: Model, count: int, source: np.random.Generator, noise: np.ndarr
         if noise is not None:
             raise UsageError(f"{model.name} fills in masks and begins from no noise: leave noise out, and give a generator")
         return np.full(shape, model.schedule.vocabulary, dtype=np.int64)
-    begun = source.standard_normal(shape) if noise is None else np.asarray(noise)
-    if begun.shape != shape:
-        raise UsageError(f"noise must have shape {shape} (one sample a label), got {begun.shape}")
-    return begun
+    return source.standard_normal(shape) if noise is None else initial(noise, shape)
 
 
 def times(model: Model, name: str, steps: int, begin: float | None = None) -> np.ndarray:
@@ -74,6 +72,11 @@ def times(model: Model, name: str, steps: int, begin: float | None = None) -> np
 def resumable(name: str) -> bool:
     """Whether a run can go on from any of its times on another number of steps. Long steps of the SDE leave noise in the picture."""
     return name != "sde"
+
+
+def least_steps(name: str) -> int:
+    """Steps that sampler `name` takes at least."""
+    return SDE_LEAST if name == "sde" else 1
 
 
 def _run(model: Model, name: str, temperature: float | None) -> Run:

@@ -14,6 +14,8 @@ import numpy as np
 from elastic_runtime.contract.schedule import RectifiedFlow, whole_steps
 from elastic_runtime.errors import UsageError
 
+SDE_LEAST = 2  # steps: one of them without noise
+
 # predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
 Predict = Callable[[np.ndarray, float, int], np.ndarray]
 # draw(shape) -> standard normal float64
@@ -69,7 +71,7 @@ def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = N
 
 def sde_times(steps: int) -> np.ndarray:
     """Times of `sde`: uniform from 1 to 0.04, then 0."""
-    whole_steps(steps, least=2)
+    whole_steps(steps, least=SDE_LEAST)
     return np.append(np.linspace(1.0, 0.04, steps), 0.0)
 
 

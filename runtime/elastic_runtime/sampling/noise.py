@@ -2,7 +2,7 @@
 batch."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,19 @@ def source(generator: Generators, count: int) -> Source:
     return Each(each)
 
 
+def initial(noise: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A caller's noise, checked: finite real numbers of `shape`, a sample a picture."""
+    try:
+        array = np.asarray(noise)
+    except ValueError:  # ragged
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise UsageError(f"noise must be finite numbers of shape {shape}, one sample a picture")
+    if array.shape != shape:
+        raise UsageError(f"noise must have shape {shape}, one sample a picture, got {array.shape}")
+    return array
+
+
 def seeds(given: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """A seed for each of `count` pictures: those given, or from one on upwards; new ones where none is given.
 
@@ -58,6 +71,8 @@ def seeds(given: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= MOST_SEED:
             raise UsageError(f"a seed is a whole number from 0 to {MOST_SEED}, got {seed!r}")
     if isinstance(given, int | np.integer):
+        if given + count - 1 > MOST_SEED:
+            raise UsageError(f"{count} seeds counted up from {given} end above the largest, {MOST_SEED}: give a smaller one")
         return tuple(int(given) + index for index in range(count))
     if len(listed) != count:
         raise UsageError(f"there are {count} pictures and {len(listed)} seeds: give one for each, or a single one to count from")

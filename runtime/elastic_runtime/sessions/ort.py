@@ -91,7 +91,8 @@ class OrtSession(Session):
     artifact is computed in float32, not in TF32, unless its provider's options say otherwise. `threads` is the number
     of intra-op threads (0: one a core, of those that the process may use); `spinning` lets waiting threads stay busy
     between operations. On a quiet machine that makes small models 1.2 to 1.6 times faster; beside another busy process
-    or a second session it makes them 1.3 to 3.5 times slower: turn it off there (docs/performance.md).
+    or a second session it makes them 1.3 to 3.5 times slower: turn it off there (docs/performance.md). By default the
+    denoiser's threads do, and those of what runs in between, such as the decoder, do not.
 
     Raises: UsageError for an unknown device; MissingError for a provider that is not built in, or that does not come up
     though it was asked for; BundleError for a file that is no graph.
@@ -105,7 +106,7 @@ class OrtSession(Session):
         providers: Sequence[Provider] | None = None,
         device: str | None = None,
         threads: int = 0,
-        spinning: bool = True,
+        spinning: bool | None = None,
     ):
         super().__init__(graph)
         onnxruntime = library()
@@ -118,6 +119,8 @@ class OrtSession(Session):
             _preload(onnxruntime)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = threads or thread_limit()
+        if spinning is None:
+            spinning = graph is bundle.manifest.graphs.get("denoiser")
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         settings.log_severity_level = 3
         path = bundle.file(artifact.path)

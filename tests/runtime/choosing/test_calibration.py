@@ -2,19 +2,22 @@
 
 import json
 import logging
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from fakes import write_bundle
+from fakes import decoder_graph, write_bundle
 from recordings import MACHINES
 from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
 from elastic_runtime.choosing.calibration import fastest, folder, identity, points, rates
-from elastic_runtime.contract.artifacts import CoremlArtifact
+from elastic_runtime.choosing.estimates import Gauge
+from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, OnnxArtifact
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import opening
@@ -25,6 +28,37 @@ from elastic_runtime.sessions.session import Origin
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_waiting_for_another_thread_that_measures_is_measuring() -> None:
+    measuring, done, spent = threading.Event(), threading.Event(), []
+
+    def finish() -> None:
+        measuring.set()
+        assert done.wait(30)
+
+    gauge = Gauge(session(Machine()), described(), finish, time.perf_counter, device=lambda: probe(MACHINES["xeon"]))
+    first = threading.Thread(target=lambda: gauge.costs)
+    second = threading.Thread(target=lambda: spent.append((gauge.costs, gauge.spent)[1]))
+    first.start()
+    assert measuring.wait(30)
+    second.start()
+    time.sleep(0.1)
+    done.set()
+    first.join()
+    second.join()
+    assert spent[0] > 0.05
+
+
+def test_a_decoder_that_changes_is_measured_anew() -> None:
+    def of(digest: str) -> Any:
+        file = FileEntry(path="onnx/decoder.onnx", sha256=digest, bytes=1)
+        artifact = OnnxArtifact(precision="fp32", files=(file,), toolchain={}, opset=23)
+        decoder = msgspec.structs.replace(decoder_graph(), artifacts=(artifact,))
+        whole = msgspec.structs.replace(described(), graphs=described().graphs | {"decoder": decoder})
+        return identity(session(Machine()), whole, probe(MACHINES["xeon"]))
+
+    assert of("a" * 64) == of("a" * 64) != of("b" * 64)
 
 
 BUDGETS = [Budget(latents=n) for n in range(4, 65, 4)]

@@ -24,7 +24,9 @@ from elastic_runtime import (
     PerStep,
     Plan,
     Quality,
+    Request,
     Result,
+    Span,
     UnreachableError,
     UsageError,
 )
@@ -46,6 +48,32 @@ def draw(pipe: ElasticPipeline, policy: Any, **options: Any) -> Result:
 def steps(result: Result) -> tuple[int, ...]:
     assert result.plan is not None
     return result.plan.steps
+
+
+def test_the_nearest_time_is_that_of_the_cheapest_plan_with_enough_steps() -> None:
+    pipe = pipeline(Machine())
+    for least, told in ((14, "14 steps at 4x"), (6, "6 steps at 4x")):
+        with pytest.raises(UnreachableError, match=told):
+            draw(pipe, Deadline(0.001, least_steps=least))
+
+
+def test_a_larger_picture_takes_longer_to_finish() -> None:
+    pipe = pipeline(Machine())
+    small, large = (pipe.outlook(Request(class_labels=1, policy=Auto(), height=side, width=side)) for side in (64, 128))
+    assert small.finish == pytest.approx(DECODE)
+    assert large.finish == pytest.approx(4 * DECODE)
+    assert large.entering() == pytest.approx(4 * small.entering())
+
+
+@pytest.mark.parametrize("sides", [Span(16, 16), Span(16, 32), Span(12, 14)])
+def test_a_deadline_is_kept_by_a_bundle_whose_decoder_takes_no_previews(sides: Span) -> None:
+    whole = described()
+    decoder = msgspec.structs.replace(whole.graphs["decoder"], dimensions=whole.graphs["decoder"].dimensions | {"h": sides, "w": sides})
+    pipe = pipeline(Machine(), whole=msgspec.structs.replace(whole, graphs=whole.graphs | {"decoder": decoder}))
+    upscale = pipe.bundle.manifest.model.vae.upscale  # type: ignore[union-attr]
+    side = min(sides.max, 16) * upscale
+    result = draw(pipe, Deadline(0.2), plan="full", height=side, width=side)
+    assert result.seconds <= 0.2
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.6, 1.0])

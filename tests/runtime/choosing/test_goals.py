@@ -31,6 +31,18 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.mark.parametrize("floor", [0, -1, 5, "x", True])
+def test_a_floor_is_a_share(floor: Any) -> None:
+    for policy in (Auto, Quality):
+        with pytest.raises(UsageError, match="is a share of the best, above 0 and at most 1"):
+            policy(floor)
+
+
+def test_the_stochastic_sampler_is_never_asked_for_one_step() -> None:
+    with pytest.raises(UnreachableError, match="or use a Deadline"):
+        pipeline(Machine())(1, policy=FitLatency(1e-4), sampler="sde", output_type="latent")
+
+
 def draw(pipe: ElasticPipeline, policy: Policy, **options: Any) -> Result:
     return pipe(1, num_inference_steps=4, policy=policy, generator=np.random.default_rng(0), output_type="latent", **options)
 

@@ -35,7 +35,7 @@ def test_each_branch_drops_its_own_share() -> None:
 def test_fractions_that_are_none(name: str, value: Any) -> None:
     pipe, fake = pipeline(lambda t, label: 40)
     with pytest.raises(UsageError, match=f"^{name} is the share of the kept tokens to drop, 0 to below 1, got"):
-        pipe([1], **{name: value})
+        pipe([1], guidance_scale=2.0, **{name: value})
     assert fake.calls == []
 
 
