@@ -40,22 +40,22 @@ def protocol(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Accuracy and Frechet distance against FLOPs: plain sampling as a line of step counts, plans and their ablations as points."""
+    """Accuracy and Frechet distance against FLOPs: a line of step counts for each plan, and the ablations as points."""
     found = evaluation(record)
-    kinds: dict[str, list[dict[str, Any]]] = {"full resolution, fewer steps": [], "RALU": [], f"RALU {ABLATION}": []}
-    for row in found["plans"]:
-        kinds[list(kinds)[0 if row["plan"].startswith(PLAIN) else 2 if ABLATION in row["plan"] else 1]].append(row)
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(found["plans"], key=lambda row: row["flops"]):
+        name = row["plan"].partition(",")[0]
+        lines.setdefault(f"RALU {ABLATION}" if ABLATION in name else name, []).append(row)
     what = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
     with panels(path) as axes:
         for panel, (name, label, unit) in zip(axes, what, strict=True):
-            for (words, rows), (color, marker) in zip(kinds.items(), LINES, strict=True):
+            for (words, rows), (color, marker) in zip(sorted(lines.items()), LINES, strict=False):
                 x, y = [row["flops"] / 1e9 for row in rows], [unit * row[name] for row in rows]
-                line = "-" if words.startswith(PLAIN) else "none"
+                line = "none" if ABLATION in words else "-"
                 panel.plot(x, y, color=color, marker=marker, linestyle=line, linewidth=2, markersize=6, label=words)
+                below = {"xytext": (0, -14), "ha": "center"} if words == PLAIN else {"xytext": (0, 7), "ha": "center"}
                 for row, *place in zip(rows, x, y, strict=True):
-                    short = f"{row['steps'][0]}" if words.startswith(PLAIN) else row["plan"].split()[0]
-                    below = {"xytext": (0, -14), "ha": "center"} if words.startswith(PLAIN) else {"xytext": (6, 3)}
-                    panel.annotate(short, place, textcoords="offset points", color=color, fontsize=9, **below)
+                    panel.annotate(f"{sum(row['steps'])}", place, textcoords="offset points", color=color, fontsize=8, **below)
             real_line(panel, unit * found["real"][name], "real glyphs")
             panel.set_axisbelow(True)
             panel.margins(x=0.08, y=0.1)
