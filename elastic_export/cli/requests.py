@@ -16,6 +16,7 @@ from elastic_runtime.choosing.goals import Auto, FitMemory, Quality
 from elastic_runtime.choosing.policy import Fixed, PerStep
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
@@ -81,7 +82,7 @@ def request(
         class_labels=labels,
         prompt=tuple(subject.prompt) if subject.prompt else None,
         negative_prompt=subject.negative_prompt,
-        num_inference_steps=20 if sampling.steps is None and not model.patches else sampling.steps,
+        num_inference_steps=STEPS if sampling.steps is None and not model.patches else sampling.steps,
         guidance_scale=CLASSES_GUIDANCE if guided.guidance is None and labels is not None else guided.guidance,
         true_cfg_scale=guided.true_cfg,
         guidance_interval=options.interval(guided.interval),

@@ -321,9 +321,11 @@ class Outlook(ABC):
         """
         options = self.finest(guidance_budget)
         least = min(least, max(sum(option.steps) for option in options))
-        priced = [(self.picture(option), option) for option in options if sum(option.steps) >= least]
+        priced = [(self.picture(option), self.worth(option), option) for option in options if sum(option.steps) >= least]
         kept: list[Option] = []
-        for _, option in sorted(priced, key=lambda pair: (pair[0], -self.worth(pair[1]))):
-            if not kept or self.worth(option) > self.worth(kept[-1]):
+        best = -float("inf")
+        for _, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
+            if worth > best:
                 kept.append(option)
+                best = worth
         return kept

@@ -14,7 +14,7 @@ from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.pictures import nearest
 from elastic_runtime.errors import UsageError
-from elastic_runtime.ralu.plan import OWN, Plan
+from elastic_runtime.ralu.plan import Plan, named
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import batches
 
@@ -132,7 +132,7 @@ class PlanOutlook(Outlook):
 
     def planned(self, plan: Plan) -> Option:
         """A plan in its own steps as an option, by the name under which the card may grade it."""
-        return self._option(next((name for name, each in self.plans.items() if each.alike(plan)), OWN), plan)
+        return self._option(named(plan, self.plans), plan)
 
     def check(self, choice: Choice) -> None:
         if choice.plan is None:

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,6 +21,11 @@ LEAST_LOGSNR = -15.0
 
 # Far beyond any use: more is a slip of the hand.
 MOST = 100_000
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a real number, Python's or numpy's, and no truth value."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str = "token") -> None:

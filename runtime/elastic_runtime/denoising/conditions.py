@@ -8,6 +8,7 @@ import numpy as np
 
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
+from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.prompts import encode
 from elastic_runtime.denoising.tokens import Conditions
@@ -124,7 +125,7 @@ def guidance_of(
         usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
         return None, Guidance(usual if guidance_scale is None else guidance_scale, *interval)
     embedded = EMBEDDED if guidance_scale is None else guidance_scale
-    if isinstance(embedded, bool) or not isinstance(embedded, int | float | np.integer | np.floating) or not 0 <= embedded < float("inf"):
+    if not is_number(embedded) or not 0 <= embedded < float("inf"):
         raise UsageError(f"guidance_scale must be a number, 0 or more, got {embedded!r}")
     return embedded, Guidance(1.0 if true_cfg_scale is None else true_cfg_scale, *interval)
 

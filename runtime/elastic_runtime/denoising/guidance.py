@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.errors import UsageError
 
 
@@ -26,7 +27,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
-            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            if not is_number(value):
                 raise UsageError(f"{name} is a number, got {value!r}")
         if not self.scale >= 1.0 or self.scale == float("inf"):
             raise UsageError(f"guidance_scale must be 1 (off) or more, got {self.scale}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.errors import BudgetError, UsageError
 
 NARROWEST = 8  # between two sizes; kernels of GPUs like multiples of it
@@ -127,7 +128,7 @@ def kept_set(probability: np.ndarray, drop: float, slots: int) -> np.ndarray:
 
 def fraction(value: object, name: str) -> float:
     """A drop fraction, checked: UsageError unless it is a number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise UsageError(f"{name} is the share of the kept tokens to drop, 0 to below 1, got {value!r}")
     return float(value)
 

@@ -77,8 +77,7 @@ class BudgetDrawing(Drawing):
         self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
-        work = gauge.peak.work
-        self._size = lambda budget: (work(budget).flops, sum(budget.values()))
+        self._gauge = gauge
         return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes)
 
     def begin(self, choice: Choice) -> None:
@@ -131,7 +130,8 @@ class BudgetDrawing(Drawing):
         if not self.guidance.auto:
             return
         routing, strong, weak = self._routing, choice.budget, choice.guidance_budget
-        less = self._size(weak) <= self._size(strong) and routing.guidance_drop >= routing.drop
+        sizes = [(self._gauge.peak.work(budget).flops, sum(budget.values())) for budget in (weak, strong)]
+        less = sizes[0] <= sizes[1] and routing.guidance_drop >= routing.drop
         if not less or (weak == strong and routing.guidance_drop == routing.drop):
             raise UsageError(f"autoguidance needs a guidance budget smaller than the budget, {strong}, got {weak}: give guidance_budget")
 

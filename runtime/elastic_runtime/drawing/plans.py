@@ -20,7 +20,7 @@ from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, named, preset
 from elastic_runtime.request import Request, StepRecord
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
@@ -146,7 +146,7 @@ class PlanDrawing(Drawing):
 
     def name_of(self, plan: Plan) -> str:
         """The name of a plan in whichever number of steps."""
-        return next((name for name, each in self.plans.items() if each.alike(plan)), OWN)
+        return named(plan, self.plans)
 
     @property
     def drawn(self) -> Plan:
@@ -198,7 +198,7 @@ class PlanDrawing(Drawing):
 
     def _name(self, plan: Plan) -> str:
         """What a plan of any number of steps is called."""
-        return FULL if plan.plain else next((name for name, each in PRESETS.items() if each.alike(plan)), OWN)
+        return FULL if plan.plain else named(plan, PRESETS)
 
     def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
         """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime.contract.manifest import OWN_STEPS
-from elastic_runtime.contract.schedule import whole_steps
+from elastic_runtime.contract.schedule import is_number, whole_steps
 from elastic_runtime.errors import UsageError
 
 STAGES = 3
@@ -79,13 +79,13 @@ class Plan:
         check_outline(self.steps, self.end_times)
         if len(self.shifts) != len(self.steps):
             raise UsageError(f"a plan has a shift for each of its {len(self.steps)} stages, got {self.shifts}")
-        if bad := [shift for shift in self.shifts if not (_is_number(shift) and 0 < shift < math.inf)]:
+        if bad := [shift for shift in self.shifts if not (is_number(shift) and 0 < shift < math.inf)]:
             raise UsageError(f"a plan's shifts are above 0, got {bad[0]!r}")
         if self.plain:
             if self.z is not None or self.up_ratio is not None or not self.renoise:
                 raise UsageError("a plan of one stage has no z, no up_ratio and no renoise: nothing grows in it")
             return
-        if self.z is None or not _is_number(self.z) or not LEAST_Z <= self.z < math.inf:
+        if self.z is None or not is_number(self.z) or not LEAST_Z <= self.z < math.inf:
             raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
         check_ratio(self.up_ratio)
 
@@ -185,7 +185,7 @@ def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     evenly.
     """
     numbers = ("shift", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    if odd := [name for name in numbers if not _is_number(scheduler.get(name, 1.0))]:
+    if odd := [name for name in numbers if not is_number(scheduler.get(name, 1.0))]:
         raise UsageError(f"the scheduler's {odd[0]} is a number, got {scheduler[odd[0]]!r}: export the bundle again")
     if not scheduler.get("use_dynamic_shifting", False):
         return Plan.full(steps, float(scheduler.get("shift", 1.0)))
@@ -204,7 +204,7 @@ def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
         raise UsageError(f"a plan has an end time for each of its {len(steps)} stages, got {end_times}")
     for count in steps:
         whole_steps(count)
-    if bad := [time for time in end_times if not _is_number(time)]:
+    if bad := [time for time in end_times if not is_number(time)]:
         raise UsageError(f"end times are numbers, got {bad[0]!r}")
     if not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
         raise UsageError(f"end times rise from above 0, got {end_times}")
@@ -212,15 +212,19 @@ def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
         raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
 
 
+def named(plan: Plan, plans: Mapping[str, Plan]) -> str:
+    """The name among `plans` of a plan in whichever number of steps."""
+    return next((name for name, each in plans.items() if each.alike(plan)), OWN)
+
+
 def check_ratio(up_ratio: Any) -> None:
     """Raise UsageError unless it is a share strictly between nothing and everything."""
-    if not _is_number(up_ratio) or not 0 < up_ratio < 1:
-        edges = {0: " (with 0 the mixed stage would be the low one again)", 1: " (with 1 nothing is left to grow in the last stage)"}
-        raise UsageError(f"up_ratio lies between 0 and 1, got {up_ratio!r}{edges.get(up_ratio, '') if _is_number(up_ratio) else ''}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number(up_ratio) or not 0 < up_ratio < 1:
+        edges: dict[float, str] = {
+            0: " (with 0 the mixed stage would be the low one again)",
+            1: " (with 1 nothing is left to grow in the last stage)",
+        }
+        raise UsageError(f"up_ratio lies between 0 and 1, got {up_ratio!r}{edges.get(up_ratio, '') if is_number(up_ratio) else ''}")
 
 
 # The authors' plans for FLUX.1-dev, named for how much less they compute than 50 plain steps.
