@@ -21,7 +21,7 @@ class BudgetOutlook(Outlook):
     named, smaller = "a budget", "fewer pictures at once"
 
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True):
-        super().__init__(gauge, count, guidance, steps, finishes)
+        super().__init__(gauge, count, guidance, steps, finishes, sampler)
         self.sampler = sampler
         self.least = least_steps(sampler)
         self.table = f"accuracy by {', '.join(axis.name for axis in self.axes) or 'budget'}"

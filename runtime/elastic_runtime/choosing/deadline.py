@@ -136,8 +136,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
 
     def _first(self, state: Underway, left: float) -> Option:
         """The best plan that can still be done in time, or the cheapest."""
-        outlook = state.outlook
-        fitting = [option for option in state.options if state.pace * outlook.over(option, outlook.course(option)) <= left]
+        frontier = state.outlook.frontier(self.guidance_budget, self.least_steps)
+        fitting = [option for option, seconds in frontier.items() if state.pace * seconds <= left]
         return fitting[-1] if fitting else state.options[0]
 
     def _measured(self, state: Underway, seconds: float) -> Underway:

@@ -3,7 +3,8 @@ late."""
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from elastic_runtime.sessions.session import Session
 
 CLIP = 8.0  # a step this many times slower or faster than predicted tells of a clock or a hang, not of the pace
 WEIGHT = 0.3  # of the latest step in the pace
+KINDS = 64  # of drawings whose prospects are kept
 
 Value = TypeVar("Value")
 # guided and other evaluations of the model in each step of a stage
@@ -56,6 +58,7 @@ class Gauge:
         self._measured: dict[str, Any] = {}
         self._ran: set[tuple[Budget, int]] = set()
         self._finish, self._preview, self._clock, self._probe = finish, preview, clock, device
+        self._prospects: Callable[[Hashable], dict[Any, Any]] = lru_cache(KINDS)(lambda kind: {})
 
     @property
     def spent(self) -> float:
@@ -95,13 +98,20 @@ class Gauge:
     @property
     def calibrated(self) -> calibration.Calibration:
         """The calibration of this session here, measured now if none is kept."""
-        who = calibration.identity(self.session, self.manifest, self.device)
-        return self._once("calibration", lambda: calibration.calibrate(who, self._measure))
+
+        def calibrated() -> calibration.Calibration:
+            return calibration.calibrate(calibration.identity(self.session, self.manifest, self.device), self._measure)
+
+        return self._once("calibration", calibrated)
 
     @property
     def costs(self) -> Costs:
         """Costs by measured points."""
         return self._once("costs", lambda: self._costs(self.calibrated.points))
+
+    def prospects(self, kind: Hashable) -> dict[Any, Any]:
+        """What outlooks of one kind of drawing have worked out: the next picture of that kind need not do it again."""
+        return self._prospects(kind)
 
     def first(self, runs: Iterable[tuple[Budget, int]]) -> bool:
         """Whether some of these budgets and batches have not been run since the session was opened; from now on they have.
@@ -164,7 +174,7 @@ class Outlook(ABC):
 
     `steps` are those that were asked for, where that was said. `finishes` tells whether the last state becomes a
     picture, which takes time of its own. What is open to choice differs with the model: budgets on its axes
-    (`BudgetOutlook`), or plans (`PlanOutlook`).
+    (`BudgetOutlook`), or plans (`PlanOutlook`). `others` is what else tells two drawings apart.
     """
 
     named: str  # what a user names instead of leaving the choice to a policy
@@ -172,9 +182,9 @@ class Outlook(ABC):
     smaller: str  # what needs less memory
     least = 1  # steps that a run takes
 
-    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool = True):
+    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool, *others: Hashable):
         self.gauge, self.count, self.guidance, self.steps, self.finishes = gauge, count, guidance, steps, finishes
-        self._seconds: dict[tuple[object, ...], float] = {}
+        self._prospects = gauge.prospects((type(self), count, guidance, steps, finishes, *others))
 
     @property
     def axes(self) -> Sequence[Axis]:
@@ -269,9 +279,9 @@ class Outlook(ABC):
         """Predicted seconds of one evaluation for all pictures, by measured costs unless others are given."""
         costs = costs or self.gauge.costs
         key = (id(costs), option.budgets[stage], option.guidance_budgets[stage], stage, len(option.steps), guided)
-        if key not in self._seconds:  # asked for again and again while a picture is planned
-            self._seconds[key] = sum(costs.seconds(*run) for run in self.runs(option, stage, guided))
-        return self._seconds[key]
+        if key not in self._prospects:  # asked for again and again while a picture is planned
+            self._prospects[key] = sum(costs.seconds(*run) for run in self.runs(option, stage, guided))
+        return float(self._prospects[key])
 
     def over(self, option: Option, course: Course) -> float:
         """Predicted seconds of all steps of a course."""
@@ -297,9 +307,13 @@ class Outlook(ABC):
             seconds += count * self.seconds(option, course.first, kind) if count else 0.0
         return seconds
 
+    def whole(self, option: Option) -> float:
+        """Predicted seconds of all steps of a whole run in the option's own number of them."""
+        return self.over(option, self.course(option))
+
     def picture(self, option: Option, steps: int | None = None) -> float:
         """Predicted seconds of whole pictures, in the option's own number of steps or another."""
-        return self.over(option, self.course(option, steps)) + self.finish
+        return (self.whole(option) if steps is None else self.over(option, self.course(option, steps))) + self.finish
 
     def memory(self, option: Option) -> float:
         """Predicted peak bytes of this process: what it held when the session was open, and the most that a run adds.
@@ -314,18 +328,26 @@ class Outlook(ABC):
         stages = range(len(option.steps))
         return max(self.gauge.prior.growth(*run) for stage in stages for run in self.runs(option, stage, guided))
 
-    def frontier(self, guidance_budget: Budget | None = None, least: int = 1) -> list[Option]:
-        """Those of `finest` that are worth their time: each takes longer than the one before, and is better.
+    def frontier(self, guidance_budget: Budget | None = None, least: int = 1) -> dict[Option, float]:
+        """Those of `finest` that are worth their time, each with the seconds of its whole run: each takes longer than the one before, and
+        is better.
 
         Options of fewer than `least` steps are left out, or than the most that there are.
         """
+        key = ("frontier", guidance_budget, least)
+        if key not in self._prospects:
+            self._prospects[key] = self._frontier(guidance_budget, least)
+        frontier: dict[Option, float] = self._prospects[key]
+        return frontier
+
+    def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
         options = self.finest(guidance_budget)
         least = min(least, max(sum(option.steps) for option in options))
-        priced = [(self.picture(option), self.worth(option), option) for option in options if sum(option.steps) >= least]
-        kept: list[Option] = []
+        priced = [(self.whole(option), self.worth(option), option) for option in options if sum(option.steps) >= least]
+        kept: dict[Option, float] = {}
         best = -float("inf")
-        for _, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
+        for seconds, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
             if worth > best:
-                kept.append(option)
+                kept[option] = seconds
                 best = worth
         return kept

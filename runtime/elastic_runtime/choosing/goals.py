@@ -64,9 +64,10 @@ class FitLatency(Settled, frozen=True, tag="fit_latency"):
 
     def init(self, outlook: Outlook) -> Choice:
         options = outlook.frontier(self.guidance_budget)
-        fitting = [option for option in options if outlook.picture(option) <= self.seconds]
+        fitting = [option for option, seconds in options.items() if seconds + outlook.finish <= self.seconds]
         if not fitting:
-            cheapest, steps = options[0], sum(options[0].steps)
+            cheapest = next(iter(options))
+            steps = sum(cheapest.steps)
             fewer = _fewer(outlook, cheapest, self.seconds)
             raise UnreachableError(
                 f"{_milliseconds(self.seconds)} are too few for {steps} steps: the nearest that is reachable is "

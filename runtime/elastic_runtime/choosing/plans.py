@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.pictures import nearest
 from elastic_runtime.errors import UsageError
-from elastic_runtime.ralu.plan import Plan, named
+from elastic_runtime.ralu.plan import FULL, Plan, named
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import batches
 
@@ -43,17 +42,23 @@ class PlanOutlook(Outlook):
         usual_name: str,
         finishes: bool = True,
     ):
-        super().__init__(gauge, count, guidance, None, finishes)
+        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size)
         patches = gauge.manifest.model.patches
         assert patches is not None
         self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
         self.plans, self.size, self.usual_name = plans, size, usual_name
 
-    @cached_property
+    @property
     def _rows(self) -> dict[str, np.ndarray]:
+        if "rows" not in self._prospects:
+            self._prospects["rows"] = self._graded_rows()
+        rows: dict[str, np.ndarray] = self._prospects["rows"]
+        return rows
+
+    def _graded_rows(self) -> dict[str, np.ndarray]:
         """By plan: FLOPs of the graded rows, rising from none, their accuracy over the best of all, and their Frechet distance over the
         least of all, (3, rows); more steps of a plan never count as worse."""
-        rows = [(name, self._flops(plan), row.accuracy, row.frechet_distance) for row, name, plan in self._graded_plans()]
+        rows = [(_kind(option), self._flops(option), row.accuracy, row.frechet_distance) for row, option in self._graded_options()]
         best, least = max((row[2] for row in rows), default=0.0), min((row[3] for row in rows), default=0.0)
         if not (best > 0 and least > 0):
             return {}
@@ -64,12 +69,11 @@ class PlanOutlook(Outlook):
             tables[name] = np.stack([[0.0, *flops], [0.0, *accuracy], [distance[0], *distance]])
         return tables
 
-    def _graded_plans(self) -> Iterator[tuple[Quality, str, Plan]]:
-        """The card's rows of plans that may be drawn, each with its plan's name and the plan in the steps of the
-        row."""
+    def _graded_options(self) -> Iterator[tuple[Quality, Option]]:
+        """The card's rows of plans that may be drawn, each with its plan in the steps of the row."""
         for row in self.gauge.manifest.quality:
             if row.plan is not None and row.plan in self.plans and row.steps:
-                yield row, row.plan, replace(self.plans[row.plan], steps=row.steps)
+                yield row, self._option(row.plan, replace(self.plans[row.plan], steps=row.steps))
 
     @property
     def graded(self) -> bool:
@@ -85,39 +89,38 @@ class PlanOutlook(Outlook):
         surer = SURER * option.plan.total
         if not self._rows:
             whole = Plan.full(max(plan.total for plan in self.plans.values()))
-            return self._flops(option.plan) / self._flops(whole) + surer
+            return self._flops(option) / self._flops(self._option(FULL, whole)) + surer
         flops, accuracy, _ = self._rows.get(_kind(option), np.zeros((3, 1)))
-        return float(np.interp(self._flops(option.plan), flops, accuracy)) + surer
+        return float(np.interp(self._flops(option), flops, accuracy)) + surer
 
     def distance(self, option: Option) -> float:
         """As `quality`, but nearest to the first row below it; an ungraded plan is infinitely far."""
         if not self._rows:
             return 1.0
         table = self._rows.get(_kind(option))
-        return float("inf") if table is None else float(np.interp(self._flops(_plan(option)), table[0], table[2]))
+        return float("inf") if table is None else float(np.interp(self._flops(option), table[0], table[2]))
 
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
         """Each plan in its own steps, and in those that the card grades."""
         self._no_weak(guidance_budget)
         options = [self._option(name, plan) for name, plan in self.plans.items()]
-        options += [self._option(name, plan) for _, name, plan in self._graded_plans()]
+        options += [option for _, option in self._graded_options()]
         unique = {(option.name, option.steps): option for option in options}
-        return sorted(unique.values(), key=lambda option: self._flops(_plan(option)))
+        return sorted(unique.values(), key=self._flops)
 
     def finest(self, guidance_budget: Budget | None = None) -> list[Option]:
         self._no_weak(guidance_budget)
-        return [
-            self._option(name, plan.spread(total))
-            for name, plan in self.plans.items()
-            for total in range(max(len(plan.steps), min(LEAST, plan.total)), self._finest(plan) + 1)
-        ]
-
-    def _finest(self, plan: Plan) -> int:
-        """The most steps of a plan that are weighed: those of plain sampling, or as many as cost no more than it does."""
-        if plan.plain:
-            return plan.total
-        plain = max((self._flops(each) for each in self.plans.values() if each.plain), default=0.0)
-        return int(plan.total * plain / self._flops(plan)) if plain and self._flops(plan) else FINEST * plan.total
+        own = {name: self._option(name, plan) for name, plan in self.plans.items()}
+        plain = max((self._flops(option) for name, option in own.items() if self.plans[name].plain), default=0.0)
+        options = []
+        for name, plan in self.plans.items():
+            if plan.plain:
+                most = plan.total
+            else:  # as many steps as cost no more than plain sampling
+                most = int(plan.total * plain / self._flops(own[name])) if plain and self._flops(own[name]) else FINEST * plan.total
+            fewest = max(len(plan.steps), min(LEAST, plan.total))
+            options += [self._option(name, plan.spread(total)) for total in range(fewest, most + 1)]
+        return options
 
     def usual(self, options: Sequence[Option]) -> Option:
         plan = self.plans[self.usual_name]
@@ -146,6 +149,13 @@ class PlanOutlook(Outlook):
         rows = [self.guidance.actives(times[:-1]) for times in course.times]
         return [(guided, 1 - guided) for guided in rows]
 
+    def whole(self, option: Option) -> float:
+        if not self.guidance.constant:
+            return super().whole(option)
+        guided = self.guidance.active(1.0)
+        steps = sum(count * self.seconds(option, stage, guided) for stage, count in enumerate(option.steps))
+        return steps + self.entering() * (len(option.steps) - 1)
+
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
         """In the mixed stage each picture runs by itself, both of its branches together (see
         `TokenDenoiser.guided`)."""
@@ -169,9 +179,9 @@ class PlanOutlook(Outlook):
         budgets = tuple(Budget(tokens=count) for count in plan.tokens(*self.size))
         return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
 
-    def _flops(self, plan: Plan) -> float:
+    def _flops(self, option: Option) -> float:
         work = self.gauge.peak.work
-        return sum(count * work(Budget(tokens=tokens)).flops for count, tokens in zip(plan.steps, plan.tokens(*self.size), strict=True))
+        return sum(count * work(budget).flops for count, budget in zip(option.steps, option.budgets, strict=True))
 
     def _no_weak(self, guidance_budget: Budget | None) -> None:
         if guidance_budget is not None:

@@ -26,6 +26,9 @@ class Budget(Mapping[str, int]):
     def __hash__(self) -> int:
         return hash(tuple(self._values.items()))
 
+    def __eq__(self, other: object) -> bool:
+        return self._values == other._values if isinstance(other, Budget) else Mapping.__eq__(self, other)
+
     def __repr__(self) -> str:
         return f"Budget({', '.join(f'{name}={value}' for name, value in self._values.items())})"
 

@@ -34,6 +34,11 @@ class Guidance:
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise UsageError(f"the guidance interval must lie in 0 to 1 and rise, got {self.low} to {self.high}")
 
+    @property
+    def constant(self) -> bool:
+        """Whether it acts at all times alike, or at none."""
+        return self.scale == 1.0 or (self.low == 0.0 and self.high == 1.0)
+
     def active(self, time: float) -> bool:
         return self.scale > 1.0 and self.low <= time <= self.high
 

@@ -57,6 +57,20 @@ def test_the_nearest_time_is_that_of_the_cheapest_plan_with_enough_steps() -> No
             draw(pipe, Deadline(0.001, least_steps=least))
 
 
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 2.0}, {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.7)}])
+def test_ways_to_draw_are_weighed_once_for_each_kind_of_picture(guidance: dict[str, Any]) -> None:
+    pipe = pipeline(Machine())
+    first, again, other = (
+        pipe.outlook(Request(class_labels=label, policy=Auto(), seeds=(label,), height=side, width=side, **guidance))
+        for label, side in ((1, 64), (2, 64), (2, 128))
+    )
+    frontier = first.frontier()
+    assert again.frontier() is frontier
+    assert other.frontier() != frontier
+    for option, seconds in frontier.items():
+        assert seconds == pytest.approx(first.over(option, first.course(option)))
+
+
 def test_a_larger_picture_takes_longer_to_finish() -> None:
     pipe = pipeline(Machine())
     small, large = (pipe.outlook(Request(class_labels=1, policy=Auto(), height=side, width=side)) for side in (64, 128))
