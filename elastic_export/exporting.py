@@ -184,7 +184,9 @@ def _conflict(old: Manifest, new: Manifest) -> str | None:
     """Why `new` cannot join the bundle of `old`, or None."""
     facts = [(name, getattr(old.model, name), getattr(new.model, name)) for name in ("name", "family", "weights", "vae")]
     facts += [(name, old.model.config.get(name), value) for name, value in new.model.config.items()]
-    if new.provenance.checkpoint_sha256:  # a dry run does not read the weights, and a VAE alone has none to tell of
+    there, here = old.provenance.weights_sha256, new.provenance.weights_sha256
+    facts += [(f"{name}'s weights' SHA-256", there[name], sha256) for name, sha256 in here.items() if name in there]
+    if not there and new.provenance.checkpoint_sha256:  # a bundle of an earlier version; a dry run does not read the weights
         facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
     facts += [("axes", [axis.name for axis in old.axes], [axis.name for axis in new.axes])]
     facts += [(axis.name, str(before.span), str(axis.span)) for before in old.axes for axis in new.axes if axis.name == before.name]

@@ -106,7 +106,7 @@ def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path
         raise ModelError(f"the bundle does not hold the original's weights{named}: give its diffusers folder with --checkpoint DIR")
     if not path.is_dir():
         raise ModelError(f"there is no folder {path}")
-    if Folder.open(path).sha256("transformer") != wanted:
+    if Folder.open(path).component("transformer").sha256() != wanted:
         raise ModelError(f"{path} is not what the bundle was made from: the SHA-256 of its transformer is not the manifest's")
     return path
 

@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from elastic_export.capture.zoo import Model
+from elastic_export.foreign.component import Component
 from elastic_export.foreign.vae import decoder, read_vae
 from elastic_runtime.contract import artifacts, manifest
 from elastic_runtime.contract.axis import Axis, Span, probes
@@ -70,6 +72,8 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         # It decodes one picture at a time, however many the denoiser is asked for at least.
         decoding = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
         graphs.append(decoding.loaded())  # a folder that does not fit should not be found out after the denoiser's export
+    weights = {"transformer": model.checkpoint_sha256} if model.checkpoint_sha256 else {}
+    weights |= {"vae": Component(vae).sha256()} if vae else {}
     parameters = sum(parameter.numel() for parameter in model.module.parameters())
     making = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
@@ -78,7 +82,7 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         graphs=described(graphs),
         cost=tuple(family.cost(params, budget, parameters) for budget in all_budgets(axes)),
         quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
-        provenance=origin(model.checkpoint, model.checkpoint_sha256, model.ignored),
+        provenance=origin(model.checkpoint, model.ignored, weights),
     )
     return Capture(making, graphs)
 
@@ -91,10 +95,19 @@ def described(graphs: Iterable[GraphCapture]) -> dict[str, artifacts.Graph]:
     }
 
 
-def origin(checkpoint: Path | None, sha256: str | None, ignored: tuple[str, ...] = ()) -> manifest.Provenance:
-    """Where weights came from; what is made of them, when and by what is filled in by the export."""
-    name = checkpoint.name if checkpoint else None
-    return manifest.Provenance(command="", created="", versions={}, checkpoint=name, checkpoint_sha256=sha256, ignored_weights=ignored)
+def origin(
+    checkpoint: Path | None, ignored: tuple[str, ...] = (), weights: Mapping[str, str] = MappingProxyType({})
+) -> manifest.Provenance:
+    """Where weights came from, with the SHA-256 of each component's; what is made of them, when and by what, the export fills in."""
+    return manifest.Provenance(
+        command="",
+        created="",
+        versions={},
+        checkpoint=checkpoint.name if checkpoint else None,
+        checkpoint_sha256=weights.get("transformer"),
+        weights_sha256=dict(weights),
+        ignored_weights=ignored,
+    )
 
 
 def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:

@@ -1,6 +1,5 @@
 """What may stand as MODEL, in rows: packaged samples and presets, with their axes and cost."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from elastic_export.capture.zoo import FAMILIES, locate, samples
 from elastic_export.families import tokens
 from elastic_export.families.family import Family
 from elastic_export.foreign.folder import Folder
+from elastic_export.foreign.reading import read_json
 from elastic_runtime.contract.budget import Budget
 
 
 def catalogue() -> list[dict[str, Any]]:
     """One row for each packaged sample and preset: its axes, parameters, and GFLOPs at its smallest and largest budget."""
-    cards = {name: json.loads(path.read_text()) for name, path in samples().items()}
+    cards = {name: read_json(path) for name, path in samples().items()}
     rows = []
     for name, card in cards.items():
         if folder := locate(name):
@@ -47,7 +47,7 @@ def _row(name: str, family: Family, params: Any, weights: str) -> dict[str, Any]
 def _folder_row(name: str, path: Path) -> dict[str, Any]:
     """The row of a packaged diffusers folder, which needs no diffusers: as it is exported where nothing else is asked for."""
     folder = Folder.open(path)
-    config = folder.config("transformer")
+    config = folder.component("transformer").config
     family = FOLDERS[config["_class_name"]]
     axis = tokens.axis(picture_sizes(folder, family, config, listed_vae(folder, family.channels(config)), None).tokens)
     text = 1 if folder.labels else family.beside + family.text_length(config)
@@ -57,5 +57,5 @@ def _folder_row(name: str, path: Path) -> dict[str, Any]:
         "weights": "packaged",
         "axes": f"{axis.name} {axis.span}",
         "gflops": [family.flops(config, count, text) / 1e9 for count in (axis.min, axis.max)],
-        "parameters": folder.parameters("transformer"),
+        "parameters": folder.component("transformer").parameters(),
     }

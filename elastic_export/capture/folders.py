@@ -13,7 +13,9 @@ from elastic_export.families import flux, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
-from elastic_export.foreign.folder import INDEX, Folder, diffusers_class, read_json
+from elastic_export.foreign.component import diffusers_class
+from elastic_export.foreign.folder import INDEX, Folder
+from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, text_encoder
 from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, read_vae
@@ -82,13 +84,13 @@ def capture_folder(
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
     folder = Folder.open(path)
     chosen = folder.choose(components)
-    listed = folder.config("transformer") if "transformer" in chosen else _config(folder)
+    listed = folder.component("transformer").config if "transformer" in chosen else _config(folder)
     class_name = str(listed.get("_class_name"))
     if class_name not in FAMILIES:
         raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
     family = FAMILIES[class_name]
     transformer: Any = diffusers_class(class_name)
-    built: Any = folder.build("transformer", transformer)
+    built: Any = folder.component("transformer").build(transformer)
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
     patches, channels = family.patches(config), family.channels(config)
     vae = listed_vae(folder, channels)
@@ -116,7 +118,7 @@ def capture_folder(
         graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
     for encoder in text.encoders if text else ():
         graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
-    parameters = {component: folder.parameters(component) for component in chosen}
+    parameters = {component: folder.component(component).parameters() for component in chosen}
     width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
 
     def cost(count: int) -> manifest.Cost:
@@ -127,7 +129,7 @@ def capture_folder(
     middle = axis.values[len(axis.values) // 2]
     costs = tuple(map(cost, sorted({axis.min, middle, axis.max}))) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
-    values["decoder"] = decoder_values(folder.config("vae"), sizes.pixels.max) if vae else 0
+    values["decoder"] = decoder_values(folder.component("vae").config, sizes.pixels.max) if vae else 0
     for graph in graphs:
         component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
@@ -153,11 +155,14 @@ def capture_folder(
         graphs=described(graphs),
         cost=costs,
         quality=quality(name) if packaged and name else (),
-        provenance=origin(
-            None if packaged else path.resolve(), folder.sha256("transformer") if digest and "transformer" in chosen else None
-        ),
+        provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen) if digest else {}),
     )
     return Capture(making, graphs, files, peaks, tuple(_notes(folder)))
+
+
+def _digests(folder: Folder, components: list[str]) -> dict[str, str]:
+    """SHA-256 of each component's weights."""
+    return {component: folder.component(component).sha256() for component in components}
 
 
 def _notes(folder: Folder) -> Iterator[str]:
@@ -173,7 +178,7 @@ def _config(folder: Folder) -> dict[str, Any]:
     """The transformer's config, which the other components' sizes are read from, though its weights may be absent."""
     if not (folder.path / "transformer" / "config.json").is_file():
         raise ModelError(f"{folder.path} lacks transformer/config.json, which tells how its components fit together")
-    return folder.config("transformer")
+    return folder.component("transformer").config
 
 
 def listed_vae(folder: Folder, channels: int) -> manifest.Vae | None:
@@ -190,7 +195,7 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
     usual = family.side(config)
     if usual is None:
-        usual = int(folder.config("vae").get("sample_size", SIDE * upscale)) // upscale if vae else SIDE
+        usual = int(folder.component("vae").config.get("sample_size", SIDE * upscale)) // upscale if vae else SIDE
     size = size or Span(max(usual * upscale // 2, upscale * patches.size * 2), usual * upscale)
     unit = upscale * patches.size * 2  # at half the resolution, too, a side must be a whole number of patches
     for side in (size.min, size.max):
@@ -223,13 +228,15 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
 def _denoiser(
     folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, axis: Axis, length: int, batch: Span
 ) -> GraphCapture:
+    component = folder.component("transformer")
+    component.check(component.build(transformer))
     inputs, patches = tokens.inputs(family, config), family.patches(config)
     spans = {"S": axis.span, "T": Span(1, length)}
     text = {"T": spans["T"]} if length > 1 else {}
     return GraphCapture(
         name="denoiser",
         module=None,
-        load=lambda: family.wrap(folder.load("transformer", transformer)),
+        load=lambda: family.wrap(component.load(transformer)),
         inputs=inputs if text else tokens.named(inputs, {"T": length}),
         outputs=tokens.outputs(family, config),
         axes=(axis,),
@@ -257,7 +264,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
                     f"{config['joint_attention_dim']}: is it another model's?"
                 )
         else:
-            most = min(int(folder.config(component).get("max_position_embeddings", 77)), tokenizer.max_length)
+            most = min(int(folder.component(component).config.get("max_position_embeddings", 77)), tokenizer.max_length)
             beside = max(beside, most if "penultimate_hidden_state" in gives else 0)
             pooled += widths["pooled"]
         path = f"tokenizer/{component}/tokenizer.json"

@@ -1,7 +1,6 @@
 """From what a user types after `elastic-export onnx` to a loaded model: packaged samples, presets and families by name."""
 
 import difflib
-import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from elastic_export.families.dc_dit import model as dc_dit
 from elastic_export.families.family import Family, agree
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
-from elastic_runtime.contract.bundle import sha256
+from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.weights import digest, few, weight_files
 from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.errors import ModelError
 
@@ -112,19 +112,24 @@ def _named(family: Family, preset: Any, config: dict[str, Any], request: Request
 
 def _with_weights(request: Request, family: Family, file: Path, named: dict[str, dict[str, Any]]) -> Model:
     checkpoint = read_checkpoint(file)
-    params = agree(family, family.sources(checkpoint.weights, checkpoint.args) | named, request.overrides)
+    try:
+        sources = family.sources(checkpoint.weights, checkpoint.args)
+    except ModelError as error:
+        raise ModelError(f"{error} ({file} has {few(checkpoint.weights)})") from None
+    params = agree(family, sources | named, request.overrides)
     with torch.device("meta"):  # the weights come from the file; building real ones first would double the memory
         module = family.build(params)
     ignored = load_weights(module, family, checkpoint)
     module = module.eval().requires_grad_(False)
-    return Model(request.name, family, params, module, "checkpoint", checkpoint_sha256=sha256(file), ignored=ignored)
+    sha256 = digest(weight_files(file) if file.is_dir() else [file])
+    return Model(request.name, family, params, module, "checkpoint", checkpoint_sha256=sha256, ignored=ignored)
 
 
 def _sample(request: Request) -> Model:
     for flag, given in (("--checkpoint", request.checkpoint), ("--config", request.config), ("--random-weights", request.random_weights)):
         if given:
             raise ModelError(f"{request.name} is a packaged sample with its own weights: {flag} does not go with it; name a family instead")
-    card = json.loads(samples()[request.name].read_text())
+    card = read_json(samples()[request.name])
     family = FAMILIES[card["family"]]
     model = _with_weights(request, family, samples()[request.name].with_suffix(".safetensors"), {"the card": card["config"]})
     return replace(model, quality=quality(request.name))
@@ -132,7 +137,7 @@ def _sample(request: Request) -> Model:
 
 def quality(name: str) -> tuple[Quality, ...]:
     """What the card of a packaged sample measured; nothing for other names."""
-    rows = json.loads(samples()[name].read_text())["quality"] if name in samples() else ()
+    rows = read_json(samples()[name])["quality"] if name in samples() else ()
     return msgspec.convert(rows, tuple[Quality, ...])
 
 
@@ -148,14 +153,7 @@ def _find(name: str) -> tuple[Family, Any]:
 
 
 def _config(path: Path, family: Family) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise ModelError(f"cannot read --config {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"--config {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"--config {path} must hold a JSON object, got {type(config).__name__}")
+    config = read_json(path, "--config")
     if (other := config.pop("family", family.name)) != family.name:
         raise ModelError(f"--config {path} is of family {other!r}, but {family.name!r} was asked for")
     return config

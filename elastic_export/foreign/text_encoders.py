@@ -1,6 +1,7 @@
 """Text encoders and tokenizers of a diffusers folder: CLIP and T5, by transformers."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from elastic_export.foreign.folder import Folder, read_json
+from elastic_export.foreign.folder import Folder
+from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.weights import Naming
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
@@ -54,17 +58,18 @@ class Tokenizer:
 
 def kind(folder: Folder, component: str) -> str:
     """Class of an encoder; raises ModelError for one that is neither CLIP nor T5."""
-    named = folder.config(component).get("architectures") or [folder.listed[component]]
-    if named[0] not in GIVES:
-        raise ModelError(f"{folder.path / component} is a {named[0] or 'model of unknown class'}; there are {', '.join(GIVES)}")
-    return str(named[0])
+    listed = folder.component(component).config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else folder.listed[component]
+    if name not in GIVES:
+        raise ModelError(f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}")
+    return str(name)
 
 
 def sizes(folder: Folder, component: str) -> tuple[int, int]:
     """Widths of what an encoder gives: pooled, and hidden states."""
-    config = folder.config(component)
-    width = int(config.get("hidden_size", config.get("d_model", 0)))
-    return int(config.get("projection_dim", width)) if "Projection" in kind(folder, component) else width, width
+    config = _config_of(folder, component)
+    width = config.hidden_size
+    return config.projection_dim if "Projection" in kind(folder, component) else width, width
 
 
 def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
@@ -104,9 +109,10 @@ def _config(tokenizer: Path) -> dict[str, Any]:
 
 
 def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> GraphCapture:
-    """Capture an encoder for sequences of `length` tokens; it is loaded when it is asked for."""
+    """Capture an encoder for sequences of `length` tokens; it is loaded when it is asked for, but what it lacks is found out now."""
+    check_encoder(folder, component)
     gives, (pooled, width) = GIVES[kind(folder, component)], sizes(folder, component)
-    vocabulary = int(folder.config(component)["vocab_size"])
+    vocabulary = _config_of(folder, component).vocab_size
     shapes: dict[str, tuple[int | str, ...]] = {name: ("B", pooled) if name == "pooled" else ("B", length, width) for name in gives}
 
     def feeds(budget: Budget, size: int) -> dict[str, np.ndarray]:
@@ -125,21 +131,70 @@ def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> Gr
 
 
 def load_encoder(folder: Folder, component: str) -> Encoder:
-    """The encoder in float32, read as transformers reads it: tensor by tensor.
+    """The encoder in float32, every tensor of it from the files.
 
     Raises: MissingError without transformers; ModelError for weights that do not fit.
     """
-    name = kind(folder, component)
-    folder.weight_files(component)  # which says what is missing, and that pickles are not read
-    model = _transformers(name)
-    try:
-        with _quiet():
-            encoder = model.from_pretrained(
-                folder.path / component, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder.path / component} is not a {name}: {str(error).splitlines()[0]}") from None
-    return Encoder(encoder.eval().requires_grad_(False), GIVES[name])
+    module, naming, name = _built(folder, component)
+    return Encoder(folder.component(component).fill(module, naming, name), GIVES[name])
+
+
+def check_encoder(folder: Folder, component: str) -> None:
+    """Raise what `load_encoder` would, of the config and the weights' headers alone."""
+    folder.component(component).check(*_built(folder, component))
+
+
+def _built(folder: Folder, component: str) -> tuple[nn.Module, Naming, str]:
+    """An encoder without its weights, how files name them, and its class."""
+    name, config, files = kind(folder, component), _config_of(folder, component), folder.component(component)
+
+    def make() -> nn.Module:
+        with _Unfilled(), _quiet():
+            module: nn.Module = _transformers(name)(config)
+        return module
+
+    module = files.described(make, name)
+    return module, _t5() if name.startswith("T5") else _clip(module), name
+
+
+def _clip(module: nn.Module) -> Naming:
+    """Files have the text model under its own name, the module by its class; whole CLIPs bring the half that sees, too."""
+    prefix = "text_model." if any(name.startswith("text_model.") for name in module.state_dict()) else ""
+
+    def rename(name: str) -> str:
+        bare = name.removeprefix("transformer.").removeprefix("text_model.")
+        return prefix + bare if bare.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else bare
+
+    return Naming(
+        rename, re.compile(r"(text_model\.)?embeddings\.position_ids|vision_model\.|visual_projection\.|text_projection\.|logit_scale")
+    )
+
+
+def _t5() -> Naming:
+    """Files hold the embedding under either name or both; whole T5s bring the half that answers, too."""
+    return Naming(
+        lambda name: name.removeprefix("transformer."),
+        re.compile(r"decoder\.|lm_head\."),
+        {"encoder.embed_tokens.weight": "shared.weight"},
+    )
+
+
+def _config_of(folder: Folder, component: str) -> Any:
+    """An encoder's config as transformers reads it."""
+    name, files = kind(folder, component), folder.component(component)
+    files.config  # noqa: B018  says what is wrong with the file in words of its own
+    return files.described(lambda: _transformers(name).config_class.from_pretrained(files.path, local_files_only=True), name)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Storage that is to be filled from a file is not taken: parameters, which begin as `torch.empty`, are on `meta`. What a module
+    computes for itself is real."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _transformers(name: str) -> Any:

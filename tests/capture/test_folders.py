@@ -90,7 +90,7 @@ def test_sizes_of_a_graph_are_filled_in_checked_and_traced_away_from_the_ends(wh
 
 def test_peaks_count_the_weights_in_the_files(whole: Path) -> None:
     count = sum(parameter.numel() for parameter in folders.flux().parameters())
-    assert Folder.open(whole).parameters("transformer") == count
+    assert Folder.open(whole).component("transformer").parameters() == count
     assert capture_folder(whole, ("transformer",), None, ONE).peaks["denoiser"] > 3 * 4 * count
 
 
@@ -220,17 +220,17 @@ def test_weights_that_are_not_there_not_whole_or_pickled_are_said_to_be(copy: Pa
         capture_folder(copy, None, None, ONE)
     (copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "lost.safetensors"}}')
     with pytest.raises(ModelError, match=r"lacks lost.safetensors, which .*index.json lists"):
-        Folder.open(copy).weight_files("transformer")
+        Folder.open(copy).component("transformer").weight_files()
 
 
 def test_weights_that_do_not_fit_are_named(copy: Path) -> None:
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     rewrite(file, lambda weights: weights.pop("proj_out.bias"))
     with pytest.raises(ModelError, match=r"transformer does not fit FluxTransformer2DModel: it lacks proj_out.bias"):
-        Folder.open(copy).load("transformer", FluxTransformer2DModel)
+        Folder.open(copy).component("transformer").load(FluxTransformer2DModel)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="is damaged or incomplete, 1000 bytes"):
-        Folder.open(copy).load("transformer", FluxTransformer2DModel)
+        Folder.open(copy).component("transformer").load(FluxTransformer2DModel)
 
 
 def test_damaged_weights_are_found_before_they_are_needed(copy: Path) -> None:

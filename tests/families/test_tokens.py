@@ -42,8 +42,8 @@ def packed(latents: Tensor) -> Tensor:
 def test_flux_predicts_what_diffusers_does(guided: bool, tmp_path: Path) -> None:
     own = folders.flux(guidance_embeds=guided)
     folders.write(tmp_path / "f", own, decoder=False, max_shard_size="50KB")
-    assert len(Folder.open(tmp_path / "f").weight_files("transformer")) > 1
-    ours = Flux(Folder.open(tmp_path / "f").load("transformer", FluxTransformer2DModel))
+    assert len(Folder.open(tmp_path / "f").component("transformer").weight_files()) > 1
+    ours = Flux(Folder.open(tmp_path / "f").component("transformer").load(FluxTransformer2DModel))
     feeds: dict[str, Any] = {
         "hidden_states": normal(2, 19, 16), "encoder_hidden_states": normal(2, 5, folders.WIDTH),
         "pooled_projections": normal(2, folders.POOLED), "timestep": torch.tensor([0.9371, 0.2]),
@@ -64,7 +64,7 @@ def test_sd3_predicts_what_diffusers_does(changes: dict[str, Any], tmp_path: Pat
         torch.tensor([0.9, 0.2]),
     )
     wanted = own(latents, text, pooled, sigma * 1000, return_dict=False)[0]
-    ours = Sd3(Folder.open(tmp_path / "f").load("transformer", SD3Transformer2DModel))
+    ours = Sd3(Folder.open(tmp_path / "f").component("transformer").load(SD3Transformer2DModel))
     rows, columns = torch.meshgrid(torch.arange(6) + 3.0, torch.arange(10) + 1.0, indexing="ij")  # centred among 12 x 12 places
     got = ours(packed(latents), text, pooled, sigma, torch.stack([rows, columns], dim=-1).flatten(0, 1))
     assert (got - packed(wanted)).abs().max() < 1e-5
@@ -86,7 +86,7 @@ def test_a_table_that_is_not_analytic_is_refused() -> None:
 
 def test_half_precision_files_become_float32(tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux().half(), decoder=False, variant="fp16")
-    loaded = Folder.open(tmp_path / "f").load("transformer", FluxTransformer2DModel)
+    loaded = Folder.open(tmp_path / "f").component("transformer").load(FluxTransformer2DModel)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
 
 

@@ -273,8 +273,17 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "learn_sigma": named["final_layer.linear.weight"][0] == 2 * channels,
         "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
     }
-    arguments = {name: args[name] for name in ("num_heads", "dechunk_kernel_sigma") if args.get(name) is not None}
+    arguments = {name: value for name in ("num_heads", "dechunk_kernel_sigma") if (value := _argument(args, name)) is not None}
     return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}
+
+
+def _argument(args: Mapping[str, Any], name: str) -> Any:
+    """An argument by name: flat, or as the public trainer nests it, with a value for each width from the outermost to the core's."""
+    hnet: Any = args
+    for inner in ("model", "hnet"):
+        hnet = hnet.get(inner) if isinstance(hnet, Mapping) else None
+    value = args.get(name, hnet.get(name) if isinstance(hnet, Mapping) else None)
+    return value[-1] if isinstance(value, list) and value else value
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:

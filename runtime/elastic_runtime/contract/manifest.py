@@ -154,7 +154,8 @@ def plan_label(name: str, steps: Sequence[int] | None) -> str:
 
 
 class Provenance(Record, frozen=True, kw_only=True):
-    """Where the bundle came from."""
+    """Where the bundle came from. `checkpoint_sha256` is the transformer's, `weights_sha256` are those of all components, as their files
+    were read."""
 
     command: str
     created: str
@@ -162,6 +163,7 @@ class Provenance(Record, frozen=True, kw_only=True):
     checkpoint: str | None = None
     checkpoint_sha256: str | None = None
     ignored_weights: tuple[str, ...] = ()
+    weights_sha256: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Manifest(Record, frozen=True, kw_only=True):

@@ -1,0 +1,102 @@
+"""One component of a diffusers folder: a `config.json`, and safetensors beside it, whole or in shards. Nothing else there is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, headers, match, tensors, weight_files
+from elastic_runtime.errors import MissingError, ModelError
+
+
+@dataclass(frozen=True)
+class Component:
+    """A folder with a component's config and weights."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json; raises ModelError where it cannot be read."""
+        return read_json(self.path / "config.json")
+
+    def weight_files(self) -> list[Path]:
+        """Its safetensors; raises ModelError where there are none, a shard is missing, or its config says that they are quantised."""
+        if quantised := self.config.get("quantization_config"):
+            kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+            raise ModelError(
+                f"{self.path} is quantised ({kind}, says its config.json), and an export starts from plain weights: take it in float32, "
+                "bfloat16 or float16"
+            )
+        return weight_files(self.path)
+
+    def parameters(self) -> int:
+        """Number of its weights, from the files' headers alone."""
+        return sum(stored.numel() for _, stored in headers(self.weight_files()))
+
+    def sha256(self) -> str:
+        """SHA-256 of its weight files, one after another."""
+        return digest(self.weight_files())
+
+    def build(self, kind: type) -> nn.Module:
+        """It as diffusers' class `kind`, without memory for its weights.
+
+        Raises: ModelError where its config is of another class, or has fields that do not go together.
+        """
+        config = self.config
+        if (name := config.get("_class_name", kind.__name__)) != kind.__name__:
+            raise ModelError(f"{self.path} is a {name}, not a {kind.__name__}")
+
+        def make() -> nn.Module:
+            with torch.device("meta"):
+                module: nn.Module = kind.from_config(config)  # type: ignore[attr-defined]
+            return module
+
+        return self.described(make, kind.__name__)
+
+    def described(self, make: Callable[[], nn.Module], what: str) -> nn.Module:
+        """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
+        try:
+            return make()
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AssertionError,
+            ArithmeticError,
+            AttributeError,
+            KeyError,
+            IndexError,
+            OSError,
+        ) as error:
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {why}") from None
+
+    def check(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> None:
+        """Raise what `fill` would, of the files' headers alone."""
+        match(module, headers(self.weight_files()), str(self.path), what or type(module).__name__, naming)
+
+    def load(self, kind: type) -> nn.Module:
+        """It as diffusers' class `kind`, in float32; raises as `build` and `fill`."""
+        return self.fill(self.build(kind))
+
+    def fill(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> nn.Module:
+        """`module` with its weights in float32. A float32 file's weights stay on disk until they are used; others are converted.
+
+        Raises: ModelError naming missing, unexpected, misshapen and quantised weights.
+        """
+        fit(module, tensors(self.weight_files()), str(self.path), what or type(module).__name__, naming)
+        return module.eval().requires_grad_(False)
+
+
+def diffusers_class(name: str) -> type:
+    """A class of diffusers; raises MissingError with the line that installs it."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingError(f"a diffusers folder needs diffusers ({error}): pip install 'elastic-export[flux]'") from error
+    return getattr(diffusers, name)
