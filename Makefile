@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench test lint check wheel gpu-check mac-check clean
+.PHONY: demo bench test lint check wheel gpu-check ort-gpu-check mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -41,8 +41,15 @@ wheel: .venv/.dev
 BUILDER ?= rtx
 gpu-check: .venv/.base
 	$(INSTALL) --editable '.[torch,ort,$(BUILDER)]'
-	$(BIN)/elastic-export trt -o build/gpu-check --overwrite
+	$(BIN)/elastic-export trt -o build/gpu-check --builder $(if $(filter trt,$(BUILDER)),tensorrt,rtx) --overwrite
 	$(BIN)/python samples/gpu_check.py build/gpu-check
+
+# The same through ONNX Runtime's CUDA provider, in an environment of its own: its package takes the place of the one for the CPU.
+ort-gpu-check: .venv/.base
+	$(BIN)/elastic-export onnx -o build/ort-gpu-check/bundle --overwrite
+	$(PYTHON) -m venv build/ort-gpu-check/venv
+	build/ort-gpu-check/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[ort-gpu]'
+	build/ort-gpu-check/venv/bin/elastic-export bench build/ort-gpu-check/bundle --runtimes onnxruntime-cuda,onnxruntime
 
 # On a Mac: the sample's package on each compute unit, against the recorded outputs of the original.
 mac-check: .venv/.base

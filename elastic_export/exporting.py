@@ -78,8 +78,10 @@ def export_into(
     while capture.graphs:
         on_stage(f"running the original {capture.graphs[0].name}")
         graph = capture.graphs.pop(0).loaded()  # one in memory at a time
-        if new := _reference(graph, room, options, arrays):
+        new, rounding = _reference(graph, room, options, arrays)
+        if new:
             arrays |= new
+            manifest = manifest.rounded(graph.name, rounding)
             reference = draft.stage / REFERENCE
             with reference.open("wb") as stream:
                 np.savez(stream, **arrays)  # type: ignore[arg-type]
@@ -209,10 +211,12 @@ def _refuse_clobber(old: Bundle, room: Target, graphs: Sequence[Any], options: A
             raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
 
 
-def _reference(graph: "GraphCapture", room: Target, options: Any, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The original's outputs at the budgets that must be proven and are not yet recorded."""
+def _reference(
+    graph: "GraphCapture", room: Target, options: Any, known: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """The original's outputs at the budgets that must be proven and are not yet recorded, and its rounding there."""
     from elastic_export.capture.capture import probe_budgets
 
     budgets = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
     missing = [budget for budget in budgets if budget not in unpack(graph.name, known)[1]]
-    return record(graph, missing) if missing else {}
+    return record(graph, missing) if missing else ({}, None)

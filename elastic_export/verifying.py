@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 
 import elastic_targets
+from elastic_export.rounding import doubled, error
 from elastic_runtime.contract import reference
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.errors import BundleError, VerificationError
+from elastic_runtime.errors import BundleError, ModelError, VerificationError
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.opening import obstacles, open_artifact
 
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
 
 
-def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray]:
-    """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file.
+def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.ndarray], float | None]:
+    """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file; and its own rounding: the
+    largest error of these outputs against float64, in units of max(1, |output|), None where that was not measured.
 
     The feeds are those of the largest shapes, of which each budget takes its first rows.
+
+    Raises: ModelError for outputs that are not finite.
     """
     import torch
 
-    outputs = {}
+    outputs, exact, rounding = {}, doubled(graph.module), []
     carriers = {axis.input for axis in graph.axes if axis.carrier != "shape"}
     size = min(max(2, graph.batch.min), graph.batch.max)
     with torch.inference_mode():
@@ -38,10 +42,17 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> dict[str, np.ndarray
             result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
             results = result if isinstance(result, tuple) else (result,)
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
+            rounding += [error(tuple(outputs[budget].values()), exact(arrays))] if exact else []
+            if odd := [name for name, value in outputs[budget].items() if not np.isfinite(value).all()]:
+                raise ModelError(
+                    f"the original's {odd[0]} of {graph.name} at {key(budget)} has values that are not finite, so nothing can be held "
+                    "against it: are the weights whole, and within float32?"
+                )
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
-    return reference.pack(graph.name, {name: array for name, array in shared.items() if name not in carriers}, outputs)
+    packed = reference.pack(graph.name, {name: array for name, array in shared.items() if name not in carriers}, outputs)
+    return packed, max(rounding, default=None)
 
 
 def verify(bundle: Bundle, tolerance: float | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Artifact]]:
@@ -69,7 +80,7 @@ def verify_artifact(
     opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
     if opened is None:
         return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
-    limit = tolerance if tolerance is not None else artifact.tolerance
+    limit = tolerance if tolerance is not None else bundle.manifest.graphs[graph].tolerance(artifact)
     with opened as session:
         rows = tuple(check(bundle, graph, session, limit, arrays))
     if not rows:

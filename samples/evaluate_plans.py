@@ -30,8 +30,9 @@ from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
 
 SIDE, CLASSES = 64, 10
-# Presets in this share of their own steps, too.
+# Presets in this share of their own steps, too, and in shapes of their own: few steps of the last stage, and few of the first.
 SPREAD = {"4x": (0.22, 0.55, 2, 3), "7x": (0.4, 0.6, 2)}
+SHAPES = {"4x": ((2, 2, 2), (1, 3, 4), (5, 6, 3), (2, 6, 12), (10, 12, 4), (15, 18, 6))}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
     for name, plan in PRESETS.items():
         plans |= {name: plan, f"{name} {ABLATION}": replace(plan, renoise=False)}
         spread = [plan.spread(max(len(plan.steps), round(share * plan.total))) for share in SPREAD[name]]
-        plans |= {plan_label(name, each.steps): each for each in spread}
+        shaped = [replace(plan, steps=steps) for steps in SHAPES.get(name, ())]
+        plans |= {plan_label(name, each.steps): each for each in (*spread, *shaped)}
     return plans
 
 

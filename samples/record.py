@@ -18,7 +18,7 @@ def machine() -> str:
 def read(path: Path) -> dict[str, Any]:
     """The record at `path`; SystemExit with a sentence where there is none."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SystemExit(f"cannot read {path} ({error.strerror}): make it with samples/evaluate.py BUNDLE --output {path}") from None
     except ValueError as error:
@@ -40,5 +40,5 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record in one step, so that a kill leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -190,7 +190,7 @@ def train_transformer(options: argparse.Namespace, data: Digits | None = None) -
         "transformer": ["diffusers", "FluxTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return model
 
 

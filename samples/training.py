@@ -124,7 +124,7 @@ def train(
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half().contiguous() for name, value in ema.state_dict().items()}, options.output)
-        took = json.loads(log.read_text().splitlines()[-1]) | {"machine": machine(), "versions": versions("torch")}
+        took = json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) | {"machine": machine(), "versions": versions("torch")}
         chosen = {name: getattr(options, name) for name in ("batch", "lr", "ema", "seed", "bf16", "compile")}
         write(options.output.with_suffix(".json"), about | {"quality": [], "training": took | chosen | {"digits": len(images)}})
         print(f"wrote {options.output} ({options.output.stat().st_size / 1e6:.2f} MB) and its record")

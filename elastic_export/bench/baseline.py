@@ -117,6 +117,7 @@ def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":
     Raises: ModelError where its weights are not at hand, or `checkpoint` holds other ones.
     """
     from elastic_export.capture.zoo import FAMILIES, Request, samples
+    from elastic_export.foreign.weights import checkpoint_files, digest
 
     model, wanted = manifest.model, manifest.provenance.checkpoint_sha256
     if model.name in samples() and sha256(samples()[model.name].with_suffix(".safetensors")) == wanted:
@@ -128,8 +129,8 @@ def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":
     if checkpoint is None:
         named = f" ({manifest.provenance.checkpoint})" if manifest.provenance.checkpoint else ""
         raise ModelError(f"the bundle does not hold the original's weights{named}: give them with --checkpoint FILE")
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise ModelError(f"there is no file {checkpoint}")
-    if sha256(checkpoint) != wanted:
+    if digest(checkpoint_files(checkpoint)) != wanted:
         raise ModelError(f"{checkpoint} is not what the bundle was made from: its SHA-256 is not the manifest's")
     return Request(model.family, checkpoint, overrides=model.config)

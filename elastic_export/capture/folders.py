@@ -24,10 +24,13 @@ from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.schedule import RectifiedFlow
-from elastic_runtime.errors import BudgetError, ModelError
+from elastic_runtime.errors import BudgetError, ModelError, UsageError
+from elastic_runtime.ralu.plan import check_scheduler
 from elastic_targets.capture import GraphCapture
 
 FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
+PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline")
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SIDE = 128  # of a latent, where nothing tells
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
@@ -92,6 +95,7 @@ def capture_folder(
     transformer: Any = diffusers_class(class_name)
     built: Any = folder.component("transformer").build(transformer)
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
+    _check_channels(path, config)
     patches, channels = family.patches(config), family.channels(config)
     vae = listed_vae(folder, channels)
     sizes = picture_sizes(folder, family, config, vae, size)
@@ -140,7 +144,7 @@ def capture_folder(
         model=manifest.Model(
             name=name or path.resolve().name,
             family=family.name,
-            config=_plain(config) | {"scheduler": _scheduler(folder)},
+            config=_plain(config) | {"scheduler": _scheduler(folder, family)},
             prediction="velocity",
             schedule=RectifiedFlow(),
             sample_shape=(channels, side, side),
@@ -157,7 +161,17 @@ def capture_folder(
         quality=quality(name) if packaged and name else (),
         provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen) if digest else {}),
     )
-    return Capture(making, graphs, files, peaks, tuple(_notes(folder)))
+    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))
+
+
+def _check_channels(path: Path, config: tokens.Config) -> None:
+    """Raise ModelError for a transformer that takes more than the latent that it draws."""
+    takes, gives = config["in_channels"], config["out_channels"] or config["in_channels"]
+    if takes != gives:
+        raise ModelError(
+            f"{path / 'transformer'} takes {takes} channels and gives {gives}: it draws over a picture that it is given (as FLUX Fill and "
+            "Control do), which is not supported; export a model that draws from noise"
+        )
 
 
 def _digests(folder: Folder, components: list[str]) -> dict[str, str]:
@@ -165,13 +179,17 @@ def _digests(folder: Folder, components: list[str]) -> dict[str, str]:
     return {component: folder.component(component).sha256() for component in components}
 
 
-def _notes(folder: Folder) -> Iterator[str]:
+def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
+    if vae is None:
+        yield f"{folder.path} has no VAE to tell how many pixels a latent has: --size counts those of the latent"
     if not folder.indexed:
         components = ", ".join(folder.listed)
         yield f"{folder.path} has no {INDEX}: it is taken for a model of prompts whose components are {components}"
     if not (folder.path / "scheduler" / "scheduler_config.json").is_file():
         yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
+    if folder.pipeline and folder.pipeline not in PIPELINES:
+        yield f"{folder.path} is of a {folder.pipeline}: what that draws besides prompts (a picture, a mask) is not taken into the bundle"
 
 
 def _config(folder: Folder) -> dict[str, Any]:
@@ -195,7 +213,7 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
     usual = family.side(config)
     if usual is None:
-        usual = int(folder.component("vae").config.get("sample_size", SIDE * upscale)) // upscale if vae else SIDE
+        usual = _side(folder.component("vae").config.get("sample_size"), SIDE * upscale) // upscale if vae else SIDE
     size = size or Span(max(usual * upscale // 2, upscale * patches.size * 2), usual * upscale)
     unit = upscale * patches.size * 2  # at half the resolution, too, a side must be a whole number of patches
     for side in (size.min, size.max):
@@ -204,6 +222,12 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     if patches.table and size.max > patches.table * patches.size * upscale:
         raise BudgetError(f"--size {size}: this model has places for pictures of up to {patches.table * patches.size * upscale} pixels")
     return Sizes(size, upscale, patches.size)
+
+
+def _side(size: Any, usual: int) -> int:
+    """A `sample_size` of a config: a number, both sides, or nothing."""
+    sides = size if isinstance(size, list | tuple) else [size]
+    return max((side for side in sides if isinstance(side, int) and side > 0), default=usual)
 
 
 def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
@@ -279,16 +303,16 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
             f"{config['pooled_projection_dim']}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
             "model's. Download the folder again, or leave them out with --components transformer,vae"
         )
-    # Without its T5, SD3's pipeline has as many tokens of zeros in its place.
-    length = beside + (after or beside) or family.beside + family.text_length(config)
+    # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
+    length = (beside if encoders else family.beside) + (after or family.text_length(config))
     width = config["joint_attention_dim"]
     return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=config["pooled_projection_dim"]), files
 
 
-def _scheduler(folder: Folder) -> dict[str, Any]:
-    """What the folder's scheduler says of its shift; empty where there is none.
+def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
+    """What the folder's scheduler says of its sigmas; empty where there is none.
 
-    Raises: ModelError for one that does not draw along a flow.
+    Raises: ModelError for one that does not draw along a flow in Euler's steps, or whose config is not drawn as it says.
     """
     path = folder.path / "scheduler" / "scheduler_config.json"
     if not path.is_file():
@@ -299,9 +323,23 @@ def _scheduler(folder: Folder) -> dict[str, Any]:
             )
         return {}
     config = read_json(path)
-    if not (name := str(config.get("_class_name", "FlowMatch"))).startswith("FlowMatch"):
-        raise ModelError(f"{path} is of a {name}; FLUX and SD3 are drawn along a flow, by FlowMatchEulerDiscreteScheduler")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    if (name := config.get("_class_name", SCHEDULER)) != SCHEDULER:
+        raise ModelError(f"{path} is of a {name}; FLUX and SD3 are drawn along a flow in Euler's steps, by {SCHEDULER}")
+    scheduler = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        check_scheduler(scheduler)
+    except UsageError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return scheduler if family.spaced else scheduler | {"sigma_min": _least(scheduler, path)}
+
+
+def _least(scheduler: Mapping[str, Any], path: Path) -> float:
+    """The least sigma of a diffusers scheduler: that of the first of its training times, shifted unless the picture shifts it."""
+    times = scheduler.get("num_train_timesteps", 1000)
+    if not isinstance(times, int) or isinstance(times, bool) or times < 2:
+        raise ModelError(f"{path}: num_train_timesteps is a whole number of 2 or more, got {times!r}")
+    shift = 1.0 if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
+    return float(shift / times / (1 + (shift - 1) / times))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from elastic_export.families.family import Family, agree
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.weights import digest, few, weight_files
+from elastic_export.foreign.weights import checkpoint_files, digest, few
 from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.errors import ModelError
 
@@ -121,7 +121,7 @@ def _with_weights(request: Request, family: Family, file: Path, named: dict[str,
         module = family.build(params)
     ignored = load_weights(module, family, checkpoint)
     module = module.eval().requires_grad_(False)
-    sha256 = digest(weight_files(file) if file.is_dir() else [file])
+    sha256 = digest(checkpoint_files(file))
     return Model(request.name, family, params, module, "checkpoint", checkpoint_sha256=sha256, ignored=ignored)
 
 

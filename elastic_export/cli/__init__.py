@@ -1,8 +1,10 @@
 """The command line. `app` below is its table of contents; each command is one thin file, loaded when it is called."""
 
 import contextlib
+import os
 import signal
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -34,10 +36,28 @@ def main(arguments: list[str] | None = None) -> None:
     except ElasticError as error:
         fail(str(error))
         sys.exit(error.exit_code)
+    except MemoryError:
+        fail("there is not enough memory for this: take a smaller picture, batch or model, or a machine with more")
+        sys.exit(ElasticError.exit_code)
+    except OSError as error:
+        _give_up(error)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
             fail("interrupted; what was there before is as it was")
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            _give_up(error)
         raise
+
+
+def _give_up(error: OSError) -> NoReturn:
+    """End with one line about a file, a disk or a terminal that does not do its part."""
+    where = f"{error.filename}: " if error.filename else ""
+    fail(f"{where}{error.strerror or error}")
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end, and says so
+    sys.exit(ElasticError.exit_code)
 
 
 def _terminated(number: int, frame: object) -> None:

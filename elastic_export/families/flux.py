@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
+from elastic_export.families.layers import Sinusoids
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 
@@ -37,6 +38,7 @@ class Flux(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.rope = Rope(transformer.config.axes_dims_rope)
+        transformer.time_text_embed.time_proj = Sinusoids()  # diffusers' own values, as constants
 
     def forward(
         self,
@@ -84,5 +86,6 @@ FAMILY = TokenFamily(
     side=lambda config: None,
     text_length=lambda config: 512 if config["guidance_embeds"] else 256,  # dev and schnell
     beside=0,
+    spaced=True,
     flops=flops,
 )

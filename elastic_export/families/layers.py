@@ -35,20 +35,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+class Sinusoids(nn.Module):
+    """`[cos | sin](t * 10000^(-i/128))` of times (B,): 256 of them, float32 (DiT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # torch's own constants: an exporter that folds the formula is an ulp off, which a time of thousands makes large. And no buffer:
+        # `.half()` would round it, and building on `meta` would lose it.
+        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device="cpu") / 128)
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times[:, None].float() * self.frequencies.to(times.device)  # (B, 128)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+
+
 class TimestepEmbedder(nn.Module):
-    """`mlp([cos | sin](t * 10000^(-i/128)))`, 256 sinusoids (DiT)."""
+    """`mlp(Sinusoids()(t))` (DiT)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        # Not a buffer: `.half()` would round it, and building on `meta` would lose it.
-        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device="cpu") / 128)
+        self.sinusoids = Sinusoids()
 
     def forward(self, timestep: Tensor) -> Tensor:
-        angles = timestep[:, None].float() * self.frequencies.to(timestep.device)  # (B, 128)
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
-        dtype = next(self.mlp.parameters()).dtype
-        return self.mlp(sinusoids.to(dtype))  # (B, D)
+        return self.mlp(self.sinusoids(timestep).to(next(self.mlp.parameters()).dtype))  # (B, D)
 
 
 class LabelEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
+from elastic_export.families.layers import Sinusoids
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.errors import ModelError
@@ -44,6 +45,7 @@ class Sd3(nn.Module):
         order = torch.arange(size**2 * channels).view(size, size, channels).permute(2, 0, 1).flatten()
         last = transformer.proj_out
         last.weight, last.bias = (nn.Parameter(old[order], requires_grad=False) for old in (last.weight, last.bias))
+        transformer.time_text_embed.time_proj = Sinusoids()  # diffusers' own values, as constants
         del table.pos_embed  # hundreds of MB that the graph has no use for
 
     def _check(self, stored: Tensor) -> None:
@@ -96,8 +98,9 @@ FAMILY = TokenFamily(
     wrap=Sd3,
     patches=patches,
     channels=lambda config: config["in_channels"],
-    side=lambda config: config["sample_size"],
+    side=lambda config: max(size) if isinstance(size := config["sample_size"], list | tuple) else size,
     text_length=lambda config: 256,
     beside=77,
+    spaced=False,
     flops=flops,
 )

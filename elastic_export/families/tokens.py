@@ -27,6 +27,7 @@ class TokenFamily:
     name: as in the manifest. class_name: diffusers' class. wrap(transformer): the graph's module.
     patches(config): how it takes a latent. channels(config): of that latent. side(config): of its usual latent, None where the
     VAE tells. text_length(config): the most tokens that its pipeline takes from T5. beside: those of CLIP that come before them.
+    spaced: whether its pipeline gives the sigmas, evenly, before the shift; else they are the scheduler's own, down to its least.
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add.
     """
 
@@ -38,6 +39,7 @@ class TokenFamily:
     side: Callable[[Config], int | None]
     text_length: Callable[[Config], int]
     beside: int
+    spaced: bool
     flops: Callable[[Config, int, int], int]
 
 

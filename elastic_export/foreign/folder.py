@@ -22,13 +22,15 @@ COMPONENTS = {
 
 @dataclass(frozen=True)
 class Folder:
-    """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`)."""
+    """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`),
+    which names the `pipeline` too."""
 
     path: Path
     listed: dict[str, str]
     labels: dict[str, str] = field(default_factory=dict)
     scheduled: bool = False
     indexed: bool = True
+    pipeline: str = ""
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -38,7 +40,13 @@ class Folder:
             index = read_json(path / INDEX)
             listed = {name: str(index[name][-1]) for name in known if isinstance(index.get(name), list) and index[name][-1]}
             labels = index.get("id2label")
-            folder = cls(path, listed, dict(labels) if isinstance(labels, dict) else {}, scheduled=bool(index.get("scheduler")))
+            folder = cls(
+                path,
+                listed,
+                dict(labels) if isinstance(labels, dict) else {},
+                scheduled=bool(index.get("scheduler")),
+                pipeline=str(index.get("_class_name") or ""),
+            )
         else:
             folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)
         if "transformer" not in folder.listed:

@@ -36,6 +36,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.gives = gives
+        # T5's values outgrow fp16 there, and transformers keeps it in float32.
+        kept = getattr(encoder, "_keep_in_fp32_modules", None) or ()
+        self.exact = tuple(name for name, _ in self.named_modules() if name.rpartition(".")[2] in kept)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         every = self.encoder(input_ids, output_hidden_states="penultimate_hidden_state" in self.gives)

@@ -92,7 +92,9 @@ def reading(file: Path) -> Iterator[Any]:
         with file.open("rb") as stream:
             pointer = stream.read(40).startswith(b"version https://git-lfs")
         if pointer:
-            raise ModelError(f"{file} is not a readable safetensors file: it is a git-lfs pointer and not the weights: run git lfs pull in its folder") from None
+            raise ModelError(
+                f"{file} is not a readable safetensors file: it is a git-lfs pointer and not the weights: run git lfs pull in its folder"
+            ) from None
         size = file.stat().st_size
         raise ModelError(
             f"{file} is not a readable safetensors file: it is damaged or incomplete, {size} bytes ({error}): download or copy it again"
@@ -125,6 +127,11 @@ def digest(files: Iterable[Path]) -> str:
             while block := stream.read(1 << 24):
                 total.update(block)
     return total.hexdigest()
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or the safetensors of a folder."""
+    return weight_files(path) if path.is_dir() else [path]
 
 
 def fit(module: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str, what: str, naming: Naming = PLAIN) -> None:

@@ -40,8 +40,8 @@ def rapl(folder: Path = RAPL) -> Counter | str:
     if not zones:
         return "this system has no power capping interface" if not folder.is_dir() else "the processor offers no counter"
     try:
-        ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in zones]
-        last = [int((zone / "energy_uj").read_text()) for zone in zones]
+        ranges = [int((zone / "max_energy_range_uj").read_text(encoding="utf-8")) for zone in zones]
+        last = [int((zone / "energy_uj").read_text(encoding="utf-8")) for zone in zones]
     except PermissionError:
         return "only root may read the counters"
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def rapl(folder: Path = RAPL) -> Counter | str:
     def read() -> float:
         nonlocal total
         for i, zone in enumerate(zones):
-            now = int((zone / "energy_uj").read_text())
+            now = int((zone / "energy_uj").read_text(encoding="utf-8"))
             total += (now - last[i]) % (ranges[i] + 1)
             last[i] = now
         return total / 1e6

@@ -21,7 +21,7 @@ def machine() -> Machine:
     """This machine; the processor's name where the system tells it."""
     name = platform.processor()
     if platform.system() == "Linux":  # where platform.processor() is mostly empty
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return Machine(
         system=platform.system(),

@@ -83,7 +83,8 @@ class SessionRuntime:
                 decoder = open_session(bundle, "decoder", backend.name, **options)
             except MissingError:  # its pictures are then not timed
                 decoder = None
-        return Opened(denoiser, decoder, max(artifact.tolerance, PRECISIONS[way.precision].tolerance if way.precision else 0.0))
+        of_way = PRECISIONS[way.precision].tolerance if way.precision else 0.0
+        return Opened(denoiser, decoder, max(bundle.manifest.graphs[GRAPH].tolerance(artifact), of_way))
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:

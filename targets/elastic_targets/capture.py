@@ -16,7 +16,7 @@ from elastic_runtime.errors import BudgetError
 @dataclass(frozen=True)
 class GraphCapture:
     """One graph: a `torch.nn.Module` whose forward takes the inputs by name and in order; in its attribute `exact` it may name
-    children that stay float32 whatever the precision.
+    submodules that stay float32 whatever the precision.
 
     `feeds(budget, batch)` gives numpy arrays for every input; the same arguments give the same arrays. `open_dimensions`
     are those that neither the batch nor an axis explains (T of FLUX, a decoder's h and w): a budget names sizes for them as it

@@ -1,10 +1,17 @@
 import argparse
+import dataclasses
+import json
 import os
 import pickle
+import random
+import sys
+import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
@@ -208,3 +215,132 @@ def test_loading_into_a_model_on_meta_leaves_nothing_there(golden: Path) -> None
         module = Elit(ElitParams(16, 2, 4, 32, 4, 4, 1000, 4, 1, 1))
     load_weights(module, FAMILY, read_checkpoint(golden / "elit-c.pt"))
     assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+WRAPPED = {
+    "compiled": lambda ema: {f"_orig_mod.{name}": value for name, value in ema.items()},
+    "parallel": lambda ema: {f"module.{name}": value for name, value in ema.items()},
+    "both": lambda ema: {"ema": {f"module._orig_mod.{name}": value for name, value in ema.items()}},
+    "lightning": lambda ema: {"state_dict": {f"model.{name}": value for name, value in ema.items()} | {"loss.weight": torch.ones(3)}},
+    "an average beside": lambda ema: {
+        "state_dict": {f"ema.{name}": value for name, value in ema.items()} | {f"net.{name}": 0 * value for name, value in ema.items()}
+    },
+    "ema-pytorch": lambda ema: {"model_ema": {f"ema_model.{name}": value for name, value in ema.items()} | {"step": torch.ones(())}},
+    "deepspeed": lambda ema: {"module": dict(ema), "epoch": 3},
+    "by its purpose": lambda ema: {"model_state_dict": dict(ema), "optimizer_state_dict": {"state": {}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_names_that_trainers_put_before_weights_are_taken_off(form: str, golden: Path, tmp_path: Path) -> None:
+    torch.save(WRAPPED[form](public(golden)["ema"]), tmp_path / "weights.pt")
+    one, two = (load(Request("elit-sit", path, golden / "elit-c.json")) for path in (golden / "elit-c.pt", tmp_path / "weights.pt"))
+    ours, theirs = one.module.state_dict(), two.module.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_unknown_prefix_is_a_sentence_that_shows_the_keys(golden: Path, tmp_path: Path) -> None:
+    torch.save({f"generator.{name}": value for name, value in public(golden)["ema"].items()}, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match=r"is not an ELIT checkpoint: it lacks .* \(.*weights.pt has generator\.\S+, generator"):
+        load(Request("elit-sit", tmp_path / "weights.pt", golden / "elit-c.json"))
+
+
+def test_shards_and_the_short_suffix_hold_the_same_model(golden: Path, tmp_path: Path) -> None:
+    weights = {name: value.contiguous().clone() for name, value in public(golden)["ema"].items()}
+    save_file(weights, tmp_path / "c.sft")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names, places = sorted(weights), {}
+    for index, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{index:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, shards / file)
+        places |= dict.fromkeys(part, file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    loaded = [load(Request("elit-sit", path, golden / "elit-c.json")) for path in (golden / "elit-c.pt", tmp_path / "c.sft", shards)]
+    states = [model.module.state_dict() for model in loaded]
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in state)
+    assert len({model.checkpoint_sha256 for model in loaded}) == 3
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="lacks model-00002-of-00002.safetensors"):
+        load(Request("elit-sit", shards, golden / "elit-c.json"))
+
+
+@dataclasses.dataclass
+class _Hnet:
+    num_heads: list[int] = dataclasses.field(default_factory=lambda: [2, 4])
+    dechunk_kernel_sigma: float = 0.75
+
+
+@dataclasses.dataclass
+class _Model:
+    hnet: _Hnet = dataclasses.field(default_factory=_Hnet)
+    name: str = "DC-DiT"
+
+
+@dataclasses.dataclass
+class _Config:
+    model: _Model = dataclasses.field(default_factory=_Model)
+
+
+def elsewhere(value: Any, path: Path, zipped: bool = True) -> None:
+    """Save `value` as a trainer whose classes are not here."""
+    classes = (_Hnet, _Model, _Config)
+    module = types.ModuleType("config")
+    names = {kind: (kind.__module__, kind.__qualname__) for kind in classes}
+    sys.modules["config"] = module
+    try:
+        for kind in classes:
+            kind.__module__, kind.__qualname__ = "config", kind.__name__
+            setattr(module, kind.__name__, kind)
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+    finally:
+        del sys.modules["config"]
+        for kind, (where, name) in names.items():
+            kind.__module__, kind.__qualname__ = where, name
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_trainers_dataclasses_are_read_as_data(zipped: bool, golden: Path, tmp_path: Path) -> None:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(golden / "dcdit-a.pt", weights_only=True)
+    kept = {"ema": content["ema"], "model": content["model"], "opt": {"state": {}, "param_groups": []}, "config": _Config()}
+    elsewhere(kept, tmp_path / "0010000.pt", zipped)
+    checkpoint = read_checkpoint(tmp_path / "0010000.pt")
+    assert checkpoint.args == {"model": {"hnet": {"num_heads": [2, 4], "dechunk_kernel_sigma": 0.75}, "name": "DC-DiT"}}
+    assert all(torch.equal(value, content["ema"][name]) for name, value in checkpoint.weights.items())
+    params = load(Request("dc-dit", tmp_path / "0010000.pt")).params
+    assert (params.num_heads, params.dechunk_kernel_sigma) == (4, 0.75)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_paths_and_generators_in_args_are_read_as_data(zipped: bool, golden: Path, tmp_path: Path) -> None:
+    args = public(golden)["args"] if isinstance(public(golden)["args"], dict) else vars(public(golden)["args"])
+    more = {"lr": np.float64(0.25), "seed": np.int64(7), "on": np.bool_(True), "out": Path("/data/run"), "half": np.float16(0.5)}
+    rest = {"numpy": np.random.get_state(), "python": random.getstate(), "torch": torch.get_rng_state(), "old": np.random.RandomState(0)}
+    content = {"ema": public(golden)["ema"], "args": argparse.Namespace(**args, **more), "rng": rest, "loss": np.arange(3.0)}
+    torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "c.pt")
+    assert {name: read.args[name] for name in more} == {"lr": 0.25, "seed": 7, "on": True, "out": "/data/run", "half": 0.5}
+    assert read.args["encoder_depth"] == 1
+
+
+@pytest.mark.parametrize("function", ["posix.system", "builtins.eval", "subprocess.check_output", "trainer.run"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_function_that_a_file_calls_is_refused_by_name(function: str, zipped: bool, tmp_path: Path) -> None:
+    target = tmp_path / "it-ran"
+    module, _, name = function.rpartition(".")
+    pickled = b"\x80\x02}q\x00X\x03\x00\x00\x00emac" + f"{module}\n{name}\n".encode()
+    pickled += b"X" + len(f"touch {target}").to_bytes(4, "little") + f"touch {target}".encode() + b"\x85Rs."
+    path = tmp_path / "evil.pt"
+    if zipped:
+        torch.save({"ema": {}}, path)
+        with zipfile.ZipFile(path) as old:
+            entries = {info.filename: old.read(info) for info in old.infolist()}
+        with zipfile.ZipFile(path, "w") as new:
+            for entry, content in entries.items():
+                new.writestr(entry, pickled if entry.endswith("data.pkl") else content)
+    else:
+        path.write_bytes(pickled)
+    with pytest.raises(ModelError, match=r"evil\.pt was refused: it holds|is not a readable PyTorch checkpoint"):
+        read_checkpoint(path)
+    assert not target.exists()

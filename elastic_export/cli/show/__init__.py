@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,6 +29,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Cost
 
 JSON_SCHEMA = 1
+WIDE = 1000  # columns that no table needs
 
 
 def fail(message: str) -> None:
@@ -110,16 +112,17 @@ def _progress(quiet: bool, *columns: Any) -> Progress:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table of results; the first column is text, the others are figures."""
+    """A table of results; the first column is text, the others are figures, which no terminal is too narrow for."""
     shown = Table(title=title, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     for row in rows:
         shown.add_row(*(escape(str(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=200)
-    console.print(shown)
+    least = Measurement.get(console, console.options.update(width=WIDE), shown).minimum
+    (Console(width=least) if least > console.width else console).print(shown)
 
 
 def verifications(graph: str, artifact: Artifact) -> None:

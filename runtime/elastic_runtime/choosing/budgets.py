@@ -63,7 +63,14 @@ class BudgetOutlook(Outlook):
             raise BudgetError(f"the guidance budget {weak} leaves no larger one for the picture: give a smaller guidance budget")
         return options
 
-    finest = options
+    def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
+        priced = [(self.whole(option), self.worth(option), option) for option in self.options(guidance_budget)]
+        kept: dict[Option, float] = {}
+        best = -float("inf")
+        for seconds, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
+            if worth > best:
+                kept[option], best = seconds, worth
+        return kept
 
     def usual(self, options: Sequence[Option]) -> Option:
         default = self._flops(Budget().on(self.axes))

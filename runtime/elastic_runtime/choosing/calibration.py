@@ -225,7 +225,8 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
         "versions": here.backends,
         "device": here.fingerprint,
     }
-    if kept := _load(who, "fastest-", Chosen):
+    kept = _load(who, "fastest-", Chosen)
+    if kept and any((name, artifact.path) == (kept.backend, kept.artifact) for name, artifact in found):
         return kept.backend, kept.artifact
     times: dict[tuple[str, str], float] = {}
     failures: list[ElasticError] = []
@@ -270,6 +271,7 @@ def _path(who: Identity, prefix: str) -> Path:
 def _load(who: Identity, prefix: str, kind: type[Kept]) -> Kept | None:
     path = _path(who, prefix)
     try:
+        cache.guard(path)
         kept = msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None

@@ -9,6 +9,7 @@ from elastic_runtime.choosing import calibration
 from elastic_runtime.choosing.estimates import Outlook, clipped
 from elastic_runtime.choosing.goals import positive
 from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.choosing.plans import PlanOutlook
 from elastic_runtime.choosing.policy import Record
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UnreachableError, UsageError
@@ -22,15 +23,16 @@ class Underway:
     """One picture's state: what it may still become, the times still to visit, what was measured of late, and the
     clock.
 
-    `asked` are the steps of the whole run as first asked for; `course` is None before the first step of a model that is
-    drawn along plans. `fresh` is whether the step under way is the first of its kind in the session, which tells nothing
-    of the pace.
+    `asked` are the steps of the whole run as first asked for. `course` is None before the first step of a model that is
+    drawn along plans, and `taken` are the steps of each of its stages so far. `fresh` is whether the step under way is
+    the first of its kind in the session, which tells nothing of the pace.
     """
 
     options: tuple[Option, ...]
     outlook: Outlook
     asked: int
     course: Course | None = None
+    taken: tuple[int, ...] = (0,)
     ratios: tuple[float, ...] = ()
     measured: int = 0
     elapsed: float = 0.0
@@ -89,7 +91,7 @@ class Deadline(Record, frozen=True, tag="deadline"):
         carried = (outlook.pace,) if outlook.pace != 1 else ()
         if options[0].plan:
             self._reachable(outlook, options[0], sum(options[0].steps))
-            return Underway(options, outlook, sum(options[0].steps), None, carried)
+            return Underway(options, outlook, sum(options[0].steps), ratios=carried)
         steps = outlook.steps or 1
         fewest = min(max(self.least_steps, outlook.least), steps)
         planned = most(lambda count: outlook.over(options[0], outlook.course(options[0], count)) <= goal, fewest, steps)
@@ -98,17 +100,16 @@ class Deadline(Record, frozen=True, tag="deadline"):
         course = outlook.course(options[0], planned)
         if planned < steps and course.flexible:
             course = replace(course, grids=outlook.course(options[0], steps).grids)
-        return Underway(options, outlook, steps, course, carried)
+        return Underway(options, outlook, steps, course, ratios=carried)
 
     def next(self, state: Underway, index: int, seconds: float) -> tuple[Choice, Underway]:
         state = self._measured(state, seconds)
         outlook = state.outlook
         left = self.seconds * (1 - self.margin) - state.elapsed - outlook.finish * state.pace - state.hiccup
         if state.course is None:
-            option = self._first(state, left)
-            finest = max(sum(each.steps) for each in state.options if each.budgets == option.budgets)
-            course = replace(outlook.course(option), grids=outlook.course(option, finest).grids)  # time that is saved buys steps
-            state = replace(state, options=(option,), asked=finest, course=course)
+            assert isinstance(outlook, PlanOutlook)
+            option = outlook.begun(left / state.pace, self.least_steps)
+            state = replace(state, options=(option,), course=outlook.course(option))
         course = self._replanned(state, left)
         fitting = [option for option in state.options if state.pace * outlook.over(option, course) <= left]
         best = fitting[-1] if fitting else state.options[0]
@@ -121,7 +122,9 @@ class Deadline(Record, frozen=True, tag="deadline"):
         changed = state.course is None or course.steps != state.course.steps or state.clock is None
         choice = best.choice(course.steps if changed else None, predicted, reason, stage=course.first)
         fresh = outlook.first(best, course)
-        return choice, replace(state, course=course.onward(), predicted=predicted, clock=seconds, fresh=fresh)
+        return choice, replace(
+            state, course=course.onward(), taken=onward(state.taken, course), predicted=predicted, clock=seconds, fresh=fresh
+        )
 
     def _reachable(self, outlook: Outlook, cheapest: Option, steps: int) -> None:
         """Raise UnreachableError with the nearest time, where `steps` of the cheapest option take longer than there
@@ -133,12 +136,6 @@ class Deadline(Record, frozen=True, tag="deadline"):
                 f"{steps} steps at {cheapest.name}. Allow at least that. (Measured times are kept in {calibration.folder()}; "
                 "delete that folder if they were taken while the machine was busy.)"
             )
-
-    def _first(self, state: Underway, left: float) -> Option:
-        """The best plan that can still be done in time, or the cheapest."""
-        frontier = state.outlook.frontier(self.guidance_budget, self.least_steps)
-        fitting = [option for option, seconds in frontier.items() if state.pace * seconds <= left]
-        return fitting[-1] if fitting else state.options[0]
 
     def _measured(self, state: Underway, seconds: float) -> Underway:
         """The state with the step before this one in it. A clock that jumps back counts the step as predicted."""
@@ -162,6 +159,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
         assert course is not None
         if not state.measured or not course.flexible or course.total < 2:
             return course
+        if isinstance(outlook, PlanOutlook):
+            return course.respaced(outlook.onward(state.options[0], state.taken, left / state.pace))
         densest = sum(course.densest)
         sparsest = min(densest, max(1, math.ceil(course.rest * min(self.least_steps, state.asked) / state.asked - 1e-6)))
 
@@ -169,6 +168,12 @@ class Deadline(Record, frozen=True, tag="deadline"):
             return state.pace * outlook.over(state.options[0], course.spaced(steps)) <= left
 
         return course.spaced(most(affordable, sparsest, densest))
+
+
+def onward(taken: tuple[int, ...], course: Course) -> tuple[int, ...]:
+    """`taken` after the next step of a course, up to the stage that is then under way."""
+    *before, last = taken
+    return (*before, last + 1) if len(course.times[0]) > 2 else (*before, last + 1, 0)
 
 
 def most(affordable: Callable[[int], bool], least: int, largest: int) -> int:

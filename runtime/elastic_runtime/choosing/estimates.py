@@ -236,10 +236,6 @@ class Outlook(ABC):
         """
 
     @abstractmethod
-    def finest(self, guidance_budget: Budget | None = None) -> list[Option]:
-        """The same with every number of steps that is worth weighing, for policies that keep to a time."""
-
-    @abstractmethod
     def usual(self, options: Sequence[Option]) -> Option:
         """The one of `options` that is nearest to what is drawn where nothing is asked for."""
 
@@ -279,9 +275,7 @@ class Outlook(ABC):
         """Predicted seconds of one evaluation for all pictures, by measured costs unless others are given."""
         costs = costs or self.gauge.costs
         key = (id(costs), option.budgets[stage], option.guidance_budgets[stage], stage, len(option.steps), guided)
-        if key not in self._prospects:  # asked for again and again while a picture is planned
-            self._prospects[key] = sum(costs.seconds(*run) for run in self.runs(option, stage, guided))
-        return float(self._prospects[key])
+        return self._kept(key, lambda: sum(costs.seconds(*run) for run in self.runs(option, stage, guided)))
 
     def over(self, option: Option, course: Course) -> float:
         """Predicted seconds of all steps of a course."""
@@ -329,25 +323,21 @@ class Outlook(ABC):
         return max(self.gauge.prior.growth(*run) for stage in stages for run in self.runs(option, stage, guided))
 
     def frontier(self, guidance_budget: Budget | None = None, least: int = 1) -> dict[Option, float]:
-        """Those of `finest` that are worth their time, each with the seconds of its whole run: each takes longer than the one before, and
-        is better.
+        """Ways that are worth their time, each with the seconds of its whole run: each takes longer than the one before, and is better. Of
+        plans these are weighed in every number of steps that may be worth it.
 
         Options of fewer than `least` steps are left out, or than the most that there are.
         """
-        key = ("frontier", guidance_budget, least)
-        if key not in self._prospects:
-            self._prospects[key] = self._frontier(guidance_budget, least)
-        frontier: dict[Option, float] = self._prospects[key]
+        frontier: dict[Option, float] = self._kept(("frontier", guidance_budget, least), lambda: self._frontier(guidance_budget, least))
         return frontier
 
+    @abstractmethod
     def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
-        options = self.finest(guidance_budget)
-        least = min(least, max(sum(option.steps) for option in options))
-        priced = [(self.whole(option), self.worth(option), option) for option in options if sum(option.steps) >= least]
-        kept: dict[Option, float] = {}
-        best = -float("inf")
-        for seconds, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
-            if worth > best:
-                kept[option] = seconds
-                best = worth
-        return kept
+        """See `frontier`."""
+
+    def _kept(self, key: Hashable, work: Callable[[], Value]) -> Value:
+        """What `work` gives, done once for all pictures of this kind."""
+        if key not in self._prospects:
+            self._prospects[key] = work()
+        value: Value = self._prospects[key]
+        return value

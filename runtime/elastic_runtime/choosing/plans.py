@@ -8,6 +8,7 @@ import numpy as np
 
 from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
 from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.choosing.shapes import SURER, Grades, shapes, tails
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
@@ -17,9 +18,7 @@ from elastic_runtime.ralu.plan import FULL, Plan, named
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import batches
 
-FINEST = 4  # times the steps that a plan was made for, where nothing tells what plain sampling would take
-LEAST = 4  # steps that are weighed, unless fewer were asked for
-SURER = 1e-6  # of the quality: of two ways that the card grades alike, the one with more steps
+RESERVE = 0.25  # of the time, which is lost where the machine is half as fast from the middle on, as when it is shared
 
 
 class PlanOutlook(Outlook):
@@ -49,24 +48,25 @@ class PlanOutlook(Outlook):
         self.plans, self.size, self.usual_name = plans, size, usual_name
 
     @property
-    def _rows(self) -> dict[str, np.ndarray]:
-        if "rows" not in self._prospects:
-            self._prospects["rows"] = self._graded_rows()
-        rows: dict[str, np.ndarray] = self._prospects["rows"]
-        return rows
+    def _grades(self) -> dict[str, Grades]:
+        """The card's rows by plan; none where it has no plan that may be drawn."""
+        grades: dict[str, Grades] = self._kept("grades", self._graded)
+        return grades
 
-    def _graded_rows(self) -> dict[str, np.ndarray]:
-        """By plan: FLOPs of the graded rows, rising from none, their accuracy over the best of all, and their Frechet distance over the
-        least of all, (3, rows); more steps of a plan never count as worse."""
-        rows = [(_kind(option), self._flops(option), row.accuracy, row.frechet_distance) for row, option in self._graded_options()]
-        best, least = max((row[2] for row in rows), default=0.0), min((row[3] for row in rows), default=0.0)
+    def _graded(self) -> dict[str, Grades]:
+        rows = list(self._graded_options())
+        best, least = max((row.accuracy for row, _ in rows), default=0.0), min((row.frechet_distance for row, _ in rows), default=0.0)
         if not (best > 0 and least > 0):
             return {}
         tables = {}
-        for name in {row[0] for row in rows}:
-            flops, accuracy, distance = np.array(sorted(row[1:] for row in rows if row[0] == name)).T
-            accuracy, distance = np.maximum.accumulate(accuracy) / best, np.minimum.accumulate(distance) / least
-            tables[name] = np.stack([[0.0, *flops], [0.0, *accuracy], [distance[0], *distance]])
+        for name in {_kind(option) for _, option in rows}:
+            own = [(row, option) for row, option in rows if _kind(option) == name]
+            tables[name] = Grades(
+                np.array([option.steps for _, option in own]),
+                np.array([self._flops(option) for _, option in own]),
+                np.array([row.accuracy / best for row, _ in own]),
+                np.array([row.frechet_distance / least for row, _ in own]),
+            )
         return tables
 
     def _graded_options(self) -> Iterator[tuple[Quality, Option]]:
@@ -77,28 +77,26 @@ class PlanOutlook(Outlook):
 
     @property
     def graded(self) -> bool:
-        return bool(self._rows)
+        return bool(self._grades)
 
     def quality(self, option: Option) -> float:
-        """A straight line in FLOPs between a plan's rows, level above them and falling to nothing below; a plan that
-        the card does not grade counts as nothing.
-
-        Without a table more arithmetic counts as better.
-        """
-        assert option.plan is not None
-        surer = SURER * option.plan.total
-        if not self._rows:
-            whole = Plan.full(max(plan.total for plan in self.plans.values()))
-            return self._flops(option) / self._flops(self._option(FULL, whole)) + surer
-        flops, accuracy, _ = self._rows.get(_kind(option), np.zeros((3, 1)))
-        return float(np.interp(self._flops(option), flops, accuracy)) + surer
+        """See `Grades.of`; a plan that the card does not grade counts as nothing. Without a table more arithmetic counts as better."""
+        return float(self._values(option, np.array([option.steps]))[0][0])
 
     def distance(self, option: Option) -> float:
-        """As `quality`, but nearest to the first row below it; an ungraded plan is infinitely far."""
-        if not self._rows:
-            return 1.0
-        table = self._rows.get(_kind(option))
-        return float("inf") if table is None else float(np.interp(self._flops(option), table[0], table[2]))
+        """See `Grades.of`; an ungraded plan is infinitely far."""
+        return float(self._values(option, np.array([option.steps]))[1][0])
+
+    def _values(self, option: Option, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Quality and distance of an option in these `steps` (n, stages)."""
+        flops, surer = steps @ self._step_flops(option), SURER * steps.sum(1)
+        if not self._grades:
+            whole = Plan.full(max(plan.total for plan in self.plans.values()))
+            return flops / self._flops(self._option(FULL, whole)) + surer, np.ones(len(steps))
+        if (grades := self._grades.get(_kind(option))) is None:
+            return surer, np.full(len(steps), np.inf)
+        quality, distance = grades.of(steps, flops)
+        return quality + surer, distance
 
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
         """Each plan in its own steps, and in those that the card grades."""
@@ -107,20 +105,6 @@ class PlanOutlook(Outlook):
         options += [option for _, option in self._graded_options()]
         unique = {(option.name, option.steps): option for option in options}
         return sorted(unique.values(), key=self._flops)
-
-    def finest(self, guidance_budget: Budget | None = None) -> list[Option]:
-        self._no_weak(guidance_budget)
-        own = {name: self._option(name, plan) for name, plan in self.plans.items()}
-        plain = max((self._flops(option) for name, option in own.items() if self.plans[name].plain), default=0.0)
-        options = []
-        for name, plan in self.plans.items():
-            if plan.plain:
-                most = plan.total
-            else:  # as many steps as cost no more than plain sampling
-                most = int(plan.total * plain / self._flops(own[name])) if plain and self._flops(own[name]) else FINEST * plan.total
-            fewest = max(len(plan.steps), min(LEAST, plan.total))
-            options += [self._option(name, plan.spread(total)) for total in range(fewest, most + 1)]
-        return options
 
     def usual(self, options: Sequence[Option]) -> Option:
         plan = self.plans[self.usual_name]
@@ -150,11 +134,95 @@ class PlanOutlook(Outlook):
         return [(guided, 1 - guided) for guided in rows]
 
     def whole(self, option: Option) -> float:
-        if not self.guidance.constant:
-            return super().whole(option)
-        guided = self.guidance.active(1.0)
-        steps = sum(count * self.seconds(option, stage, guided) for stage, count in enumerate(option.steps))
-        return steps + self.entering() * (len(option.steps) - 1)
+        return float(self._times(option, np.array([option.steps]))[0])
+
+    def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
+        self._no_weak(guidance_budget)
+        least = min(least, max(int(self._shapes(name).sum(1).max()) for name in self.plans))
+        ways = []
+        for name, option in self._own.items():
+            steps = self._shapes(name)
+            steps = steps[steps.sum(1) >= least]
+            quality, distance = self._values(option, steps)
+            ways += [(*way, name) for way in zip(self._times(option, steps), quality / distance, steps, strict=True)]
+        kept: dict[Option, float] = {}
+        best = -float("inf")
+        for seconds, worth, steps, name in sorted(ways, key=lambda way: (way[0], -way[1])):
+            if worth > best:
+                kept[self._option(name, replace(self.plans[name], steps=tuple(steps.tolist())))] = float(seconds)
+                best = worth
+        return kept
+
+    def begun(self, seconds: float, least: int) -> Option:
+        """The plan and its steps, `least` or more, with which to begin what may take so many `seconds`: the best, or the cheapest."""
+        cheapest = next(iter(self.frontier(None, least)))
+        best, found = 0.0, cheapest
+        for name, option in self._own.items():
+            steps = self._shapes(name)
+            steps = steps[steps.sum(1) >= sum(cheapest.steps)]
+            worth = self._worths(option, (0,), steps, seconds)
+            if len(steps) and worth.max() > best:
+                chosen = tuple(steps[worth.argmax()].tolist())
+                best, found = float(worth.max()), self._option(name, replace(self.plans[name], steps=chosen))
+        return found
+
+    def onward(self, option: Option, taken: Sequence[int], seconds: float) -> tuple[int, ...]:
+        """Steps left of each stage still to come, the one under way first: of what the plan may still become, the best that takes so many
+        `seconds`, or what takes the fewest. `taken` are the steps of each stage so far, up to the one under way."""
+        rest = tails(self._shapes(_kind(option)), taken)
+        worth = self._worths(option, taken, rest, seconds)
+        best = worth.argmax() if worth.max() > 0 else self._times(option, rest, taken).argmin()
+        return tuple(rest[best].tolist())
+
+    def _worths(self, option: Option, taken: Sequence[int], rest: np.ndarray, seconds: float) -> np.ndarray:
+        """What it is worth (n,) to go on with `rest` (n, stages still to come) for so many `seconds`, 0 where they are too few: the mean
+        of what the picture becomes if the pace holds, and if `RESERVE` of the time is lost to others, at the cost of the last stage."""
+        times = self._times(option, rest, taken)
+        worth = self._worth_of(option, taken, rest)
+        last, cut = self._stage_seconds(option, len(option.steps) - 1), rest.copy()
+        left = (1 - RESERVE) * seconds - times + last[rest[:, -1]]
+        cut[:, -1] = np.clip(np.searchsorted(last, left, "right") - 1, 1, rest[:, -1])
+        return np.where(times <= seconds, (worth + self._worth_of(option, taken, cut)) / 2, 0.0)
+
+    def _worth_of(self, option: Option, taken: Sequence[int], rest: np.ndarray) -> np.ndarray:
+        """Worth (n,) of whole pictures."""
+        before = np.tile(np.array(taken[:-1], dtype=int), (len(rest), 1))
+        whole = np.concatenate([before, rest[:, :1] + taken[-1], rest[:, 1:]], axis=1)
+        quality, distance = self._values(option, whole)
+        return quality / distance
+
+    def _times(self, option: Option, rest: np.ndarray, taken: Sequence[int] = (0,)) -> np.ndarray:
+        """Predicted seconds (n,) of `rest` (n, stages still to come), what leads from stage to stage among them."""
+        stage = len(taken) - 1
+        entered = rest.shape[1] - (0 if stage and not taken[-1] else 1)
+        return sum(self._stage_seconds(option, stage + i)[rest[:, i]] for i in range(rest.shape[1])) + self.entering() * entered
+
+    def _stage_seconds(self, option: Option, stage: int) -> np.ndarray:
+        """Predicted seconds of a stage by its steps, from none on."""
+        most = max(int(self._shapes(_kind(option))[:, stage].max()) if _kind(option) in self.plans else 0, option.steps[stage])
+        shape = None if self.guidance.constant else _plan(option).stages()[stage]
+
+        def seconds(steps: int) -> float:
+            guided = (
+                steps * self.guidance.active(1.0) if shape is None else int(self.guidance.actives(np.array(shape.spaced(steps)[:-1])).sum())
+            )
+            return sum(many * self.seconds(option, stage, kind) for many, kind in ((guided, True), (steps - guided, False)) if many)
+
+        return self._kept(("stage", _kind(option), stage, most), lambda: np.array([0.0, *(seconds(n + 1) for n in range(most))]))
+
+    def _shapes(self, name: str) -> np.ndarray:
+        """Steps (n, stages) of a plan that are weighed."""
+        return self._kept(("shapes", name), lambda: self._weighed(name))
+
+    def _weighed(self, name: str) -> np.ndarray:
+        plain = max((self._flops(option) for each, option in self._own.items() if self.plans[each].plain), default=0.0)
+        graded = [option.steps for _, option in self._graded_options() if _kind(option) == name]
+        return shapes(self.plans[name], graded, self._step_flops(self._own[name]), plain)
+
+    @property
+    def _own(self) -> dict[str, Option]:
+        """Each plan in its own steps."""
+        return self._kept("own", lambda: {name: self._option(name, plan) for name, plan in self.plans.items()})
 
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
         """In the mixed stage each picture runs by itself, both of its branches together (see
@@ -180,8 +248,12 @@ class PlanOutlook(Outlook):
         return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
 
     def _flops(self, option: Option) -> float:
+        return float(np.dot(option.steps, self._step_flops(option)))
+
+    def _step_flops(self, option: Option) -> tuple[float, ...]:
+        """FLOPs of a step of each stage."""
         work = self.gauge.peak.work
-        return sum(count * work(budget).flops for count, budget in zip(option.steps, option.budgets, strict=True))
+        return tuple(work(budget).flops for budget in option.budgets)
 
     def _no_weak(self, guidance_budget: Budget | None) -> None:
         if guidance_budget is not None:

@@ -6,14 +6,17 @@ from typing import Literal
 
 from elastic_runtime.contract import precision as precisions
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.contract.records import Record
+from elastic_runtime.contract.records import Large, Record, Share
+
+ROUNDINGS = 4  # times the original's own error: a right lowering adds in another order, and is off by as much again or a little more
+MOST_ROUNDING = 2.5e-4
 
 
 class FileEntry(Record, frozen=True, kw_only=True):
     """One file of the bundle: `path` is relative, with forward slashes."""
 
     path: str
-    bytes: int
+    bytes: Large
     sha256: str
 
 
@@ -190,17 +193,29 @@ class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):
 
 
 class Graph(Record, frozen=True, kw_only=True):
-    """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them."""
+    """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them.
+
+    `rounding` is the original's own error in float32, against float64 on the recorded feeds, in units of max(1, |reference|); None
+    where it was not measured.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     dimensions: dict[str, Span]
     artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
+    rounding: Share | None = None
 
     def __post_init__(self) -> None:
         letters = {dimension(size) for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}
         if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
             raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
+
+    def tolerance(self, artifact: Artifact) -> float:
+        """The bound that an artifact of this graph is held to, in units of max(1, |reference|): its precision's, or `ROUNDINGS` times the
+        original's own error where that is more. A larger error than `MOST_ROUNDING` is that of a model that decides by thresholds, which
+        float64 decided otherwise: it says nothing of rounding."""
+        own = self.rounding if self.rounding is not None and self.rounding <= MOST_ROUNDING else 0.0
+        return max(artifact.tolerance, ROUNDINGS * own)
 
     @property
     def batch(self) -> Span:

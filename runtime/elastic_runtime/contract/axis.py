@@ -77,7 +77,7 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         """Both ends and, between them, the budgets nearest to the doublings of the smallest: 16, 32, 64, 128, 256 of
         16-256."""
         wanted = [self.min * 2**n for n in range((self.max // self.min).bit_length())]
-        return sorted({min(self.values, key=lambda value: abs(value - want)) for want in [*wanted, self.max]})
+        return sorted({self._nearest(want) for want in [*wanted, self.max]})
 
     def check(self, value: int) -> int:
         """Return `value`; raise BudgetError if it is outside the span or between its steps."""
@@ -85,11 +85,15 @@ class Axis(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise BudgetError(f"{self.name} must be a whole number, got {value!r}")
         if value not in self.values:
             every = "" if self.step == 1 else f" in steps of {self.step}"
-            raise BudgetError(f"{self.name} {value} is not available: this model offers {self.span}{every}{self._nearest(value)}")
+            raise BudgetError(
+                f"{self.name} {value} is not available: this model offers {self.span}{every}; the nearest is {self._nearest(value)}"
+            )
         return int(value)
 
-    def _nearest(self, value: int) -> str:
-        return f"; the nearest is {min(self.values, key=lambda v: abs(v - value))}"
+    def _nearest(self, value: int) -> int:
+        """The budget nearest to `value`, the smaller of two."""
+        below = self.min + (int(value) - self.min) // self.step * self.step
+        return min((min(max(each, self.min), self.max) for each in (below, below + self.step)), key=lambda each: abs(each - value))
 
     def narrow(self, span: Span) -> "Axis":
         """Return the axis restricted to `span`, whose ends must be budgets of this axis."""

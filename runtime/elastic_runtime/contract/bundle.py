@@ -7,14 +7,17 @@ import contextlib
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import msgspec
 import numpy as np
 
+from elastic_runtime.contract import reference
+from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import FileEntry
-from elastic_runtime.contract.manifest import Manifest, decode
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.errors import BundleError
 
 MANIFEST = "elastic.json"
@@ -95,9 +98,12 @@ class Bundle:
         path = self.file(self.manifest.reference.path)
         try:
             with readable(path), np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise BundleError(f"{path} is damaged: {error}. Copy or export it again.") from None
+                found = dict(arrays)
+            reference.check(found, self.manifest.graphs, self.manifest.axes)
+        except (ValueError, EOFError, KeyError, OverflowError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            why = str(error) or type(error).__name__
+            raise BundleError(f"{path} is damaged: {why}. Copy or export it again.") from None
+        return found
 
     def _place(self, relative: str) -> Path:
         if not inside(relative):

@@ -11,11 +11,13 @@ import msgspec
 from elastic_runtime.contract.artifacts import Artifact, FileEntry, Graph
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import key
-from elastic_runtime.contract.records import Record, read_record
+from elastic_runtime.contract.records import Count, Finite, Large, Natural, Record, Share
 from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
 from elastic_runtime.errors import BundleError
 
 SCHEMA_VERSION = 2
+MOST_UPSCALE = 1024  # pixels a side of a latent pixel, or latent pixels of a patch
+LEAST_SCALE = 1e-12
 # Steps by stage that a plan of this name has where none are said: the presets'.
 OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
 
@@ -23,13 +25,15 @@ OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
 class Vae(Record, frozen=True, kw_only=True):
     """How latents become the decoder's input: `latent / scaling_factor + shift_factor`; `upscale` pixels a latent."""
 
-    scaling_factor: float
-    shift_factor: float
+    scaling_factor: Finite
+    shift_factor: Finite
     upscale: int
 
     def __post_init__(self) -> None:
-        if self.upscale < 1 or not self.scaling_factor:
-            raise ValueError(f"`upscale` is 1 or more and `scaling_factor` is not 0, got {self.upscale} and {self.scaling_factor}")
+        if not 1 <= self.upscale <= MOST_UPSCALE or not abs(self.scaling_factor) > LEAST_SCALE:
+            raise ValueError(
+                f"`upscale` is 1 to {MOST_UPSCALE} and `scaling_factor` is not 0, got {self.upscale} and {self.scaling_factor}"
+            )
 
 
 class Patches(Record, frozen=True, kw_only=True):
@@ -44,12 +48,12 @@ class Patches(Record, frozen=True, kw_only=True):
 
     size: int
     positions: Literal["img_ids", "pos_ids"]
-    table: int | None = None
+    table: Count | None = None
     guidance_embeds: bool = False
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a patch has a `size` of 1 or more, got {self.size}")
+        if not 1 <= self.size <= MOST_UPSCALE:
+            raise ValueError(f"a patch has a `size` of 1 to {MOST_UPSCALE}, got {self.size}")
         if (self.positions == "pos_ids") != (self.table is not None):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
 
@@ -63,8 +67,8 @@ class TextEncoder(Record, frozen=True, kw_only=True):
 
     graph: str
     tokenizer: FileEntry
-    max_length: int
-    pad_token_id: int
+    max_length: Count
+    pad_token_id: Natural
     gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state"], ...]
 
 
@@ -78,9 +82,9 @@ class Text(Record, frozen=True, kw_only=True):
     """
 
     encoders: tuple[TextEncoder, ...]
-    length: int
-    width: int
-    pooled: int
+    length: Count
+    width: Count
+    pooled: Count
 
 
 class Model(Record, frozen=True, kw_only=True):
@@ -124,21 +128,23 @@ class Cost(Record, frozen=True, kw_only=True):
     float32."""
 
     budget: dict[str, int]
-    flops: int
-    weight_bytes: int
-    activation_bytes: int
+    flops: Large
+    weight_bytes: Large
+    activation_bytes: Large
 
 
 class Quality(Record, frozen=True, kw_only=True):
     """What the model card measured at a budget, or along a plan of `steps` by stage (see the card for the protocol)."""
 
     budget: dict[str, int]
-    accuracy: float
-    frechet_distance: float
+    accuracy: Share
+    frechet_distance: Finite
     plan: str | None = None
-    steps: tuple[int, ...] | None = None
+    steps: tuple[Count, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.frechet_distance < 0 or (self.steps is not None and not self.steps):
+            raise ValueError(f"`frechet_distance` is 0 or more and `steps` are some, got {self.frechet_distance} and {self.steps}")
         if self.steps is not None and self.plan is None:
             raise ValueError(f"`steps` are a plan's, got {list(self.steps)} without `plan`")
 
@@ -202,24 +208,15 @@ class Manifest(Record, frozen=True, kw_only=True):
         whole = msgspec.structs.replace(self.graphs[graph], artifacts=(*kept, *new.values()))
         return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
 
+    def rounded(self, graph: str, rounding: float | None) -> "Manifest":
+        """This manifest with the original's rounding of a graph, the largest that was measured."""
+        known = [each for each in (self.graphs[graph].rounding, rounding) if each is not None]
+        whole = msgspec.structs.replace(self.graphs[graph], rounding=min(max(known), 1.0) if known else None)
+        return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
+
     def axis(self, name: str) -> Axis:
         """The axis of that name; raises BundleError naming the ones that exist."""
         for axis in self.axes:
             if axis.name == name:
                 return axis
         raise BundleError(f"this bundle has no axis {name!r}; it has {', '.join(axis.name for axis in self.axes) or 'none'}")
-
-
-def decode(text: bytes, where: str) -> Manifest:
-    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
-
-    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
-    axis.
-    """
-    again = "export the bundle again"
-    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
-    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
-        raise BundleError(
-            f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
-        )
-    return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)

@@ -1,12 +1,18 @@
 """Records that are kept in files: strict, and read with their schema's version and with advice where they cannot be read."""
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from elastic_runtime.errors import ElasticError
 
 R = TypeVar("R")
+# Numbers as a file may hold them: what memory and int64 have room for, and no infinity.
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Large = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import TensorSpec, Verification
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, Verification
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
 
@@ -36,6 +36,32 @@ def unpack(graph: str, arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.n
     return feeds, outputs
 
 
+def check(arrays: Mapping[str, np.ndarray], graphs: Mapping[str, Graph], axes: Iterable[Axis]) -> None:
+    """Raise ValueError unless the arrays are those of runs of these graphs, and finite."""
+    carried = {axis.name: axis for axis in axes}
+    for full, array in arrays.items():
+        owner, _, rest = full.partition("/")
+        group, _, name = rest.partition("/")
+        graph = graphs.get(owner)
+        specs = {spec.name: spec for spec in (graph.inputs if group == "feed" else graph.outputs)} if graph else {}
+        if graph is None or name not in specs:
+            raise ValueError(f"it holds {full!r}, which no graph has")
+        fixed = [size if isinstance(size, int) else own for size, own in zip(specs[name].shape, array.shape, strict=False)]
+        if array.dtype.name != specs[name].dtype or array.ndim != len(specs[name].shape) or fixed != list(array.shape) or not array.size:
+            raise ValueError(f"{full!r} is {array.dtype} of shape {array.shape}, not {specs[name].dtype} of {specs[name].shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{full!r} has values that are not finite")
+        for axis, value in {} if group == "feed" else parse_key(group).items():
+            offered = axis in carried and value in carried[axis].values
+            if not offered and (axis in carried or axis not in graph.dimensions or value not in graph.dimensions[axis]):
+                raise ValueError(f"it holds {full!r}, and {owner} takes no {axis} of {value}")
+    for owner, graph in graphs.items():
+        feeds, outputs = unpack(owner, arrays)
+        wanted = {spec.name for spec in graph.inputs} - {axis.input for axis in carried.values() if axis.carrier != "shape"}
+        if outputs and (lacking := sorted(wanted - feeds.keys())):
+            raise ValueError(f"it holds outputs of {owner} and not what it was fed: {', '.join(lacking)}")
+
+
 def axis_feeds(axes: tuple[Axis, ...], budget: Budget) -> dict[str, np.ndarray]:
     """The inputs that carry a budget; those whose shape does are data."""
     return {axis.input: axis.feed(budget[axis.name]) for axis in axes if axis.carrier != "shape"}
@@ -54,8 +80,9 @@ def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Bu
 
 
 def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: float, where: str) -> Verification:
-    """Figures of `output` against `wanted` (same shape). PSNR's peak is the reference's range."""
-    finite = bool(np.isfinite(output).all())
+    """Figures of `output` against `wanted` (same shape). PSNR's peak is the reference's range. Nothing is proven by a reference that is
+    not finite."""
+    finite = bool(np.isfinite(output).all() and np.isfinite(wanted).all())
     a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
     difference = np.abs(a - b).max() if finite else np.inf
     norms = np.linalg.norm(a) * np.linalg.norm(b)

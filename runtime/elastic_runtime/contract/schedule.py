@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard, TypeVar
+from typing import Annotated, Protocol, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -17,6 +17,7 @@ from elastic_runtime.errors import UsageError
 
 # Where a schedule ends in pure noise, the picture in a noise prediction would be divided by alpha = 0; simple diffusion stops here too.
 LEAST_LOGSNR = -15.0
+MOST_SHIFT = 30.0  # of a log signal-to-noise ratio
 
 
 # Far beyond any use: more is a slip of the hand.
@@ -72,6 +73,10 @@ class ShiftedCosine(_Continuous, frozen=True, tag="shifted_cosine"):
 
     shift: float
 
+    def __post_init__(self) -> None:
+        if not abs(self.shift) <= MOST_SHIFT:
+            raise ValueError(f"`shift` is at most {MOST_SHIFT:g} either way, got {self.shift}")
+
     @classmethod
     def at(cls, size: int) -> "ShiftedCosine":
         """The schedule of samples of `size` x `size`, with 64 x 64 as the size that needs no shift."""
@@ -88,7 +93,7 @@ class ShiftedCosine(_Continuous, frozen=True, tag="shifted_cosine"):
 class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="cosine_mask"):
     """The share of tokens still masked falls as a cosine (MaskGIT, arXiv 2202.04200, section 3.2); `vocabulary` is the mask's id."""
 
-    vocabulary: int
+    vocabulary: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
     def masked(self, tokens: int, steps: int, begin: float = 1.0, left: int | None = None) -> list[int]:
         """How many of `tokens` are masked after each step, falling by at least one a step to 0.
@@ -122,8 +127,8 @@ class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 2 or not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"needs two timesteps or more and 0 < beta_start <= beta_end < 1, got {self}")
+        if not 2 <= self.num_train_timesteps <= MOST or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"needs 2 to {MOST} timesteps and 0 < beta_start <= beta_end < 1, got {self}")
 
     def times(self, steps: int, begin: float | None = None) -> np.ndarray:
         """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then -1 for the picture.

@@ -19,6 +19,7 @@ from elastic_runtime.sessions.session import Session
 EMBEDDED = 3.5
 # Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
 USUAL = {"sd3": 7.0}
+DISTILLED = "flux"  # the family whose guidance_scale is a distilled one, or none
 
 
 @dataclass(frozen=True)
@@ -113,21 +114,37 @@ class Conditioning:
 def guidance_of(
     model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float | None, Guidance]:
-    """The distilled scale that goes into the model, if it takes one, and classifier-free guidance.
+    """The distilled scale that goes into the model, if it takes one, and classifier-free guidance, in diffusers' words: of FLUX
+    `true_cfg_scale`, of other models `guidance_scale`. A scale from 0 to 1 is off.
 
-    Raises: UsageError where both are given to a model without a distilled one.
+    Raises: UsageError for a scale that the model does not take.
     """
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise UsageError(f"guidance_interval is a pair of sigmas, (0.3, 0.8), got {interval!r}")
-    if model.patches is None or not model.patches.guidance_embeds:
-        if true_cfg_scale is not None:
-            raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
-        usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
-        return None, Guidance(usual if guidance_scale is None else guidance_scale, *interval)
-    embedded = EMBEDDED if guidance_scale is None else guidance_scale
-    if not is_number(embedded) or not 0 <= embedded < float("inf"):
-        raise UsageError(f"guidance_scale must be a number, 0 or more, got {embedded!r}")
-    return embedded, Guidance(1.0 if true_cfg_scale is None else true_cfg_scale, *interval)
+    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+        if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
+            raise UsageError(f"{name} must be a number, 0 or more, got {value!r}")
+    true = Guidance(_on(true_cfg_scale), *interval)
+    if model.patches and model.patches.guidance_embeds:
+        return EMBEDDED if guidance_scale is None else guidance_scale, true
+    if model.family == DISTILLED and not model.num_classes:
+        if _on(guidance_scale) > 1:
+            raise UsageError(
+                f"{model.name} was distilled to draw without guidance, and diffusers leaves guidance_scale aside: leave it out, or lead "
+                "away from a negative_prompt with true_cfg_scale"
+            )
+        return None, true
+    if true_cfg_scale is not None:
+        raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
+    if model.patches is None:  # where 0 has a meaning of its own, which is not offered
+        return None, Guidance(1.0 if guidance_scale is None else guidance_scale, *interval)
+    usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
+    return None, Guidance(usual if guidance_scale is None else _on(guidance_scale), *interval)
+
+
+def _on(scale: float | None) -> float:
+    """A scale of guidance, 1 where it is off."""
+    return 1.0 if scale is None else max(scale, 1.0)
 
 
 def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
@@ -152,6 +169,11 @@ def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{name} is a text or several, got {value!r}")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{name} is no valid Unicode text, at place {error.start + 1}: {text!r}") from None
     return texts
 
 

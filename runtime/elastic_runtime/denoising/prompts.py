@@ -33,14 +33,16 @@ def encode(bundle: Bundle, prompts: Sequence[str], open_graph: Callable[[str], S
         for name in encoder.gives:
             given[name].append(np.concatenate([run[name] for run in runs]))
     parts = [_widen(np.concatenate(given["penultimate_hidden_state"], axis=-1), text.width)] if given["penultimate_hidden_state"] else []
-    hidden = np.concatenate([*parts, *given["last_hidden_state"]], axis=1)
+    none = np.zeros((len(unique), 0, text.width), dtype=np.float32)
+    hidden = np.concatenate([none, *parts, *given["last_hidden_state"]], axis=1)
     hidden = np.pad(hidden, ((0, 0), (0, text.length - hidden.shape[1]), (0, 0)))
     back = [unique.index(prompt) for prompt in prompts]
     return Conditions(hidden[back].astype(np.float32), np.concatenate(given["pooled"], axis=-1)[back].astype(np.float32))
 
 
 def _widen(hidden: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(hidden, ((0, 0), (0, 0), (0, width - hidden.shape[-1])))
+    """Padded with zeros or, as diffusers does it, cut to `width`."""
+    return np.pad(hidden[..., :width], ((0, 0), (0, 0), (0, max(width - hidden.shape[-1], 0))))
 
 
 def _tokenize(bundle: Bundle, encoders: tuple[TextEncoder, ...], prompts: Sequence[str]) -> list[np.ndarray]:

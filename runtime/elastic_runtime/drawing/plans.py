@@ -51,6 +51,13 @@ class PlanDrawing(Drawing):
             self._check_caching(request.caching)
         self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
         self.check_guidance("guidance_interval")
+        if (
+            request.true_cfg_scale is not None
+            and request.true_cfg_scale > 1
+            and request.prompt is not None
+            and request.negative_prompt is None
+        ):
+            raise UsageError('true_cfg_scale leads away from a negative_prompt: give one, "" for the empty prompt')
         if request.caching and self.guidance.scale > 1 and tuple(request.guidance_interval) != (0.0, 1.0):
             raise UsageError(
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"

@@ -1,6 +1,8 @@
-"""The user's cache folder. `atomic` writes its files: the last writer wins, and no reader sees half of one."""
+"""The user's cache folder. `atomic` writes its files: the last writer wins, and no reader sees half of one. What another user could have
+put there is not read."""
 
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -22,6 +24,17 @@ def folder(name: str) -> Path:
     else:
         place = _home() / ".cache"
     return place / "elastic-export" / name
+
+
+def guard(path: Path) -> None:
+    """Raise PermissionError for a file or folder that another user owns or may write, as in a cache under a shared folder.
+
+    Raises: OSError where there is none.
+    """
+    found = path.lstat()
+    mine = not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0)
+    if not mine or stat.S_ISLNK(found.st_mode) or (os.name != "nt" and found.st_mode & stat.S_IWOTH):
+        raise PermissionError(f"{path} is a link, or another user owns it or may write it")
 
 
 def _home() -> Path:

@@ -35,6 +35,8 @@ class Stage:
     alpha: float
     beta: float
     shift: float = 1.0
+    least: float | None = None
+    terminal: float | None = None
 
     @property
     def steps(self) -> int:
@@ -43,8 +45,10 @@ class Stage:
     def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
         if sigma is None:
-            return sigmas(self.start, self.end, steps, self.shift)
-        return sigma, *sigmas(1.0 - sigma, self.end, steps, self.shift)[1:]
+            return sigmas(self.start, self.end, steps, self.shift, self.least, self.terminal)
+        # What is left of a stretched schedule is no stretched one: it ends at the same sigma, evenly.
+        least = self.least if self.terminal is None else _unshifted(self.terminal, self.shift)
+        return sigma, *sigmas(1.0 - sigma, self.end, steps, self.shift, least)[1:]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Plan:
         up_ratio: share of the low-resolution patches that grow in the mixed stage, between 0 and 1.
         renoise: False lets stages go on where the one before ended, with copies of what grew: what RALU is compared
         with.
+        least: of plain sampling, the sigma before the shift that the last step starts from, where the scheduler names
+        one (SD3); None spaces all steps alike (FLUX).
+        terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -69,6 +76,8 @@ class Plan:
     z: float | None = None
     up_ratio: float | None = None
     renoise: bool = True
+    least: float | None = None
+    terminal: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -84,15 +93,21 @@ class Plan:
         if self.plain:
             if self.z is not None or self.up_ratio is not None or not self.renoise:
                 raise UsageError("a plan of one stage has no z, no up_ratio and no renoise: nothing grows in it")
+            for name in ("least", "terminal"):
+                value = getattr(self, name)
+                if value is not None and not (is_number(value) and 0 < value < 1):
+                    raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
             return
+        if self.least is not None or self.terminal is not None:
+            raise UsageError(f"least and terminal are of plain sampling, not of a plan of {STAGES} stages")
         if self.z is None or not is_number(self.z) or not LEAST_Z <= self.z < math.inf:
             raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
         check_ratio(self.up_ratio)
 
     @classmethod
-    def full(cls, steps: int, shift: float = 1.0) -> "Plan":
+    def full(cls, steps: int, shift: float = 1.0, least: float | None = None, terminal: float | None = None) -> "Plan":
         """Plain sampling at full resolution; `shift` 1 spaces the steps evenly; see `full` for a model's own."""
-        return cls((steps,), shifts=(shift,))
+        return cls((steps,), shifts=(shift,), least=least, terminal=terminal)
 
     @property
     def plain(self) -> bool:
@@ -108,7 +123,8 @@ class Plan:
         """The stages in order, with the sigmas that each visits."""
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
-            stages.append(Stage(start, end, sigmas(start, end, steps, shift), alpha, beta, shift))
+            visited = sigmas(start, end, steps, shift, self.least, self.terminal)
+            stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal))
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
@@ -170,30 +186,75 @@ def restart(end: float, z: float) -> tuple[float, float, float]:
     return start, 1 - start, 1 / whole
 
 
-def sigmas(start: float, end: float, steps: int, shift: float) -> tuple[float, ...]:
+def sigmas(
+    start: float, end: float, steps: int, shift: float, least: float | None = None, terminal: float | None = None
+) -> tuple[float, ...]:
     """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1)
-    s)`."""
-    high, low = (s / (shift - (shift - 1) * s) for s in (1 - start, 1 - end))
-    even = np.linspace(high, low, steps + 1)
-    return tuple(float(s) for s in shift * even / (1 + (shift - 1) * even))
+    s)`, all of them or, where `least` says it, all but the last, down to it; then stretched so that the last but one is
+    `terminal`."""
+    high, low = _unshifted(1 - start, shift), _unshifted(1 - end, shift)
+    own = least is not None and low < least < high
+    even = np.append(np.linspace(high, least, steps), low) if own else np.linspace(high, low, steps + 1)  # type: ignore[arg-type]
+    visited = shift * even / (1 + (shift - 1) * even)
+    if terminal is not None and steps > 1:
+        visited[:-1] = 1 - (1 - visited[:-1]) * (1 - terminal) / (1 - visited[-2])
+    return tuple(float(s) for s in visited)
+
+
+def _unshifted(sigma: float, shift: float) -> float:
+    """Inverse of the map in `sigmas`."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
 
-    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. An empty config spaces steps
-    evenly.
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. `sigma_min` is the
+    scheduler's own, where the model's pipeline leaves the sigmas to it. An empty config spaces steps evenly.
+
+    Raises: UsageError for a config that is none (see `check_scheduler`).
     """
-    numbers = ("shift", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-    if odd := [name for name in numbers if not is_number(scheduler.get(name, 1.0))]:
-        raise UsageError(f"the scheduler's {odd[0]} is a number, got {scheduler[odd[0]]!r}: export the bundle again")
+    check_scheduler(scheduler)
+    ends = {"least": scheduler.get("sigma_min"), "terminal": scheduler.get("shift_terminal") or None}
     if not scheduler.get("use_dynamic_shifting", False):
-        return Plan.full(steps, float(scheduler.get("shift", 1.0)))
+        return Plan.full(steps, float(scheduler.get("shift", 1.0)), **ends)
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
     exponent = base + (most - base) * (tokens - low) / (high - low)
     linear = scheduler.get("time_shift_type", "exponential") == "linear"
-    return Plan.full(steps, exponent if linear else math.exp(exponent))
+    return Plan.full(steps, exponent if linear else math.exp(exponent), **ends)
+
+
+# Keys of a diffusers flow-match scheduler that space the steps in ways that are not drawn here, and those that tell nothing of sigmas.
+UNDRAWN = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+DRAWN = (
+    "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal",
+    "time_shift_type", "num_train_timesteps", "sigma_min",
+)  # fmt: skip
+
+
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """Raise UsageError unless this is the config of a scheduler whose every key is drawn as it says."""
+    if not isinstance(scheduler, Mapping):
+        raise UsageError(f"the scheduler's config is an object, got {scheduler!r}")
+    if on := [name for name in UNDRAWN if scheduler.get(name)]:
+        raise UsageError(f"the scheduler has {on[0]}, which is not drawn here: turn it off in scheduler_config.json where that is meant")
+    if strange := [name for name in scheduler if name not in (*DRAWN, *UNDRAWN) and scheduler[name] not in (None, False)]:
+        raise UsageError(f"the scheduler has an unknown key {strange[0]!r}; known are {', '.join((*DRAWN, *UNDRAWN))}")
+    numbers = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+    values = {name: scheduler.get(name, usual) for name, usual in numbers.items()}
+    if odd := [name for name, value in values.items() if not is_number(value) or not -1e6 < value < 1e6]:
+        raise UsageError(f"the scheduler's {odd[0]} is a number, got {values[odd[0]]!r}")
+    if values["shift"] <= 0 or not values["base_image_seq_len"] < values["max_image_seq_len"]:
+        raise UsageError(
+            f"the scheduler's shift is above 0 and its base_image_seq_len below max_image_seq_len, got {values['shift']}, "
+            f"{values['base_image_seq_len']} and {values['max_image_seq_len']}"
+        )
+    if (kind := scheduler.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
+        raise UsageError(f"the scheduler's time_shift_type is exponential or linear, got {kind!r}")
+    ends = {"sigma_min": scheduler.get("sigma_min"), "shift_terminal": scheduler.get("shift_terminal") or None}
+    if odd := [name for name, value in ends.items() if value is not None and not (is_number(value) and 0 < value < 1)]:
+        raise UsageError(f"the scheduler's {odd[0]} is a sigma between 0 and 1, got {ends[odd[0]]!r}")
 
 
 def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:

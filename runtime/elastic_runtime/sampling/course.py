@@ -71,7 +71,12 @@ class Course:
         total = max(total, len(self.times))
         if total == self.total or not self.flexible:
             return self
-        counts = shares(self.densest, total)
+        return self.respaced(shares(self.densest, total))
+
+    def respaced(self, counts: tuple[int, ...]) -> "Course":
+        """The same way in so many steps of each stage still to come."""
+        if counts == self.steps or not self.flexible:
+            return self
         times = tuple(
             self.space(self.first + index, float(self.times[0][0]) if index == 0 else None, count) for index, count in enumerate(counts)
         )

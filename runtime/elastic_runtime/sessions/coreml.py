@@ -24,6 +24,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
 from elastic_runtime.files.cache import folder as cache_folder
+from elastic_runtime.files.cache import guard
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -153,6 +154,7 @@ def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
     parts = [entry.sha256 for entry in artifact.files] + [platform.mac_ver()[0], coremltools.__version__]
     path = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.mlmodelc"
     if path.is_dir():
+        _guard(path)
         return path
     cache.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
@@ -166,6 +168,13 @@ def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def _guard(path: Path) -> None:
+    try:
+        guard(path)
+    except PermissionError as error:
+        raise BundleError(f"{error}: delete it, or set XDG_CACHE_HOME to a folder of your own") from None
 
 
 def _macos(target: str) -> int:

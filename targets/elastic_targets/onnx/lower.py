@@ -97,7 +97,8 @@ def held_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """A copy of `module` in another precision, but for the children that it names in `exact`."""
     held = copy.deepcopy(module).to(dtype)
     for name in getattr(module, "exact", ()):
-        setattr(held, name, copy.deepcopy(getattr(module, name)))  # from the original: what was rounded stays rounded
+        parent, _, child = name.rpartition(".")
+        setattr(held.get_submodule(parent), child, copy.deepcopy(module.get_submodule(name)))  # what was rounded stays rounded
     return held
 
 

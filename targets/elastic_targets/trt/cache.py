@@ -28,8 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 class Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a cached engine's folder records beside it."""
+    """What a cached engine's folder records beside it; `key` is the build that made it."""
 
+    key: str
     file: FileEntry
     network: Network
 
@@ -48,8 +49,12 @@ def fetch(name: str, target: Path) -> Network | None:
     """Place a cached engine at `target` and return its facts; None where there is none, or it is damaged."""
     home = folder() / name
     try:
-        facts = msgspec.json.decode((home / "facts.json").read_bytes(), type=Facts)
         engine = home / "engine"
+        for path in (home, home / "facts.json", engine):
+            cache.guard(path)
+        facts = msgspec.json.decode((home / "facts.json").read_bytes(), type=Facts)
+        if facts.key != name:
+            raise ValueError("it is another build's")
         if engine.stat().st_size != facts.file.bytes or sha256(engine) != facts.file.sha256:
             raise ValueError("its engine is damaged")
     except FileNotFoundError:
@@ -71,7 +76,7 @@ def store(name: str, engine: Path, network: Network) -> None:
         try:
             shutil.copyfile(engine, stage / "engine")
             entry = FileEntry(path="engine", bytes=engine.stat().st_size, sha256=sha256(engine))
-            (stage / "facts.json").write_bytes(msgspec.json.encode(Facts(entry, network)))
+            (stage / "facts.json").write_bytes(msgspec.json.encode(Facts(name, entry, network)))
             shutil.rmtree(root / name, ignore_errors=True)
             stage.rename(root / name)
         finally:
@@ -84,7 +89,11 @@ def store(name: str, engine: Path, network: Network) -> None:
 def load_timings(name: str) -> bytes:
     """The builder's timing cache of that name, empty at first."""
     path = folder() / f"timings-{name}"
-    return path.read_bytes() if path.is_file() else b""
+    try:
+        cache.guard(path)
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def store_timings(name: str, timings: bytes) -> None:
@@ -105,6 +114,7 @@ def learn(builder: str, layers: int, profiles: int, seconds: float) -> None:
 
 def _rates() -> dict[str, float]:
     try:
+        cache.guard(folder() / "rates.json")
         return msgspec.json.decode((folder() / "rates.json").read_bytes(), type=dict[str, float])
     except (OSError, ValueError):
         return {}

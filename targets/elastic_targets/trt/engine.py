@@ -66,7 +66,8 @@ def _configure(builder: Builder, config: Any, sms: tuple[int, ...], settings: Se
         for i, sm in enumerate(sms):
             if not config.set_compute_capability(getattr(library.ComputeCapability, f"SM{sm}"), i):
                 raise InferenceError(f"{builder} refused to build for sm {sm}; this is a bug, please report it")
-        if hasattr(flags, "REQUIRE_USER_ALLOCATION"):  # what lets CUDA graphs capture an RTX engine
+        # What lets CUDA graphs capture an RTX engine, and what one that streams its weights does not take.
+        if hasattr(flags, "REQUIRE_USER_ALLOCATION") and not settings.weight_streaming:
             config.set_flag(flags.REQUIRE_USER_ALLOCATION)
     if settings.precision == "fp32":
         config.clear_flag(flags.TF32)  # on by default; its 10-bit mantissa would miss the float32 tolerance

@@ -103,7 +103,7 @@ def test_a_deadline_is_kept_and_its_time_is_used(share: float, guidance: float) 
 
 
 def test_the_plan_and_its_steps_follow_the_time_that_there_is() -> None:
-    short, middle, long = (draw(pipeline(Machine()), Deadline(seconds)) for seconds in (0.05, 0.12, 0.3))
+    short, middle, long = (draw(pipeline(Machine()), Deadline(seconds)) for seconds in (0.05, 0.14, 0.3))
     assert (short.facts["plan"].partition(",")[0], sum(steps(short))) < ("8", 20)
     assert sum(steps(short)) < sum(steps(middle)) < sum(steps(long))
     assert middle.facts["plan"].startswith("4x")
@@ -113,7 +113,7 @@ def test_a_machine_that_slows_down_takes_fewer_steps_in_the_stages_still_to_come
     machine = Machine()
     pipe = pipeline(machine)
     pipe.gauge.calibrated  # noqa: B018  before the machine slows down
-    seconds = 1.2 * FOUR
+    seconds = 1.5 * FOUR
     planned = sum(steps(draw(pipeline(Machine()), Deadline(seconds))))
     begun = machine.now
     machine.slowness = lambda now: 2.5 if now > begun + seconds / 3 else 1.0

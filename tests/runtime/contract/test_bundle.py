@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Bundle, BundleError
+from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import FileEntry, OnnxArtifact
 from elastic_runtime.contract.bundle import MANIFEST, entry
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Quality, decode
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Quality
 from elastic_runtime.files.folder import writing
 from elastic_runtime.ralu.plan import PRESETS
 

@@ -8,9 +8,10 @@ import pytest
 from fakes import manifest, write_bundle, write_manifest
 
 from elastic_runtime import Bundle, BundleError, Span
+from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import Graph, Profile, Range, TensorSpec, dimension, measure
 from elastic_runtime.contract.bundle import MANIFEST, entry
-from elastic_runtime.contract.manifest import Manifest, Patches, Text, TextEncoder, decode
+from elastic_runtime.contract.manifest import Manifest, Patches, Text, TextEncoder
 
 
 def encoder_graph(*outputs: TensorSpec) -> Graph:

@@ -169,7 +169,7 @@ def test_distilled_guidance_goes_into_the_model_and_true_cfg_acts_on_top() -> No
     assert scales[-1] == [2.0, 2.0]
     pipe(**EMBEDS, **NEGATIVE, plan=TINY, true_cfg_scale=4.0, guidance_interval=(0.0, 0.1))
     assert len(scales[-1]) == 1, "outside its interval guidance costs nothing"
-    for wrong in ({"guidance_scale": -1}, {"true_cfg_scale": 0.5}, {"guidance_interval": (0.5,)}, {"guidance_interval": (0.5, 0.1)}):
+    for wrong in ({"guidance_scale": -1}, {"true_cfg_scale": -0.5}, {"guidance_interval": (0.5,)}, {"guidance_interval": (0.5, 0.1)}):
         with pytest.raises(UsageError, match=r"must be|pair of sigmas|must lie"):
             pipe(**EMBEDS, **NEGATIVE, plan=TINY, **wrong)  # type: ignore[arg-type]
 
@@ -216,13 +216,43 @@ def test_prompts_are_read_before_the_denoiser_is_opened(tmp_path: Path) -> None:
     assert opener.calls("text_encoder") == [{"input_ids": (3, 5)}], "the negative prompt is read with the others, once"
 
 
-def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
+def test_true_guidance_leads_away_from_a_negative_prompt_that_is_given(tmp_path: Path) -> None:
     opener = with_text(tmp_path)
     pooled: list[Any] = []
     opener._functions["denoiser"] = lambda feeds: {"prediction": fed("pooled_projections", pooled)(feeds).astype(np.float32)}
     pipe = ElasticPipeline(opener.bundle, opener)
-    pipe("a cat", plan=TINY, true_cfg_scale=2.0)
+    pipe("a cat", plan=TINY, true_cfg_scale=2.0, negative_prompt="")
     assert pooled[0] == [[2, 3, 1, 1, 1], [1, 1, 1, 1, 1]]
+    with pytest.raises(UsageError, match='true_cfg_scale leads away from a negative_prompt: give one, "" for the empty prompt'):
+        pipe("a cat", plan=TINY, true_cfg_scale=2.0)
+    pipe("a cat", plan=TINY, true_cfg_scale=0.5)  # off, as diffusers has it
+    assert pooled[-1] == [[2, 3, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, 0.7, 1])
+def test_guidance_of_nothing_is_off_as_diffusers_examples_have_it(scale: float) -> None:
+    pooled: list[Any] = []
+    for kind in (SCHNELL, SD3):
+        pipe, _ = pipeline(manifest(kind), fed("pooled_projections", pooled))
+        pipe(**EMBEDS, plan=TINY, guidance_scale=scale)
+        assert len(pooled[-1]) == 1
+
+
+def test_a_model_that_was_distilled_without_guidance_refuses_it_and_takes_true_guidance() -> None:
+    pooled: list[Any] = []
+    pipe, _ = pipeline(manifest(SCHNELL), fed("pooled_projections", pooled))
+    with pytest.raises(UsageError, match="distilled to draw without guidance, .* lead away from a negative_prompt with true_cfg_scale"):
+        pipe(**EMBEDS, plan=TINY, guidance_scale=3.5)
+    pipe(**EMBEDS, **NEGATIVE, plan=TINY, true_cfg_scale=3.5)
+    assert len(pooled[-1]) == 2
+
+
+@pytest.mark.parametrize("text", ["cat \udcff", "\ud800"])
+def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
+    pipe, _ = pipeline()
+    for arguments in ({"prompt": text}, {"prompt": "a cat", "negative_prompt": ["", text], "true_cfg_scale": 2.0}):
+        with pytest.raises(UsageError, match="prompt is no valid Unicode text, at place"):
+            pipe(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +293,7 @@ def test_an_empty_negative_prompt_is_the_default(tmp_path: Path) -> None:
         (EMBEDS | {"plan": "3,4,5/0.2,0.4,1/0.3"}, "fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"),
         (EMBEDS | {"plan": "full", "num_inference_steps": 10**20}, "a picture takes at most 100,000 steps, got 100000000000000000000"),
         (EMBEDS | {"caching": 2}, "caching is a Caching, such as Caching.every(plan, 2), got 2"),
-        (EMBEDS | NEGATIVE | {"true_cfg_scale": "2"}, "guidance_scale is a number, got '2'"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": "2"}, "true_cfg_scale must be a number, 0 or more, got '2'"),
         (EMBEDS | {"height": 50}, "height is a multiple of 16 px for this plan, got 50"),
         (EMBEDS | {"width": 24}, "width is a multiple of 16 px for this plan, got 24"),
         (EMBEDS | {"width": 20, "plan": "full"}, "width is a multiple of 8 px, got 20"),

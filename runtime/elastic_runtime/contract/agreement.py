@@ -1,0 +1,165 @@
+"""Reading a manifest: what its parts must say alike, and how large its numbers may be. It is checked once, whole, so that no code after
+that meets a size that cannot be, a name that is not there, or a graph that does not fit its model.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime.contract.axis import Axis, Span
+from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.records import read_record
+from elastic_runtime.errors import BundleError
+
+# No model is near these; beyond them lists would not end and arrays not fit.
+MOST_SIZE = 2**31 - 1  # of a dimension
+MOST_BUDGETS = 2**20  # of all axes together
+MOST_VALUES = 2**28  # of a sample, or of the smallest feed of an input
+_OPEN = re.compile(r"([1-9]\d{0,5}\*)?[A-Za-z_]\w*")
+STAGES = {"full": 1, "4x": 3, "7x": 3}
+
+
+def decode(text: bytes, where: str) -> Manifest:
+    """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
+
+    One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
+    axis.
+    """
+    again = "export the bundle again"
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
+    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+        raise BundleError(
+            f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
+        )
+    for complaint in _complaints(manifest):
+        raise BundleError(f"{where} is not a valid manifest: {complaint}. {again[0].upper()}{again[1:]}.")
+    return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
+
+
+def _complaints(manifest: Manifest) -> Iterator[str]:
+    model, axes = manifest.model, {axis.name: axis for axis in manifest.axes}
+    yield from _sizes(model)
+    if len(axes) != len(manifest.axes):
+        yield "two `axes` have one name"
+    if math.prod(len(axis.values) for axis in axes.values()) > MOST_BUDGETS or any(axis.max > MOST_SIZE for axis in axes.values()):
+        yield f"`axes` offer more than {MOST_BUDGETS} budgets, or one above {MOST_SIZE}"
+    for name, graph in manifest.graphs.items():
+        yield from (f"graph {name!r}: {why}" for why in _graph(graph))
+    if denoiser := manifest.graphs.get("denoiser"):
+        yield from (f"graph 'denoiser': {why}" for why in _denoiser(denoiser, model, manifest.axes))
+    if decoder := manifest.graphs.get("decoder"):
+        yield from (f"graph 'decoder': {why}" for why in _decoder(decoder, model))
+    for row in manifest.cost:
+        yield from (f"`cost` {why}" for why in _budget(row.budget, axes))
+    for place in manifest.quality:
+        if place.plan is None:
+            yield from (f"`quality` {why}" for why in _budget(place.budget, axes))
+        elif model.patches is None:
+            yield f"`quality` has a plan, {place.plan!r}, and {model.name} is drawn at budgets"
+        elif place.steps is not None and len(place.steps) != STAGES.get(place.plan, len(place.steps)):
+            yield f"`quality` has {len(place.steps)} stages of plan {place.plan!r}, which has {STAGES[place.plan]}"
+    yield from _text(manifest)
+    paths = [entry.path for entry in manifest.files()]
+    if len(paths) != len(set(paths)):
+        yield "a file is listed twice"
+
+
+def _sizes(model: Model) -> Iterator[str]:
+    if not all(size >= 1 for size in model.sample_shape) or math.prod(model.sample_shape) > MOST_VALUES:
+        yield f"`sample_shape` has sizes of 1 or more and at most {MOST_VALUES} values, got {list(model.sample_shape)}"
+    if not 0 <= model.num_classes <= MOST_SIZE or not 0 <= model.null_label <= model.num_classes:
+        yield f"`num_classes` is 0 or more and `null_label` one of them or the next, got {model.num_classes} and {model.null_label}"
+    if model.patches and any(side % model.patches.size for side in model.sample_shape[1:]):
+        yield f"a sample of {list(model.sample_shape)} does not divide into patches of {model.patches.size}"
+
+
+def _graph(graph: Graph) -> Iterator[str]:
+    for specs in (graph.inputs, graph.outputs):
+        names = [spec.name for spec in specs]
+        if not names or len(names) != len(set(names)):
+            yield f"its inputs and outputs have names of their own, got {', '.join(names) or 'none'}"
+    for spec in (*graph.inputs, *graph.outputs):
+        for size in spec.shape:
+            if isinstance(size, str) and not _OPEN.fullmatch(size):
+                yield f"a dimension of {spec.name} is a number or a letter, perhaps times a number, got {size!r}"
+            if isinstance(size, int) and not 1 <= size <= MOST_SIZE:
+                yield f"a dimension of {spec.name} is 1 to {MOST_SIZE}, got {size}"
+        if math.prod(size for size in spec.shape if isinstance(size, int)) > MOST_VALUES:
+            yield f"{spec.name} has more than {MOST_VALUES} values"
+    for name, span in graph.dimensions.items():
+        if not 1 <= span.min <= span.max <= MOST_SIZE:
+            yield f"dimension {name} spans 1 to {MOST_SIZE} at most, got {span}"
+    for artifact in graph.artifacts:
+        for profile in getattr(artifact, "profiles", ()):
+            if profile.dimensions.keys() != graph.dimensions.keys():
+                yield f"a profile of {artifact.path} has the dimensions {', '.join(profile.dimensions)}, not {', '.join(graph.dimensions)}"
+            for name, size in profile.dimensions.items():
+                if not 1 <= size.min <= size.opt <= size.max <= MOST_SIZE:
+                    yield f"a profile of {artifact.path} needs 1 <= min <= opt <= max for {name}, got {size.min}, {size.opt} and {size.max}"
+
+
+def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]:
+    inputs, outputs = ({spec.name: spec for spec in specs} for specs in (graph.inputs, graph.outputs))
+    if (wanted := "logits" if model.tokens else "prediction") not in outputs:
+        yield f"it lacks the output {wanted}"
+    if not model.patches and not model.tokens and (spec := inputs.get("sample")) and spec.shape != ("B", *model.sample_shape):
+        yield f"its sample has shape {_shown(spec)}, the model's is {list(model.sample_shape)}"
+    if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
+        yield "it draws from patches, and no axis is their number, S"
+    for axis in axes:
+        if axis.dimension is None:
+            continue
+        span = Span(axis.length(axis.min), axis.length(axis.max))
+        if graph.dimensions.get(axis.dimension, span) != span:
+            yield f"axis {axis.name} makes {axis.dimension} {span}, and it says {graph.dimensions[axis.dimension]}"
+
+
+def _decoder(graph: Graph, model: Model) -> Iterator[str]:
+    shapes = {spec.name: spec.shape for spec in (*graph.inputs, *graph.outputs)}
+    if shapes.keys() != {"latent", "image"} or any(len(shape) != 4 for shape in shapes.values()):
+        yield "it takes a latent (B, C, h, w) and gives an image"
+    elif shapes["latent"][1] != model.sample_shape[0]:
+        yield f"it takes {shapes['latent'][1]} channels, and a sample has {model.sample_shape[0]}"
+
+
+def _budget(budget: Mapping[str, int], axes: Mapping[str, Axis]) -> Iterator[str]:
+    if budget.keys() != axes.keys():
+        yield f"has a budget of {', '.join(budget) or 'no axis'} where the axes are {', '.join(axes) or 'none'}"
+        return
+    for name, value in budget.items():
+        if value not in axes[name].values:
+            yield f"has {name} {value}, which its axis does not offer"
+
+
+def _text(manifest: Manifest) -> Iterator[str]:
+    text = manifest.model.text
+    for encoder in text.encoders if text else ():
+        graph = manifest.graphs.get(encoder.graph)
+        if graph is None or {spec.name for spec in graph.outputs} != set(encoder.gives):
+            yield f"the text encoder {encoder.graph!r} gives {', '.join(encoder.gives)}, but no graph of that name does"
+            return
+        if [(spec.name, spec.shape) for spec in graph.inputs] != [("input_ids", ("B", encoder.max_length))]:
+            yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.max_length}), and its graph does not"
+        for spec in graph.outputs:
+            shape = ("B",) if spec.name == "pooled" else ("B", encoder.max_length)
+            if spec.shape[:-1] != shape or not isinstance(spec.shape[-1], int):
+                yield f"the text encoder {encoder.graph!r} gives {spec.name} of shape {_shown(spec)}"
+    if text and text.encoders:
+        given = {name: [] for name in ("pooled", "penultimate_hidden_state", "last_hidden_state")}  # type: dict[str, list[int]]
+        for encoder in text.encoders:
+            for spec in manifest.graphs[encoder.graph].outputs:
+                given[spec.name].append(int(spec.shape[-1]))
+        lengths = {encoder.max_length for encoder in text.encoders if "penultimate_hidden_state" in encoder.gives}
+        tokens = sum(encoder.max_length for encoder in text.encoders if "last_hidden_state" in encoder.gives) + max(lengths, default=0)
+        if sum(given["pooled"]) != text.pooled or any(width != text.width for width in given["last_hidden_state"]):
+            widths = f"{sum(given['pooled'])} pooled values and {given['last_hidden_state']} a token"
+            yield f"the text encoders give {widths}, not {text.pooled} and {text.width}"
+        if len(lengths) > 1 or tokens > text.length:
+            yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+
+
+def _shown(spec: TensorSpec) -> str:
+    return f"({', '.join(map(str, spec.shape))})"

@@ -1,0 +1,226 @@
+"""Nothing is exported whose weights are not the files': every tensor is there, fits, and is a number."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the models need torch")
+pytest.importorskip("diffusers", reason="the folders are diffusers'")
+pytest.importorskip("transformers", reason="the encoders are transformers'")
+
+import folders  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import elastic_export  # noqa: E402
+from elastic_export.capture.folders import capture_folder  # noqa: E402
+from elastic_export.foreign.component import Component  # noqa: E402
+from elastic_export.foreign.folder import Folder  # noqa: E402
+from elastic_export.foreign.text_encoders import load_encoder  # noqa: E402
+from elastic_export.foreign.vae import load_vae  # noqa: E402
+from elastic_runtime import BundleError, ModelError, Span  # noqa: E402
+
+Weights = dict[str, Tensor]
+FILES = {
+    "transformer": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors", "text_encoder_2": "model.safetensors",
+}  # fmt: skip
+# A tensor of each that its graph uses.
+TENSORS = {
+    "transformer": "proj_out.weight", "vae": "decoder.conv_out.weight", "text_encoder": "encoder.layers.0.mlp.fc2.weight",
+    "text_encoder_2": "encoder.block.0.layer.1.DenseReluDense.wo.weight",
+}  # fmt: skip
+IDS = torch.tensor([[3, 4, 5, 1, 0, 0]])
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> Path:
+    return folders.write(tmp_path / "flux", folders.flux(), text=True)
+
+
+def change(folder: Path, component: str, how: Callable[[Weights], Weights | None]) -> Path:
+    """The folder with a component's weights changed in place or replaced."""
+    file = folder / component / FILES[component]
+    weights = load_file(file)
+    save_file(how(weights) or weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def full_name(weights: Weights, end: str) -> str:
+    return next(name for name in weights if name.endswith(end))
+
+
+def capture(folder: Path) -> None:
+    capture_folder(folder, None, Span(16, 32), Span(1, 2), digest=False)
+
+
+@pytest.mark.parametrize("component", FILES)
+@pytest.mark.parametrize(
+    ("mutate", "message"),
+    [
+        (lambda weights, name: weights.pop(name) is None, "it lacks {name}"),
+        (lambda weights, name: weights.update({name + "_old": weights.pop(name)}), "it has unknown .*{name}_old; it lacks {name}"),
+        (lambda weights, name: weights.update({name: weights[name][..., :1].contiguous()}), r"it has {name} of shape \([\d, ]*1\) where"),
+        (lambda weights, name: weights.update({name: weights[name].to(torch.int8)}), "it has {name} as int8, which is quantised"),
+        (lambda weights, name: weights.update({"stray.weight": torch.ones(2)}), "it has unknown .*stray.weight"),
+    ],
+    ids=["dropped", "renamed", "misshapen", "retyped", "stray"],
+)
+def test_weights_that_are_not_whole_are_refused_before_anything_is_exported(
+    component: str, mutate: Callable[[Weights, str], object], message: str, flux: Path
+) -> None:
+    end = TENSORS[component]
+    change(flux, component, lambda weights: mutate(weights, full_name(weights, end)))  # type: ignore[func-returns-value]
+    name = r"(text_model\.)?" + re.escape(end)
+    with pytest.raises(ModelError, match=rf"{component} does not fit \w+: .*{message.format(name=name)}"):
+        capture(flux)
+
+
+@pytest.mark.parametrize("component", FILES)
+def test_weights_of_other_values_do_not_join_a_bundle(component: str, flux: Path, tmp_path: Path) -> None:
+    export = {"output": tmp_path / "bundle", "size": "16-32", "batch": "1-2"}
+    bundle = elastic_export.export(flux, **export)  # type: ignore[arg-type]
+    assert bundle.manifest.provenance.weights_sha256.keys() == FILES.keys()
+    change(flux, component, lambda weights: weights.update({(n := full_name(weights, TENSORS[component])): 2 * weights[n]}))
+    with pytest.raises(BundleError, match=rf"holds another export \(its {component}'s weights' SHA-256"):
+        elastic_export.export(flux, precision="fp16", **export)  # type: ignore[arg-type]
+
+
+def test_a_decoder_alone_is_enough(flux: Path) -> None:
+    change(
+        flux, "vae", lambda weights: {name: value for name, value in weights.items() if not name.startswith(("encoder.", "quant_conv."))}
+    )
+    latent = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+    assert torch.equal(load_vae(flux / "vae")(latent), folders.vae().eval().decode(latent, return_dict=False)[0])
+
+
+def test_attention_by_its_older_names_is_read(flux: Path) -> None:
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(weights: Weights) -> Weights:
+        return {
+            re.sub(r"(attentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)", lambda m: m[1] + older[m[2]], name): each
+            for name, each in weights.items()
+        }
+
+    change(flux, "vae", rename)
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in load_file(flux / "vae" / FILES["vae"])
+    latent = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+    assert torch.equal(load_vae(flux / "vae")(latent), folders.vae().eval().decode(latent, return_dict=False)[0])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda weights: {"transformer." + name: value for name, value in weights.items()},
+        lambda weights: weights | {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2)},
+        lambda weights: weights | {"encoder.embed_tokens.weight": weights["shared.weight"].clone()},
+        lambda weights: {name.replace("shared.", "encoder.embed_tokens."): value for name, value in weights.items()},
+    ],
+    ids=["prefixed", "with a decoder", "embedding twice", "embedding by its other name"],
+)
+def test_t5_as_people_save_it(how: Callable[[Weights], Weights], flux: Path) -> None:
+    change(flux, "text_encoder_2", how)
+    (hidden,) = load_encoder(Folder.open(flux), "text_encoder_2")(IDS)
+    assert torch.allclose(hidden, folders.t5()(IDS).last_hidden_state, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda weights: {"text_model." + name.removeprefix("text_model."): value for name, value in weights.items()},
+        lambda weights: {name.removeprefix("text_model."): value for name, value in weights.items()},
+        lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(12)[None]},
+        lambda weights: weights | {"vision_model.post_layernorm.weight": torch.ones(2), "logit_scale": torch.ones(())},
+    ],
+    ids=["named", "bare", "position ids", "a whole CLIP"],
+)
+def test_clip_as_people_save_it(how: Callable[[Weights], Weights], flux: Path) -> None:
+    change(flux, "text_encoder", how)
+    (pooled,) = load_encoder(Folder.open(flux), "text_encoder")(IDS)
+    assert torch.equal(pooled, folders.clip()(IDS).pooler_output)
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["one scale", "a scale a row"])
+@pytest.mark.parametrize("name", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_scaled_eight_bit_floats_are_multiplied_by_their_scales(component: str, name: str, row: bool, flux: Path) -> None:
+    wanted: Weights = {}
+
+    def narrow(weights: Weights) -> Weights:
+        stored = {}
+        for each, value in weights.items():
+            wanted[each] = stored[each] = value
+            if value.dim() == 2 and "relative" not in each and "shared" not in each:
+                scale = (value.abs().amax(1, keepdim=True) if row else value.abs().max()) / 448
+                stored[each] = (value / scale).to(torch.float8_e4m3fn)
+                stored[each.removesuffix("weight") + name] = scale
+                wanted[each] = stored[each].float() * scale
+        return stored
+
+    change(flux, component, narrow)
+    folder = Folder.open(flux)
+    if component == "transformer":
+        from diffusers import FluxTransformer2DModel
+
+        module = folder.component("transformer").load(FluxTransformer2DModel)
+    else:
+        module = load_encoder(folder, component).encoder
+    state = module.state_dict()
+    assert all(torch.equal(state[each], value) for each, value in wanted.items())
+    assert any(value.dtype == torch.float8_e4m3fn for value in load_file(flux / component / FILES[component]).values())
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (1, 2)])
+def test_a_scale_of_another_shape_is_refused(shape: tuple[int, ...], flux: Path) -> None:
+    def narrow(weights: Weights) -> Weights:
+        name = "proj_out.weight"
+        return weights | {name: weights[name].to(torch.float8_e4m3fn), "proj_out.weight_scale": torch.ones(shape)}
+
+    change(flux, "transformer", narrow)
+    with pytest.raises(ModelError, match=r"it has a scale of shape \(.*\) for proj_out.weight of shape"):
+        capture(flux)
+
+
+def test_scales_without_eight_bit_weights_are_stray(flux: Path) -> None:
+    change(flux, "transformer", lambda weights: weights | {"proj_out.weight_scale": torch.ones(())})
+    with pytest.raises(ModelError, match=r"it has unknown proj_out.weight_scale"):
+        capture(flux)
+
+
+def test_quantised_components_are_refused_by_their_config(flux: Path) -> None:
+    config = flux / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(ModelError, match=r"text_encoder_2 is quantised \(bitsandbytes, says its config.json\)"):
+        capture(flux)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_components_that_there_are_in_half_precision_alone(variant: str, flux: Path) -> None:
+    for component, file in FILES.items():
+        change(
+            flux, component, lambda weights: {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        )
+        whole = flux / component / file
+        whole.rename(whole.with_name(file.replace(".safetensors", f".{variant}.safetensors")))
+    capture(flux)
+    (hidden,) = load_encoder(Folder.open(flux), "text_encoder_2")(IDS)
+    assert hidden.dtype == torch.float32
+    assert torch.allclose(hidden, folders.t5()(IDS).last_hidden_state, atol=2e-2)
+    assert load_vae(flux / "vae")(torch.zeros(1, 4, 8, 8)).dtype == torch.float32
+
+
+def test_an_index_that_promises_what_its_shards_lack_is_refused(tmp_path: Path) -> None:
+    folders.flux().save_pretrained(tmp_path, max_shard_size="10KB")
+    index = next(tmp_path.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    content["weight_map"]["gone.weight"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"lacks gone.weight, which .*index.json lists there"):
+        Component(tmp_path).weight_files()
+    index.write_text(json.dumps(content | {"weight_map": [1]}))
+    with pytest.raises(ModelError, match="lists no shards"):
+        Component(tmp_path).weight_files()
