@@ -57,6 +57,15 @@ mac-check: .venv/.base
 	$(BIN)/elastic-export coreml -o build/mac-check --overwrite
 	$(BIN)/python samples/mac_check.py build/mac-check
 
+# Long runs, whose figures are in docs/reliability.md; CI runs a short form of each.
+SECONDS ?= 3600
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/fuzz.py --seconds $(SECONDS)
+soak: .venv/.dev
+	$(BIN)/python tests/stress/soak.py --pictures 10000
+crash: .venv/.dev
+	$(BIN)/python tests/stress/crash.py --kills 200
+
 clean:
 	rm -rf .venv build dist demo
 

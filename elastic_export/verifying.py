@@ -39,15 +39,21 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
     with torch.inference_mode():
         for budget in budgets:
             arrays = graph.feeds(budget, size)
-            result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+            try:
+                result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as failure:  # torch's, of shapes that do not meet
+                why = " ".join(str(failure).split())[:300]
+                raise ModelError(
+                    f"the original {graph.name} cannot be run at {key(budget)}: {why}. Do the sizes in its config go together?"
+                ) from None
             results = result if isinstance(result, tuple) else (result,)
             outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
-            rounding += [error(tuple(outputs[budget].values()), exact(arrays))] if exact else []
             if odd := [name for name, value in outputs[budget].items() if not np.isfinite(value).all()]:
                 raise ModelError(
                     f"the original's {odd[0]} of {graph.name} at {key(budget)} has values that are not finite, so nothing can be held "
                     "against it: are the weights whole, and within float32?"
                 )
+            rounding += [error(tuple(outputs[budget].values()), exact(arrays))] if exact else []
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)

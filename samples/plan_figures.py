@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from elastic_runtime.ralu.plan import shares
 from plots import LINES, panels, real_line
 from record import evaluation
 
-PLAIN, ABLATION = "full", "without renoising"
+PLAIN, ABLATION, OTHERS = "full", "without renoising", "in other shares"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -40,18 +41,24 @@ def protocol(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Accuracy and Frechet distance against FLOPs: a line of step counts for each plan, and the ablations as points."""
+    """Accuracy and Frechet distance against FLOPs: a line of step counts for each plan, shared out over its stages as in the preset; the
+    ablations, and other shares, as points."""
     found = evaluation(record)
+    own = {row["plan"]: row["steps"] for row in found["plans"]}
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(found["plans"], key=lambda row: row["flops"]):
         name = row["plan"].partition(",")[0]
-        lines.setdefault(f"RALU {ABLATION}" if ABLATION in name else name, []).append(row)
+        if ABLATION in name:
+            name = f"RALU {ABLATION}"
+        elif name in own and tuple(row["steps"]) != shares(own[name], sum(row["steps"])):
+            name = f"{name} {OTHERS}"
+        lines.setdefault(name, []).append(row)
     what = (("accuracy", "classified as asked (%)", 100), ("frechet_distance", "Fréchet distance (lower is better)", 1))
     with panels(path) as axes:
         for panel, (name, label, unit) in zip(axes, what, strict=True):
             for (words, rows), (color, marker) in zip(sorted(lines.items()), LINES, strict=False):
                 x, y = [row["flops"] / 1e9 for row in rows], [unit * row[name] for row in rows]
-                line = "none" if ABLATION in words else "-"
+                line = "none" if ABLATION in words or OTHERS in words else "-"
                 panel.plot(x, y, color=color, marker=marker, linestyle=line, linewidth=2, markersize=6, label=words)
                 below = {"xytext": (0, -14), "ha": "center"} if words == PLAIN else {"xytext": (0, 7), "ha": "center"}
                 for row, *place in zip(rows, x, y, strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 PAPER, REAL = "#ffffff", "#7a7a7a"
-LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"), ("#8a5fa8", "v"))
+LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"), ("#8a5fa8", "v"), ("#b03a5b", "D"))
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.right": False,

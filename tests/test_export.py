@@ -22,7 +22,7 @@ import elastic_targets
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets
 from elastic_export.capture.zoo import Request, load
 from elastic_export.exporting import export_capture
-from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, Span, UsageError, VerificationError
+from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, ModelError, Span, UsageError
 from elastic_runtime.files.folder import writing
 
 
@@ -123,7 +123,7 @@ def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(
 def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture, tmp_path: Path) -> None:
     with np.errstate(all="ignore"):
         captured.graphs[0].module.final_layer.linear.bias.data[:] = float("nan")
-    with pytest.raises(VerificationError, match="fails at latents=4: values that are not finite"):
+    with pytest.raises(ModelError, match="the original's prediction of denoiser at latents=4 has values that are not finite"):
         export_capture(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -260,7 +260,7 @@ def _denoiser(
     return GraphCapture(
         name="denoiser",
         module=None,
-        load=lambda: family.wrap(component.load(transformer)),
+        load=lambda: component.described(lambda: family.wrap(component.load(transformer)), transformer.__name__),
         inputs=inputs if text else tokens.named(inputs, {"T": length}),
         outputs=tokens.outputs(family, config),
         axes=(axis,),

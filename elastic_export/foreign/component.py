@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, headers, match, tensors, weight_files
-from elastic_runtime.errors import MissingError, ModelError
+from elastic_runtime.errors import ElasticError, MissingError, ModelError
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Component:
 
         return self.described(make, kind.__name__)
 
-    def described(self, make: Callable[[], nn.Module], what: str) -> nn.Module:
+    def described(self, make: Callable[[], Value], what: str) -> Value:
         """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
         try:
             return make()

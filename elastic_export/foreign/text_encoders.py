@@ -63,7 +63,7 @@ def kind(folder: Folder, component: str) -> str:
     """Class of an encoder; raises ModelError for one that is neither CLIP nor T5."""
     listed = folder.component(component).config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else folder.listed[component]
-    if name not in GIVES:
+    if not isinstance(name, str) or name not in GIVES:
         raise ModelError(f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}")
     return str(name)
 
@@ -101,9 +101,12 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
         content = backend.to_str().encode()
     else:
         raise ModelError(f"{path} has no tokenizer.json, and transformers makes none of it: save a fast tokenizer there")
-    if tokenizer.pad_token_id is None:
+    pad, length = tokenizer.pad_token_id, tokenizer.model_max_length
+    if not isinstance(pad, int) or pad < 0:
         raise ModelError(f"{path} names no pad token")
-    return Tokenizer(content, int(tokenizer.pad_token_id), int(tokenizer.model_max_length))
+    if not isinstance(length, int | float) or not length >= 1:
+        raise ModelError(f"{path}: model_max_length is a number of tokens, got {length!r}")
+    return Tokenizer(content, pad, int(length))
 
 
 def _config(tokenizer: Path) -> dict[str, Any]:

@@ -152,8 +152,8 @@ def test_a_place_that_cannot_be_written_is_told_before_drawing(run: Run, digits:
 def test_a_manifest_that_was_edited_is_named_before_drawing(run: Run, digits: Path, tmp_path: Path) -> None:
     for change, message in (
         (lambda model: model["config"].update(scheduler={"shift": "x"}), "the scheduler's shift is a number, got 'x'"),
-        (lambda model: model["patches"].update(size=0), "a patch has a `size` of 1 or more, got 0"),
-        (lambda model: model["vae"].update(upscale=0), "`upscale` is 1 or more"),
+        (lambda model: model["patches"].update(size=0), "a patch has a `size` of 1 to 1024, got 0"),
+        (lambda model: model["vae"].update(upscale=0), "`upscale` is 1 to 1024"),
         (lambda model: model.update(num_classes=12, null_label=12), "tells of 12 classes, and its denoiser takes 5"),
     ):
         whole = json.loads((digits / "elastic.json").read_text())

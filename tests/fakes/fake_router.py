@@ -81,7 +81,7 @@ def described(channels: int = 1, batch: Span = Span(1, 8), **changes: Any) -> Ma
         "family": "dc-dit", "prediction": "epsilon", "schedule": LinearBeta(), "sample_shape": (channels, SIDE, SIDE),
         "learned_variance": True, "guided_channels": min(channels, 3),
     }  # fmt: skip
-    whole = msgspec.structs.replace(manifest(channels, batch), axes=(TOKENS,), graphs={"denoiser": graph(channels, batch)})
+    whole = msgspec.structs.replace(manifest(channels, batch), axes=(TOKENS,), cost=(), graphs={"denoiser": graph(channels, batch)})
     return msgspec.structs.replace(whole, model=model(channels, **(facts | changes)))
 
 

@@ -105,7 +105,13 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
     inputs, outputs = ({spec.name: spec for spec in specs} for specs in (graph.inputs, graph.outputs))
     if (wanted := "logits" if model.tokens else "prediction") not in outputs:
         yield f"it lacks the output {wanted}"
-    if not model.patches and not model.tokens and (spec := inputs.get("sample")) and spec.shape != ("B", *model.sample_shape):
+    if (
+        not model.patches
+        and not model.tokens
+        and (spec := inputs.get("sample"))
+        and len(spec.shape) == 4
+        and spec.shape != ("B", *model.sample_shape)
+    ):
         yield f"its sample has shape {_shown(spec)}, the model's is {list(model.sample_shape)}"
     if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
         yield "it draws from patches, and no axis is their number, S"

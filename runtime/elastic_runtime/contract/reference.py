@@ -83,16 +83,17 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
     """Figures of `output` against `wanted` (same shape). PSNR's peak is the reference's range. Nothing is proven by a reference that is
     not finite."""
     finite = bool(np.isfinite(output).all() and np.isfinite(wanted).all())
-    a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
-    difference = np.abs(a - b).max() if finite else np.inf
-    norms = np.linalg.norm(a) * np.linalg.norm(b)
-    cosine = float(a @ b / norms) if finite and norms > 0 else float(finite and not a.any() and not b.any())
-    error = np.mean((a - b) ** 2) if finite else np.inf
-    span = max(float(b.max() - b.min()), 1e-12)
-    psnr = (10 * np.log10(span**2 / error) if finite else -999.0) if error > 0 else 999.0
-    passed = finite and bool(difference <= tolerance * max(1.0, np.abs(b).max()))
     # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
     largest = float(np.finfo(np.float32).max)
+    difference, cosine, psnr, passed = largest, 0.0, -999.0, False
+    if finite:
+        a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+        difference = np.abs(a - b).max()
+        norms = np.linalg.norm(a) * np.linalg.norm(b)
+        cosine = float(a @ b / norms) if norms > 0 else float(not a.any() and not b.any())
+        error, span = np.mean((a - b) ** 2), max(float(b.max() - b.min()), 1e-12)
+        psnr = 10 * np.log10(span**2 / error) if error > 0 else 999.0
+        passed = bool(difference <= tolerance * max(1.0, np.abs(b).max()))
     return Verification(
         budget=dict(budget),
         max_abs=float(min(difference, largest)),

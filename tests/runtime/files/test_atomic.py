@@ -104,3 +104,24 @@ def test_a_user_without_a_home_folder_is_told_in_a_sentence(monkeypatch: pytest.
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(MissingError, match="no home folder to keep caches in: set XDG_CACHE_HOME"):
         cache.folder("trt")
+
+
+def test_what_another_user_could_have_put_into_a_cache_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("x", encoding="utf-8")
+    cache.guard(mine)
+    cache.guard(tmp_path)
+    (tmp_path / "link").symlink_to(mine)
+    with pytest.raises(PermissionError, match="is a link, or another user owns it or may write it"):
+        cache.guard(tmp_path / "link")
+    mine.chmod(0o666)
+    with pytest.raises(PermissionError):
+        cache.guard(mine)
+    mine.chmod(0o644)
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    if own:  # what root owns is the system's
+        with pytest.raises(PermissionError):
+            cache.guard(mine)
+    with pytest.raises(FileNotFoundError):
+        cache.guard(tmp_path / "nothing")

@@ -112,6 +112,41 @@ def test_the_same_build_again_comes_from_the_cache_and_another_does_not(
         room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "four")
 
 
+def test_an_engine_under_another_builds_name_is_not_taken(
+    room: ModuleType, tiny: Tiny, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = add_one(tiny)
+    for sm in (86, 89):
+        room.lower(BundleGraph(bundle, "denoiser"), room.TrtOptions(sms=(sm,)), tmp_path / str(sm))
+    one, two = (path for path in cache.iterdir() if path.is_dir())
+    for name in ("engine", "facts.json"):
+        (one / name).write_bytes((two / name).read_bytes())
+    monkeypatch.setattr(sys.modules["elastic_targets.trt.lower"], "build", lambda *_: pytest.fail("it was built again"))
+    built = 0
+    for sm in (86, 89):
+        try:
+            room.lower(BundleGraph(bundle, "denoiser"), room.TrtOptions(sms=(sm,)), tmp_path / f"{sm}-again")
+        except pytest.fail.Exception:
+            built += 1
+    assert built == 1
+
+
+def test_an_engine_that_others_may_write_is_not_taken(
+    room: ModuleType, tiny: Tiny, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, options = add_one(tiny), room.TrtOptions(sms=(86,))
+    room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "one")
+    next(cache.rglob("engine")).chmod(0o666)
+    monkeypatch.setattr(sys.modules["elastic_targets.trt.lower"], "build", lambda *_: pytest.fail("it was built again"))
+    with pytest.raises(pytest.fail.Exception, match="built again"):
+        room.lower(BundleGraph(bundle, "denoiser"), options, tmp_path / "two")
+
+
+def test_an_engine_that_streams_its_weights_builds(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
+    (artifact,) = room.lower(BundleGraph(add_one(tiny), "denoiser"), room.TrtOptions(sms=(86,), weight_streaming=True), tmp_path / "one")
+    assert artifact.weight_streaming
+
+
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     room: ModuleType, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
