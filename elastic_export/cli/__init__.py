@@ -12,6 +12,7 @@ from elastic_export.cli import bench, coreml, demo, devices, doctor, generate, i
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
+FAILED = 1  # by no fault of what was asked
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except MemoryError:
         fail("there is not enough memory for this: take a smaller picture, batch or model, or a machine with more")
-        sys.exit(ElasticError.exit_code)
+        sys.exit(FAILED)
     except OSError as error:
         _give_up(error)
     except SystemExit as end:
@@ -57,7 +58,7 @@ def _give_up(error: OSError) -> NoReturn:
     fail(f"{where}{error.strerror or error}")
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries again at its end, and says so
-    sys.exit(ElasticError.exit_code)
+    sys.exit(FAILED)
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -12,7 +12,6 @@ from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, headers, match, tensors, weight_files
 from elastic_runtime.errors import ElasticError, MissingError, ModelError
 
-
 Value = TypeVar("Value")
 
 
@@ -65,17 +64,9 @@ class Component:
         """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
         try:
             return make()
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            AssertionError,
-            ArithmeticError,
-            AttributeError,
-            KeyError,
-            IndexError,
-            OSError,
-        ) as error:
+        except ElasticError:
+            raise
+        except Exception as error:  # whatever the libraries raise
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {why}") from None
 

@@ -38,7 +38,8 @@ class Folder:
         known = [name for names in COMPONENTS.values() for name in names]
         if (path / INDEX).is_file():
             index = read_json(path / INDEX)
-            listed = {name: str(index[name][-1]) for name in known if isinstance(index.get(name), list) and index[name][-1]}
+            named = {name: index.get(name) for name in known}
+            listed = {name: str(entry[-1]) for name, entry in named.items() if isinstance(entry, list) and entry and entry[-1]}
             labels = index.get("id2label")
             folder = cls(
                 path,

@@ -1,5 +1,6 @@
 """Plan `full` visits the very sigmas that diffusers' pipelines visit, or the scheduler is refused by name."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,6 @@ def test_what_is_left_of_a_run_is_spaced_on_to_the_same_end() -> None:
         stage = full(10, 256, config).stages()[0]
         left = stage.spaced(4, stage.sigmas[5])
         assert (left[0], left[-1], len(left)) == (stage.sigmas[5], 0.0, 5)
-        assert all(a > b for a, b in zip(left, left[1:], strict=False))
+        assert all(a > b for a, b in itertools.pairwise(left))
         if len(config) > 1:
             assert left[-2] == pytest.approx(stage.sigmas[-2], rel=1e-6)

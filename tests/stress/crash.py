@@ -4,8 +4,9 @@
     python tests/stress/crash.py generate extend --kills 20
 
 Commands: generate (a picture that is replaced), make (a bundle), replace (a bundle, --overwrite), extend (a bundle by another opset), trt
-(by an engine, where tensorrt-rtx is installed). After each kill the bundle must open with its hashes as the old one or the new one, foreign files in
-its folder must be there, the picture must be one of the two, and the next run must succeed. Full disks need root and a Linux that mounts.
+(by an engine, where tensorrt-rtx is installed). After each kill the bundle must open with its hashes as the old one or the new one, foreign
+files in its folder must be there, the picture must be one of the two, and the next run must succeed. Full disks need root and a Linux that
+mounts.
 """
 
 import argparse
@@ -26,8 +27,7 @@ from PIL import Image
 
 from elastic_runtime import Bundle
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-MODEL = ("elit-sit", "--checkpoint", str(GOLDEN / "elit-c.pt"), "--config", str(GOLDEN / "elit-c.json"), "--batch", "1-2")
+MODEL = ("elit-mnist", "--batch", "1-2")
 FOREIGN = "notes.txt"
 RUN = (sys.executable, "-c", "from elastic_export.cli import main; main()")
 
@@ -138,7 +138,8 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[4]}k", "none", sy
 one = crash.Crash(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[5]))
 one.place()
 done = subprocess.run(one.words(1), capture_output=True, text=True)
-print("trace" if "Traceback" in done.stderr else one.check() + str(min(done.returncode, 1)), done.stderr[-300:] if "Traceback" in done.stderr else "")
+trace = "Traceback" in done.stderr
+print("trace" if trace else one.check() + str(min(done.returncode, 1)), done.stderr[-300:] if trace else "")
 """
     found: dict[str, int] = {}
     for size in sizes:

@@ -29,5 +29,11 @@ def check(
         inputs = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
         runs = [session.run(inputs | {name: inputs[name][rows] for name in batched}) for rows in batches(session, len(inputs[batched[0]]))]
         got = {name: np.concatenate([run[name] for run in runs]) for name in recorded}
+        for name, array in recorded.items():
+            if got[name].shape != array.shape:
+                raise BundleError(
+                    f"the reference of {bundle.folder} has a {name} of shape {array.shape} at {budget}, where {got[name].shape} belongs: "
+                    "export the bundle again"
+                )
         rows = [compare(got[name], array, budget, tolerance, session.where) for name, array in recorded.items()]
         yield max(rows, key=lambda row: (not row.passed, not row.finite, row.max_abs))
