@@ -22,7 +22,10 @@ from elastic_runtime.sessions.session import Arrays, Session
 if TYPE_CHECKING:
     from elastic_export.capture.zoo import Request
 
-BASELINES = {"torch": False, "torch-compile": True}  # name -> whether it is compiled
+# name -> whether it is compiled, and torch's device
+BASELINES = {
+    "torch": (False, "cpu"), "torch-compile": (True, "cpu"), "torch-cuda": (False, "cuda"), "torch-compile-cuda": (True, "cuda"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class TorchRuntime:
     def obstacle(self, bundle: Bundle) -> str | None:
         if missing := [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]:
             return f"{missing[0]} is not installed: pip install 'elastic-export[torch]'"
-        if BASELINES[self.name] and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        compiled, device = BASELINES[self.name]
+        if device != "cpu" and not _sees(device):
+            return f"this torch sees no {device} device"
+        if compiled and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             return "torch.compile needs a C++ compiler, and there is none"
         try:
             self._find(bundle.manifest)
@@ -51,7 +57,7 @@ class TorchRuntime:
         torch.set_num_threads(threads)
         module = self._find(bundle.manifest)()
         # The bound of float32, as for an artifact: eager torch wrote the recording, perhaps on another processor.
-        session = TorchSession(bundle.manifest.graphs[GRAPH], module, BASELINES[self.name])
+        session = TorchSession(bundle.manifest.graphs[GRAPH], module, *BASELINES[self.name])
         return Opened(session, None, PRECISIONS[EXACT].tolerance)
 
     def _find(self, manifest: Manifest) -> Callable[[], Any]:
@@ -68,27 +74,37 @@ class TorchRuntime:
 
 
 class TorchSession(Session):
-    """A module as a session; compiled with dynamic shapes where `compiled`, when it first runs."""
+    """A module as a session on one of torch's devices; compiled with dynamic shapes where `compiled`, when it first runs."""
 
-    def __init__(self, graph: Graph, module: Any, compiled: bool = False):
+    def __init__(self, graph: Graph, module: Any, compiled: bool = False, device: str = "cpu"):
         super().__init__(graph)
         import torch
 
         self._torch = torch
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what the compiler thinks of a graph is not the benchmark's to tell
-        self._module: Any = torch.compile(module, dynamic=True) if compiled else module
-        self.where = f"torch {torch.__version__.split('+')[0]} CPU {'compiled' if compiled else 'eager'}"
+        module = module.to(device)
+        self._device, self._module = device, torch.compile(module, dynamic=True) if compiled else module
+        name = "CPU" if device == "cpu" else torch.cuda.get_device_name()
+        self.where = f"torch {torch.__version__.split('+')[0]} {name} {'compiled' if compiled else 'eager'}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         if self._module is None:
             raise InferenceError("this session is closed")
         with self._torch.inference_mode():
-            result = self._module(**{name: self._torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()})
+            result = self._module(
+                **{name: self._torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in feeds.items()}
+            )
         results = result if isinstance(result, tuple) else (result,)
-        return {spec.name: value.numpy() for spec, value in zip(self.graph.outputs, results, strict=True)}
+        return {spec.name: value.cpu().numpy() for spec, value in zip(self.graph.outputs, results, strict=True)}
 
     def close(self) -> None:
         self._module = None
+
+
+def _sees(device: str) -> bool:
+    import torch
+
+    return device == "cuda" and torch.cuda.is_available()
 
 
 def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path:

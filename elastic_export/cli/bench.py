@@ -14,7 +14,8 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, trt, coreml, torch, torch-compile [dim](default: all)[/dim].",
+            help="onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, trt, coreml, torch, torch-compile, and on a GPU torch-cuda and "
+            "torch-compile-cuda [dim](default: all)[/dim].",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
-from elastic_export.families.layers import Sinusoids
+from elastic_export.families.layers import Constants, Sinusoids
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 
@@ -17,12 +17,11 @@ PACKED = 2  # a token is 2 x 2 latent pixels; `patch_size` in the config counts 
 THETA = 10000.0
 
 
-class Rope(nn.Module):
+class Rope(Constants):
     """Rotary angles from positions (N, 3), in float32: diffusers' own puts float64 into the graph, for a difference of 6e-7."""
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
-        # Constants and no buffers: they must stay float32 where the weights become fp16.
         self.frequencies = [(1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float64) / width)).float() for width in widths]
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:

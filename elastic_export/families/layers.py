@@ -7,7 +7,8 @@ overflows and a timestep embedding is wrong by up to 0.46.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +36,32 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Sinusoids(nn.Module):
+class Constants(nn.Module):
+    """A module whose plain tensors are constants: they follow it to another device, and never to another precision.
+
+    They are no buffers, which `.half()` would round and building on `meta` would lose.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                vars(self)[name] = value.to(fn(torch.empty(0, device=value.device)).device)
+            elif isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+                vars(self)[name] = [each.to(fn(torch.empty(0, device=each.device)).device) for each in value]
+        return self
+
+
+class Sinusoids(Constants):
     """`[cos | sin](t * 10000^(-i/128))` of times (B,): 256 of them, float32 (DiT)."""
 
     def __init__(self) -> None:
         super().__init__()
-        # torch's own constants: an exporter that folds the formula is an ulp off, which a time of thousands makes large. And no buffer:
-        # `.half()` would round it, and building on `meta` would lose it.
+        # torch's own constants: an exporter that folds the formula is an ulp off, which a time of thousands makes large.
         self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device="cpu") / 128)
 
     def forward(self, times: Tensor) -> Tensor:
-        angles = times[:, None].float() * self.frequencies.to(times.device)  # (B, 128)
+        angles = times[:, None].float() * self.frequencies  # (B, 128)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
 
 

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
-from elastic_export.families.layers import Sinusoids
+from elastic_export.families.layers import Constants, Sinusoids
 from elastic_export.families.tokens import Config, TokenFamily
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.errors import ModelError
 
 
-class Positions(nn.Module):
+class Positions(Constants):
     """The sin-cos table of SD3 at any places (S, 2) of it, rows and columns: (S, W). Columns have the first half of the features."""
 
     def __init__(self, width: int, scale: float):
         super().__init__()
-        # A constant and no buffer: it must stay float32 where the weights become fp16.
         self.frequencies = (scale / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))).float()
 
     def forward(self, pos_ids: Tensor) -> Tensor:

@@ -79,3 +79,11 @@ def test_a_compiler_that_is_not_here_is_named(masked: Bundle, monkeypatch: pytes
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert TorchRuntime("torch-compile").obstacle(masked) == "torch.compile needs a C++ compiler, and there is none"
     assert TorchRuntime("torch").obstacle(masked) is None
+
+
+@pytest.mark.parametrize("name", ["torch-cuda", "torch-compile-cuda"])
+def test_a_baseline_on_a_gpu_that_is_not_there_says_so(name: str, masked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TorchRuntime(name).obstacle(masked) == "this torch sees no cuda device"

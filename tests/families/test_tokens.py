@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_export.families import flux, sd3
-from elastic_export.families.flux import Flux
+from elastic_export.families.flux import Flux, Rope
+from elastic_export.families.layers import Constants, Sinusoids
 from elastic_export.families.sd3 import Positions, Sd3
 from elastic_export.foreign.folder import Folder
 from elastic_runtime import ModelError
@@ -138,3 +139,13 @@ def test_the_count_of_flops_is_torch_s_own(kind: str) -> None:
             timestep=torch.ones(1), **ids,
         )  # fmt: skip
     assert wanted == counter.get_total_flops()
+
+
+def test_constants_follow_to_a_device_and_never_to_another_precision() -> None:
+    for module in (Rope((4, 6, 6)), Positions(32, 0.5), Sinusoids()):
+        assert isinstance(module, Constants)
+        for narrow in (module.half(), module.double()):
+            values = narrow.frequencies if isinstance(narrow.frequencies, list) else [narrow.frequencies]
+            assert {value.dtype for value in values} == {torch.float32}
+        moved = module.to("meta").frequencies
+        assert all(value.is_meta for value in (moved if isinstance(moved, list) else [moved]))
