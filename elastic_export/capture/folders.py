@@ -31,6 +31,7 @@ from elastic_targets.capture import GraphCapture
 FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
 PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
 SIDE = 128  # of a latent, where nothing tells
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
@@ -330,16 +331,15 @@ def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
         check_scheduler(scheduler)
     except UsageError as error:
         raise ModelError(f"{path}: {error}") from None
-    return scheduler if family.spaced else scheduler | {"sigma_min": _least(scheduler, path)}
+    if (times := scheduler.get("num_train_timesteps", TIMES)) != TIMES or isinstance(times, bool):
+        raise ModelError(f"{path}: num_train_timesteps is {TIMES}, which the models' times are counted in, got {times!r}")
+    return scheduler if family.spaced else scheduler | {"sigma_min": _least(scheduler)}
 
 
-def _least(scheduler: Mapping[str, Any], path: Path) -> float:
+def _least(scheduler: Mapping[str, Any]) -> float:
     """The least sigma of a diffusers scheduler: that of the first of its training times, shifted unless the picture shifts it."""
-    times = scheduler.get("num_train_timesteps", 1000)
-    if not isinstance(times, int) or isinstance(times, bool) or times < 2:
-        raise ModelError(f"{path}: num_train_timesteps is a whole number of 2 or more, got {times!r}")
     shift = 1.0 if scheduler.get("use_dynamic_shifting") else scheduler.get("shift", 1.0)
-    return float(shift / times / (1 + (shift - 1) / times))
+    return float(shift / TIMES / (1 + (shift - 1) / TIMES))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

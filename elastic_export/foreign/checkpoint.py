@@ -1,5 +1,6 @@
 """Checkpoints as their trainers write them, read without running them; every mismatch is named."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from elastic_export.foreign import inert
 from elastic_export.foreign.weights import few, fit, tensors, weight_files
 from elastic_runtime.errors import ModelError
 
-# Where trainers keep weights in a file, the moving average before the last state.
-PLACES = ("ema", "model_ema", "ema_model", "model_state_dict", "model", "module", "state_dict")
-# What they put before the names of weights: an average that stands beside the model's own, and wrappers (of torch.compile, Lightning, ...).
-AVERAGES = ("ema_model.", "model_ema.", "ema.")
+# Where trainers keep weights in a file, beside a moving average, which has "ema" in its name and comes first.
+PLACES = ("model_state_dict", "model", "module", "state_dict", "params")
+AVERAGE = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
+# What wrappers (torch.compile, DataParallel, Lightning, ...) put before the names of weights.
 WRAPPERS = ("_orig_mod.", "module.", "model.", "net.", "network.", "denoiser.", "diffusion_model.")
 
 
@@ -45,13 +46,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, dict):
         kind = content.kind if isinstance(content, inert.Inert) else type(content).__name__
         raise ModelError(f"{path} holds a {kind}, not a dict of weights")
-    args = inert.fields(content.get("args") or content.get("config") or content.get("hyper_parameters") or {})
+    content = dict(content)  # whose methods are a dict's
+    try:
+        args: Any = next(
+            (inert.fields(content[name]) for name in ("args", "config", "hyper_parameters") if content.get(name) is not None), {}
+        )
+    except RecursionError:
+        raise ModelError(f"{path} is not a readable checkpoint: its args hold themselves") from None
+    averages = [
+        name for name, value in content.items() if isinstance(name, str) and AVERAGE.search(name) and isinstance(value, dict) and value
+    ]
+    if len(averages) > 1:
+        raise ModelError(f"{path} holds several averages of the weights, {few(averages)}: save the one that is meant")
     weights: Any = content
-    for place in PLACES:
+    for place in (*averages, *PLACES):
         if isinstance(content.get(place), inert.Inert):
             raise ModelError(f"{path} was refused: it holds {content[place].kind}, an object with code. Save its state_dict() instead.")
         if isinstance(content.get(place), dict):
-            weights = content[place]
+            weights = dict(content[place])
             break
     return _unwrapped(path, weights, args if isinstance(args, Mapping) else {})
 
@@ -59,12 +71,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _unwrapped(path: Path, weights: Mapping[Any, Any], args: Mapping[str, Any]) -> Checkpoint:
     """Weights without what their trainer put before their names."""
     others: list[str] = []
-    while prefix := next((each for each in (*AVERAGES, *WRAPPERS) if any(str(name).startswith(each) for name in weights)), None):
-        others += [str(name) for name in weights if not str(name).startswith(prefix)]
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if str(name).startswith(prefix)}
+    while prefix := _prefix(weights):
+        kept = {str(name).removeprefix(prefix): value for name, value in weights.items() if str(name).startswith(prefix)}
+        left = [str(name) for name in weights if not str(name).startswith(prefix)]
+        if not AVERAGE.search(prefix[:-1]) and (twice := [name for name in left if _bare(name) in {_bare(each) for each in kept}]):
+            raise ModelError(f"{path} holds {few(twice)} and the same behind {prefix!r}: save the weights that are meant")
+        others, weights = others + left, kept
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise ModelError(f"{path} holds no weights: expected tensors, or a dict with 'ema' or 'model'; it has {few(weights)}")
     return Checkpoint(path, dict(weights), dict(args), tuple(others))
+
+
+def _prefix(weights: Mapping[Any, Any]) -> str | None:
+    """What stands before the names of weights: an average's word, which stands beside the model's own, before any wrapper's."""
+    words = dict.fromkeys(str(name).partition(".")[0] + "." for name in weights if "." in str(name))
+    return next((word for word in words if AVERAGE.search(word[:-1])), None) or next((word for word in WRAPPERS if word in words), None)
+
+
+def _bare(name: str) -> str:
+    """A name without the wrappers before it."""
+    while prefix := next((word for word in WRAPPERS if name.startswith(word)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def load_weights(module: nn.Module, family: Family, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def load(path: Path) -> Any:
                 raise ModelError(f"{path} is not a readable PyTorch checkpoint: download or copy it again") from None
             what = f"{blocked}, which could run code" if blocked else "objects other than weights"
             raise ModelError(f"{path} was refused: it holds {what}. Ask its author for .safetensors, or save only tensors.") from None
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except Exception as error:  # whatever a reader raises of bytes that are no pickle
             why = (str(error) or "it ends too early").splitlines()[0]
             raise ModelError(f"{path} is not a readable PyTorch checkpoint ({why}): download or copy it again") from None
 

@@ -60,9 +60,13 @@ class Tokenizer:
 
 
 def kind(folder: Folder, component: str) -> str:
-    """Class of an encoder; raises ModelError for one that is neither CLIP nor T5."""
-    listed = folder.component(component).config.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else folder.listed[component]
+    """Class of an encoder: what the folder's index says, as its pipeline loads it, or what the encoder's own config does where there is no
+    index. Raises ModelError for one that is neither CLIP nor T5."""
+    written = folder.component(component).config.get("architectures")
+    own = written[0] if isinstance(written, list) and written else None
+    name = folder.listed[component] or own
+    if isinstance(own, str) and isinstance(name, str) and own[:2] != name[:2]:
+        name = own  # another kind of model than the index says
     if not isinstance(name, str) or name not in GIVES:
         raise ModelError(f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}")
     return str(name)
@@ -180,7 +184,7 @@ def _t5() -> Naming:
     """Files hold the embedding under either name or both; whole T5s bring the half that answers, too."""
     return Naming(
         lambda name: name.removeprefix("transformer."),
-        re.compile(r"decoder\.|lm_head\."),
+        re.compile(r"decoder\.|lm_head\.|spiece_model$"),
         {"encoder.embed_tokens.weight": "shared.weight"},
     )
 

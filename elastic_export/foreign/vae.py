@@ -54,7 +54,10 @@ def read_vae(folder: Path, channels: int) -> Vae:
         raise ModelError(f"{folder / 'config.json'}: scaling_factor is a number above 0 and shift_factor one, got {scale} and {shift}")
     if not isinstance(widths, list | tuple) or not widths:
         raise ModelError(f"{folder / 'config.json'}: block_out_channels is a list of widths, got {widths!r}")
-    return Vae(scaling_factor=float(scale), shift_factor=float(shift), upscale=2 ** (len(widths) - 1))
+    try:
+        return Vae(scaling_factor=float(scale), shift_factor=float(shift), upscale=2 ** (len(widths) - 1))
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load_vae(folder: Path) -> Decoder:

@@ -27,6 +27,7 @@ _KINDS = {
 }  # fmt: skip
 # What the scale of a tensor `NAME.weight` in eight bits is called, by who wrote it; the weight is what is stored, times the scale.
 SCALES = (("weight_scale", "weight"), ("scale_weight", "weight"))
+INPUTS = ("scale_input", "input_scale")  # of activations, which are not computed in eight bits here
 MARK = "scaled_fp8"  # an empty tensor that says that there are scales
 
 
@@ -102,10 +103,16 @@ def reading(file: Path) -> Iterator[Any]:
 
 
 def tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of files, each read when its turn comes, in the file's precision."""
+    """Names and tensors of files, each read when its turn comes, in the file's precision.
+
+    Raises: ModelError for a name that two files have.
+    """
+    seen: dict[str, Path] = {}
     for file in files:
         with reading(file) as opened:
             for name in opened.keys():  # noqa: SIM118  it is no dict
+                if (other := seen.setdefault(name, file)) != file:
+                    raise ModelError(f"{file} has {name}, and so has {other}: which one is meant? Download or copy the shards again")
                 yield name, opened.get_tensor(name)
 
 
@@ -171,6 +178,8 @@ def match(
     extra = [name for name in held if name not in state]
     if unknown := [name for name in extra if not (naming.extra and naming.extra.match(name))]:
         faults.append(f"has unknown {few(unknown)}")
+    if scales and (bare := [name for name in state if name in held and held[name].dtype in FLOAT8 and name not in scales]):
+        faults.append(f"has {few(bare)} in eight bits without a scale, where others have theirs")
     for name in sorted(state.keys() & held.keys()):
         value = held[name]
         if value.shape != state[name].shape:
@@ -193,9 +202,11 @@ def _scaled(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
             scaled = name.removesuffix(suffix) + weight
             if name.endswith(f".{suffix}") and scaled in held and held[scaled].dtype in FLOAT8:
                 scales[scaled] = value
-    used = {id(value) for value in scales.values()}
-    marked = {MARK} if any(value.dtype in FLOAT8 for value in held.values()) else set()
-    return {name: value for name, value in held.items() if id(value) not in used and name not in marked}, scales
+    eight = {name.removesuffix("weight") for name, value in held.items() if value.dtype in FLOAT8}
+    aside = {f"{name}{each}" for name in eight for each in (*(suffix for suffix, _ in SCALES), *INPUTS)}
+    if MARK in held and eight and not scales:
+        raise ModelError(f"the file says that its eight-bit weights have scales ({MARK}), and holds none")
+    return {name: value for name, value in held.items() if name not in aside and not (name == MARK and eight)}, scales
 
 
 def _wide(value: Tensor, scale: Tensor | None) -> Tensor:

@@ -344,3 +344,43 @@ def test_a_function_that_a_file_calls_is_refused_by_name(function: str, zipped: 
     with pytest.raises(ModelError, match=r"evil\.pt was refused: it holds|is not a readable PyTorch checkpoint"):
         read_checkpoint(path)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda ema, raw: {"model": raw, "ema_state_dict": ema},
+        lambda ema, raw: {"state_dict": raw, "state_dict_ema": ema},
+        lambda ema, raw: {"state_dict": {f"net.{n}": v for n, v in raw.items()} | {f"net_ema.{n}": v for n, v in ema.items()}},
+        lambda ema, raw: {f"model.{n}": v for n, v in raw.items()} | {f"model_ema.{n}": v for n, v in ema.items()},
+    ],
+)
+def test_an_average_by_any_name_comes_before_the_last_state(wrap: Callable[[Any, Any], Any], golden: Path, tmp_path: Path) -> None:
+    ema = public(golden)["ema"]
+    torch.save(wrap(ema, {name: 0 * value for name, value in ema.items()}), tmp_path / "weights.pt")
+    weights = read_checkpoint(tmp_path / "weights.pt").weights
+    assert all(torch.equal(weights[name], value) for name, value in ema.items())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"module.a": torch.ones(1), "a": torch.zeros(1)},
+        {"ema.model.a": torch.ones(1), "ema.module.a": torch.zeros(1)},
+        {"ema": {"a": torch.ones(1)}, "ema_slow": {"a": torch.zeros(1)}},
+    ],
+)
+def test_two_weights_of_one_name_are_refused(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match=r"save the (weights|one) that (are|is) meant"):
+        read_checkpoint(tmp_path / "weights.pt")
+
+
+def test_args_of_any_kind_are_no_traceback(tmp_path: Path) -> None:
+    torch.save({"ema": {"a": torch.ones(1)}, "args": torch.ones(3)}, tmp_path / "weights.pt")
+    assert read_checkpoint(tmp_path / "weights.pt").args == {}
+    endless: dict[str, Any] = {}
+    endless["self"] = endless
+    torch.save({"ema": {"a": torch.ones(1)}, "args": endless}, tmp_path / "weights.pt")
+    with pytest.raises(ModelError, match="its args hold themselves"):
+        read_checkpoint(tmp_path / "weights.pt")

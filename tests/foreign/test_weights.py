@@ -224,3 +224,59 @@ def test_an_index_that_promises_what_its_shards_lack_is_refused(tmp_path: Path) 
     index.write_text(json.dumps(content | {"weight_map": [1]}))
     with pytest.raises(ModelError, match="lists no shards"):
         Component(tmp_path).weight_files()
+
+
+def test_an_encoder_is_of_the_class_that_the_index_names_as_its_pipeline_loads_it(tmp_path: Path) -> None:
+    from transformers import CLIPTextModelWithProjection
+
+    folder = folders.write(tmp_path / "m", folders.sd3(), text=True)
+    for component, written in (("text_encoder", "CLIPModel"), ("text_encoder_3", "T5ForConditionalGeneration")):
+        config = folder / component / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": [written]}))
+    pooled, _ = load_encoder(Folder.open(folder), "text_encoder")(IDS)
+    assert torch.allclose(pooled, folders.clip(CLIPTextModelWithProjection)(IDS).text_embeds, atol=1e-6)
+    (hidden,) = load_encoder(Folder.open(folder), "text_encoder_3")(IDS)
+    assert torch.allclose(hidden, folders.t5()(IDS).last_hidden_state, atol=1e-6)
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_eight_bit_weights_whose_scale_is_lost_are_refused(marked: bool, flux: Path) -> None:
+    def narrow(weights: Weights) -> Weights:
+        first, second = [name for name, value in weights.items() if value.dim() == 2][:2]
+        changed = weights | {name: (weights[name] * 100).to(torch.float8_e4m3fn) for name in (first, second)}
+        scale = {} if marked else {first.removesuffix("weight") + "scale_weight": torch.tensor(0.01)}
+        return changed | scale | ({"scaled_fp8": torch.zeros(0)} if marked else {})
+
+    change(flux, "transformer", narrow)
+    with pytest.raises(ModelError, match="holds none" if marked else "in eight bits without a scale, where others have theirs"):
+        capture(flux)
+
+
+def test_scales_of_activations_and_a_tokenizer_among_the_weights_are_left_aside(flux: Path) -> None:
+    wanted: Weights = {}
+
+    def narrow(weights: Weights) -> Weights:
+        stored: Weights = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+        for name, value in weights.items():
+            wanted[name] = stored[name] = value
+            if name.endswith("DenseReluDense.wi.weight"):
+                stored[name] = (value / value.abs().max() * 448).to(torch.float8_e4m3fn)
+                bare = name.removesuffix("weight")
+                stored |= {f"{bare}scale_weight": value.abs().max() / 448, f"{bare}scale_input": torch.ones(())}
+                wanted[name] = stored[name].float() * stored[f"{bare}scale_weight"]
+        return stored
+
+    change(flux, "text_encoder_2", narrow)
+    state = load_encoder(Folder.open(flux), "text_encoder_2").encoder.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+def test_a_tensor_that_two_shards_have_is_refused(tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    folders.flux().save_pretrained(tmp_path, max_shard_size="10KB")
+    one, two = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name, value = next(iter(load_file(one).items()))
+    save_file(load_file(two) | {name: value + 1}, two, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"has {re.escape(name)}, and so has .*: which one is meant"):
+        Component(tmp_path).load(FluxTransformer2DModel)
