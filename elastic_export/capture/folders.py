@@ -31,6 +31,7 @@ from elastic_targets.capture import GraphCapture
 FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
 PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
 SIDE = 128  # of a latent, where nothing tells
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
@@ -216,6 +217,8 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     if usual is None:
         usual = _side(folder.component("vae").config.get("sample_size"), SIDE * upscale) // upscale if vae else SIDE
     size = size or Span(max(usual * upscale // 2, upscale * patches.size * 2), usual * upscale)
+    if size.max > MOST_SIDE:
+        raise BudgetError(f"--size {size}: sides of pictures are at most {MOST_SIDE} pixels")
     unit = upscale * patches.size * 2  # at half the resolution, too, a side must be a whole number of patches
     for side in (size.min, size.max):
         if side % unit or side < unit:

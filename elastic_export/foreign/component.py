@@ -12,6 +12,7 @@ from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, headers, match, tensors, weight_files
 from elastic_runtime.errors import ElasticError, MissingError, ModelError
 
+MOST_LAYERS = 10_000
 Value = TypeVar("Value")
 
 
@@ -62,6 +63,9 @@ class Component:
 
     def described(self, make: Callable[[], Value], what: str) -> Value:
         """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
+        for name, value in self.config.items():  # which are built one by one, for ever if need be
+            if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
+                raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {name} is {value}")
         try:
             return make()
         except ElasticError:

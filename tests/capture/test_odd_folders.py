@@ -20,7 +20,7 @@ from elastic_export.capture.folders import capture_folder  # noqa: E402
 from elastic_export.families.layers import Sinusoids  # noqa: E402
 from elastic_export.foreign.folder import Folder  # noqa: E402
 from elastic_export.foreign.text_encoders import load_encoder  # noqa: E402
-from elastic_runtime import ElasticPipeline, ModelError, Plan, Span  # noqa: E402
+from elastic_runtime import BudgetError, ElasticPipeline, ModelError, Plan, Span  # noqa: E402
 from elastic_targets.onnx.lower import held_in  # noqa: E402
 
 ONE = Span(1, 2)
@@ -99,8 +99,6 @@ def test_a_vae_whose_facts_are_none_is_refused(change: dict[str, Any], message: 
     ],
 )  # fmt: skip
 def test_a_transformers_config_that_is_none_is_a_sentence(change: dict[str, Any], flux: Path) -> None:
-    if change.get("num_layers") == 10**9:
-        pytest.skip("diffusers builds each of them: nothing of ours bounds it")
     edit(flux / "transformer" / "config.json", **change)
     with pytest.raises(ModelError):
         for graph in capture_folder(flux, ("transformer",), None, ONE, digest=False).graphs:
@@ -130,3 +128,17 @@ def test_t5_stays_exact_in_half_precision_where_transformers_keeps_it(flux: Path
 def test_sinusoids_are_diffusers_own_to_the_bit(make: Callable[[Any], Any]) -> None:
     times = make(torch.linspace(0, 1, 57))
     assert torch.equal(Sinusoids()(times), Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(times))
+
+
+@pytest.mark.parametrize(("component", "name"), [("text_encoder", "num_hidden_layers"), ("text_encoder_2", "num_layers")])
+def test_layers_without_end_are_refused(component: str, name: str, flux: Path) -> None:
+    edit(flux / component / "config.json", **{name: 2**31})
+    with pytest.raises(ModelError, match=rf"does not describe a \w+: {name} is 2147483648"):
+        capture_folder(flux, None, None, ONE, digest=False)
+
+
+def test_a_side_beyond_any_picture_is_refused(tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "m", folders.sd3(), decoder=False)
+    edit(folder / "transformer" / "config.json", sample_size=2**40, pos_embed_max_size=12)
+    with pytest.raises((ModelError, BudgetError)):
+        capture_folder(folder, None, None, ONE, digest=False)

@@ -238,7 +238,7 @@ class Commands(Fuzzer):
             if rng.random() < 0.8:
                 arguments.append(rng.choice((*self.values, str(folder / "out"))))
         if word in ("onnx", "trt", "coreml") or "--overwrite" in arguments:
-            arguments.append("--dry-run")  # whole exports are other tests'
+            arguments.insert(1, "--dry-run")  # whole exports are other tests'
         if word == "bench":
             arguments += ["--help"]
         with contextlib.chdir(folder):
