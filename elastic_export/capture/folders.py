@@ -118,6 +118,7 @@ def capture_folder(
             "leave the encoders out with --components transformer,vae"
         )
     if "transformer" in chosen:
+        folder.component("transformer").check(built)
         graphs.append(_denoiser(folder, family, transformer, config, axis, length, batch))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
@@ -257,7 +258,6 @@ def _denoiser(
     folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, axis: Axis, length: int, batch: Span
 ) -> GraphCapture:
     component = folder.component("transformer")
-    component.check(component.build(transformer))
     inputs, patches = tokens.inputs(family, config), family.patches(config)
     spans = {"S": axis.span, "T": Span(1, length)}
     text = {"T": spans["T"]} if length > 1 else {}

@@ -26,7 +26,7 @@ _KINDS = {
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
 }  # fmt: skip
 # What the scale of a tensor `NAME.weight` in eight bits is called, by who wrote it; the weight is what is stored, times the scale.
-SCALES = (("weight_scale", "weight"), ("scale_weight", "weight"))
+SCALES = ("weight_scale", "scale_weight")
 INPUTS = ("scale_input", "input_scale")  # of activations, which are not computed in eight bits here
 MARK = "scaled_fp8"  # an empty tensor that says that there are scales
 
@@ -168,6 +168,7 @@ def match(
         if ours in held:
             faults.append(f"has {ours} twice")
         held[ours] = value
+    marked = MARK in held
     held, scales = _scaled(held)
     for one, other in naming.ties.items():
         for name, twin in ((one, other), (other, one)):
@@ -178,8 +179,11 @@ def match(
     extra = [name for name in held if name not in state]
     if unknown := [name for name in extra if not (naming.extra and naming.extra.match(name))]:
         faults.append(f"has unknown {few(unknown)}")
-    if scales and (bare := [name for name in state if name in held and held[name].dtype in FLOAT8 and name not in scales]):
+    bare = [name for name in state if name in held and held[name].dtype in FLOAT8 and name not in scales]
+    if bare and scales:
         faults.append(f"has {few(bare)} in eight bits without a scale, where others have theirs")
+    elif bare and marked:
+        faults.append(f"says that its eight-bit weights have scales ({MARK}), and holds none")
     for name in sorted(state.keys() & held.keys()):
         value = held[name]
         if value.shape != state[name].shape:
@@ -196,17 +200,10 @@ def match(
 
 def _scaled(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights, and the scales of those that are stored in eight bits, by the weight's name."""
-    scales = {}
-    for name, value in held.items():
-        for suffix, weight in SCALES:
-            scaled = name.removesuffix(suffix) + weight
-            if name.endswith(f".{suffix}") and scaled in held and held[scaled].dtype in FLOAT8:
-                scales[scaled] = value
-    eight = {name.removesuffix("weight") for name, value in held.items() if value.dtype in FLOAT8}
-    aside = {f"{name}{each}" for name in eight for each in (*(suffix for suffix, _ in SCALES), *INPUTS)}
-    if MARK in held and eight and not scales:
-        raise ModelError(f"the file says that its eight-bit weights have scales ({MARK}), and holds none")
-    return {name: value for name, value in held.items() if name not in aside and not (name == MARK and eight)}, scales
+    eight = {name: name.removesuffix("weight") for name, value in held.items() if value.dtype in FLOAT8 and name.endswith(".weight")}
+    scales = {name: held[bare + suffix] for name, bare in eight.items() for suffix in SCALES if bare + suffix in held}
+    aside = {bare + suffix for bare in eight.values() for suffix in (*SCALES, *INPUTS)} | ({MARK} if eight else set())
+    return {name: value for name, value in held.items() if name not in aside}, scales
 
 
 def _wide(value: Tensor, scale: Tensor | None) -> Tensor:

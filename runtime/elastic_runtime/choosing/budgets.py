@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
+from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook, improving
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.denoising.guidance import Guidance
@@ -64,13 +64,8 @@ class BudgetOutlook(Outlook):
         return options
 
     def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
-        priced = [(self.whole(option), self.worth(option), option) for option in self.options(guidance_budget)]
-        kept: dict[Option, float] = {}
-        best = -float("inf")
-        for seconds, worth, option in sorted(priced, key=lambda row: (row[0], -row[1])):
-            if worth > best:
-                kept[option], best = seconds, worth
-        return kept
+        ways = [(self.whole(option), self.worth(option), option) for option in self.options(guidance_budget)]
+        return {option: seconds for seconds, option in improving(ways)}
 
     def usual(self, options: Sequence[Option]) -> Option:
         default = self._flops(Budget().on(self.axes))

@@ -3,7 +3,7 @@ late."""
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -160,6 +160,15 @@ class Gauge:
         begun = self._clock()
         work()
         return max(self._clock() - begun, 0.0)
+
+
+def improving(ways: Iterable[tuple[float, float, Value]]) -> Iterator[tuple[float, Value]]:
+    """Of (seconds, worth, way) those that are worth their time, with the seconds: each takes longer than the one before, and is better."""
+    best = -float("inf")
+    for seconds, worth, way in sorted(ways, key=lambda each: (each[0], -each[1])):
+        if worth > best:
+            best = worth
+            yield seconds, way
 
 
 def clipped(predicted: float, seconds: float) -> float:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook
+from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook, improving
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.choosing.shapes import SURER, Grades, shapes, tails
 from elastic_runtime.contract.budget import Budget
@@ -73,7 +73,7 @@ class PlanOutlook(Outlook):
         """The card's rows of plans that may be drawn, each with its plan in the steps of the row."""
         for row in self.gauge.manifest.quality:
             if row.plan is not None and row.plan in self.plans and row.steps:
-                yield row, self._option(row.plan, replace(self.plans[row.plan], steps=row.steps))
+                yield row, self._shaped(row.plan, row.steps)
 
     @property
     def graded(self) -> bool:
@@ -144,14 +144,9 @@ class PlanOutlook(Outlook):
             steps = self._shapes(name)
             steps = steps[steps.sum(1) >= least]
             quality, distance = self._values(option, steps)
-            ways += [(*way, name) for way in zip(self._times(option, steps), quality / distance, steps, strict=True)]
-        kept: dict[Option, float] = {}
-        best = -float("inf")
-        for seconds, worth, steps, name in sorted(ways, key=lambda way: (way[0], -way[1])):
-            if worth > best:
-                kept[self._option(name, replace(self.plans[name], steps=tuple(steps.tolist())))] = float(seconds)
-                best = worth
-        return kept
+            shaped = [(name, tuple(row)) for row in steps.tolist()]
+            ways += list(zip(self._times(option, steps).tolist(), (quality / distance).tolist(), shaped, strict=True))
+        return {self._shaped(*way): seconds for seconds, way in improving(ways)}
 
     def begun(self, seconds: float, least: int) -> Option:
         """The plan and its steps, `least` or more, with which to begin what may take so many `seconds`: the best, or the cheapest."""
@@ -162,8 +157,7 @@ class PlanOutlook(Outlook):
             steps = steps[steps.sum(1) >= sum(cheapest.steps)]
             worth = self._worths(option, (0,), steps, seconds)
             if len(steps) and worth.max() > best:
-                chosen = tuple(steps[worth.argmax()].tolist())
-                best, found = float(worth.max()), self._option(name, replace(self.plans[name], steps=chosen))
+                best, found = float(worth.max()), self._shaped(name, tuple(steps[worth.argmax()].tolist()))
         return found
 
     def onward(self, option: Option, taken: Sequence[int], seconds: float) -> tuple[int, ...]:
@@ -246,6 +240,10 @@ class PlanOutlook(Outlook):
     def _option(self, name: str, plan: Plan) -> Option:
         budgets = tuple(Budget(tokens=count) for count in plan.tokens(*self.size))
         return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
+
+    def _shaped(self, name: str, steps: tuple[int, ...]) -> Option:
+        """A plan in other steps than its own."""
+        return self._option(name, replace(self.plans[name], steps=steps))
 
     def _flops(self, option: Option) -> float:
         return float(np.dot(option.steps, self._step_flops(option)))

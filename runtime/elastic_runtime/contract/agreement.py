@@ -10,7 +10,7 @@ import msgspec
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.errors import BundleError
 
@@ -19,7 +19,7 @@ MOST_SIZE = 2**31 - 1  # of a dimension
 MOST_BUDGETS = 2**20  # of all axes together
 MOST_VALUES = 2**28  # of a sample, or of the smallest feed of an input
 _OPEN = re.compile(r"([1-9]\d{0,5}\*)?[A-Za-z_]\w*")
-STAGES = {"full": 1, "4x": 3, "7x": 3}
+STAGES = {"full": 1} | {name: len(steps) for name, steps in OWN_STEPS.items()}  # of plans by name
 
 
 def decode(text: bytes, where: str) -> Manifest:
@@ -44,7 +44,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
     yield from _sizes(model)
     if len(axes) != len(manifest.axes):
         yield "two `axes` have one name"
-    if math.prod(len(axis.values) for axis in axes.values()) > MOST_BUDGETS or any(axis.max > MOST_SIZE for axis in axes.values()):
+    if any(axis.max > MOST_SIZE for axis in axes.values()) or math.prod(len(axis.values) for axis in axes.values()) > MOST_BUDGETS:
         yield f"`axes` offer more than {MOST_BUDGETS} budgets, or one above {MOST_SIZE}"
     for name, graph in manifest.graphs.items():
         yield from (f"graph {name!r}: {why}" for why in _graph(graph))
@@ -143,10 +143,7 @@ def _budget(budget: Mapping[str, int], axes: Mapping[str, Axis]) -> Iterator[str
 def _text(manifest: Manifest) -> Iterator[str]:
     text = manifest.model.text
     for encoder in text.encoders if text else ():
-        graph = manifest.graphs.get(encoder.graph)
-        if graph is None or {spec.name for spec in graph.outputs} != set(encoder.gives):
-            yield f"the text encoder {encoder.graph!r} gives {', '.join(encoder.gives)}, but no graph of that name does"
-            return
+        graph = manifest.graphs[encoder.graph]  # the manifest's own record has seen to that
         if [(spec.name, spec.shape) for spec in graph.inputs] != [("input_ids", ("B", encoder.max_length))]:
             yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.max_length}), and its graph does not"
         for spec in graph.outputs:

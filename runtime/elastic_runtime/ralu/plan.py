@@ -225,13 +225,13 @@ def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     return Plan.full(steps, exponent if linear else math.exp(exponent), **ends)
 
 
-# Keys of a diffusers flow-match scheduler that space the steps in ways that are not drawn here, and those that tell nothing of sigmas.
-MOST_EXPONENT, LEAST_SHIFT = 20.0, 1e-6
+# Keys of a diffusers flow-match scheduler that space the steps in ways that are not drawn here, and those that are drawn.
 UNDRAWN = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 DRAWN = (
     "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal",
     "time_shift_type", "num_train_timesteps", "sigma_min",
 )  # fmt: skip
+MOST_EXPONENT, LEAST_SHIFT, MOST_LENGTH = 20.0, 1e-6, 1e9  # beyond which sigmas are no numbers
 
 
 def check_scheduler(scheduler: Mapping[str, Any]) -> None:
@@ -244,17 +244,18 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
         raise UsageError(f"the scheduler has an unknown key {strange[0]!r}; known are {', '.join((*DRAWN, *UNDRAWN))}")
     numbers = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
     values = {name: scheduler.get(name, usual) for name, usual in numbers.items()}
-    exponents = [name for name in ("base_shift", "max_shift") if is_number(values[name]) and abs(values[name]) > MOST_EXPONENT]
-    if exponents or (is_number(values["shift"]) and values["shift"] and not LEAST_SHIFT <= abs(values["shift"]) <= 1 / LEAST_SHIFT):
-        name = exponents[0] if exponents else "shift"
-        raise UsageError(f"the scheduler's {name} is beyond any use, got {values[name]!r}")
-    if odd := [name for name, value in values.items() if not is_number(value) or not -1e9 < value < 1e9]:
+    if odd := [name for name, value in values.items() if not is_number(value) or not abs(value) < math.inf]:
         raise UsageError(f"the scheduler's {odd[0]} is a number, got {values[odd[0]]!r}")
     if values["shift"] <= 0 or not values["base_image_seq_len"] < values["max_image_seq_len"]:
         raise UsageError(
             f"the scheduler's shift is above 0 and its base_image_seq_len below max_image_seq_len, got {values['shift']}, "
             f"{values['base_image_seq_len']} and {values['max_image_seq_len']}"
         )
+    most = {"base_shift": MOST_EXPONENT, "max_shift": MOST_EXPONENT, "shift": 1 / LEAST_SHIFT}
+    far = [name for name, value in values.items() if abs(value) > most.get(name, MOST_LENGTH)]
+    if far or values["shift"] < LEAST_SHIFT:
+        name = far[0] if far else "shift"
+        raise UsageError(f"the scheduler's {name} is beyond any use, got {values[name]!r}")
     if (kind := scheduler.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
         raise UsageError(f"the scheduler's time_shift_type is exponential or linear, got {kind!r}")
     ends = {"sigma_min": scheduler.get("sigma_min"), "shift_terminal": scheduler.get("shift_terminal") or None}
