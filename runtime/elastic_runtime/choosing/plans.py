@@ -138,11 +138,8 @@ class PlanOutlook(Outlook):
 
     def _frontier(self, guidance_budget: Budget | None, least: int) -> dict[Option, float]:
         self._no_weak(guidance_budget)
-        least = min(least, max(int(self._shapes(name).sum(1).max()) for name in self.plans))
         ways = []
-        for name, option in self._own.items():
-            steps = self._shapes(name)
-            steps = steps[steps.sum(1) >= least]
+        for name, option, steps in self._enough(least):
             quality, distance = self._values(option, steps)
             shaped = [(name, tuple(row)) for row in steps.tolist()]
             ways += list(zip(self._times(option, steps).tolist(), (quality / distance).tolist(), shaped, strict=True))
@@ -150,13 +147,10 @@ class PlanOutlook(Outlook):
 
     def begun(self, seconds: float, least: int) -> Option:
         """The plan and its steps, `least` or more, with which to begin what may take so many `seconds`: the best, or the cheapest."""
-        cheapest = next(iter(self.frontier(None, least)))
-        best, found = 0.0, cheapest
-        for name, option in self._own.items():
-            steps = self._shapes(name)
-            steps = steps[steps.sum(1) >= sum(cheapest.steps)]
+        best, found = 0.0, next(iter(self.frontier(None, least)))
+        for name, option, steps in self._enough(least):
             worth = self._worths(option, (0,), steps, seconds)
-            if len(steps) and worth.max() > best:
+            if worth.max() > best:
                 best, found = float(worth.max()), self._shaped(name, tuple(steps[worth.argmax()].tolist()))
         return found
 
@@ -203,6 +197,14 @@ class PlanOutlook(Outlook):
             return sum(many * self.seconds(option, stage, kind) for many, kind in ((guided, True), (steps - guided, False)) if many)
 
         return self._kept(("stage", _kind(option), stage, most), lambda: np.array([0.0, *(seconds(n + 1) for n in range(most))]))
+
+    def _enough(self, least: int) -> Iterator[tuple[str, Option, np.ndarray]]:
+        """Name, option and weighed steps (n, stages) of each plan that takes `least` steps or more, or the most that there are."""
+        least = min(least, max(int(self._shapes(name).sum(1).max()) for name in self.plans))
+        for name, option in self._own.items():
+            steps = self._shapes(name)
+            if len(steps := steps[steps.sum(1) >= least]):
+                yield name, option, steps
 
     def _shapes(self, name: str) -> np.ndarray:
         """Steps (n, stages) of a plan that are weighed."""
