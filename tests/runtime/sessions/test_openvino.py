@@ -53,14 +53,14 @@ def test_each_thread_gets_its_own_answer(tiny: Bundle) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_closes_what_it_inherited(tiny: Bundle) -> None:
-    """In a process of its own, which has no other threads to lose."""
+    """In a process of its own, which has no other threads to lose. Both write to one pipe: each line with one call."""
     program = """
 import os, sys
 from elastic_runtime import Bundle, open_session
 session = open_session(Bundle.open(sys.argv[1]), name="openvino", threads=2)
 child = os.fork()
 session.close()
-print("closed", flush=True)
+os.write(1, b"closed\\n")
 if not child:
     sys.exit()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
