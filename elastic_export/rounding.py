@@ -1,6 +1,5 @@
 """How far the original itself is off: its answers in float32 against float64, which no lowering can be asked to beat."""
 
-import copy
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,11 @@ class Doubled:
     """A module in float64, in whose forward pass what asks for float32 gets float64."""
 
     def __init__(self, module: "torch.nn.Module"):
-        self._module = copy.deepcopy(module).double()
+        import torch
+
+        from elastic_targets.weights import cast
+
+        self._module = cast(module, torch.float64)
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         """Outputs for numpy feeds, float64."""

@@ -80,9 +80,11 @@ class TorchSession(Session):
         super().__init__(graph)
         import torch
 
+        from elastic_targets.weights import filled
+
         self._torch = torch
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what the compiler thinks of a graph is not the benchmark's to tell
-        module = module.to(device)
+        module = filled(module).to(device)
         self._device, self._module = device, torch.compile(module, dynamic=True) if compiled else module
         name = "CPU" if device == "cpu" else torch.cuda.get_device_name()
         self.where = f"torch {torch.__version__.split('+')[0]} {name} {'compiled' if compiled else 'eager'}"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, headers, match, tensors, weight_files
+from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, match, tensors, weight_files
 from elastic_runtime.errors import ElasticError, MissingError, ModelError
 
 MOST_LAYERS = 10_000
@@ -39,7 +39,7 @@ class Component:
 
     def parameters(self) -> int:
         """Number of its weights, from the files' headers alone."""
-        return sum(stored.numel() for _, stored in headers(self.weight_files()))
+        return sum(stored.numel() for _, stored in tensors(self.weight_files()))
 
     def sha256(self) -> str:
         """SHA-256 of its weight files, one after another."""
@@ -76,14 +76,14 @@ class Component:
 
     def check(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> None:
         """Raise what `fill` would, of the files' headers alone."""
-        match(module, headers(self.weight_files()), str(self.path), what or type(module).__name__, naming)
+        match(module, tensors(self.weight_files()), str(self.path), what or type(module).__name__, naming)
 
     def load(self, kind: type) -> nn.Module:
         """It as diffusers' class `kind`, in float32; raises as `build` and `fill`."""
         return self.fill(self.build(kind))
 
     def fill(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> nn.Module:
-        """`module` with its weights in float32. A float32 file's weights stay on disk until they are used; others are converted.
+        """`module` with its weights in float32, which stay on disk until they are used.
 
         Raises: ModelError naming missing, unexpected, misshapen and quantised weights.
         """

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic_export.foreign.reading import read_json
 from elastic_runtime.errors import ModelError
+from elastic_targets.weights import Streamed, values
 
 STEMS = ("diffusion_pytorch_model", "model")
 VARIANTS = ("", ".fp16", ".bf16")  # in full precision where there is a choice
@@ -103,7 +105,7 @@ def reading(file: Path) -> Iterator[Any]:
 
 
 def tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of files, each read when its turn comes, in the file's precision.
+    """Names and tensors of files, whose headers alone are read: each tensor's values are read whenever something computes with them.
 
     Raises: ModelError for a name that two files have.
     """
@@ -113,17 +115,15 @@ def tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():  # noqa: SIM118  it is no dict
                 if (other := seen.setdefault(name, file)) != file:
                     raise ModelError(f"{file} has {name}, and so has {other}: which one is meant? Download or copy the shards again")
-                yield name, opened.get_tensor(name)
-
-
-def headers(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The same on `meta`: names, shapes and types, from the files' headers alone."""
-    for file in files:
-        with reading(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
                 stored = opened.get_slice(name)
                 kind = _KINDS.get(stored.get_dtype(), torch.uint8)  # what is no weight is refused as any integer is
-                yield name, torch.empty(stored.get_shape(), dtype=kind, device="meta")
+                yield name, Streamed(partial(_read, file, name), torch.Size(stored.get_shape()), kind)
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with reading(file) as opened:  # each time anew: what an open file has read stays in memory
+        value: Tensor = opened.get_tensor(name)
+    return value
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -142,14 +142,14 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def fit(module: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str, what: str, naming: Naming = PLAIN) -> None:
-    """Put weights, by their names in the files, into `module` (which may be on `meta`) as float32, without copying those that are.
-
-    Eight-bit floats are multiplied by their scales where the files have them.
+    """Put weights, by their names in the files, into `module` (which may be on `meta`) as float32; they stay where they are until they are
+    used. Eight-bit floats are multiplied by their scales where the files have them.
 
     Raises: as `match`.
     """
     held, scales = match(module, weights, where, what, naming)
-    module.load_state_dict({name: _wide(value, scales.get(name)) for name, value in held.items()}, assign=True)
+    wide = {name: Streamed(partial(_wide, value, scales.get(name)), value.shape, torch.float32) for name, value in held.items()}
+    module.load_state_dict(wide, assign=True)
     if lost := [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]:
         raise ModelError(f"{what} holds {few(lost)}, which its weights do not tell")
 
@@ -206,10 +206,11 @@ def _scaled(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
     return {name: value for name, value in held.items() if name not in aside}, scales
 
 
-def _wide(value: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return value.float()
-    return value.float() * scale.float().reshape(-1, *[1] * (value.dim() - 1))  # one for each row, or one for all
+def _wide(stored: Tensor, scale: Tensor | None) -> Tensor:
+    value = values(stored).float()
+    if scale is not None:  # one for each row, or one for all
+        value = value * values(scale).float().reshape(-1, *[1] * (value.dim() - 1))
+    return value
 
 
 def few(names: Any) -> str:

@@ -21,7 +21,7 @@ from elastic_export.families.layers import Sinusoids  # noqa: E402
 from elastic_export.foreign.folder import Folder  # noqa: E402
 from elastic_export.foreign.text_encoders import load_encoder  # noqa: E402
 from elastic_runtime import BudgetError, ElasticPipeline, ModelError, Plan, Span  # noqa: E402
-from elastic_targets.onnx.lower import held_in  # noqa: E402
+from elastic_targets.weights import held_in  # noqa: E402
 
 ONE = Span(1, 2)
 

@@ -25,7 +25,7 @@ from elastic_export.families.layers import randomize  # noqa: E402
 from elastic_runtime import Bundle, ModelError, Span, open_session  # noqa: E402
 from elastic_runtime.contract.schedule import LinearBeta  # noqa: E402
 from elastic_targets import target as room  # noqa: E402
-from elastic_targets.onnx.lower import held_in  # noqa: E402
+from elastic_targets.weights import held_in  # noqa: E402
 
 FRACTIONS = {"0.0": (0, 0), "0.3": (0.3, 0.3), "0.6": (0.6, 0.6), "0.9": (0.9, 0.9), "per_sample_0.2_0.5": (0.2, 0.5)}
 SMALL = DcDitParams(

@@ -7,6 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from elastic_targets.coreml.options import PRECISIONS, TARGETS, CoremlOptions, b
 from elastic_targets.coreml.precision import precision
 from elastic_targets.coreml.session import EvaluatorSession
 from elastic_targets.target import OnProgress, Target
+from elastic_targets.weights import filled
 
 Points = Mapping[Budget, Mapping[str, np.ndarray]]
 _TYPES = {"float32": np.float32, "int64": np.int32}
@@ -49,6 +51,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path, on_progress
     """Write the package into `folder` and return its manifest entry. It runs the smallest batch of the graph's span."""
     package = folder / paths(graph, options)[0]
     package.parent.mkdir(parents=True, exist_ok=True)
+    graph = replace(graph, module=filled(graph.module))  # the converter takes them all at once
     batch = graph.batch.min
     points = {budget: graph.feeds(budget, batch) for budget in budgets(graph, options)}
     spans = opened(graph, options)

@@ -1,8 +1,5 @@
 """Lower a captured graph to an ONNX file."""
 
-import copy
-import logging
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +13,12 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.stream import external, stream, write
 from elastic_targets.target import OnProgress, Target
+from elastic_targets.weights import held_in
 
 OPSETS = (20, 23)
 DEFAULT_OPSET = 23
-# protobuf messages end at 2 GB; weights past that go to a second file.
-EXTERNAL_DATA_FROM = 2_000_000_000
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = tuple(_TYPES)
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
@@ -58,32 +55,12 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
-    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry; the exporter tells no progress."""
+    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry; `on_progress` is told of weights."""
     module = graph.module if options.precision == "fp32" else held_in(graph.module, _TYPES[options.precision])
-    example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
+    model = stream(graph, module, options.opset)
     file = folder / paths(graph, options)[0]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), torch.no_grad():
-        # The exporter speaks of its own deprecations and of our named dimensions; `ensures` checks the names.
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            module,
-            kwargs=example,
-            dynamo=True,
-            opset_version=options.opset,
-            input_names=[spec.name for spec in graph.inputs],
-            output_names=[spec.name for spec in graph.outputs],
-            dynamic_shapes={spec.name: graph.dynamic(spec) for spec in graph.inputs},
-            verbose=False,
-        )
-    assert program is not None
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-    program.save(str(file), external_data=weights >= EXTERNAL_DATA_FROM)
-    for value in program.model.graph.initializers.values():
-        value.const_value = None  # the exporter keeps its last graph alive, and with it every weight
-    data = file.with_name(file.name + ".data")
-    files = [file] + ([data] if data.exists() else [])
+    files = write(model, file, on_progress)
     artifact = OnnxArtifact(
         precision=options.precision,  # type: ignore[arg-type]
         opset=options.opset,
@@ -91,15 +68,6 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
     return (artifact,)
-
-
-def held_in(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of `module` in another precision, but for the children that it names in `exact`."""
-    held = copy.deepcopy(module).to(dtype)
-    for name in getattr(module, "exact", ()):
-        parent, _, child = name.rpartition(".")
-        setattr(held.get_submodule(parent), child, copy.deepcopy(module.get_submodule(name)))  # what was rounded stays rounded
-    return held
 
 
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
@@ -110,6 +78,8 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
     file = folder / artifact.path
     onnx.checker.check_model(str(file), full_check=False)
     model = onnx.load(str(file), load_external_data=False)
+    if lost := set(external(model)) - {Path(each.path).name for each in artifact.files}:
+        raise RuntimeError(f"{file.name} has weights in {', '.join(sorted(lost))}, which the artifact does not list")
     if (opset := {item.domain: item.version for item in model.opset_import}.get("")) != artifact.opset:
         raise RuntimeError(f"{file.name} has opset {opset}, asked for {artifact.opset}")
     for specs, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
