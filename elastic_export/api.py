@@ -44,6 +44,7 @@ def export(
     head_blocks: int | None = None,
     random_weights: bool = False,
     overwrite: bool = False,
+    verify: str = "budgets",
     command: str | None = None,
     on_stage: OnStage = silent,
     on_progress: OnProgress = silent,
@@ -62,10 +63,13 @@ def export(
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
         batch: samples of one run, of which guidance takes two a picture; by default 1 to 4, or what the bundle has.
-        precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt.
+        precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt. For onnx also
+            one a graph, `"denoiser=int4w,text=int8w,decoder=fp16"`.
         checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
         components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
+        verify: which budgets are proven against the original, which takes as long as running it there: both ends, the middle and one
+            untraced (`budgets`), the ends, or none; the manifest lists those that were left out.
         overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
         on_stage: told `(what)` before each part of the work. on_progress: told `(what, done, total)` by slow compilers.
         options: the target's own: `opset` (onnx, and trt for a model); `shapes`, `target`, `reductions`, `compression` and `budgets`
@@ -83,7 +87,7 @@ def export(
     room = elastic_targets.target(target)
     if room.takes == "torch":
         chosen = target_options(room, options, precision)
-        with preparing(model, target, chosen, output, spans, batch, source, overwrite, command, on_stage) as ready:
+        with preparing(model, target, chosen, output, spans, batch, source, overwrite, command, on_stage, verify=verify) as ready:
             return ready.run(on_stage, on_progress)
     given = {name: value for name, value in options.items() if name != "opset"}
     given |= {"spans": read_spans(spans), "batch": None if batch is None else read_span(batch)}
@@ -94,7 +98,7 @@ def export(
     if bundle is None:
         onnx = elastic_targets.target("onnx")
         first = target_options(onnx, {name: value for name, value in options.items() if name == "opset"}, precision)
-        with preparing(model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage) as ready:
+        with preparing(model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage, verify=verify) as ready:
             bundle = ready.run(on_stage, on_progress)
     return exporting.export_bundle(bundle, target, chosen, Path(output), overwrite, on_progress)
 
@@ -145,6 +149,7 @@ class Prepared:
     command: str
     old: Bundle | None
     draft: Draft | None
+    verify: str = "budgets"
 
     def check(self) -> None:
         """Raise what `run` would before it lowers anything."""
@@ -154,7 +159,7 @@ class Prepared:
         """Lower, prove and write; the capture is consumed. Not for a dry run."""
         assert self.draft is not None
         return exporting.export_into(
-            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress
+            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress, self.verify
         )
 
     def notes(self) -> Iterator[str]:
@@ -179,6 +184,7 @@ def preparing(
     command: str = "",
     on_stage: OnStage = silent,
     dry_run: bool = False,
+    verify: str = "budgets",
 ) -> Iterator[Prepared]:
     """What `export` does before it lowers anything, for a target that takes torch; nobody else writes at `output` meanwhile.
 
@@ -187,6 +193,8 @@ def preparing(
 
     Raises: as `export`.
     """
+    if verify not in exporting.VERIFY:
+        raise UsageError(f"--verify is one of {', '.join(exporting.VERIFY)}, got {verify!r}")
     require_torch("exporting")
     from elastic_export.capture.opening import open_model
     from elastic_export.capture.zoo import locate
@@ -206,7 +214,7 @@ def preparing(
         on_stage(f"loading {name}")
         batches = BATCH if batch is None else read_span(batch)
         capture = open_model(name, place, read_spans(spans), batches, digest=not dry_run, **origin)
-        yield Prepared(capture, room, options, folder, overwrite, command, old, draft)
+        yield Prepared(capture, room, options, folder, overwrite, command, old, draft, verify)
 
 
 def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:

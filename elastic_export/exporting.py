@@ -17,6 +17,7 @@ import elastic_targets
 from elastic_export.verifying import record, require, verify_artifact
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import unpack
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
 
 REFERENCE = "reference.npz"
+VERIFY = ("budgets", "ends", "none")  # which budgets an export proves
 # on_stage(what): told before each part of the work
 OnStage = Callable[[str], None]
 
@@ -47,15 +49,17 @@ def export_capture(
     overwrite: bool = False,
     on_stage: OnStage = silent,
     on_progress: OnProgress = silent,
+    verify: str = "budgets",
 ) -> Bundle:
     """Lower every graph of `capture` for a target that takes torch, prove it, and write or extend the bundle at `output`.
 
-    `options` are the target's own. The capture is consumed: its graphs are let go one by one. On any error the old bundle is whole.
+    `options` are the target's own, `verify` which budgets are proven (see `elastic_export.export`). The capture is consumed: its graphs are
+    let go one by one. On any error the old bundle is whole.
 
     Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
     """
     with writing(output, overwrite) as draft:
-        return export_into(draft, capture, target, options, command, overwrite, on_stage, on_progress)
+        return export_into(draft, capture, target, options, command, overwrite, on_stage, on_progress, verify)
 
 
 def export_into(
@@ -67,6 +71,7 @@ def export_into(
     overwrite: bool = False,
     on_stage: OnStage = silent,
     on_progress: OnProgress = silent,
+    verify: str = "budgets",
 ) -> Bundle:
     """What `export_capture` does, for a caller who holds the folder already."""
     room = elastic_targets.target(target)
@@ -78,8 +83,12 @@ def export_into(
     while capture.graphs:
         on_stage(f"running the original {capture.graphs[0].name}")
         graph = capture.graphs.pop(0).loaded()  # one in memory at a time
-        new, rounding = _reference(graph, room, options, arrays)
-        if new:
+        known = unpack(graph.name, arrays)[1]
+        every = [budget for budget in _budgets(graph, room, options) if budget not in known]
+        chosen = {"budgets": every, "ends": list(dict.fromkeys(every[:1] + every[-1:])), "none": []}[verify]
+        manifest = manifest.left(graph.name, [dict(budget) for budget in every if budget not in chosen])
+        if chosen:
+            new, rounding = record(graph, chosen)
             arrays |= new
             manifest = manifest.rounded(graph.name, rounding)
             reference = draft.stage / REFERENCE
@@ -211,12 +220,8 @@ def _refuse_clobber(old: Bundle, room: Target, graphs: Sequence[Any], options: A
             raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
 
 
-def _reference(
-    graph: "GraphCapture", room: Target, options: Any, known: dict[str, np.ndarray]
-) -> tuple[dict[str, np.ndarray], float | None]:
-    """The original's outputs at the budgets that must be proven and are not yet recorded, and its rounding there."""
+def _budgets(graph: "GraphCapture", room: Target, options: Any) -> list[Budget]:
+    """The budgets that must be proven."""
     from elastic_export.capture.capture import probe_budgets
 
-    budgets = dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)])
-    missing = [budget for budget in budgets if budget not in unpack(graph.name, known)[1]]
-    return record(graph, missing) if missing else ({}, None)
+    return list(dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)]))

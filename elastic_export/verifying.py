@@ -15,9 +15,12 @@ from elastic_runtime.contract import reference
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError, ModelError, VerificationError
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.opening import obstacles, open_artifact
+
+UNPROVEN = "the original's answers were not recorded (--verify none): export it again with --verify ends or budgets"
 
 if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
@@ -82,6 +85,9 @@ def verify_artifact(
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Artifact:
     """Run one artifact at every recorded budget and return it with its rows."""
+    left = bundle.manifest.graphs[graph].unproven
+    if left and not arrays and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1]):
+        return msgspec.structs.replace(artifact, verified=(), unverified=UNPROVEN)
     room, reasons = obstacles(artifact)
     opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
     if opened is None:

@@ -25,7 +25,18 @@ def make(
     with (
         show.stages(how.quiet) as on_stage,
         api.preparing(
-            source.model, target, options, output, spans, batch, source.weights(), how.overwrite, command_line(), on_stage, how.dry_run
+            source.model,
+            target,
+            options,
+            output,
+            spans,
+            batch,
+            source.weights(),
+            how.overwrite,
+            command_line(),
+            on_stage,
+            how.dry_run,
+            how.verify,
         ) as prepared,
     ):
         peaks, bundle = prepared.capture.peaks, None

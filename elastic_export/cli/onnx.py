@@ -17,7 +17,8 @@ def onnx(
     how: How,
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     precision: Annotated[
-        str, options.precision("fp32, or fp16 or bf16 (for TensorRT) with float32 reductions, inputs and outputs.")
+        str,
+        options.precision("fp32, fp16, bf16, int8, int8w or int4w; or one a graph, [bold]denoiser=int4w,text=int8w,decoder=fp16[/bold]."),
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
 ) -> None:

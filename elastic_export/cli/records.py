@@ -184,4 +184,7 @@ class How(Saying):
     """How an export goes about it, besides."""
 
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False
+    verify: Annotated[
+        str, typer.Option(help="What is proven against the original: budgets (the ends and between), ends, or none; the manifest says it.")
+    ] = "budgets"
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the libraries' own messages.")] = False

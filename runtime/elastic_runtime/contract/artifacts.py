@@ -196,7 +196,7 @@ class Graph(Record, frozen=True, kw_only=True):
     """One graph and its artifacts. `dimensions` are the spans of its open dimensions, batch `B` among them.
 
     `rounding` is the original's own error in float32, against float64 on the recorded feeds, in units of max(1, |reference|); None
-    where it was not measured.
+    where it was not measured. `unproven` are budgets that the export was told not to prove.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -204,6 +204,7 @@ class Graph(Record, frozen=True, kw_only=True):
     dimensions: dict[str, Span]
     artifacts: tuple[OnnxArtifact | TrtArtifact | CoremlArtifact, ...]
     rounding: Share | None = None
+    unproven: tuple[dict[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         letters = {dimension(size) for spec in (*self.inputs, *self.outputs) for size in spec.shape if isinstance(size, str)}

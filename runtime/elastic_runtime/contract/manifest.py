@@ -214,6 +214,11 @@ class Manifest(Record, frozen=True, kw_only=True):
         whole = msgspec.structs.replace(self.graphs[graph], rounding=min(max(known), 1.0) if known else None)
         return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
 
+    def left(self, graph: str, unproven: Iterable[dict[str, int]]) -> "Manifest":
+        """This manifest with the budgets of a graph that were not to be proven."""
+        whole = msgspec.structs.replace(self.graphs[graph], unproven=tuple(unproven))
+        return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
+
     def axis(self, name: str) -> Axis:
         """The axis of that name; raises BundleError naming the ones that exist."""
         for axis in self.axes:

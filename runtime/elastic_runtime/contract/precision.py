@@ -48,19 +48,20 @@ class Precision:
 
 
 EVERY = ("trt", "ort", "openvino", "coreml")
-# A scale of two bytes for each 32 weights of 4 bits, as ONNX Runtime's MatMulNBits takes them; one byte for each 16 in
-# nvfp4.
-BLOCK_32, BLOCK_16 = 0.5 + 2 / 32, 0.5 + 1 / 16
+# Weights by blocks of a row, as ONNX Runtime's MatMulNBits takes them: a scale of four bytes and a zero point for each 32
+# weights of 4 bits, for each 64 of 8. In nvfp4 a scale of one byte for each 16.
+INT4, INT8, NVFP4 = 0.5 + 4.5 / 32, 1 + 5 / 64, 0.5 + 1 / 16
 _ROWS = (
     Precision("fp32", 4, 4, 1e-5, False, "fp32", None, EVERY, ("onnx", "trt", "coreml")),
     Precision("fp16", 2, 2, 2e-2, False, "fp16", "fp32", EVERY, ("onnx", "trt", "coreml")),
     # ONNX Runtime (found with 1.31) has no Gemm, Conv or Attention for it. Tensor cores give it the rate of fp16.
     Precision("bf16", 2, 2, 1e-1, False, "fp16", "fp32", ("trt", "openvino"), ("onnx", "trt")),
-    Precision("int8w", 1, 2, 3e-2, True, "fp16", "fp32"),
+    # Weights alone: multiplied in float32 by ONNX Runtime, which unpacks them as it goes.
+    Precision("int8w", INT8, 4, 3e-2, True, "fp32", None, ("ort", "openvino"), ("onnx",)),
     Precision("fp8", 1, 2, 1e-1, True, "fp8", "fp16"),
-    Precision("int8", 1, 2, 1e-1, True, "int8", "fp16"),
-    Precision("int4w", BLOCK_32, 2, 2.5e-1, True, "fp16", "fp32"),
-    Precision("nvfp4", BLOCK_16, 2, 2.5e-1, True, "fp4", "fp8"),
+    Precision("int8", 1, 4, 1e-1, True, "int8", "fp32", ("ort", "openvino"), ("onnx",)),
+    Precision("int4w", INT4, 4, 2.5e-1, True, "fp32", None, ("ort", "openvino"), ("onnx",)),
+    Precision("nvfp4", NVFP4, 2, 2.5e-1, True, "fp4", "fp8"),
 )
 PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
 RATES = tuple(dict.fromkeys(row.rate for row in _ROWS))

@@ -11,31 +11,56 @@ import torch
 from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.quantize import SCHEMES, quantize
 from elastic_targets.onnx.stream import external, stream, write
 from elastic_targets.target import OnProgress, Target
 from elastic_targets.weights import held_in
 
 OPSETS = (20, 23)
+DENOISER, DECODER = "denoiser", "decoder"
 DEFAULT_OPSET = 23
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = tuple(_TYPES)
+PRECISIONS = (*_TYPES, *SCHEMES)
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+
+
+TEXT = "text"  # what `--precision` calls every text encoder
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too."""
+    """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too. It is one for all graphs,
+    of which a decoder (convolutions) keeps its floats where matrices are held in fewer bits, or one a graph:
+    `denoiser=int4w,text=int8w,decoder=fp16`, fp32 for those that it does not name."""
 
     opset: int = DEFAULT_OPSET
-    precision: str = "fp32"
+    precision: str = EXACT
+
+    def of(self, graph: str) -> str:
+        """The precision of a graph.
+
+        Raises: UsageError for text that says none.
+        """
+        words = dict(part.partition("=")[::2] for part in self.precision.replace(" ", "").split(","))
+        if list(words.values()) == [""]:
+            whole = next(iter(words))
+            return EXACT if graph == DECODER and whole in SCHEMES else whole
+        graphs = (DENOISER, DECODER, TEXT)
+        if unknown := [name for name, value in words.items() if not value or not (name in graphs or name.startswith(f"{TEXT}_"))]:
+            raise UsageError(
+                f"--precision is one of {', '.join(PRECISIONS)}, or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; "
+                f"got {unknown[0]!r}"
+            )
+        return words.get(graph) or (words.get(TEXT) if graph.startswith(TEXT) else None) or EXACT
 
 
 def paths(graph: GraphCapture, options: OnnxOptions) -> tuple[str]:
     """Where the artifact lies in the bundle: `onnx/denoiser.onnx`, with the opset and precision named where they are not the default."""
     opset = "" if options.opset == DEFAULT_OPSET else f".opset{options.opset}"
-    precision = "" if options.precision == "fp32" else f".{options.precision}"
+    precision = "" if options.of(graph.name) == EXACT else f".{options.of(graph.name)}"
     return (f"onnx/{graph.name}{opset}{precision}.onnx",)
 
 
@@ -48,21 +73,28 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     """Raise UsageError unless the options make sense for this graph."""
     if options.opset not in OPSETS:
         raise UsageError(f"--opset must be one of {', '.join(map(str, OPSETS))}, got {options.opset}")
-    if options.precision not in PRECISIONS:
-        raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {options.precision}")
-    if options.precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
+    precision = options.of(graph.name)
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {precision}")
+    if precision in SCHEMES and graph.name == DECODER:
+        floats = ", ".join(name for name in PRECISIONS if name not in SCHEMES)
+        raise UsageError(f"a decoder is made of convolutions, which keep their floats: its precision is one of {floats}, got {precision}")
+    if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
-    """Write the graph (and `.onnx.data` for large weights) into `folder` and return its manifest entry; `on_progress` is told of weights."""
-    module = graph.module if options.precision == "fp32" else held_in(graph.module, _TYPES[options.precision])
-    model = stream(graph, module, options.opset)
+    """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights."""
+    precision = options.of(graph.name)
+    dtype = _TYPES.get(precision, torch.float32)
+    model = stream(graph, graph.module if dtype == torch.float32 else held_in(graph.module, dtype), options.opset)
+    if precision in SCHEMES:
+        quantize(model, precision)
     file = folder / paths(graph, options)[0]
     file.parent.mkdir(parents=True, exist_ok=True)
     files = write(model, file, on_progress)
     artifact = OnnxArtifact(
-        precision=options.precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
         opset=options.opset,
         files=tuple(entry(folder, each) for each in files),
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},

@@ -1,8 +1,8 @@
 """A graph without its weights, and the weights written one by one: an export needs memory for the largest of them, not for the model.
 
-The exporter sees tensors of the right shapes and types that hold nothing. Small weights (norms, biases, tables) then get their values, so
-that what can be computed of them is computed once; large ones stand as inputs while the graph is optimised, and become initializers that are
-read, turned and cast when the file is written.
+The exporter sees tensors of the right shapes and types that hold nothing. Small weights (norms, biases, tables) then get their values,
+so that what can be computed of them is computed once; large ones stand as inputs while the graph is optimised, and become initializers
+that are read, turned and cast when the file is written.
 """
 
 import logging
