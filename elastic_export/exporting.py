@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 import elastic_targets
-from elastic_export.verifying import record, require, verify_artifact
+from elastic_export.verifying import record, require, verify_artifact, verify_unrounded
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
@@ -97,10 +97,13 @@ def export_into(
             manifest = msgspec.structs.replace(manifest, reference=entry(draft.stage, reference))
         on_stage(f"lowering {graph.name} to {target}")
         name, artifacts = graph.name, _lowered(room, graph, options, draft.stage, on_progress)
-        del graph  # the original's weights are no longer needed,
-        gc.collect()  # and the exporter leaves them in reference cycles
         on_stage(f"verifying {name}")
-        manifest = _proven(draft.bundle(manifest.joined(name, artifacts)), name, artifacts)
+        bundle = draft.bundle(manifest.joined(name, artifacts))
+        if room.unrounded and (session := room.unrounded(graph, bundle.manifest.graphs[name], options)):
+            verify_unrounded(bundle, name, session)
+        del graph  # weights that are held in memory are no longer needed,
+        gc.collect()  # and the exporter leaves them in reference cycles
+        manifest = _proven(bundle, name, artifacts, frugal=True)
     on_stage("writing the bundle")
     return draft.commit(manifest)
 
@@ -146,12 +149,12 @@ def _lowered(room: Target, graph: Any, options: Any, stage: Path, on_progress: O
     return artifacts
 
 
-def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...]) -> Manifest:
+def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...], frugal: bool = False) -> Manifest:
     """The manifest of `bundle` with these artifacts of a graph proven, or told why they could not be run.
 
     Raises: VerificationError naming the budget that failed.
     """
-    proven = [verify_artifact(bundle, graph, artifact) for artifact in artifacts]
+    proven = [verify_artifact(bundle, graph, artifact, frugal=frugal) for artifact in artifacts]
     for artifact in proven:
         require(graph, artifact)
     return bundle.manifest.joined(graph, proven)

@@ -12,14 +12,16 @@ import numpy as np
 import elastic_targets
 from elastic_export.rounding import doubled, error
 from elastic_runtime.contract import reference
-from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError, ModelError, VerificationError
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.opening import obstacles, open_artifact
+from elastic_runtime.sessions.session import Session
 
+LARGE = 1_000_000_000  # bytes of an artifact that is run in parts where memory is to be spared
 UNPROVEN = "the original's answers were not recorded (--verify none): export it again with --verify ends or budgets"
 
 if TYPE_CHECKING:
@@ -83,13 +85,16 @@ def verify_artifact(
     artifact: Artifact,
     tolerance: float | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
+    frugal: bool = False,
 ) -> Artifact:
-    """Run one artifact at every recorded budget and return it with its rows."""
+    """Run one artifact at every recorded budget and return it with its rows; a large one in parts where `frugal`, for little memory."""
     left = bundle.manifest.graphs[graph].unproven
     if left and not arrays and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1]):
         return msgspec.structs.replace(artifact, verified=(), unverified=UNPROVEN)
     room, reasons = obstacles(artifact)
-    opened = open_artifact(bundle, graph, artifact) if room else elastic_targets.evaluator(bundle, graph, artifact)
+    large = frugal and sum(file.bytes for file in artifact.files) > LARGE
+    opened = elastic_targets.evaluator(bundle, graph, artifact) if large or not room else None
+    opened = opened or (open_artifact(bundle, graph, artifact) if room else None)
     if opened is None:
         return msgspec.structs.replace(artifact, verified=(), unverified=" ".join(reasons))
     limit = tolerance if tolerance is not None else bundle.manifest.graphs[graph].tolerance(artifact)
@@ -100,12 +105,29 @@ def verify_artifact(
     return msgspec.structs.replace(artifact, verified=rows, unverified=None)
 
 
+def verify_unrounded(bundle: Bundle, graph: str, session: Session) -> None:
+    """Hold what was lowered, before its weights were rounded to few bits, to float32's own tolerance.
+
+    Raises: VerificationError naming the first budget that missed it, and the figure.
+    """
+    described = bundle.manifest.graphs[graph]
+    if described.unproven and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1]):
+        return
+    with session:
+        for row in check(bundle, graph, session, described.tolerance()):
+            _require(row, f"{graph} before its weights were rounded")
+
+
 def require(graph: str, artifact: Artifact) -> None:
     """Raise VerificationError naming the first budget that missed its tolerance, and the figure."""
     for row in artifact.verified:
-        if not row.passed:
-            what = f"max abs error {row.max_abs:.2e}" if row.finite else "values that are not finite"
-            raise VerificationError(
-                f"{graph} ({artifact.path}) fails at {key(row.budget)}: {what}, cosine {row.cosine:.6f}, where the tolerance is "
-                f"{row.tolerance:.0e} of the largest reference value (at least 1). Measured with {row.where}."
-            )
+        _require(row, f"{graph} ({artifact.path})")
+
+
+def _require(row: Verification, what: str) -> None:
+    if not row.passed:
+        figure = f"max abs error {row.max_abs:.2e}" if row.finite else "values that are not finite"
+        raise VerificationError(
+            f"{what} fails at {key(row.budget)}: {figure}, cosine {row.cosine:.6f}, where the tolerance is "
+            f"{row.tolerance:.0e} of the largest reference value (at least 1). Measured with {row.where}."
+        )

@@ -29,7 +29,10 @@ class Target:
     ensures(Graph, artifact, folder): checks one that was written; raises RuntimeError for a fault of this library.
     proves(Graph, options): budgets to verify besides both ends, the middle and an untraced one.
     available(options): raises MissingError or UsageError where no compiler here fits; before any graph is there to ask about.
-    evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is.
+    evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is, or no memory;
+        None for an artifact that it cannot compute.
+    unrounded(Graph, Graph of the manifest, options): a session of what was lowered before weights were rounded to few bits, to be held
+        to float32's tolerance; None where they keep their floats.
     """
 
     name: str
@@ -42,7 +45,8 @@ class Target:
     ensures: Callable[[Any, Any, Path], None]
     proves: Callable[[Any, Any], list[Budget]]
     available: Callable[[Any], object] | None = None
-    evaluator: Callable[[Bundle, Graph, Any], Session] | None = None
+    evaluator: Callable[[Bundle, Graph, Any], Session | None] | None = None
+    unrounded: Callable[[Any, Graph, Any], Session | None] | None = None
 
 
 class Needs(NamedTuple):

@@ -3,17 +3,20 @@
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxscript  # noqa: F401  torch imports it only while exporting; its absence is told at the door
 import torch
 
-from elastic_runtime.contract.artifacts import OnnxArtifact
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.evaluate import PartSession, evaluator
 from elastic_targets.onnx.quantize import SCHEMES, quantize
 from elastic_targets.onnx.stream import external, stream, write
 from elastic_targets.target import OnProgress, Target
@@ -86,8 +89,8 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
     """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights."""
     precision = options.of(graph.name)
-    dtype = _TYPES.get(precision, torch.float32)
-    model = stream(graph, graph.module if dtype == torch.float32 else held_in(graph.module, dtype), options.opset)
+    dtype = _TYPES.get(precision)
+    model = stream(graph, held_in(graph.module, dtype), options.opset) if dtype else _unrounded(graph, options).clone()
     if precision in SCHEMES:
         quantize(model, precision)
     file = folder / paths(graph, options)[0]
@@ -100,6 +103,25 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
     return (artifact,)
+
+
+def unrounded(graph: GraphCapture, described: Graph, options: OnnxOptions) -> PartSession | None:
+    """The graph whose matrices `lower` held in fewer bits, before it did: float32's own tolerance finds what theirs is too wide for."""
+    if options.of(graph.name) not in SCHEMES:
+        return None
+    session = PartSession(described, _unrounded(graph, options))
+    _LAST.clear()
+    return session
+
+
+def _unrounded(graph: GraphCapture, options: OnnxOptions) -> ir.Model:
+    if not (_LAST and _LAST[0] is graph.module and _LAST[1] == options.opset):
+        _LAST[:] = [graph.module, options.opset, stream(graph, graph.module, options.opset)]
+    model: ir.Model = _LAST[2]
+    return model
+
+
+_LAST: list[Any] = []  # module, opset and graph of the last one, which is lowered and then proven
 
 
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
@@ -140,4 +162,6 @@ TARGET = Target(
     lower=lower,
     ensures=ensures,
     proves=proves,
+    evaluator=evaluator,
+    unrounded=unrounded,
 )

@@ -1,0 +1,139 @@
+"""An ONNX artifact computed a part at a time: what proves a model that is larger than this machine's memory.
+
+The nodes are run in their order, as many together as have so many bytes of weights; between the parts only activations are kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.errors import InferenceError
+from elastic_runtime.sessions.ort import library
+from elastic_runtime.sessions.session import Arrays, Session
+
+PART = 256_000_000  # bytes of weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a graph's nodes: the values that they take from others before them, and those that others take from them."""
+
+    nodes: tuple[ir.Node, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+    weights: tuple[ir.Value, ...]
+
+
+class PartSession(Session):
+    """A model in parts, on ONNX Runtime's CPU provider: each run reads every weight once."""
+
+    def __init__(self, graph: Graph, model: ir.Model, part: int = PART):
+        super().__init__(graph)
+        self._onnxruntime = library()
+        self._model: ir.Model | None = model
+        self._parts = list(parts(model, part))
+        self.where = f"onnxruntime {self._onnxruntime.__version__} CPU, in {len(self._parts)} parts"
+
+    def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        if self._model is None:
+            raise InferenceError("this session is closed")
+        values: dict[str, np.ndarray] = dict(feeds)
+        last = {name: position for position, part in enumerate(self._parts) for name in part.takes}
+        wanted = {spec.name for spec in self.graph.outputs}
+        for position, part in enumerate(self._parts):
+            try:
+                values |= self._compute(part, values)
+            except Exception as error:  # its exception types are private
+                raise InferenceError(f"ONNX Runtime failed in part {position + 1} of {len(self._parts)}: {error}") from error
+            values = {name: array for name, array in values.items() if name in wanted or last.get(name, -1) > position}
+        return {spec.name: values[spec.name] for spec in self.graph.outputs}
+
+    def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert self._model is not None
+        settings = self._onnxruntime.SessionOptions()
+        settings.log_severity_level = 3
+        content = _serialized(self._model, part, values)
+        session = self._onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+        del content
+        return dict(zip(part.gives, session.run(list(part.gives), {name: values[name] for name in part.takes}), strict=True))
+
+    def close(self) -> None:
+        self._model = None
+
+
+def parts(model: ir.Model, most: int) -> Iterator[Part]:
+    """Cut a graph into runs of nodes with at most so many bytes of weights each (or one node)."""
+    groups: list[list[ir.Node]] = [[]]
+    held: set[str] = set()
+    size = 0
+    for node in model.graph:
+        new = {str(value.name): value for value in _taken(node) if value.const_value is not None and value.name not in held}
+        more = sum(value.const_value.nbytes for value in new.values() if value.const_value)
+        if groups[-1] and size + more > most:
+            groups.append([])
+            held, size = set(), 0
+        groups[-1].append(node)
+        held |= new.keys()
+        size += more
+    place = {id(each): number for number, group in enumerate(groups) for node in group for each in (node, *_inner(node))}
+    outputs = {id(value) for value in model.graph.outputs}
+    for number, group in enumerate(groups):
+        takes: dict[str, None] = {}
+        weights: dict[str, ir.Value] = {}
+        for node in group:
+            for value in _taken(node):
+                producer = value.producer()
+                if value.const_value is not None and producer is None:
+                    weights[str(value.name)] = value
+                elif producer is None or place[id(producer)] != number:
+                    takes[str(value.name)] = None
+        gives = [
+            str(value.name)
+            for node in group
+            for value in node.outputs
+            if id(value) in outputs or any(place[id(use.node)] != number for use in value.uses())
+        ]
+        yield Part(tuple(group), tuple(takes), tuple(gives), tuple(weights.values()))
+
+
+def _inner(node: ir.Node) -> list[ir.Node]:
+    """The nodes of a node's own graphs: of a loop's body."""
+    graphs = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
+    return [each for graph in graphs for each in graph.all_nodes()]
+
+
+def _taken(node: ir.Node) -> Iterator[ir.Value]:
+    """The values of the graph that a node takes, and those that its own graphs do."""
+    inner = _inner(node)
+    own = {id(value) for each in inner for value in each.outputs}
+    own |= {id(value) for each in inner if each.graph is not None for value in each.graph.inputs}
+    yield from (value for each in (node, *inner) for value in each.inputs if value is not None and id(value) not in own)
+
+
+def _serialized(model: ir.Model, part: Part, values: Mapping[str, np.ndarray]) -> bytes:
+    """The part as a model of its own, with its weights within."""
+    import onnx
+
+    made = onnx.ModelProto(ir_version=model.ir_version, graph=onnx.GraphProto(name="part"))
+    made.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items() if version)
+    made.graph.node.extend(ir.to_proto(node) for node in part.nodes)
+    for name in part.takes:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
+        made.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, values[name].shape))
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in part.gives)
+    for weight in part.weights:
+        assert weight.const_value is not None
+        tensor: Any = weight.const_value
+        made.graph.initializer.append(ir.to_proto(ir.Tensor(tensor.numpy(), name=str(weight.name), dtype=tensor.dtype)))
+    return made.SerializeToString()
+
+
+def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession | None:
+    """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for."""
+    return PartSession(graph, ir.load(bundle.file(artifact.path))) if "ort" in PRECISIONS[artifact.precision].backends else None
