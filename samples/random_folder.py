@@ -4,8 +4,8 @@
     python samples/random_folder.py sd3-medium FOLDER --text
     python samples/random_folder.py elit-xl FILE.safetensors
 
-Weights are bfloat16 (float32 for elit-xl), in shards of 1 GB that are drawn one tensor at a time. Matrices are normal with the deviation that
-keeps activations at their size, gains of norms are 1, biases 0.
+Weights are bfloat16 (float32 for elit-xl), in shards of 1 GB that are drawn one tensor at a time. Matrices are normal with the deviation
+that keeps activations at their size, gains of norms are 1, biases 0.
 """
 
 import argparse

@@ -37,6 +37,14 @@ def generate(
     backend: Annotated[
         str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Artifacts that may draw, [bold]fp32,int8[/bold]: the fastest of them [dim](default: the most exact)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Draw pictures with a bundle; no torch is needed. Where no budget or plan is given, it is chosen to suit this machine.
 
@@ -55,6 +63,7 @@ def generate(
 
     import numpy as np
 
+    from elastic_export import api
     from elastic_export.cli import requests
     from elastic_export.pictures import KeptTokens, grid, refuse_clobber, save
     from elastic_runtime.contract.bundle import Bundle
@@ -63,6 +72,7 @@ def generate(
     from elastic_runtime.pipeline import ElasticPipeline
 
     refuse_clobber(output, saying.overwrite)
+    allowed = api.read_words(precision) or ()
     if show_tokens:
         refuse_clobber(show_tokens, saying.overwrite, "--show-tokens")
         if show_tokens.resolve() == output.resolve():
@@ -75,7 +85,7 @@ def generate(
     else:
         asked = requests.request(folder, subject, goal, sampling, guided, budgets, guidance_budgets)
     kept = KeptTokens(asked.num_inference_steps or STEPS) if show_tokens else None
-    with ElasticPipeline.from_pretrained(folder, backend) as pipe, warnings.catch_warnings(record=True) as warned:
+    with ElasticPipeline.from_pretrained(folder, backend, allowed) as pipe, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         with show.bar(saying.quiet, "drawing", asked.num_inference_steps) as advance:
 

@@ -16,6 +16,7 @@ from elastic_runtime.choosing.goals import Auto, FitMemory, Quality
 from elastic_runtime.choosing.policy import Fixed, PerStep
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
@@ -171,16 +172,17 @@ def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:
 def lines(output: Path, result: Result, told: Mapping[str, Any]) -> Iterator[str]:
     """What is said of a picture on stdout."""
     count, steps, seed = len(result.images), len(result.steps), told.get("seed")
+    where = told["where"] + (f" ({told['precision']})" if told.get("precision", EXACT) != EXACT else "")
     pictures = f"{count} picture{'' if count == 1 else 's'} in {told['seconds']:.2f} s"
     if result.plan is None:
         budgets = ", ".join(dict.fromkeys(str(step.budget) for step in result.steps))
         counts = [number for step in result.steps for number in step.kept or ()]
         kept = f", kept {min(counts)} to {max(counts)} tokens" if counts else ""
-        yield f"{output}: {pictures}, {steps} steps at {budgets}{kept}, seed {seed}, {told['where']}"
+        yield f"{output}: {pictures}, {steps} steps at {budgets}{kept}, seed {seed}, {where}"
     else:
         tokens = "/".join(map(str, told["tokens"]))
         name = "of one's own" if str(told["plan"]).startswith(OWN) else told["plan"].partition(",")[0]
-        yield f"{output}: {pictures}, plan {name}, {steps} steps at {tokens} tokens, seed {seed}, {told['where']}"
+        yield f"{output}: {pictures}, plan {name}, {steps} steps at {tokens} tokens, seed {seed}, {where}"
         if spent := told.get("flops"):
             yield (
                 f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "

@@ -46,4 +46,4 @@ def verify(
         require(graph, artifact)
     if not any(artifact.verified for _, artifact in results):
         reasons = " ".join(dict.fromkeys(str(artifact.unverified) for _, artifact in results))
-        raise MissingError(f"nothing here can run {bundle}, so nothing was proven. {reasons}")
+        raise MissingError(f"nothing of {bundle} was proven. {reasons}")

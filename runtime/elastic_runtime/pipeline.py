@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from msgspec.structs import replace
 
-from elastic_runtime.choosing.calibration import fastest
+from elastic_runtime.choosing.calibration import chosen, fastest
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
@@ -54,13 +54,16 @@ class ElasticPipeline:
         self._gauge: Gauge | None = None
 
     @classmethod
-    def from_pretrained(cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, precisions: Sequence[str] = (), **options: Any
+    ) -> Self:
         """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
 
         Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is
-        taken.
+        taken: of the most exact artifacts, or of those of `precisions`, which says how much exactness may be given up.
 
-        Raises: BundleError, and MissingError where nothing here can run its denoiser.
+        Raises: BundleError, and MissingError where nothing here can run its denoiser; UsageError for precisions of
+        which it has none.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         graphs = opened.manifest.graphs
@@ -73,7 +76,10 @@ class ElasticPipeline:
         if not any(room for room, _ in checks):
             reasons = " ".join(dict.fromkeys(reason for _, why in checks for reason in why))
             raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {reasons}")
-        pipe = cls(opened, _Opener(opened, backend, options))
+        if precisions and not {artifact.precision for artifact in graphs["denoiser"].artifacts} & set(precisions):
+            has = ", ".join(dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts))
+            raise UsageError(f"{opened.folder} has its denoiser in {has}, and none in {', '.join(precisions)}: export it so, too")
+        pipe = cls(opened, _Opener(opened, backend, precisions, options))
         if not (opened.manifest.model.text and opened.manifest.model.text.encoders):  # which are read before the denoiser takes its memory
             try:
                 for name in ("denoiser", "decoder"):
@@ -234,7 +240,9 @@ class ElasticPipeline:
         images = self.images(drawing.latents(state), request.output_type)
         seconds = self._clock() - begun - (self._measuring - measuring)
         again = _again(request, drawing, tuple(choices))
-        facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": self.where} | drawing.facts()
+        origin = self.session("denoiser").origin
+        facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": self.where}
+        facts |= ({"artifact": origin.artifact.path, "precision": origin.artifact.precision} if origin else {}) | drawing.facts()
         return Result(images, tuple(records), seconds, again, drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts)
 
     def iterate(self, request: Request, *, generator: Generators | None = None) -> Generator[Progress, np.ndarray | None, None]:
@@ -341,23 +349,30 @@ def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
 
 
 class _Opener:
-    """Opens a bundle's graphs with one backend, the fastest where none is named."""
+    """Opens a bundle's graphs with one backend, the fastest where none is named, of some precisions or the most exact."""
 
-    def __init__(self, bundle: Bundle, backend: str | None, options: Mapping[str, Any]):
-        self._bundle, self._backend, self._options = bundle, backend, options
+    def __init__(self, bundle: Bundle, backend: str | None, precisions: Sequence[str], options: Mapping[str, Any]):
+        self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
 
     def __call__(self, graph: str) -> Session:
         if self._backend or self._options:
-            return open_session(self._bundle, graph, self._backend, **self._options)
-        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter) if "denoiser" in self._bundle.manifest.graphs else None
+            able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
+            if not able:
+                return open_session(self._bundle, graph, self._backend, **self._options)
+            name, artifact = chosen(able, self._precisions)[0]
+            return open_artifact(self._bundle, graph, artifact, name, **self._options)
+        graphs = self._bundle.manifest.graphs
+        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
         if choice is None:
             return open_session(self._bundle, graph)
         backend, path = choice
-        artifacts = [artifact for name, artifact in candidates(self._bundle, graph)[0] if name == backend]
+        able = [pair for pair in candidates(self._bundle, graph)[0] if pair[0] == backend]
         if graph == "denoiser":
-            artifacts = [artifact for artifact in artifacts if artifact.path == path]
+            able = [pair for pair in able if pair[1].path == path]
+        if not able:
+            return open_session(self._bundle, graph)
         # What runs the denoiser runs the other graphs too, where it opens them.
-        return open_artifact(self._bundle, graph, artifacts[0], backend) if artifacts else open_session(self._bundle, graph)
+        return open_artifact(self._bundle, graph, chosen(able, self._precisions)[0][1], backend)
 
 
 def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:

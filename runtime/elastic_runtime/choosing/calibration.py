@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from elastic_runtime.choosing.cost import Costs, Point, Rates
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
@@ -205,18 +206,19 @@ def middle(model: Model) -> float:
     return 0.5 if isinstance(schedule, CosineMask) else float(schedule.times(2)[1])
 
 
-def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock) -> tuple[str, str] | None:
+def fastest(
+    bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock, precisions: Collection[str] | None = None
+) -> tuple[str, str] | None:
     """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Only the most exact of the artifacts that can run here compete: time is no reason to draw with fewer bits unasked, and whoever wants
-    that opens such an artifact by its backend. Each candidate is opened, timed at the largest budget and closed. One that fails to open
+    Only artifacts of `precisions` compete; where none are named, the most exact of those that can run here: time is no reason to draw with
+    fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails to open
     is left out, and the log says why.
     """
     able, _ = candidates(bundle, graph)
     if len(able) < 2:
         return None
-    most_exact = min(artifact.rank for _, artifact in able)
-    found = [(name, artifact) for name, artifact in able if artifact.rank == most_exact]
+    found = chosen(able, precisions)
     if len(found) == 1:
         return found[0][0], found[0][1].path
     here = device()
@@ -246,6 +248,13 @@ def fastest(bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clo
     _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")
     _log.info("fastest of %s: %s", milliseconds, best)
     return best
+
+
+def chosen(able: Sequence[tuple[str, Artifact]], precisions: Collection[str] | None) -> list[tuple[str, Artifact]]:
+    """Those of the (backend, artifact) that are of `precisions`; of the most exact where none are named, or of the graph there are none."""
+    named = [pair for pair in able if precisions and pair[1].precision in precisions]
+    most_exact = min(artifact.rank for _, artifact in able)
+    return named or [pair for pair in able if pair[1].rank == most_exact]
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:

@@ -47,10 +47,9 @@ class OnnxOptions:
 
         Raises: UsageError for text that says none.
         """
+        if not set("=,") & set(self.precision):
+            return EXACT if graph == DECODER and self.precision in SCHEMES else self.precision
         words = dict(part.partition("=")[::2] for part in self.precision.replace(" ", "").split(","))
-        if list(words.values()) == [""]:
-            whole = next(iter(words))
-            return EXACT if graph == DECODER and whole in SCHEMES else whole
         graphs = (DENOISER, DECODER, TEXT)
         if unknown := [name for name, value in words.items() if not value or not (name in graphs or name.startswith(f"{TEXT}_"))]:
             raise UsageError(

@@ -21,8 +21,9 @@ from elastic_targets.target import OnProgress
 from elastic_targets.weights import mapped, values, weights
 
 SMALL = 1 << 18  # values of a weight that the optimiser may see
-# A protobuf message ends at 2 GB, and many file systems and archives at 4: weights past the first go to files of at most the second.
-EXTERNAL_FROM = 2_000_000_000
+# Weights within the graph are one protobuf message, which is made in memory and ends at 2 GB; more than this go to files beside it, of at
+# most 4 GB, where many file systems and archives end.
+EXTERNAL_FROM = 256_000_000
 MOST_BYTES = 4_000_000_000
 Turned = tuple[Tensor, tuple[int, ...] | None]  # a weight, and the order of dimensions that the graph has it in
 

@@ -1,0 +1,202 @@
+"""Matrices in few bits: how they are rounded, which of them, and that what multiplies by them multiplies by what was rounded."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch", reason="exporting needs torch")
+onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
+
+from onnx import numpy_helper  # noqa: E402
+
+import elastic_export  # noqa: E402
+from elastic_runtime import Bundle, ElasticPipeline, UsageError, VerificationError, open_session  # noqa: E402
+from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
+from elastic_targets.onnx import OnnxOptions, quantize, stream  # noqa: E402
+from elastic_targets.onnx.quantize import BLOCKS, blocks, rows  # noqa: E402
+
+
+def unpacked(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The matrix (N, K) that blocks stand for, read as ONNX Runtime documents them."""
+    count, low = codes.shape[1], 2**bits - 1
+    values = np.stack([(codes >> shift) & low for shift in range(0, 8, bits)], axis=-1).reshape(codes.shape[0], count, -1)
+    points = np.stack([(zeros.reshape(len(codes), -1) >> shift) & low for shift in range(0, 8, bits)], axis=-1)
+    points = points.reshape(len(codes), -1)[:, :count, None]
+    wide = (values.astype(np.float32) - points) * scales.reshape(len(codes), count, 1)
+    return wide.reshape(len(codes), -1)[:, :columns].astype(np.float32)
+
+
+matrices = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-3, 1.0, 1e6])).map(
+    lambda each: (np.random.default_rng(each[2]).standard_normal(each[:2]) * each[3]).astype(np.float32)
+)
+
+
+@given(weights=matrices, bits=st.sampled_from([4, 8]))
+def test_a_block_is_off_by_half_a_step_at_most_and_zero_stays_zero(weights: np.ndarray, bits: int) -> None:
+    weights[:, ::7] = 0
+    codes, scales, zeros = blocks(weights, bits, BLOCKS[bits])
+    found = unpacked(codes, scales, zeros, bits, weights.shape[1])
+    steps = np.repeat(scales.reshape(len(weights), -1), BLOCKS[bits], axis=1)[:, : weights.shape[1]]
+    assert (np.abs(found - weights) <= steps * 1.001).all()  # half a step, and half of one for the zero point's own place
+    assert (found[weights == 0] == 0).all()
+
+
+@given(weights=matrices)
+def test_a_row_is_off_by_half_a_step_at_most(weights: np.ndarray) -> None:
+    codes, scales = rows(weights)
+    assert (np.abs(codes * scales[:, None] - weights) <= 0.5001 * scales[:, None]).all()
+    assert np.abs(codes.astype(int)).max() <= 127
+
+
+def exported(folder: Path, precision: str, name: str = "elit-mnist", **options: Any) -> Bundle:
+    return elastic_export.export(name, output=folder / precision, precision=precision, batch="1-2", **options)
+
+
+@pytest.fixture(scope="module", params=["int8w", "int8", "int4w"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return exported(tmp_path_factory.mktemp("b"), request.param)
+
+
+def model_of(bundle: Bundle) -> Any:
+    (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
+    return onnx.load(str(bundle.file(artifact.path)))
+
+
+def precision_of(bundle: Bundle) -> str:
+    return str(bundle.manifest.graphs["denoiser"].artifacts[0].precision)
+
+
+def test_every_budget_is_within_its_precision_and_much_smaller(bundle: Bundle) -> None:
+    (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
+    assert len(artifact.verified) > 3
+    assert all(row.passed and row.tolerance == PRECISIONS[artifact.precision].tolerance for row in artifact.verified)
+    assert sum(file.bytes for file in artifact.files) < 0.4 * bundle.manifest.cost[0].weight_bytes
+
+
+def test_the_first_and_last_layers_keep_floats_and_conditions_eight_bits(bundle: Bundle) -> None:
+    model, precision = model_of(bundle), precision_of(bundle)
+    held = {each.name for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT and len(each.dims) > 1}
+    floats = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in held]
+    assert len(floats) == 1  # the last layer; the first is a convolution
+    bits = Counter(
+        (node.op_type, next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 8))
+        for node in model.graph.node
+        if node.domain == quantize.DOMAIN
+    )
+    conditions = bits.pop(("MatMulNBits", 8)) if precision != "int8w" else 0
+    kind = {"int8w": ("MatMulNBits", 8), "int8": ("DynamicQuantizeMatMul", 8), "int4w": ("MatMulNBits", 4)}[precision]
+    assert set(bits) == {kind}
+    assert conditions > 0 or precision == "int8w"
+
+
+def test_what_multiplies_by_weights_alone_multiplies_by_what_was_rounded(tmp_path: Path) -> None:
+    """The artifact against the same graph with the matrices unpacked into floats: equal to float32's rounding."""
+    bundle = exported(tmp_path, "int4w")
+    model = model_of(bundle)
+    held = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
+        told = {attribute.name: attribute.i for attribute in node.attribute}
+        matrix = unpacked(*(held[name] for name in node.input[1:4]), told["bits"], told["K"])
+        model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix.T), f"{node.output[0]}.wide"))
+        bias = node.input[5] if len(node.input) > 5 else ""
+        product = f"{node.output[0]}.product" if bias else node.output[0]
+        index = list(model.graph.node).index(node)
+        model.graph.node.remove(node)
+        model.graph.node.insert(index, onnx.helper.make_node("MatMul", [node.input[0], f"{node.output[0]}.wide"], [product]))
+        if bias:
+            model.graph.node.insert(index + 1, onnx.helper.make_node("Add", [product, bias], [node.output[0]]))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    feeds = {
+        "sample": np.random.default_rng(0).standard_normal((2, 1, 32, 32)).astype(np.float32),
+        "timestep": np.array([0.3, 0.7], np.float32), "class_labels": np.array([3, 10]), "latent_ids": np.arange(4),
+    }  # fmt: skip
+    feeds["sample"] = (
+        feeds["sample"].reshape(-1)[: 2 * int(np.prod(bundle.manifest.model.sample_shape))].reshape(2, *bundle.manifest.model.sample_shape)
+    )
+    with open_session(bundle, name="ort") as ours:
+        found = ours.run(feeds)["prediction"]
+    (wanted,) = session.run(None, feeds)
+    assert np.abs(found - wanted).max() <= 1e-5 * max(1.0, np.abs(wanted).max())
+
+
+def test_every_backend_draws_the_same_picture(bundle: Bundle) -> None:
+    pytest.importorskip("openvino", reason="the other backend")
+    pictures = []
+    for backend in ("ort", "openvino"):
+        with ElasticPipeline.from_pretrained(bundle, backend, threads=1) as pipe:
+            result = pipe(3, num_inference_steps=4, seeds=0, output_type="np")
+            assert result.facts["precision"] == precision_of(bundle)
+            pictures.append(result.images)
+    assert 10 * np.log10(1 / np.mean((pictures[0] - pictures[1]) ** 2)) > (30 if precision_of(bundle) == "int8" else 40)
+
+
+def test_a_loop_s_body_is_held_in_few_bits_too(tmp_path: Path) -> None:
+    model = model_of(exported(tmp_path, "int8w", "elt-mnist", loops="1-2"))
+    (loop,) = (node for node in model.graph.node if node.op_type == "Loop")
+    kinds = Counter(node.op_type for node in loop.attribute[0].g.node)
+    assert kinds["MatMulNBits"] > 4
+
+
+def test_what_was_wrong_before_it_was_rounded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of the last block that is lost is far within the tolerance of four bits, and is none of rounding."""
+    whole = stream.stream
+
+    def lossy(*arguments: Any) -> Any:
+        model = whole(*arguments)
+        biases = [value for name, value in model.graph.initializers.items() if name.endswith(".bias") and "final" not in name]
+        bias = biases[-1]
+        bias.const_value = stream.TorchTensor(torch.zeros(*bias.const_value.shape.numpy()), name=bias.name)  # type: ignore[attr-defined]
+        return model
+
+    monkeypatch.setattr("elastic_targets.onnx.lower.stream", lossy)
+    with pytest.raises(VerificationError, match=r"denoiser before its weights were rounded fails at latents=\d+: max abs error"):
+        exported(tmp_path, "int4w")
+
+
+def test_a_wrong_rounding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low and high halves of a byte exchanged."""
+    packed = quantize._packed
+    monkeypatch.setattr(quantize, "_packed", lambda codes, bits: (lambda byte: (byte << 4) | (byte >> 4))(packed(codes, bits)))
+    with pytest.raises(VerificationError, match=r"denoiser \(onnx/denoiser.int4w.onnx\) fails at"):
+        exported(tmp_path, "int4w")
+
+
+@pytest.mark.parametrize(
+    ("text", "graphs"),
+    [
+        ("int4w", {"denoiser": "int4w", "text_encoder_2": "int4w", "decoder": "fp32"}),
+        ("fp16", {"denoiser": "fp16", "text_encoder": "fp16", "decoder": "fp16"}),
+        ("denoiser=int4w, text=int8w", {"denoiser": "int4w", "text_encoder": "int8w", "text_encoder_3": "int8w", "decoder": "fp32"}),
+        ("text=int8w,text_encoder=fp16", {"denoiser": "fp32", "text_encoder": "fp16", "text_encoder_2": "int8w"}),
+    ],
+)
+def test_a_precision_is_one_for_all_graphs_or_one_a_graph(text: str, graphs: dict[str, str]) -> None:
+    assert {graph: OnnxOptions(precision=text).of(graph) for graph in graphs} == graphs
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("int3w", "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, got int3w"),
+        ("vae=fp16", "or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; got 'vae'"),
+        ("denoiser=", "got 'denoiser'"),
+        ("denoiser=int4w,fp16", "got 'fp16'"),
+        ("denoiser=fp33", "must be one of .* got fp33"),
+    ],
+)
+def test_a_precision_that_there_is_not_is_refused_by_name(precision: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(message) if ".*" not in message else message):
+        exported(tmp_path, precision)
+
+
+def test_a_decoder_of_convolutions_keeps_its_floats(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the folders are diffusers'")
+    with pytest.raises(UsageError, match="a decoder is made of convolutions, which keep their floats: its precision is one of fp32, fp16"):
+        exported(tmp_path, "decoder=int4w", "ralu-digits")
