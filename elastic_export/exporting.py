@@ -5,6 +5,7 @@ import datetime
 import gc
 import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +81,7 @@ def export_into(
     for path, content in ({} if old else capture.files).items():  # the old bundle has them
         (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
         (draft.stage / path).write_bytes(content)
+    _room_on_disk(capture.graphs, room, options, draft.stage)
     while capture.graphs:
         on_stage(f"running the original {capture.graphs[0].name}")
         graph = capture.graphs.pop(0).loaded()  # one in memory at a time
@@ -139,6 +141,22 @@ def export_bundle(
             artifacts = _lowered(room, graph, options, draft.stage, on_progress)
             manifest = _proven(draft.bundle(manifest.joined(graph.name, artifacts)), graph.name, artifacts)
         return draft.commit(manifest)
+
+
+def _room_on_disk(graphs: Sequence["GraphCapture"], room: Target, options: Any, folder: Path) -> None:
+    """Raise BundleError where the artifacts will not fit beside what is there, before the first of them is made."""
+    from elastic_targets.weights import weights
+
+    free, whole = shutil.disk_usage(folder).free, [graph.loaded() for graph in graphs]
+    most = sum(4 * weight.numel() for graph in whole for _, weight in weights(graph.module))
+    if room.estimate is None or most < free:
+        return
+    needed = sum(room.estimate(graph, options).file_bytes for graph in whole)
+    if needed > free:
+        raise BundleError(
+            f"the artifacts need {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free: make room, choose another "
+            "-o/--output, or a --precision of fewer bits"
+        )
 
 
 def _lowered(room: Target, graph: Any, options: Any, stage: Path, on_progress: OnProgress) -> tuple[Artifact, ...]:

@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             axis = bundle.manifest.axes[0].name
             for value in given.budgets.split(","):
                 result = pipe.draw(_at(request, Budget(**{axis: int(value)})))
-                found[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.records))
+                found[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.steps))
         else:
             result = pipe.draw(request)
-            found["steps_s"] = [round(record.seconds, 1) for record in result.records]
+            found["steps_s"] = [round(record.seconds, 1) for record in result.steps]
         found["total_s"] = round(time.monotonic() - begun, 1)
         if given.output:
             result.images[0].save(given.output)

@@ -18,6 +18,14 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """Bytes on disk of an artifact, and of memory at most while it is written."""
+
+    file_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Target:
     """One compiler. `Graph` below is a `GraphCapture` where it takes torch, and a `BundleGraph` where it takes ONNX.
 
@@ -29,6 +37,7 @@ class Target:
     ensures(Graph, artifact, folder): checks one that was written; raises RuntimeError for a fault of this library.
     proves(Graph, options): budgets to verify besides both ends, the middle and an untraced one.
     available(options): raises MissingError or UsageError where no compiler here fits; before any graph is there to ask about.
+    estimate(Graph, options): what it will take, of a graph whose sizes the module tells; reads no weights.
     evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is, or no memory;
         None for an artifact that it cannot compute.
     unrounded(Graph, Graph of the manifest, options): a session of what was lowered before weights were rounded to few bits, to be held
@@ -45,6 +54,7 @@ class Target:
     ensures: Callable[[Any, Any, Path], None]
     proves: Callable[[Any, Any], list[Budget]]
     available: Callable[[Any], object] | None = None
+    estimate: Callable[[Any, Any], Estimate] | None = None
     evaluator: Callable[[Bundle, Graph, Any], Session | None] | None = None
     unrounded: Callable[[Any, Graph, Any], Session | None] | None = None
 

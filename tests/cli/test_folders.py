@@ -140,6 +140,35 @@ def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: 
     assert "--components and --size are for a diffusers folder, and elit-sit is none" in other.err
 
 
+def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux(num_layers=4, num_attention_heads=8, attention_head_dim=64, axes_dims_rope=(16, 24, 24)))
+    for precision in ("fp32", "int8w", "int4w"):
+        words = (
+            "onnx",
+            tmp_path / "f",
+            "-o",
+            tmp_path / precision,
+            "--precision",
+            precision,
+            "--components",
+            "transformer",
+            "--verify",
+            "none",
+        )
+        said = json.loads(run(*words, "--dry-run", "--json").out)["file_bytes"]["denoiser"]
+        made = json.loads(run(*words, "--json").out)["manifest"]["graphs"]["denoiser"]["artifacts"][0]["files"]
+        assert said == pytest.approx(sum(file["bytes"] for file in made), rel=0.1), precision
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_made(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.write(tmp_path / "f", folders.flux(), decoder=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: (0, 0, 1000))
+    done = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--components", "transformer")
+    assert done.code == 2
+    assert re.search(r"the artifacts need 0\.00 GB, and \S+ has 0\.00 GB free: make room", done.err.replace("\n", " "))
+    assert not (tmp_path / "out" / "elastic.json").exists()
+
+
 def test_a_dry_run_refuses_what_the_run_would(run: Run, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux())
     command = ("onnx", tmp_path / "f", "-o", tmp_path / "out", "--components", "transformer")

@@ -154,11 +154,15 @@ def engine(graph: str, artifact: TrtArtifact) -> None:
     profiles(artifact.profiles)
 
 
-def peaks(sizes: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
-    """What exporting each graph of a folder is likely to take of memory, one at a time, and the sizes that it is proven at."""
-    for graph, size in sizes.items():
-        amount = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-        line(f"{graph}: about {amount} of memory at most while exporting, verified at {', '.join(points[graph])}")
+def peaks(held: Mapping[str, int], written: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
+    """What exporting each graph of a folder is likely to take of memory and of disk, one at a time, and the sizes it is proven at."""
+    for graph, size in held.items():
+        disk = f"{_amount(written[graph])} on disk, " if graph in written else ""
+        line(f"{graph}: {disk}about {_amount(size)} of memory at most while exporting, verified at {', '.join(points[graph])}")
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def profiles(rows: Iterable[Profile]) -> None:

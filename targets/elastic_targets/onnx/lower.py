@@ -16,6 +16,7 @@ from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.estimate import estimate
 from elastic_targets.onnx.evaluate import PartSession, evaluator
 from elastic_targets.onnx.quantize import SCHEMES, quantize
 from elastic_targets.onnx.stream import external, stream, write
@@ -161,6 +162,7 @@ TARGET = Target(
     lower=lower,
     ensures=ensures,
     proves=proves,
+    estimate=lambda graph, options: estimate(graph, options.of(graph.name)),
     evaluator=evaluator,
     unrounded=unrounded,
 )

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
 BLOCKS = {4: 32, 8: 64}  # weights of a row that share a scale
+CHUNK = 1 << 22  # weights that are rounded at once
 LEAST = 32  # columns below which a matrix is no worth of it
 # What stands between a matrix and the graph's end, or its beginning, without changing which layer it is.
 _CHAIN = {"Add", "Cast", "Expand", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Split", "Transpose", "Unsqueeze"}
@@ -80,6 +81,13 @@ def blocks(weights: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.n
 
     Returns: (N, K / block, block * bits / 8) packed, low bits first; scales (N * K / block) float32; zero points, packed, by row.
     """
+    step = max(1, CHUNK // weights.shape[1])
+    parts = [_blocks(weights[first : first + step], bits, block) for first in range(0, len(weights), step)]
+    codes, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return codes, scales, zeros
+
+
+def _blocks(weights: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows, columns = weights.shape
     count = -(-columns // block)
     padded = np.pad(weights.astype(np.float32), ((0, 0), (0, count * block - columns))).reshape(rows, count, block)

@@ -1,0 +1,65 @@
+"""What an export to ONNX will take, before any weight is read: bytes on disk, and of memory while it is made."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from elastic_runtime.contract.precision import PRECISIONS
+from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.quantize import LEAST, SCHEMES
+from elastic_targets.onnx.stream import EXTERNAL_FROM
+from elastic_targets.target import Estimate
+from elastic_targets.weights import mapped, weights
+
+FLOAT32 = 4
+# Measured: the interpreter with torch and what reads the model, the graph of a thousand nodes, and the weight at hand as it is read, in
+# float32, turned, and rounded. A small model is one protobuf message, made in memory.
+BASE = 650e6
+COPIES = 3
+MESSAGE = 3
+
+
+def estimate(graph: GraphCapture, precision: str) -> Estimate:
+    """What exporting a graph takes, without its proof, which holds the activations of the largest budget and some 700 MB of weights."""
+    kinds = _kinds(graph)
+    seen = {id(weight): (name, weight) for name, weight in weights(graph.module)}.values()
+    held: Counter[str] = Counter()
+    for name, weight in seen:
+        held[kinds.get(name, "floats") if weight.dim() == 2 and min(weight.shape) >= LEAST else "floats"] += weight.numel()
+    if precision in SCHEMES:
+        scheme = SCHEMES[precision]
+        eight, own = PRECISIONS["int8w"].weight_bytes, PRECISIONS[precision].weight_bytes
+        conditions = eight if scheme.conditions == 8 else own
+        size = held["tokens"] * own + held["conditions"] * conditions + held["tables"] + held["floats"] * FLOAT32
+    else:
+        size = sum(held.values()) * PRECISIONS[precision].weight_bytes
+    largest = max((weight.numel() for _, weight in seen), default=0) * FLOAT32
+    within = MESSAGE * size if size < EXTERNAL_FROM else 0.0
+    return Estimate(round(size), round(BASE + COPIES * largest + within))
+
+
+def _kinds(graph: GraphCapture) -> Mapping[str, str]:
+    """What each matrix multiplies: tokens, or conditions (one row a sample); or that it is a table. Found by a run of nothing."""
+    fakes, kinds = FakeTensorMode(allow_non_fake_inputs=True), dict[str, str]()
+
+    def hollow(weight: Tensor) -> Tensor:
+        with fakes:
+            return torch.empty(weight.shape, dtype=weight.dtype)
+
+    module = mapped(graph.module, hollow)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding):
+            kinds[f"{name}.weight"] = "tables"
+        elif isinstance(part, nn.Linear):
+
+            def see(_: nn.Module, inputs: Any, name: str = name) -> None:
+                kinds[f"{name}.weight"] = "conditions" if inputs[0].dim() == 2 else "tokens"
+
+            part.register_forward_pre_hook(see)
+    with fakes, torch.no_grad():
+        module(**{name: torch.from_numpy(array) for name, array in graph.example().items()})
+    return kinds
