@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_
     told = json.loads(done.out)
     assert set(told["peak_bytes"]) == {"denoiser", "decoder", "text_encoder", "text_encoder_2"}
     shown = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--dry-run", "-q").out
-    assert re.search(r"decoder: about 0\.\d MB of memory at most while exporting, verified at h=4,w=4, ", shown)
+    assert re.search(r"decoder: 0\.\d MB on disk, about 65\d\.\d MB of memory at most while exporting, verified at h=4,w=4, ", shown)
     assert not (tmp_path / "out").exists()
 
 
@@ -162,7 +163,7 @@ def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> No
 
 def test_a_disk_that_is_too_small_is_found_before_anything_is_made(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders.write(tmp_path / "f", folders.flux(), decoder=False)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (0, 0, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
     done = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--components", "transformer")
     assert done.code == 2
     assert re.search(r"the artifacts need 0\.00 GB, and \S+ has 0\.00 GB free: make room", done.err.replace("\n", " "))
