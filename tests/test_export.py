@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 
+import elastic_export  # noqa: E402
 import elastic_targets  # noqa: E402
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
@@ -175,3 +176,29 @@ def test_probes_of_open_sizes_are_both_ends_and_each_middle_off_the_track_of_the
     for name, span in spans.items():
         assert (span.min + span.max + 1) // 2 in [probe[name] for probe in probes]
         assert len({probe[name] for probe in probes}) >= min(3, span.max - span.min + 1)
+
+
+@pytest.mark.parametrize(("verify", "count"), [("ends", 2), ("none", 0)])
+def test_what_was_not_to_be_proven_stands_in_the_manifest(verify: str, count: int, captured: Capture, tmp_path: Path) -> None:
+    every = [dict(budget) for budget in probe_budgets(captured.graphs[0].axes)]
+    bundle = export_capture(captured, "onnx", options(), tmp_path / "out", "elastic-export onnx", verify=verify)
+    graph = Bundle.open(bundle.folder, hashes=True).manifest.graphs["denoiser"]
+    (artifact,) = graph.artifacts
+    assert [row.budget for row in artifact.verified] == [every[0], every[-1]][:count]
+    assert list(graph.unproven) == [budget for budget in every if budget not in [row.budget for row in artifact.verified]]
+    ((_, again),) = elastic_export.verify(bundle)
+    assert len(again.verified) == count
+    assert (again.unverified is None) == (count > 0)
+    if not count:
+        assert "were not recorded (--verify none)" in str(again.unverified)
+
+
+def test_what_was_left_out_is_proven_by_a_later_export(golden: Path, tmp_path: Path) -> None:
+    source = {"checkpoint": golden / "elit-c.pt", "config": golden / "elit-c.json"}
+    elastic_export.export("elit-sit", output=tmp_path / "out", verify="none", **source)
+    bundle = elastic_export.export("elit-sit", output=tmp_path / "out", opset=20, **source)
+    graph = bundle.manifest.graphs["denoiser"]
+    assert not graph.unproven
+    assert all(row.passed for _, artifact in elastic_export.verify(bundle) for row in artifact.verified)
+    with pytest.raises(UsageError, match="--verify is one of budgets, ends, none, got 'some'"):
+        elastic_export.export("elit-sit", output=tmp_path / "other", verify="some", **source)

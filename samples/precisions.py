@@ -1,0 +1,101 @@
+"""What each precision costs where it matters, in pictures: one bundle of a packaged sample in every precision, the same noise for all.
+
+    python samples/precisions.py elit-mnist elt-mnist ralu-digits --threads 2
+
+A row a precision and budget (or plan): megabytes of the artifact; the step's error as `verify` measures it; PSNR of whole pictures
+against those of fp32; share that a judge names as asked, and Frechet distance to real digits; milliseconds of a step, medians in turns.
+"""
+
+import statistics
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import elastic_export
+from classifier import load_judge
+from digits import Digits
+from elastic_runtime import Budget, Bundle, ElasticPipeline
+from evaluate import Protocol, draw
+from evaluate_plans import draw as draw_along
+from grading import Grader, run, tell
+from record import machine, versions
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")
+COLUMNS = ("sample", "at", "precision", "MB", "step dB", "pictures dB", "named as asked", "Fréchet", "ms a step")
+PLANS = ("4x", "full")
+
+
+def pictures(pipe: ElasticPipeline, way: Any, options: Namespace) -> np.ndarray:
+    """`options.samples` pictures (N, 1, h, w) in [-1, 1], classes in turn, always from the same noise."""
+    if isinstance(way, Budget):
+        return draw(pipe, way, 1.5, Protocol(samples=options.samples, steps=options.steps, seed=options.seed), options.batch).digits.images
+    from evaluate_plans import Protocol as Plans
+
+    labels, parts = np.arange(options.samples) % 10, []
+    for first in range(0, options.samples, options.batch):
+        parts.append(draw_along(pipe, way, labels[first : first + options.batch], first, Plans(samples=options.samples, seed=options.seed)))
+    return np.concatenate(parts)
+
+
+def milliseconds(pipe: ElasticPipeline, way: Any) -> float:
+    """Of the median step of one picture without guidance."""
+    words: dict[str, Any] = {"budget": way} if isinstance(way, Budget) else {"plan": way}
+    result = pipe(1, num_inference_steps=None if "plan" in words else 10, guidance_scale=1.0, seeds=0, output_type="latent", **words)
+    return 1e3 * statistics.median(step.seconds for step in result.steps)
+
+
+def rows(bundle: Bundle, options: Namespace) -> Iterator[str]:
+    """The table of one sample."""
+    manifest = bundle.manifest
+    axis = manifest.axes[0]
+    ways: list[Any] = list(PLANS) if manifest.model.patches else [Budget(**{axis.name: value}) for value in (axis.min, axis.max)]
+    artifacts = {artifact.precision: artifact for artifact in manifest.graphs["denoiser"].artifacts}
+    pipes = {each: ElasticPipeline.from_pretrained(bundle, "ort", (each,), threads=options.threads) for each in PRECISIONS}
+    labels = np.arange(options.samples) % 10
+    for way in ways:
+        times: dict[str, list[float]] = {each: [] for each in pipes}
+        for _ in range(options.rounds):
+            for each, pipe in pipes.items():
+                milliseconds(pipe, way)
+                times[each].append(milliseconds(pipe, way))
+        exact = None
+        for done, (each, pipe) in enumerate(pipes.items(), 1):
+            images = pictures(pipe, way, options)
+            exact = images if exact is None else exact
+            grader = Grader.of(load_judge(images.shape[-1]), options.samples, images.shape[-1])
+            grades = grader.grade(Digits(images, labels))
+            off = float(np.mean((images - exact) ** 2))
+            held, size = artifacts[each], sum(file.bytes for file in artifacts[each].files) / 1e6
+            steps = min(row.psnr_db for row in held.verified)
+            yield (
+                f"| {manifest.model.name} | {way} | {each} | {size:.2f} | {steps:.1f} | {10 * np.log10(4 / off) if off else np.inf:.1f} | "
+                f"{grades['accuracy']:.1%} | {grades['frechet_distance']:.2f} | {statistics.median(times[each]):.2f} |"
+            )
+            tell(f"{manifest.model.name} {way}", done, len(pipes), 0.0) if options.verbose else None
+    for pipe in pipes.values():
+        pipe.close()
+
+
+def main(options: Namespace) -> None:
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models:
+            for precision in PRECISIONS:
+                bundle = elastic_export.export(name, output=Path(folder) / name, precision=precision, batch="1-100")
+            for line in rows(bundle, options):
+                print(line, flush=True)
+    print(f"\n{machine()}; {versions('elastic-export', 'onnxruntime', 'torch')}")
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--verbose", action="store_true")
+    run(main, parser)

@@ -1,0 +1,56 @@
+"""An artifact in parts answers as it does whole, however it is cut."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
+
+import elastic_export
+from elastic_export import verifying
+from elastic_runtime import Budget, Bundle, InferenceError, open_session
+from elastic_runtime.contract.reference import axis_feeds, cut, unpack
+from elastic_targets.onnx.evaluate import PartSession
+
+
+@pytest.fixture(scope="module", params=[("elit-mnist", "fp16"), ("elt-mnist", "int8w"), ("ralu-digits", "int4w")], ids=lambda each: each[0])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    name, precision = request.param
+    if name == "ralu-digits":
+        pytest.importorskip("diffusers", reason="the folder is diffusers'")
+    return elastic_export.export(name, output=tmp_path_factory.mktemp("b") / name, precision=precision, batch="1-2")
+
+
+@pytest.mark.parametrize("part", [1, 200_000, 10**9], ids=["a node a part", "some", "one part"])
+def test_parts_answer_as_the_whole(bundle: Bundle, part: int) -> None:
+    for name, graph in bundle.manifest.graphs.items():
+        (artifact,) = graph.artifacts
+        feeds, outputs = unpack(name, bundle.reference())
+        budget: Budget = list(outputs)[-1]
+        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
+        inputs = cut(graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
+        inputs = {spec.name: inputs[spec.name][:1] if spec.shape and spec.shape[0] == "B" else inputs[spec.name] for spec in graph.inputs}
+        parts = PartSession(graph, ir.load(bundle.file(artifact.path)), part)
+        assert f"in {len(parts._parts)} parts" in parts.where
+        assert (len(parts._parts) == 1) == (part == 10**9)
+        with parts, open_session(bundle, name, "ort") as whole:
+            for spec in graph.outputs:
+                found, wanted = parts.run(inputs)[spec.name], whole.run(inputs)[spec.name]
+                bound = 5e-3 if artifact.precision == "fp16" else 1e-5  # half precision is fused otherwise
+                assert np.abs(found - wanted).max() <= bound * max(1.0, np.abs(wanted).max()), name
+    with pytest.raises(InferenceError, match="closed"):
+        parts.run(inputs)
+
+
+def test_a_large_artifact_is_proven_in_parts_while_it_is_exported_and_whole_by_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "LARGE", 1000)
+    bundle = elastic_export.export("elit-mnist", output=tmp_path / "b", batch="1-2")
+    (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
+    assert all(row.passed and row.where.endswith("CPU, in 1 parts") for row in artifact.verified)
+    ((_, again),) = elastic_export.verify(bundle)
+    assert all(row.passed and "parts" not in row.where for row in again.verified)
