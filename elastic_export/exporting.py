@@ -54,8 +54,8 @@ def export_capture(
 ) -> Bundle:
     """Lower every graph of `capture` for a target that takes torch, prove it, and write or extend the bundle at `output`.
 
-    `options` are the target's own, `verify` which budgets are proven (see `elastic_export.export`). The capture is consumed: its graphs are
-    let go one by one. On any error the old bundle is whole.
+    `options` are the target's own, `verify` which budgets are proven (see `elastic_export.export`). The capture is consumed: its graphs
+    are let go one by one. On any error the old bundle is whole.
 
     Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
     """
@@ -84,7 +84,7 @@ def export_into(
     _room_on_disk(capture.graphs, room, options, draft.stage)
     while capture.graphs:
         on_stage(f"running the original {capture.graphs[0].name}")
-        graph = capture.graphs.pop(0).loaded()  # one in memory at a time
+        graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]
         every = [budget for budget in _budgets(graph, room, options) if budget not in known]
         chosen = {"budgets": every, "ends": list(dict.fromkeys(every[:1] + every[-1:])), "none": []}[verify]
@@ -147,11 +147,11 @@ def _room_on_disk(graphs: Sequence["GraphCapture"], room: Target, options: Any, 
     """Raise BundleError where the artifacts will not fit beside what is there, before the first of them is made."""
     from elastic_targets.weights import weights
 
-    free, whole = shutil.disk_usage(folder).free, [graph.loaded() for graph in graphs]
-    most = sum(4 * weight.numel() for graph in whole for _, weight in weights(graph.module))
+    free = shutil.disk_usage(folder).free
+    most = sum(4 * weight.numel() for graph in graphs for _, weight in weights(graph.module))
     if room.estimate is None or most < free:
         return
-    needed = sum(room.estimate(graph, options).file_bytes for graph in whole)
+    needed = sum(room.estimate(graph, options).file_bytes for graph in graphs)
     if needed > free:
         raise BundleError(
             f"the artifacts need {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free: make room, choose another "

@@ -42,7 +42,7 @@ def loud(folder: Path, gain: float) -> Path:
 
 def rounding(graph: Any) -> float:
     """The error of a captured graph's original in float32."""
-    loaded = graph.loaded()
+    loaded = graph
     feeds = loaded.example()
     with torch.inference_mode():
         result = loaded.module(**{name: torch.from_numpy(array) for name, array in feeds.items()})

@@ -70,7 +70,7 @@ class TorchRuntime:
         from elastic_export.capture.folders import capture_folder
 
         path = diffusers_folder(manifest, self.checkpoint)
-        return lambda: capture_folder(path, ("transformer",), None, Span(1, 1), digest=False).graphs[0].loaded().module
+        return lambda: capture_folder(path, ("transformer",), None, Span(1, 1), digest=False).graphs[0].module
 
 
 class TorchSession(Session):

@@ -20,8 +20,8 @@ from elastic_targets.capture import GraphCapture
 
 @dataclass
 class Capture:
-    """A manifest in the making, its graphs and its files. `graphs` is emptied as they are lowered, so that a large model's weights can be
-    let go; in the manifest they have no artifacts yet, and its provenance knows the weights but not the command.
+    """A manifest in the making, its graphs and its files. `graphs` is emptied as they are lowered, so that weights that are held in memory
+    can be let go; in the manifest they have no artifacts yet, and its provenance knows the weights but not the command.
 
     `files` go into the bundle as they are (tokenizers): path to content. `peaks` estimate bytes of memory by graph. `notes` say what
     was taken for granted.
@@ -70,8 +70,7 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         facts = msgspec.structs.replace(facts, vae=read_vae(vae, channels))
         assert facts.vae is not None
         # It decodes one picture at a time, however many the denoiser is asked for at least.
-        decoding = decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max))
-        graphs.append(decoding.loaded())  # a folder that does not fit should not be found out after the denoiser's export
+        graphs.append(decoder(vae, facts.vae, channels, Span(height, height), Span(width, width), Span(1, batch.max)))
     weights = {"transformer": model.checkpoint_sha256} if model.checkpoint_sha256 else {}
     weights |= {"vae": Component(vae).sha256()} if vae else {}
     parameters = sum(parameter.numel() for parameter in model.module.parameters())

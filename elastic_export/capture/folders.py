@@ -1,4 +1,4 @@
-"""A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph that is loaded when its turn comes."""
+"""A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph whose weights stay on disk."""
 
 import hashlib
 import math
@@ -73,7 +73,7 @@ def capture_folder(
     packaged: bool = False,
     spans: Mapping[str, Span] | None = None,
 ) -> Capture:
-    """Capture a diffusers folder of FLUX or SD3; no weights are read before a graph is asked for.
+    """Capture a diffusers folder of FLUX or SD3; weights are read when something computes with them.
 
     Args:
         components: of transformer, vae and text; None for all that the folder lists.
@@ -94,8 +94,7 @@ def capture_folder(
     if class_name not in FAMILIES:
         raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
     family = FAMILIES[class_name]
-    transformer: Any = diffusers_class(class_name)
-    built: Any = folder.component("transformer").build(transformer)
+    built: Any = folder.component("transformer").build(diffusers_class(class_name))
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
     _check_channels(path, config)
     patches, channels = family.patches(config), family.channels(config)
@@ -118,8 +117,7 @@ def capture_folder(
             "leave the encoders out with --components transformer,vae"
         )
     if "transformer" in chosen:
-        folder.component("transformer").check(built)
-        graphs.append(_denoiser(folder, family, transformer, config, axis, length, batch))
+        graphs.append(_denoiser(folder, family, built, config, axis, length, batch))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
         graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
@@ -254,17 +252,14 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
     return axis.narrow(span)
 
 
-def _denoiser(
-    folder: Folder, family: TokenFamily, transformer: Any, config: tokens.Config, axis: Axis, length: int, batch: Span
-) -> GraphCapture:
+def _denoiser(folder: Folder, family: TokenFamily, built: Any, config: tokens.Config, axis: Axis, length: int, batch: Span) -> GraphCapture:
     component = folder.component("transformer")
     inputs, patches = tokens.inputs(family, config), family.patches(config)
     spans = {"S": axis.span, "T": Span(1, length)}
     text = {"T": spans["T"]} if length > 1 else {}
     return GraphCapture(
         name="denoiser",
-        module=None,
-        load=lambda: component.described(lambda: family.wrap(component.load(transformer)), transformer.__name__),
+        module=component.described(lambda: family.wrap(component.fill(built)), type(built).__name__),
         inputs=inputs if text else tokens.named(inputs, {"T": length}),
         outputs=tokens.outputs(family, config),
         axes=(axis,),

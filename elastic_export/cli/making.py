@@ -70,7 +70,7 @@ def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> Non
     plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.manifest.axes, "batch": str(batch)}
     sizes = {}
     if peaks and prepared.target.estimate:
-        estimates = {graph.name: prepared.target.estimate(graph.loaded(), prepared.options) for graph in capture.graphs}
+        estimates = {graph.name: prepared.target.estimate(graph, prepared.options) for graph in capture.graphs}
         peaks = {name: estimate.peak_bytes for name, estimate in estimates.items()}
         sizes = {name: estimate.file_bytes for name, estimate in estimates.items()}
     plan |= {"verify": budgets} | ({"peak_bytes": peaks} if peaks else {}) | ({"file_bytes": sizes} if sizes else {})

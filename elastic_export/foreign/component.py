@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, match, tensors, weight_files
+from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, tensors, weight_files
 from elastic_runtime.errors import ElasticError, MissingError, ModelError
 
 MOST_LAYERS = 10_000
@@ -73,10 +73,6 @@ class Component:
         except Exception as error:  # whatever the libraries raise
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {why}") from None
-
-    def check(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> None:
-        """Raise what `fill` would, of the files' headers alone."""
-        match(module, tensors(self.weight_files()), str(self.path), what or type(module).__name__, naming)
 
     def load(self, kind: type) -> nn.Module:
         """It as diffusers' class `kind`, in float32; raises as `build` and `fill`."""

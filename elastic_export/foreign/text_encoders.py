@@ -119,8 +119,7 @@ def _config(tokenizer: Path) -> dict[str, Any]:
 
 
 def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> GraphCapture:
-    """Capture an encoder for sequences of `length` tokens; it is loaded when it is asked for, but what it lacks is found out now."""
-    check_encoder(folder, component)
+    """Capture an encoder for sequences of `length` tokens."""
     gives, (pooled, width) = GIVES[kind(folder, component)], sizes(folder, component)
     vocabulary = _config_of(folder, component).vocab_size
     shapes: dict[str, tuple[int | str, ...]] = {name: ("B", pooled) if name == "pooled" else ("B", length, width) for name in gives}
@@ -130,8 +129,7 @@ def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> Gr
 
     return GraphCapture(
         name=component,
-        module=None,
-        load=lambda: load_encoder(folder, component),
+        module=load_encoder(folder, component),
         inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("B", length)),),
         outputs=tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items()),
         axes=(),
@@ -147,11 +145,6 @@ def load_encoder(folder: Folder, component: str) -> Encoder:
     """
     module, naming, name = _built(folder, component)
     return Encoder(folder.component(component).fill(module, naming, name), GIVES[name])
-
-
-def check_encoder(folder: Folder, component: str) -> None:
-    """Raise what `load_encoder` would, of the config and the weights' headers alone."""
-    folder.component(component).check(*_built(folder, component))
 
 
 def _built(folder: Folder, component: str) -> tuple[nn.Module, Naming, str]:

@@ -68,11 +68,6 @@ def load_vae(folder: Path) -> Decoder:
     return Decoder(Component(folder).fill(_built(folder), _NAMING))
 
 
-def check_vae(folder: Path) -> None:
-    """Raise what `load_vae` would, of the config and the weights' headers alone."""
-    Component(folder).check(_built(folder), _NAMING)
-
-
 def _built(folder: Path) -> Any:
     vae: Any = Component(folder).build(diffusers_class("AutoencoderKL"))
     vae.encoder = vae.quant_conv = None
@@ -90,9 +85,8 @@ _NAMING = Naming(_renamed, extra=re.compile(r"encoder\.|quant_conv\."))
 def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, batch: Span) -> GraphCapture:
     """Capture the decoder of a diffusers VAE folder for latents of these sides; a span of more than one size stays open.
 
-    It is loaded when it is asked for. Raises: what `load_vae` does.
+    Raises: what `load_vae` does.
     """
-    check_vae(folder)  # which should not wait for the other graphs
     spans = {name: span for name, span in (("h", height), ("w", width)) if span.min < span.max}
     sides = ["h" if "h" in spans else height.max, "w" if "w" in spans else width.max]
     latent = TensorSpec(name="latent", dtype="float32", shape=("B", channels, *sides))
@@ -108,8 +102,7 @@ def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, 
     stages = [Budget(**{name: value for name, value in zip("hw", size, strict=True) if name in spans}) for size in sizes]
     return GraphCapture(
         name="decoder",
-        module=None,
-        load=lambda: load_vae(folder),
+        module=load_vae(folder),
         inputs=(latent,),
         outputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, *image)),),
         axes=(),

@@ -1,8 +1,8 @@
 """What a workshop is given: one graph of a model, still in torch, with its open dimensions and a way to make feeds; or of a bundle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +22,8 @@ class GraphCapture:
     are those that neither the batch nor an axis explains (T of FLUX, a decoder's h and w): a budget names sizes for them as it
     names values for axes, the largest ones where it is silent. Where data carry a budget by their shape, as they carry these
     sizes, smaller feeds are the first rows of larger ones.
-    `stages` are budgets with a static function of their own where a target keeps no dimension open. A large model's module
-    comes late: see `loaded`.
+    `stages` are budgets with a static function of their own where a target keeps no dimension open. A module that was read from files
+    holds no weights: see `weights.Streamed`.
     """
 
     name: str
@@ -35,11 +35,6 @@ class GraphCapture:
     feeds: Callable[[Budget, int], dict[str, np.ndarray]]
     open_dimensions: dict[str, Span] = field(default_factory=dict)
     stages: tuple[Budget, ...] = ()
-    load: Callable[[], Any] | None = None
-
-    def loaded(self) -> Self:
-        """This graph with its module in memory."""
-        return replace(self, module=self.load(), load=None) if self.load else self
 
     @property
     def dimensions(self) -> dict[str, Span]:

@@ -101,8 +101,7 @@ def test_a_vae_whose_facts_are_none_is_refused(change: dict[str, Any], message: 
 def test_a_transformers_config_that_is_none_is_a_sentence(change: dict[str, Any], flux: Path) -> None:
     edit(flux / "transformer" / "config.json", **change)
     with pytest.raises(ModelError):
-        for graph in capture_folder(flux, ("transformer",), None, ONE, digest=False).graphs:
-            graph.loaded()
+        capture_folder(flux, ("transformer",), None, ONE, digest=False)
 
 
 def test_t5_stays_exact_in_half_precision_where_transformers_keeps_it(flux: Path) -> None:

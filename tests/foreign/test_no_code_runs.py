@@ -19,6 +19,7 @@ import torch
 from elastic_export.capture.folders import capture_folder
 from elastic_export.foreign.checkpoint import read_checkpoint
 from elastic_runtime import ElasticError, ModelError, Span
+from elastic_targets.weights import filled
 
 COMPONENTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae", "scheduler")
 CONFIGS = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
@@ -43,7 +44,7 @@ def everything(folder: Path) -> None:
     """Read all of a folder, down to the weights."""
     captured = capture_folder(folder, None, None, Span(1, 1))
     for graph in captured.graphs:
-        graph.loaded()
+        filled(graph.module)
 
 
 def refusal(folder: Path) -> str | None:

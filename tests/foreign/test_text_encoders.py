@@ -14,6 +14,7 @@ from transformers import CLIPTextModelWithProjection
 from elastic_export.foreign.folder import Folder
 from elastic_export.foreign.text_encoders import load_encoder, read_tokenizer, text_encoder
 from elastic_runtime import Budget, ModelError, Span
+from elastic_targets.weights import Streamed
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def test_t5_gives_its_last_state(sd3: Folder) -> None:
     assert torch.allclose(hidden, folders.t5()(ids).last_hidden_state, atol=1e-6)
 
 
-def test_the_capture_says_what_is_given_and_loads_when_asked(sd3: Folder) -> None:
+def test_the_capture_says_what_is_given_and_reads_when_asked(sd3: Folder) -> None:
     graph = text_encoder(sd3, "text_encoder", 12, Span(1, 4))
-    assert graph.module is None
+    assert all(isinstance(weight, Streamed) for weight in graph.module.parameters())
     assert {spec.name: spec.shape for spec in graph.outputs} == {"pooled": ("B", 8), "penultimate_hidden_state": ("B", 12, 8)}
-    outputs = graph.loaded().module(torch.from_numpy(graph.feeds(Budget(), 2)["input_ids"]))
+    outputs = graph.module(torch.from_numpy(graph.feeds(Budget(), 2)["input_ids"]))
     assert [tuple(output.shape) for output in outputs] == [(2, 8), (2, 12, 8)]
 
 

@@ -197,7 +197,7 @@ class Folders(Fuzzer):
                 path.write_bytes(damaged(path.read_bytes(), rng))
         captured = capture_folder(folder / "m", None, rng.choice((None, Span(16, 32))), Span(1, 2), digest=False)
         for graph in captured.graphs:
-            record(graph.loaded(), [graph.traced])
+            record(graph, [graph.traced])
 
 
 class Requests(Fuzzer):

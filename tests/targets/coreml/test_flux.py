@@ -32,7 +32,7 @@ def graphs(tmp_path: Path) -> Callable[..., list[GraphCapture]]:
 
 
 def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
-    graph = graphs(folders.flux())[0].loaded()
+    graph = graphs(folders.flux())[0]
     assert [point["tokens"] for point in budgets(graph, CoremlOptions())] == [16, 19, 28, 64]
     artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16, T=5), Budget(tokens=28, T=5)))
     assert [call.function for call in artifact.calls] == ["T_5_tokens_16", "T_5_tokens_28"]
@@ -41,7 +41,7 @@ def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any
 
 
 def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
-    graph = graphs(folders.sd3(**folders.SD35))[0].loaded()
+    graph = graphs(folders.sd3(**folders.SD35))[0]
     _, session = lowered(graph, precision="fp32", shapes="range")
     points = [Budget(tokens=count, T=text) for count, text in ((4, 1), (29, 7), (64, 9))]
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
@@ -50,7 +50,7 @@ def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowere
 def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
     graphs: Callable[..., Any], lowered: Lowered, error: Error
 ) -> None:
-    graph = graphs(folders.flux())[1].loaded()
+    graph = graphs(folders.flux())[1]
     artifact, session = lowered(graph, precision="fp32", budgets=(Budget(tokens=16), 28))  # which says nothing about a decoder
     assert [call.budget for call in artifact.calls] == [{"h": 8, "w": 8}, {"h": 16, "w": 16}]
     assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance

@@ -31,7 +31,7 @@ from elastic_targets.weights import Streamed, filled, weights  # noqa: E402
 
 def graphs(folder: Path) -> list[GraphCapture]:
     made = folders.write(folder, folders.flux(), text=True)
-    return [graph.loaded() for graph in capture_folder(made, None, Span(16, 32), Span(1, 2), digest=False).graphs]
+    return capture_folder(made, None, Span(16, 32), Span(1, 2), digest=False).graphs
 
 
 def answers(file: Path, graph: GraphCapture) -> list[np.ndarray]:
@@ -124,7 +124,7 @@ from elastic_runtime.device.memory import peak_bytes
 from elastic_targets.onnx.lower import OnnxOptions, lower
 folder, precision = Path(sys.argv[1]), sys.argv[2]
 (graph,) = capture_folder(folder, ("transformer",), Span(16, 32), Span(1, 1), digest=False).graphs
-lower(graph.loaded(), OnnxOptions(precision=precision), folder)
+lower(graph, OnnxOptions(precision=precision), folder)
 print(json.dumps(peak_bytes()))
 """
 
