@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Name = Literal["fp32", "fp16", "bf16", "int8w", "fp8", "int8", "int4w", "nvfp4"]
-Compression = Literal["palette8", "int8", "palette6", "palette4"]
+Compression = Literal["palette8", "int8", "palette6", "palette4", "int4"]
 
 EXACT: Name = "fp32"  # the original's own
 HALF: Name = "fp16"  # what GPUs are rated in
@@ -67,7 +67,7 @@ PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
 RATES = tuple(dict.fromkeys(row.rate for row in _ROWS))
 # Weights of a Core ML package that are stored in fewer bits than its precision says, from the most to the least exact,
 # each with the bound of a step: no fault of the lowering, but one that a broken lowering would miss.
-COMPRESSIONS: dict[str, float] = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1}
+COMPRESSIONS: dict[str, float] = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1, "int4": 2.5e-1}
 
 
 def tolerance(precision: str, compression: str | None = None) -> float:

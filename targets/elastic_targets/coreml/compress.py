@@ -1,4 +1,5 @@
-"""Smaller weights, through coremltools' own optimisers: a table of 256, 64 or 16 values a tensor, or int8 with a scale a channel."""
+"""Smaller weights, through coremltools' own optimisers: a table of 256, 64 or 16 values a tensor, int8 with a scale a channel,
+or int4 with a scale a block."""
 
 import hashlib
 from typing import Any
@@ -7,7 +8,8 @@ import numpy as np
 from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
 from coremltools.optimize import coreml as optimize
 
-METHODS = ("palette8", "palette6", "palette4", "int8")
+METHODS = ("palette8", "palette6", "palette4", "int8", "int4")
+BLOCK = 32  # weights that share a scale in int4
 # Smaller tensors are a few percent of a model; and from here on coremltools' k-means needs no scikit-learn.
 LEAST_WEIGHTS = 10_000
 
@@ -28,6 +30,11 @@ class Compressor:
             return model
         if self._method == "int8":
             quantizer = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=LEAST_WEIGHTS)
+            return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=quantizer))
+        if self._method == "int4":
+            quantizer = optimize.OpLinearQuantizerConfig(
+                mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=BLOCK, weight_threshold=LEAST_WEIGHTS
+            )
             return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=quantizer))
         palettizer = optimize.OpPalettizerConfig(mode="custom", lut_function=self._table, weight_threshold=LEAST_WEIGHTS)
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=palettizer))

@@ -110,7 +110,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     if options.shapes == "functions" and len(points) > 1:
         _require(options.target, "iOS18", f"a package of {len(points)} functions")
     if options.compression:
-        _require(options.target, "iOS16", f"--compress {options.compression}")
+        _require(options.target, "iOS18" if options.compression == "int4" else "iOS16", f"--compress {options.compression}")
         if options.precision != "fp16":
             raise UsageError(f"--compress {options.compression} stores tables of fp16: use --precision fp16, got {options.precision}")
 

@@ -93,14 +93,16 @@ def test_functions_share_their_weights(lowered: Lowered, tmp_path: Path) -> None
     assert size(budgets=(Budget(latents=16), Budget(latents=32), Budget(latents=64))) < 1.1 * size(budgets=(Budget(latents=64),))
 
 
-@pytest.mark.parametrize(("compression", "points"), [("palette8", ENDS[1:]), ("palette6", ENDS[1:]), ("palette4", ENDS), ("int8", ENDS)])
+@pytest.mark.parametrize(
+    ("compression", "points"), [("palette8", ENDS[1:]), ("palette6", ENDS[1:]), ("palette4", ENDS), ("int8", ENDS), ("int4", ENDS)]
+)
 def test_compression_is_smaller_and_within_its_bound(lowered: Lowered, error: Error, compression: str, points: tuple[Budget, ...]) -> None:
     graph = random_elit(64)
     artifact, session = lowered(graph, budgets=points, compression=compression)
     assert artifact.compression == compression
     stored = sum(entry.bytes for entry in artifact.files if entry.path.endswith("weight.bin"))
     halves = 2 * sum(tensor.numel() for tensor in (*graph.module.parameters(), *graph.module.buffers()))
-    assert stored < (0.9 if compression == "palette4" else 0.95) * halves  # however many functions: the tables are shared too
+    assert stored < (0.9 if compression in ("palette4", "int4") else 0.95) * halves  # however many functions: the tables are shared too
     assert 1e-4 < max(error(graph, session, point) for point in points) < COMPRESSIONS[compression]
 
 
@@ -162,7 +164,7 @@ def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:
         ({"shapes": "any"}, "--shapes for coreml must be one of functions, enumerated, range, got any"),
         ({"precision": "bf16"}, "--precision for coreml must be one of fp16, fp32, got bf16"),
         ({"reductions": "bf16"}, "--reductions for coreml must be one of fp32, fp16, got bf16"),
-        ({"compression": "int3"}, "--compress for coreml must be one of palette8, palette6, palette4, int8, got int3"),
+        ({"compression": "int3"}, "--compress for coreml must be one of palette8, palette6, palette4, int8, int4, got int3"),
         ({"compression": "palette4", "precision": "fp32"}, "--compress palette4 .* use --precision fp16, got fp32"),
         ({"budgets": tuple(Budget(latents=4 * i) for i in range(1, 18))}, "latents 68 is not available"),
         ({"budgets": (Budget(latents=18),)}, "latents 18 is not available: this model offers 4-64 in steps of 4"),
