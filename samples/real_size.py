@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         opened = time.monotonic() - begun
         request = Request(
             **embeddings(bundle), plan=given.plan, height=given.side, width=given.side, num_inference_steps=given.steps, seeds=0,
-            guidance_scale=given.guidance,
+            guidance_scale=given.guidance, output_type="pil" if "decoder" in bundle.manifest.graphs else "latent",
         )  # fmt: skip
         found: dict[str, Any] = {"bundle": given.bundle.name, "opened_s": round(opened, 1)}
         if given.budgets:
