@@ -45,8 +45,10 @@ class Doubled:
 
 
 def doubled(module: "torch.nn.Module") -> Doubled | None:
-    """The module in float64, where there is room for it; else None, and the log says so."""
-    needed = DOUBLE * sum(parameter.numel() for parameter in module.parameters())
+    """The module in float64, where there is room for it; else None, and the log says so. Weights that stay on disk need none."""
+    from elastic_targets.weights import Streamed
+
+    needed = DOUBLE * sum(parameter.numel() for parameter in module.parameters() if not isinstance(parameter, Streamed))
     free = probe().memory.available
     if free is not None and needed > ROOM * free:
         _log.warning("the original's own rounding is not measured: %d MB are needed and %d MB free", needed >> 20, free >> 20)

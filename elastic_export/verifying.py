@@ -21,7 +21,8 @@ from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.opening import obstacles, open_artifact
 from elastic_runtime.sessions.session import Session
 
-LARGE = 1_000_000_000  # bytes of an artifact that is run in parts where memory is to be spared
+BILLION = 1_000_000_000
+LARGE = BILLION  # bytes of an artifact that is run in parts where memory is to be spared
 UNPROVEN = "the original's answers were not recorded (--verify none): export it again with --verify ends or budgets"
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.ndarray], float | None]:
     """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file; and its own rounding: the
-    largest error of these outputs against float64, in units of max(1, |output|), None where that was not measured.
+    largest error of these outputs against float64, in units of max(1, |output|), None where that was not measured (of a billion weights
+    and more at the first budget alone).
 
     The feeds are those of the largest shapes, of which each budget takes its first rows.
 
@@ -39,6 +41,7 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
     import torch
 
     outputs, exact, rounding = {}, doubled(graph.module), []
+    large = sum(parameter.numel() for parameter in graph.module.parameters()) > BILLION
     carriers = {axis.input for axis in graph.axes if axis.carrier != "shape"}
     size = min(max(2, graph.batch.min), graph.batch.max)
     with torch.inference_mode():
@@ -58,7 +61,8 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
                     f"the original's {odd[0]} of {graph.name} at {key(budget)} has values that are not finite, so nothing can be held "
                     "against it: are the weights whole, and within float32?"
                 )
-            rounding += [error(tuple(outputs[budget].values()), exact(arrays))] if exact else []
+            if exact and (budget == budgets[0] or not large):  # float64 takes twice as long, which is hours of a large model
+                rounding.append(error(tuple(outputs[budget].values()), exact(arrays)))
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)

@@ -29,7 +29,8 @@ def coreml(
     precision: Annotated[str, options.precision("fp16 with float32 positions, timesteps, inputs and outputs, or fp32.")] = "fp16",
     reductions: Annotated[str, typer.Option(help="Norms of an fp16 program: fp32, or fp16 to stay on the Neural Engine.")] = "fp32",
     compress: Annotated[
-        str | None, typer.Option(help="How weights are stored: palette8, palette6, palette4, int8 or int4 (blocks of 32).", show_default=False)
+        str | None,
+        typer.Option(help="How weights are stored: palette8, palette6, palette4, int8 or int4 (blocks of 32).", show_default=False),
     ] = None,
 ) -> None:
     """Export a model to a Core ML package, prove each of its budgets, and write a bundle or add to one.
