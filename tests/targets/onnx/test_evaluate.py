@@ -3,17 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
+ir = pytest.importorskip("onnx_ir", reason="cutting a graph needs onnx_ir")
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
-import elastic_export
-from elastic_export import verifying
-from elastic_runtime import Budget, Bundle, InferenceError, open_session
-from elastic_runtime.contract.reference import axis_feeds, cut, unpack
-from elastic_targets.onnx.evaluate import PartSession
+import elastic_export  # noqa: E402
+from elastic_export import verifying  # noqa: E402
+from elastic_runtime import Budget, Bundle, InferenceError, open_session  # noqa: E402
+from elastic_runtime.contract.reference import axis_feeds, cut, unpack  # noqa: E402
+from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=[("elit-mnist", "fp16"), ("elt-mnist", "int8w"), ("ralu-digits", "int4w")], ids=lambda each: each[0])

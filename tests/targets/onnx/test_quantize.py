@@ -17,7 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX
 from onnx import numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import Bundle, ElasticPipeline, UsageError, VerificationError  # noqa: E402
+from elastic_runtime import Bundle, ElasticPipeline, Span, UsageError, VerificationError  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, quantize, stream  # noqa: E402
 from elastic_targets.onnx.quantize import BLOCKS, blocks, rows  # noqa: E402
@@ -201,3 +201,30 @@ def test_a_decoder_of_convolutions_keeps_its_floats(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="the folders are diffusers'")
     with pytest.raises(UsageError, match="a decoder is made of convolutions, which keep their floats: its precision is one of fp32, fp16"):
         exported(tmp_path, "decoder=int4w", "ralu-digits")
+
+
+def test_a_text_encoder_s_vocabulary_and_matrices_are_held_in_eight_bits(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="the folders are diffusers'")
+    transformers = pytest.importorskip("transformers", reason="the encoders are transformers'")
+    import folders
+
+    from elastic_export.foreign.folder import Folder
+    from elastic_export.foreign.text_encoders import text_encoder
+    from elastic_targets.onnx.lower import lower
+
+    path = folders.write(tmp_path / "f", folders.flux(), text=True)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=500, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    transformers.T5EncoderModel(config).eval().save_pretrained(path / "text_encoder_2")
+    graph = text_encoder(Folder.open(path), "text_encoder_2", 6, Span(1, 2))
+    (artifact,) = lower(graph, OnnxOptions(precision="denoiser=int4w,text=int8w"), tmp_path)
+    assert (artifact.precision, artifact.path) == ("int8w", "onnx/text_encoder_2.int8w.onnx")
+    model = onnx.load(str(tmp_path / artifact.path))
+    kinds = {each.name: (each.data_type, tuple(each.dims)) for each in model.graph.initializer}
+    assert (onnx.TensorProto.INT8, (500, 64)) in kinds.values()
+    assert (onnx.TensorProto.FLOAT, (500, 64)) not in kinds.values()
+    assert Counter(node.op_type for node in model.graph.node)["MatMulNBits"] >= 12
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, graph.example())
+    with torch.no_grad():
+        (wanted,) = graph.module(**{name: torch.from_numpy(array) for name, array in graph.example().items()})
+    assert 1e-5 < np.abs(found - wanted.numpy()).max() < PRECISIONS["int8w"].tolerance * max(1.0, wanted.abs().max().item())
