@@ -21,7 +21,7 @@ from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
 # What it may compute in: our name -> its own, which is understood as well.
-HINTS = {name: name.replace("fp", "f") for name, row in PRECISIONS.items() if "openvino" in row.backends}
+HINTS = {name: name.replace("fp", "f") for name, row in PRECISIONS.items() if "openvino" in row.backends and not row.pictured}
 PROCESSORS: dict[str, Processor] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
 # A session's first run is alone. The bindings (2026.4) make C++ statics in it, for which a thread gives up the interpreter's
 # lock and wants it back, while another holds that and waits for the static: about one process in ten hung for ever.

@@ -29,7 +29,7 @@ def test_rows_name_backends_and_rows_that_exist_and_end_at_float32() -> None:
 
 @pytest.mark.parametrize(
     ("name", "on_gpu"),
-    [("fp32", 1.0), ("fp16", 4.0), ("bf16", 4.0), ("int8", 8.0), ("int8w", 4.0), ("int4w", 4.0), ("fp8", 4.0), ("nvfp4", 4.0)],
+    [("fp32", 1.0), ("fp16", 4.0), ("bf16", 4.0), ("int8", 8.0), ("int8w", 1.0), ("int4w", 1.0), ("fp8", 4.0), ("nvfp4", 4.0)],
 )
 def test_a_precision_is_rated_by_what_it_computes_in(name: str, on_gpu: float) -> None:
     assert Rates.of(GPU, name).flops == on_gpu
