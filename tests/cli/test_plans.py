@@ -35,7 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, folder: Path, opener: Opener) -> Pat
         model = msgspec.structs.replace(model, text=msgspec.structs.replace(model.text, encoders=encoders))
     folder.mkdir(exist_ok=True)
     write_manifest(folder, msgspec.structs.replace(whole, model=model, cost=COST))
-    monkeypatch.setattr(ElasticPipeline, "from_pretrained", lambda bundle, backend=None: ElasticPipeline(bundle, opener))
+    monkeypatch.setattr(ElasticPipeline, "from_pretrained", lambda bundle, backend=None, precisions=(): ElasticPipeline(bundle, opener))
     opener.bundle = Bundle.open(folder)
     return folder
 
