@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
 
 REFERENCE = "reference.npz"
-VERIFY = ("budgets", "ends", "none")  # which budgets an export proves
+# Which of the budgets that there are to prove an export proves.
+VERIFY: dict[str, Callable[[list[Budget]], list[Budget]]] = {
+    "budgets": lambda every: every,
+    "ends": lambda every: list(dict.fromkeys(every[:1] + every[-1:])),
+    "none": lambda every: [],
+}
 # on_stage(what): told before each part of the work
 OnStage = Callable[[str], None]
 
@@ -83,13 +88,13 @@ def export_into(
         (draft.stage / path).write_bytes(content)
     _room_on_disk(capture.graphs, room, options, draft.stage)
     while capture.graphs:
-        on_stage(f"running the original {capture.graphs[0].name}")
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]
         every = [budget for budget in _budgets(graph, room, options) if budget not in known]
-        chosen = {"budgets": every, "ends": list(dict.fromkeys(every[:1] + every[-1:])), "none": []}[verify]
+        chosen = VERIFY[verify](every)
         manifest = manifest.left(graph.name, [dict(budget) for budget in every if budget not in chosen])
         if chosen:
+            on_stage(f"running the original {graph.name}")
             new, rounding = record(graph, chosen)
             arrays |= new
             manifest = manifest.rounded(graph.name, rounding)

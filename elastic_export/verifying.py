@@ -92,8 +92,7 @@ def verify_artifact(
     frugal: bool = False,
 ) -> Artifact:
     """Run one artifact at every recorded budget and return it with its rows; a large one in parts where `frugal`, for little memory."""
-    left = bundle.manifest.graphs[graph].unproven
-    if left and not arrays and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1]):
+    if not arrays and _unrecorded(bundle, graph):
         return msgspec.structs.replace(artifact, verified=(), unverified=UNPROVEN)
     room, reasons = obstacles(artifact)
     large = frugal and sum(file.bytes for file in artifact.files) > LARGE
@@ -114,12 +113,17 @@ def verify_unrounded(bundle: Bundle, graph: str, session: Session) -> None:
 
     Raises: VerificationError naming the first budget that missed it, and the figure.
     """
-    described = bundle.manifest.graphs[graph]
-    if described.unproven and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1]):
+    if _unrecorded(bundle, graph):
         return
     with session:
-        for row in check(bundle, graph, session, described.tolerance()):
+        for row in check(bundle, graph, session, bundle.manifest.graphs[graph].tolerance()):
             _require(row, f"{graph} before its weights were rounded")
+
+
+def _unrecorded(bundle: Bundle, graph: str) -> bool:
+    """Whether the export was told to record nothing of the original's answers for a graph."""
+    left = bundle.manifest.graphs[graph].unproven
+    return bool(left) and not (bundle.manifest.reference and unpack(graph, bundle.reference())[1])
 
 
 def require(graph: str, artifact: Artifact) -> None:

@@ -21,7 +21,7 @@ from digits import Digits
 from elastic_runtime import Budget, Bundle, ElasticPipeline
 from evaluate import Protocol, draw
 from evaluate_plans import draw as draw_along
-from grading import Grader, run, tell
+from grading import Grader, run
 from record import machine, versions
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")
@@ -63,7 +63,7 @@ def rows(bundle: Bundle, options: Namespace) -> Iterator[str]:
                 milliseconds(pipe, way)
                 times[each].append(milliseconds(pipe, way))
         exact = None
-        for done, (each, pipe) in enumerate(pipes.items(), 1):
+        for each, pipe in pipes.items():
             images = pictures(pipe, way, options)
             exact = images if exact is None else exact
             grader = Grader.of(load_judge(images.shape[-1]), options.samples, images.shape[-1])
@@ -75,7 +75,6 @@ def rows(bundle: Bundle, options: Namespace) -> Iterator[str]:
                 f"| {manifest.model.name} | {way} | {each} | {size:.2f} | {steps:.1f} | {10 * np.log10(4 / off) if off else np.inf:.1f} | "
                 f"{grades['accuracy']:.1%} | {grades['frechet_distance']:.2f} | {statistics.median(times[each]):.2f} |"
             )
-            tell(f"{manifest.model.name} {way}", done, len(pipes), 0.0) if options.verbose else None
     for pipe in pipes.values():
         pipe.close()
 
@@ -97,5 +96,4 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--verbose", action="store_true")
     run(main, parser)

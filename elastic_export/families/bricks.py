@@ -51,10 +51,8 @@ def decoder_values(config: Mapping[str, Any], side: int) -> int:
 
 
 def peak_bytes(parameters: int, activation_values: int) -> int:
-    """About the most memory that exporting a graph takes: weights in float32, what the exporter adds to them, and activations.
-
-    Weights past 2 GB are written one by one, and 1.2 times their size was measured; smaller graphs are built in memory once more
-    and serialised. Half precision takes half of the weights on top.
+    """About the most memory that exporting a graph takes where its compiler holds all weights at once (`Target.estimate` is None):
+    weights in float32, what the converter adds to them, and activations.
     """
     weights = parameters * FLOAT32
     return round(weights * (1.2 if weights >= 2e9 else 3.0)) + activation_values * FLOAT32

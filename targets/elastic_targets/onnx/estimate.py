@@ -60,6 +60,6 @@ def _kinds(graph: GraphCapture) -> Mapping[str, str]:
                 kinds[f"{name}.weight"] = "conditions" if inputs[0].dim() == 2 else "tokens"
 
             part.register_forward_pre_hook(see)
-    with fakes, torch.no_grad():
-        module(**{name: torch.from_numpy(array) for name, array in graph.example().items()})
+    with fakes, torch.no_grad():  # a count of loops is a number, which nothing of a fake tensor tells
+        module(**{name: torch.from_numpy(array) if array.ndim else array.item() for name, array in graph.example().items()})
     return kinds

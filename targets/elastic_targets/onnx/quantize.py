@@ -51,6 +51,11 @@ class Matrix:
     bias: ir.Value | None
 
     @property
+    def name(self) -> str:
+        """Of what it is rounded to: a weight that two nodes take in two orders is rounded twice."""
+        return f"{self.value.name}.transposed" if self.transposed else str(self.value.name)
+
+    @property
     def shape(self) -> tuple[int, int]:
         rows, columns = _sizes(self.value)
         return (rows, columns) if self.transposed else (columns, rows)
@@ -132,7 +137,7 @@ def _matrices(model: ir.Model) -> Iterator[Matrix]:
             continue
         if node.op_type == "MatMul":
             yield Matrix(node, value, False, None)
-        elif not node.attributes.get_int("transA", 0) and node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0):
+        elif not node.attributes.get_int("transA", 0) and all(node.attributes.get_float(name, 1.0) == 1 for name in ("alpha", "beta")):
             yield Matrix(node, value, bool(node.attributes.get_int("transB", 0)), node.inputs[2] if len(node.inputs) > 2 else None)
 
 
@@ -175,7 +180,7 @@ def _blockwise(model: ir.Model, matrix: Matrix, bits: int, accuracy_level: int) 
     per_byte = 8 // bits
     constants = _constants(
         model,
-        f"{matrix.value.name}.int{bits}",
+        f"{matrix.name}.int{bits}",
         lambda: blocks(matrix.read(), bits, block),
         (("codes", ir.DataType.UINT8, (rows, count, block // per_byte)), ("scales", ir.DataType.FLOAT, (rows * count,)),
          ("zeros", ir.DataType.UINT8, (rows * -(-count // per_byte),))),
@@ -193,9 +198,8 @@ def _dynamic(model: ir.Model, matrix: Matrix) -> None:
         return np.ascontiguousarray(codes.T), scales
 
     described = (("codes", ir.DataType.INT8, (inputs, outputs)), ("scales", ir.DataType.FLOAT, (outputs,)))
-    constants = _constants(model, f"{matrix.value.name}.int8rows", round_rows, described)
-    biased = [None, matrix.bias] if matrix.bias is not None else []
-    _replace(matrix.node, "DynamicQuantizeMatMul", [matrix.node.inputs[0], *constants, *biased], {}, DOMAIN)
+    constants = _constants(model, f"{matrix.name}.int8rows", round_rows, described)
+    _replace(matrix.node, "DynamicQuantizeMatMul", [matrix.node.inputs[0], *constants], {}, DOMAIN)
 
 
 def _table(model: ir.Model, node: ir.Node) -> None:
@@ -212,7 +216,7 @@ def _table(model: ir.Model, node: ir.Node) -> None:
         return codes, scales[:, None]
 
     described = (("codes", ir.DataType.INT8, (count, width)), ("scales", ir.DataType.FLOAT, (count, 1)))
-    codes, scales = _constants(model, f"{table.name}.int8rows", read, described)
+    codes, scales = _constants(model, f"{table.name}.table", read, described)
     taken = ir.node("Gather", [codes, ids], {"axis": 0})
     scale = ir.node("Gather", [scales, ids], {"axis": 0})
     wide = ir.node("Cast", [taken.outputs[0]], {"to": ir.DataType.FLOAT})

@@ -50,8 +50,9 @@ def stream(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
             outside |= _taken_out(model, value, held[name])
     program.optimize()
     model = program.model
+    inputs = {value.name: value for value in model.graph.inputs}
     for name, (weight, order) in outside.items():
-        value = next(each for each in model.graph.inputs if each.name == name)
+        value = inputs[name]
         model.graph.inputs.remove(value)
         if value.uses():
             value.const_value = _lazy(name, weight, order)

@@ -228,3 +228,49 @@ def test_a_text_encoder_s_vocabulary_and_matrices_are_held_in_eight_bits(tmp_pat
     with torch.no_grad():
         (wanted,) = graph.module(**{name: torch.from_numpy(array) for name, array in graph.example().items()})
     assert 1e-5 < np.abs(found - wanted.numpy()).max() < PRECISIONS["int8w"].tolerance * max(1.0, wanted.abs().max().item())
+
+
+def graph_of(*nodes: Any, **constants: np.ndarray) -> Any:
+    """A model of one input `x` (1, 64) and what its nodes give as `y`."""
+    import onnx_ir as ir
+
+    values = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (("x", 1, ["m", 64]), ("ids", 7, ["n"]))]
+    held = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "g", values, [onnx.ValueInfoProto(name="y")], held)
+    return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10))
+
+
+def test_a_product_that_is_scaled_keeps_its_floats() -> None:
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "a"], ["first"]),
+        onnx.helper.make_node("Relu", ["first"], ["middle"]),
+        onnx.helper.make_node("Gemm", ["middle", "b", "c"], ["last"], alpha=2.0, beta=2.0),
+        onnx.helper.make_node("Relu", ["last"], ["y"]),
+    ]
+    square = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model = graph_of(*nodes, a=square, b=square, c=square[0])
+    quantize.quantize(model, "int8w")
+    assert [node.op_type for node in model.graph] == ["MatMul", "Relu", "Gemm", "Relu"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8w"])
+def test_a_table_that_is_multiplied_by_too_is_rounded_for_each(precision: str) -> None:
+    """As a vocabulary is that a model both reads and writes; and once more in the other order."""
+    import onnx_ir as ir
+
+    nodes = [
+        onnx.helper.make_node("Gather", ["table", "ids"], ["taken"]),
+        onnx.helper.make_node("Relu", ["taken"], ["read"]),
+        onnx.helper.make_node("MatMul", ["read", "table"], ["one"]),
+        onnx.helper.make_node("Relu", ["one"], ["middle"]),
+        onnx.helper.make_node("Gemm", ["middle", "table"], ["other"], transB=1),
+        onnx.helper.make_node("Add", ["other", "x"], ["sum"]),
+        onnx.helper.make_node("Relu", ["sum"], ["y"]),
+    ]
+    table = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    feeds = {"x": table[:3], "ids": np.array([5, 1, 60])}
+    plain, model = graph_of(*nodes, table=table), graph_of(*nodes, table=table)
+    quantize.quantize(model, precision)
+    assert {node.op_type for node in model.graph} >= {"MatMulNBits", "Gather", "Cast"}
+    wanted, found = (onnxruntime.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, feeds)[0] for each in (plain, model))
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
