@@ -211,7 +211,7 @@ def prepare(
     manifest = _manifest(capture, command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
         _refuse_clobber(old, room, capture.graphs, options, overwrite)
-        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality)
+        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality, precisions=manifest.precisions)
     if old and not overwrite:
         raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
     return None, manifest

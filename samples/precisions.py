@@ -18,21 +18,25 @@ import numpy as np
 import elastic_export
 from classifier import load_judge
 from digits import Digits
+from elastic_export.capture.zoo import samples
 from elastic_runtime import Budget, Bundle, ElasticPipeline
 from evaluate import Protocol, draw
 from evaluate_plans import draw as draw_along
 from grading import Grader, run
-from record import machine, versions
+from record import machine, read, versions, write
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")
 COLUMNS = ("sample", "at", "precision", "MB", "step dB", "pictures dB", "named as asked", "Fréchet", "ms a step")
 PLANS = ("4x", "full")
+GUIDANCE = 1.5
 
 
 def pictures(pipe: ElasticPipeline, way: Any, options: Namespace) -> np.ndarray:
     """`options.samples` pictures (N, 1, h, w) in [-1, 1], classes in turn, always from the same noise."""
     if isinstance(way, Budget):
-        return draw(pipe, way, 1.5, Protocol(samples=options.samples, steps=options.steps, seed=options.seed), options.batch).digits.images
+        return draw(
+            pipe, way, GUIDANCE, Protocol(samples=options.samples, steps=options.steps, seed=options.seed), options.batch
+        ).digits.images
     from evaluate_plans import Protocol as Plans
 
     labels, parts = np.arange(options.samples) % 10, []
@@ -48,11 +52,10 @@ def milliseconds(pipe: ElasticPipeline, way: Any) -> float:
     return 1e3 * statistics.median(step.seconds for step in result.steps)
 
 
-def rows(bundle: Bundle, options: Namespace) -> Iterator[str]:
-    """The table of one sample."""
+def rows(bundle: Bundle, options: Namespace) -> Iterator[dict[str, Any]]:
+    """What was measured of one sample, a row a way to draw and precision, the most exact precision first."""
     manifest = bundle.manifest
-    axis = manifest.axes[0]
-    ways: list[Any] = list(PLANS) if manifest.model.patches else [Budget(**{axis.name: value}) for value in (axis.min, axis.max)]
+    ways: list[Any] = list(PLANS) if manifest.model.patches else [Budget(**{manifest.axes[0].name: value}) for value in _spread(bundle)]
     artifacts = {artifact.precision: artifact for artifact in manifest.graphs["denoiser"].artifacts}
     pipes = {each: ElasticPipeline.from_pretrained(bundle, "ort", (each,), threads=options.threads) for each in PRECISIONS}
     labels = np.arange(options.samples) % 10
@@ -66,33 +69,66 @@ def rows(bundle: Bundle, options: Namespace) -> Iterator[str]:
         for each, pipe in pipes.items():
             images = pictures(pipe, way, options)
             exact = images if exact is None else exact
-            grader = Grader.of(load_judge(images.shape[-1]), options.samples, images.shape[-1])
-            grades = grader.grade(Digits(images, labels))
+            grades = Grader.of(load_judge(images.shape[-1]), options.samples, images.shape[-1]).grade(Digits(images, labels))
             off = float(np.mean((images - exact) ** 2))
-            held, size = artifacts[each], sum(file.bytes for file in artifacts[each].files) / 1e6
-            steps = min(row.psnr_db for row in held.verified)
-            yield (
-                f"| {manifest.model.name} | {way} | {each} | {size:.2f} | {steps:.1f} | {10 * np.log10(4 / off) if off else np.inf:.1f} | "
-                f"{grades['accuracy']:.1%} | {grades['frechet_distance']:.2f} | {statistics.median(times[each]):.2f} |"
-            )
+            place = {"budget": dict(way)} if isinstance(way, Budget) else {"budget": {}, "plan": way}
+            yield place | {
+                "precision": each,
+                "accuracy": grades["accuracy"],
+                "frechet_distance": grades["frechet_distance"],
+                "psnr_db": float(10 * np.log10(4 / off)) if off else None,
+                "megabytes": sum(file.bytes for file in artifacts[each].files) / 1e6,
+                "step_db": min(row.psnr_db for row in artifacts[each].verified),
+                "milliseconds": statistics.median(times[each]),
+            }
     for pipe in pipes.values():
         pipe.close()
 
 
+def _spread(bundle: Bundle) -> list[int]:
+    """The ends of the axis and the middle of its doublings."""
+    values = bundle.manifest.axes[0].doublings()
+    return sorted({values[0], values[len(values) // 2], values[-1]})
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    way = row.get("plan") or Budget(**row["budget"])
+    pictured = "same" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+    return (
+        f"| {name} | {way} | {row['precision']} | {row['megabytes']:.2f} | {row['step_db']:.1f} | {pictured} | "
+        f"{row['accuracy']:.1%} | {row['frechet_distance']:.2f} | {row['milliseconds']:.2f} |"
+    )
+
+
 def main(options: Namespace) -> None:
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             for precision in PRECISIONS:
                 bundle = elastic_export.export(name, output=Path(folder) / name, precision=precision, batch="1-100")
-            for line in rows(bundle, options):
-                print(line, flush=True)
+            measured = []
+            for row in rows(bundle, options):
+                measured.append(row)
+                print(line(name, row), flush=True)
+            if options.record:
+                kept = ("budget", "plan", "precision", "accuracy", "frechet_distance", "psnr_db")
+                protocol = {"samples": options.samples, "steps": options.steps, "guidance": GUIDANCE, "seed": options.seed}
+                new = {
+                    "protocol": protocol,
+                    "rows": [{each: row[each] for each in kept if each in row} for row in measured],
+                    "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
+                    "machine": machine(),
+                }
+                path = samples()[name]
+                write(path, read(path) | {"precisions": new})
     print(f"\n{machine()}; {versions('elastic-export', 'onnxruntime', 'torch')}")
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="+", help="packaged samples")
+    parser.add_argument("--record", action="store_true", help="write accuracy and distances into the samples' cards, for --precision auto")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 import msgspec
 
@@ -16,6 +17,8 @@ from elastic_runtime.contract.axis import Axis, Span, probes
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
 from elastic_targets.capture import GraphCapture
+
+R = TypeVar("R", bound=manifest.Quality)
 
 
 @dataclass
@@ -80,10 +83,16 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
         axes=axes,
         graphs=described(graphs),
         cost=tuple(family.cost(params, budget, parameters) for budget in all_budgets(axes)),
-        quality=tuple(row for row in model.quality if all(row.budget[axis.name] in axis.values for axis in axes)),
+        quality=_offered(model.quality, axes),
+        precisions=_offered(model.precisions, axes),
         provenance=origin(model.checkpoint, model.ignored, weights),
     )
     return Capture(making, graphs)
+
+
+def _offered(rows: Iterable[R], axes: Iterable[Axis]) -> tuple[R, ...]:
+    """Rows of the card at budgets that the axes still offer."""
+    return tuple(row for row in rows if all(row.budget[axis.name] in axis.values for axis in axes))
 
 
 def described(graphs: Iterable[GraphCapture]) -> dict[str, artifacts.Graph]:

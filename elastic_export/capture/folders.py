@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_export.capture.capture import Capture, described, origin
-from elastic_export.capture.zoo import quality
+from elastic_export.capture.zoo import precisions, quality
 from elastic_export.families import flux, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
@@ -160,6 +160,7 @@ def capture_folder(
         graphs=described(graphs),
         cost=costs,
         quality=quality(name) if packaged and name else (),
+        precisions=precisions(name) if packaged and name else (),
         provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen) if digest else {}),
     )
     return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))

@@ -16,7 +16,7 @@ from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
 from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import checkpoint_files, digest, few
-from elastic_runtime.contract.manifest import Quality
+from elastic_runtime.contract.manifest import Quality, Rounded
 from elastic_runtime.errors import ModelError
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
@@ -37,6 +37,7 @@ class Model:
     checkpoint_sha256: str | None = None
     ignored: tuple[str, ...] = ()
     quality: tuple[Quality, ...] = ()
+    precisions: tuple[Rounded, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,19 @@ def _sample(request: Request) -> Model:
     card = read_json(samples()[request.name])
     family = FAMILIES[card["family"]]
     model = _with_weights(request, family, samples()[request.name].with_suffix(".safetensors"), {"the card": card["config"]})
-    return replace(model, quality=quality(request.name))
+    return replace(model, quality=quality(request.name), precisions=precisions(request.name))
 
 
 def quality(name: str) -> tuple[Quality, ...]:
     """What the card of a packaged sample measured; nothing for other names."""
     rows = read_json(samples()[name])["quality"] if name in samples() else ()
     return msgspec.convert(rows, tuple[Quality, ...])
+
+
+def precisions(name: str) -> tuple[Rounded, ...]:
+    """What it measured of other precisions; nothing for other names."""
+    record = read_json(samples()[name]).get("precisions", {}) if name in samples() else {}
+    return msgspec.convert(record.get("rows", ()), tuple[Rounded, ...])
 
 
 def _find(name: str) -> tuple[Family, Any]:

@@ -58,7 +58,8 @@ class Sampling:
 
     steps: Annotated[int | None, _option("--steps", "Denoising steps [dim](default: 20)[/dim].", min=1)] = None
     sampler: Annotated[
-        str | None, _option("--sampler", "euler, heun, sde; ddpm, ddim; maskgit [dim](default: the first that fits)[/dim].")
+        str | None,
+        _option("--sampler", "euler, heun, sde; ddpm, ddim, dpm++2m; ab2, ab3; maskgit [dim](default: the first that fits)[/dim]."),
     ] = None
     temperature: Annotated[float | None, _option("--temperature", "How freely a masked model keeps tokens [dim](default: 4.5)[/dim].")] = (
         None

@@ -41,7 +41,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Artifacts that may draw, [bold]fp32,int8[/bold]: the fastest of them [dim](default: the most exact)[/dim].",
+            help="Artifacts that may draw, [bold]fp32,int8[/bold]: the fastest of them; [bold]auto[/bold]: of those whose pictures the "
+            "card found as good [dim](default: the most exact)[/dim].",
             show_default=False,
         ),
     ] = None,

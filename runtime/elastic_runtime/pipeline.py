@@ -14,6 +14,7 @@ from elastic_runtime.choosing.calibration import chosen, fastest
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
+from elastic_runtime.choosing.precisions import FLOOR, allowed
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
@@ -55,12 +56,18 @@ class ElasticPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, bundle: str | os.PathLike[str] | Bundle, backend: str | None = None, precisions: Sequence[str] = (), **options: Any
+        cls,
+        bundle: str | os.PathLike[str] | Bundle,
+        backend: str | None = None,
+        precisions: Sequence[str] | str = (),
+        floor: float = FLOOR,
+        **options: Any,
     ) -> Self:
         """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
 
         Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is
         taken: of the most exact artifacts, or of those of `precisions`, which says how much exactness may be given up.
+        "auto" are those that the bundle's card saw keep `floor` of float32's accuracy, and float32.
 
         Raises: BundleError, and MissingError where nothing here can run its denoiser; UsageError for precisions of
         which it has none.
@@ -76,6 +83,7 @@ class ElasticPipeline:
         if not any(room for room, _ in checks):
             reasons = " ".join(dict.fromkeys(reason for _, why in checks for reason in why))
             raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {reasons}")
+        precisions = allowed(opened.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
         if precisions and not {artifact.precision for artifact in graphs["denoiser"].artifacts} & set(precisions):
             has = ", ".join(dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts))
             raise UsageError(f"{opened.folder} has its denoiser in {has}, and none in {', '.join(precisions)}: export it so, too")

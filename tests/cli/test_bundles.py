@@ -70,7 +70,7 @@ def test_a_schedule_of_budgets(run: Run, digits: Path, tmp_path: Path) -> None:
         (["--guidance", "0.5"], "guidance_scale must be 1 (off) or more, got 0.5"),
         (["--interval", "0.8-0.3"], "the guidance interval must lie in 0 to 1 and rise"),
         (["--interval", "often"], "an interval is written 0.3-0.8, got 'often'"),
-        (["--sampler", "dpm"], "takes euler, heun or sde"),
+        (["--sampler", "dpm"], "takes euler, heun, sde, ab2 or ab3"),
         (["--sampler", "sde", "--steps", "1"], "at least 2 steps, got 1"),
         (["--autoguidance"], "autoguidance needs a guidance budget smaller than the budget"),
         (["--steps", "0"], "Invalid value for '--steps'"),

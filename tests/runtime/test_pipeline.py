@@ -236,7 +236,7 @@ def test_labels_that_are_not_whole_numbers_are_refused(labels: Any) -> None:
         ({"output_type": "pt"}, "output_type must be pil, np or latent, got 'pt'"),
         ({"sampler": "ddim"}, "'ddim' does not fit; tiny, whose schedule is rectified_flow, takes euler"),
         ({"temperature": 1.0}, "temperature is for masked models; euler takes none"),
-        ({"sampler": "dpm"}, "no sampler 'dpm'; tiny, whose schedule is rectified_flow, takes euler, heun or sde"),
+        ({"sampler": "dpm"}, "no sampler 'dpm'; tiny, whose schedule is rectified_flow, takes euler, heun, sde, ab2 or ab3"),
         ({"num_inference_steps": 0}, "at least 1 step, got 0"),
         ({"num_inference_steps": 2.5}, "whole number"),
         ({"guidance_scale": 0.5}, "guidance_scale must be 1"),

@@ -212,6 +212,19 @@ def bundle(opened: Bundle) -> None:
     if manifest.quality:
         rows = [(row.where, f"{row.accuracy:.1%}", f"{row.frechet_distance:.2f}") for row in manifest.quality]
         table("quality, from the model card", ("plan" if manifest.quality[0].plan else "budget", "accuracy", "Frechet distance"), rows)
+    if manifest.precisions:
+        graded = [
+            (
+                row.where,
+                row.precision,
+                f"{row.accuracy:.1%}",
+                f"{row.frechet_distance:.2f}",
+                "same" if row.psnr_db is None else f"{row.psnr_db:.1f}",
+            )
+            for row in manifest.precisions
+        ]
+        place = "plan" if manifest.precisions[0].plan else "budget"
+        table("precisions, from the model card", (place, "precision", "accuracy", "Frechet distance", "pictures dB"), graded)
 
 
 def _thin(rows: tuple[Cost, ...], most: int = 9) -> list[Cost]:

@@ -54,7 +54,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         yield from (f"graph 'decoder': {why}" for why in _decoder(decoder, model))
     for row in manifest.cost:
         yield from (f"`cost` {why}" for why in _budget(row.budget, axes))
-    for place in manifest.quality:
+    for place in (*manifest.quality, *manifest.precisions):
         if place.plan is None:
             yield from (f"`quality` {why}" for why in _budget(place.budget, axes))
         elif model.patches is None:

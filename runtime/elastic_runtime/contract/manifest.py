@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from elastic_runtime.contract import precision
 from elastic_runtime.contract.artifacts import Artifact, FileEntry, Graph
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import key
@@ -154,6 +155,16 @@ class Quality(Record, frozen=True, kw_only=True):
         return key(self.budget) if self.plan is None else plan_label(self.plan, self.steps)
 
 
+class Rounded(Quality, frozen=True, kw_only=True):
+    """What the card measured in one precision: rows of one protocol, all precisions from the same noise, float32 among them.
+
+    `psnr_db` is that of its pictures against float32's, None where they are the same.
+    """
+
+    precision: precision.Name
+    psnr_db: Finite | None = None
+
+
 def plan_label(name: str, steps: Sequence[int] | None) -> str:
     """What users call a plan in so many steps by stage: `full, 20 steps`, and `4x` where they are the preset's own."""
     return name if steps is None or tuple(steps) == OWN_STEPS.get(name) else f"{name}, {'+'.join(map(str, steps))} steps"
@@ -182,6 +193,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     cost: tuple[Cost, ...]
     provenance: Provenance
     quality: tuple[Quality, ...] = ()
+    precisions: tuple[Rounded, ...] = ()
     reference: FileEntry | None = None
 
     def __post_init__(self) -> None:

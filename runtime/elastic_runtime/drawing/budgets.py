@@ -21,6 +21,7 @@ from elastic_runtime.errors import UsageError
 from elastic_runtime.request import Progress, Request, StepRecord
 from elastic_runtime.sampling.fitting import sampler, start
 from elastic_runtime.sampling.flow import Loop, Step, after
+from elastic_runtime.sampling.multistep import History
 from elastic_runtime.sampling.noise import Generators
 
 STEPS = 20
@@ -82,9 +83,9 @@ class BudgetDrawing(Drawing):
 
     def begin(self, choice: Choice) -> None:
         self._check(choice)
-        self._choice, self._index = choice, 0
+        self._choice, self._index, self._history = choice, 0, History()
         (self._left,) = choice.left((self.steps,))
-        self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise)
+        self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise, history=self._history)
 
     def step(self, replacement: np.ndarray | None) -> Step:
         self._guided = False
@@ -122,7 +123,10 @@ class BudgetDrawing(Drawing):
             return replacement
         (self._left,) = left
         self._loop.close()
-        self._loop = self._run(self._predict, after(step, replacement), self._left, self._noise, step.next_time)
+        state = after(step, replacement)
+        if state is not step.sample:
+            self._history.clear()
+        self._loop = self._run(self._predict, state, self._left, self._noise, step.next_time, self._history)
         return None
 
     def _check(self, choice: Choice) -> None:

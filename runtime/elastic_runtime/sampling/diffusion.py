@@ -39,7 +39,7 @@ def ddim(
     """
     x, times = noise.astype(np.float64), path.times(steps)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        picture, eps, _ = _split(predict, x, float(t), i, path, prediction, limit, learned_variance)
+        picture, eps, _ = split(predict, x, float(t), i, path, prediction, limit, learned_variance)
         alpha, sigma = path.alpha_sigma(float(t_next))
         step = Step(i, steps, float(t), float(t_next), alpha * picture + sigma * eps, picture)
         x = after(step, (yield step))
@@ -63,7 +63,7 @@ def ddpm(
     """
     x, times = noise.astype(np.float64), path.times(steps)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        picture, eps, place = _split(predict, x, float(t), i, path, prediction, limit, learned_variance)
+        picture, eps, place = split(predict, x, float(t), i, path, prediction, limit, learned_variance)
         (alpha, sigma), (alpha_next, sigma_next) = path.alpha_sigma(float(t)), path.alpha_sigma(float(t_next))
         ahead = alpha_next * picture + sigma_next**2 / sigma * alpha / alpha_next * eps
         if i < steps - 1:
@@ -82,7 +82,7 @@ def _deviation(beta: float, posterior: float, place: np.ndarray | None) -> np.nd
     return deviation
 
 
-def _split(
+def split(
     predict: Predict, x: np.ndarray, t: float, index: int, path: Path, prediction: str, limit: float | None, learned_variance: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The predicted picture and noise that make up `x`, and where the variance lies between its bounds."""

@@ -5,26 +5,36 @@ from typing import Protocol
 import numpy as np
 
 from elastic_runtime.contract.manifest import Model
-from elastic_runtime.contract.schedule import CosineMask, LinearBeta, Onward, RectifiedFlow, ShiftedCosine
+from elastic_runtime.contract.schedule import CosineMask, LinearBeta, Onward, Path, RectifiedFlow, ShiftedCosine
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sampling.diffusion import ddim, ddpm
 from elastic_runtime.sampling.flow import SAMPLERS, SDE_LEAST, Loop, Predict, sde_times
 from elastic_runtime.sampling.masking import TEMPERATURE, maskgit
+from elastic_runtime.sampling.multistep import ORDERS, History, dpm_2m, flow_adams, path_adams
 from elastic_runtime.sampling.noise import initial
 
 
 class Run(Protocol):
-    """A loop from `start`, drawing what it needs from `source`; with `begin`, what is left of a run from that time on."""
+    """A loop from `start`, drawing what it needs from `source`; with `begin`, what is left of a run from that time on.
+
+    `history` is what a multistep solver goes by, kept from one loop of a run to the next.
+    """
 
     def __call__(
-        self, predict: Predict, start: np.ndarray, steps: int, source: np.random.Generator, begin: float | None = None
+        self,
+        predict: Predict,
+        start: np.ndarray,
+        steps: int,
+        source: np.random.Generator,
+        begin: float | None = None,
+        history: History | None = None,
     ) -> Loop: ...
 
 
 OFFERED: dict[type, tuple[str, ...]] = {
-    RectifiedFlow: tuple(SAMPLERS),
-    ShiftedCosine: ("ddpm", "ddim"),
-    LinearBeta: ("ddpm", "ddim"),
+    RectifiedFlow: (*SAMPLERS, *ORDERS),
+    ShiftedCosine: ("ddpm", "ddim", *ORDERS, "dpm++2m"),
+    LinearBeta: ("ddpm", "ddim", *ORDERS, "dpm++2m"),
     CosineMask: ("maskgit",),
 }
 
@@ -85,22 +95,29 @@ def _run(model: Model, name: str, temperature: float | None) -> Run:
         heat = TEMPERATURE if temperature is None else temperature
         if not 0 <= heat < float("inf"):
             raise UsageError(f"temperature must be 0 or more, got {heat}")
-        return lambda predict, start, steps, source, begin=None: maskgit(
+        return lambda predict, start, steps, source, begin=None, history=None: maskgit(
             predict, start, steps, source, schedule, heat, 1.0 if begin is None else begin
         )
     if isinstance(schedule, RectifiedFlow):
-        return lambda predict, start, steps, source, begin=None: SAMPLERS[name](
+        if name in ORDERS:
+            return lambda predict, start, steps, source, begin=None, history=None: flow_adams(
+                ORDERS[name], predict, start, steps, 1.0 if begin is None else begin, history
+            )
+        return lambda predict, start, steps, source, begin=None, history=None: SAMPLERS[name](
             predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
         )
+    about = (model.prediction, 1.0 if model.pixels else None, model.learned_variance)
+
+    def onward(begin: float | None) -> Path:
+        return schedule if begin is None else Onward(schedule, begin)
+
+    if name in ORDERS:
+        return lambda predict, start, steps, source, begin=None, history=None: path_adams(
+            ORDERS[name], predict, start, steps, onward(begin), *about, history
+        )
+    if name == "dpm++2m":
+        return lambda predict, start, steps, source, begin=None, history=None: dpm_2m(predict, start, steps, onward(begin), *about, history)
     loop = {"ddpm": ddpm, "ddim": ddim}[name]
-    limit = 1.0 if model.pixels else None
-    return lambda predict, start, steps, source, begin=None: loop(
-        predict,
-        start,
-        steps,
-        source.standard_normal,
-        schedule if begin is None else Onward(schedule, begin),
-        model.prediction,
-        limit,
-        model.learned_variance,
+    return lambda predict, start, steps, source, begin=None, history=None: loop(
+        predict, start, steps, source.standard_normal, onward(begin), *about
     )
