@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ VERIFY: dict[str, Callable[[list[Budget]], list[Budget]]] = {
 }
 # on_stage(what): told before each part of the work
 OnStage = Callable[[str], None]
+G = TypeVar("G", bound="GraphCapture | BundleGraph")
 
 
 def silent(*_: object) -> None:
@@ -138,7 +139,7 @@ def export_bundle(
         graphs = [BundleGraph(bundle, name) for name in bundle.manifest.graphs]
         for graph in graphs:
             room.requires(graph, options)
-        _refuse_clobber(bundle, room, graphs, options, overwrite)
+        graphs = _missing(bundle, room, graphs, options, overwrite)
         if not here:
             draft.copy(bundle)
         manifest = bundle.manifest
@@ -203,6 +204,7 @@ def prepare(
     capture: "Capture", room: Target, options: Any, old: Bundle | None, command: str, overwrite: bool
 ) -> tuple[Bundle | None, Manifest]:
     """The bundle that the export will extend (`old`, or None: it makes a new one), and the manifest to go on with.
+    Of the capture's graphs those are left that the old bundle does not have in this precision.
 
     Raises: what `export_capture` raises before it lowers anything.
     """
@@ -210,7 +212,7 @@ def prepare(
         room.requires(graph, options)
     manifest = _manifest(capture, command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
-        _refuse_clobber(old, room, capture.graphs, options, overwrite)
+        capture.graphs[:] = _missing(old, room, capture.graphs, options, overwrite)
         return old, msgspec.structs.replace(old.manifest, quality=manifest.quality, precisions=manifest.precisions)
     if old and not overwrite:
         raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
@@ -237,13 +239,20 @@ def _spans(dimensions: dict[str, Span] | None) -> str | None:
     return None if dimensions is None else ", ".join(f"{name} {span}" for name, span in dimensions.items())
 
 
-def _refuse_clobber(old: Bundle, room: Target, graphs: Sequence[Any], options: Any, overwrite: bool) -> None:
+def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overwrite: bool) -> list[G]:
+    """The graphs that are still to be lowered: those whose artifacts the bundle has already are the same, as a decoder is beside
+    another precision of its denoiser.
+
+    Raises: BundleError where nothing is left to do.
+    """
     if overwrite:
-        return
-    for graph in graphs:
-        standing = {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts}
-        if path := next((standing[path] for path in room.paths(graph, options) if path in standing), None):
-            raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
+        return list(graphs)
+    standing = {graph.name: {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts} for graph in graphs}
+    missing = [graph for graph in graphs if not set(room.paths(graph, options)) & set(standing[graph.name])]
+    if not missing:
+        name, path = next((graph.name, path) for graph in graphs for path in room.paths(graph, options) if path in standing[graph.name])
+        raise BundleError(f"{old.folder / standing[name][path]} exists: choose another -o/--output, or replace it with --overwrite")
+    return missing
 
 
 def _budgets(graph: "GraphCapture", room: Target, options: Any) -> list[Budget]:

@@ -23,7 +23,7 @@ from elastic_runtime import Budget, Bundle, ElasticPipeline
 from evaluate import Protocol, draw
 from evaluate_plans import draw as draw_along
 from grading import Grader, run
-from record import machine, read, versions, write
+from record import evaluation, machine, read, versions, write
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")
 COLUMNS = ("sample", "at", "precision", "MB", "step dB", "pictures dB", "named as asked", "Fréchet", "ms a step")
@@ -34,9 +34,9 @@ GUIDANCE = 1.5
 def pictures(pipe: ElasticPipeline, way: Any, options: Namespace) -> np.ndarray:
     """`options.samples` pictures (N, 1, h, w) in [-1, 1], classes in turn, always from the same noise."""
     if isinstance(way, Budget):
-        return draw(
-            pipe, way, GUIDANCE, Protocol(samples=options.samples, steps=options.steps, seed=options.seed), options.batch
-        ).digits.images
+        sampler = evaluation(read(samples()[pipe.bundle.manifest.model.name]))["protocol"]["sampler"]  # the card's own
+        protocol = Protocol(samples=options.samples, steps=options.steps, sampler=sampler, seed=options.seed)
+        return draw(pipe, way, GUIDANCE, protocol, options.batch).digits.images
     from evaluate_plans import Protocol as Plans
 
     labels, parts = np.arange(options.samples) % 10, []

@@ -2,6 +2,9 @@
 
 Legend: B batch, C channels, T spatial tokens, D width, G groups (windows), P latents a group, J kept latents a group,
 K = G*J kept latents of a picture. The core runs on K tokens; everything else runs on T.
+
+Between the patch embedding and the last layer tokens stand in window order: attention over all of them does not mind, and windows are
+slices. Public code keeps them in raster order and turns them before Read and after Write; the numbers are the same.
 """
 
 import math
@@ -106,7 +109,10 @@ class RootMeanSquareNorm(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention inside each window, with q and k normalised over the full width before the head split."""
+    """Attention inside each window, with q and k normalised over the full width before the head split.
+
+    `x` (P, D) stands for the same queries in every window, which are then computed once.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -119,12 +125,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         k, v = self.kv_proj(context).chunk(2, dim=-1)
-        q = split_heads(self.q_norm(self.q_proj(x)), self.heads)  # (B, G, H, P, D/H)
-        k = split_heads(self.k_norm(k), self.heads)
-        v = split_heads(v, self.heads)
-        # Windows join the batch: fused attention kernels and ONNX's Attention take four dimensions.
-        attended = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # (B*G, H, P, D/H)
-        return self.proj(merge_heads(attended).unflatten(0, x.shape[:2]))  # (B, G, P, D)
+        q = self.q_norm(self.q_proj(x)).expand_as(k)
+        # Windows join the batch: fused attention kernels and ONNX's Attention take three or four dimensions.
+        q, k, v = (split_heads(part.flatten(0, 1), self.heads) for part in (q, self.k_norm(k), v))  # (B*G, H, P, D/H)
+        attended = merge_heads(F.scaled_dot_product_attention(q, k, v))  # (B*G, P, D)
+        return self.proj(attended.unflatten(0, context.shape[:2]))  # (B, G, P, D)
 
 
 class Read(nn.Module):
@@ -143,7 +148,7 @@ class Read(nn.Module):
     def forward(self, spatial: Tensor, c: Tensor, latent_positions: Tensor) -> Tensor:
         # The seventh part is in the checkpoints and unused by the public forward.
         shift_p, scale_p, gate_a, shift_m, scale_m, gate_m, _ = (part[:, None] for part in self.modulation(c))  # (B, 1, 1, D)
-        latents = self.learned_query_embed.expand_as(spatial)  # (B, G, P, D)
+        latents = self.learned_query_embed  # (P, D), of every window
         latents = latents + gate_a * self.attention(latents, modulate(layer_norm(spatial), shift_p, scale_p))
         latents = latents + gate_m * self.mlp(modulate(layer_norm(latents), shift_m, scale_m))
         return latents + latent_positions  # (B, G, P, D)
@@ -188,11 +193,11 @@ class Elit(nn.Module):
     def to_windows(self, x: Tensor) -> Tensor:
         side = self.params.group_size
         grid = x.unflatten(1, (self.params.grid // side, side, self.params.grid // side, side))  # (B, Gh, s, Gw, s, D)
-        return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, G, P, D)
+        return grid.transpose(2, 3).flatten(1, 4)  # (B, T, D), window after window
 
     def to_raster(self, x: Tensor) -> Tensor:
         side, rows = self.params.group_size, self.params.grid // self.params.group_size
-        return x.unflatten(2, (side, side)).unflatten(1, (rows, rows)).transpose(2, 3).flatten(1, 4)  # (B, T, D)
+        return x.unflatten(1, (rows, rows, side, side)).transpose(2, 3).flatten(1, 4)  # (B, T, D)
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, latent_ids: Tensor) -> Tensor:
         """Predict the velocity `eps - x_0`.
@@ -203,21 +208,23 @@ class Elit(nn.Module):
         params, kept = self.params, latent_ids.shape[0]
         core = slice(params.head_blocks, params.depth - params.tail_blocks)
         c = self.t_embedder(timestep) + self.y_embedder(class_labels)  # (B, D)
-        x = self.x_embedder(sample.to(c.dtype)) + self.pos_embed  # (B, T, D)
+        x = self.to_windows(self.x_embedder(sample.to(c.dtype)) + self.pos_embed)  # (B, T, D)
         for block in self.blocks[: core.start]:
             x = block(x, c)
 
-        spatial = self.to_windows(x) + self.read.pos_embed  # (B, G, P, D)
-        latents = self.read(spatial, c, self.to_windows(self.read.latent_pos_embed[None, : params.tokens]))
+        spatial = x.unflatten(1, (params.groups, -1)) + self.read.pos_embed  # (B, G, P, D)
+        positions = self.to_windows(self.read.latent_pos_embed[None, : params.tokens]).unflatten(1, (params.groups, -1))
+        latents = self.read(spatial, c, positions)
         z = latents[:, :, :kept].flatten(1, 2)  # (B, K, D)
         for block in self.blocks[core]:
             z = block(z, c)
         z = z.unflatten(1, (params.groups, -1))  # (B, G, J, D)
-        x = self.to_raster(self.write(spatial, torch.cat([z, latents[:, :, kept:]], dim=2)))  # (B, T, D)
+        x = self.write(spatial, torch.cat([z, latents[:, :, kept:]], dim=2)).flatten(1, 2)  # (B, T, D)
 
         for block in self.blocks[core.stop :]:
             x = block(x, c)
-        return unpatchify(self.final_layer(x, c).float(), params.patch_size, params.grid)  # (B, C, H, W)
+        patches = self.to_raster(self.final_layer(x, c).float())
+        return unpatchify(patches, params.patch_size, params.grid)  # (B, C, H, W)
 
 
 _RENAMES = (
@@ -329,7 +336,10 @@ def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarra
 
 
 def flops(params: ElitParams, latents: int) -> int:
-    """FLOPs of one ELIT forward pass at batch 1 with `latents` kept latents; Read and Write run at full P whatever it is."""
+    """FLOPs of one ELIT forward pass at batch 1 with `latents` kept latents, as published; Read and Write run at full P whatever it is.
+
+    What is counted and not computed is Read's query projection of all windows but one: they have the same queries.
+    """
     width, tokens, per_group = params.hidden_size, params.tokens, params.group_latents
     patch_values = params.patch_size**2 * params.in_channels
     core = params.depth - params.head_blocks - params.tail_blocks

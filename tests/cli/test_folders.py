@@ -161,6 +161,18 @@ def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> No
         assert said == pytest.approx(sum(file["bytes"] for file in made), rel=0.1), precision
 
 
+def test_another_precision_joins_beside_the_decoder_that_is_there(run: Run, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux())
+    words = ("onnx", tmp_path / "f", "-o", tmp_path / "out", "--size", "16", "--batch", "1-2", "--json")
+    first = json.loads(run(*words).out)["manifest"]["graphs"]
+    done = run(*words, "--precision", "int8w")
+    second = json.loads(done.out)["manifest"]["graphs"]
+    assert second["decoder"] == first["decoder"]
+    assert [artifact["precision"] for artifact in second["denoiser"]["artifacts"]] == ["fp32", "int8w"]
+    again = run(*words, "--precision", "int8w")
+    assert (again.code, "denoiser.int8w.onnx exists: choose another" in again.err) == (2, True)
+
+
 def test_a_disk_that_is_too_small_is_found_before_anything_is_made(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders.write(tmp_path / "f", folders.flux(), decoder=False)
     monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))

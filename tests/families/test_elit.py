@@ -130,7 +130,8 @@ def test_flops_are_the_published_ones(size: int, head: int, share: float, gflops
 
 
 def test_flops_count_what_torch_multiplies() -> None:
-    """Against torch's own counter on a small model, whose attention it counts as we do."""
+    """Against torch's own counter on a small model, whose attention it counts as we do. Read's queries, the same in every window, are
+    computed once, and published figures count them for each."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,7 +141,8 @@ def test_flops_count_what_torch_multiplies() -> None:
         # its counter knows the plain kernel's two products
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        assert elit_flops(params, kept * params.groups) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+        again = 2 * (params.tokens - params.group_latents) * params.hidden_size**2
+        assert elit_flops(params, kept * params.groups) - again == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
@@ -174,7 +176,7 @@ def test_windows_are_row_major_and_undone() -> None:
     module = Elit(SMALL)  # a grid of 4x4 tokens in windows of 2x2
     raster = torch.arange(16.0).reshape(1, 16, 1)
     windows = module.to_windows(raster)
-    assert windows[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert windows[0, :, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
     assert torch.equal(module.to_raster(windows), raster)
 
 

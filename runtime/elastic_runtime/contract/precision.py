@@ -39,6 +39,11 @@ class Precision:
     backends: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether activations are rounded by the largest value of a whole batch, so that rows of one run depend on each other."""
+        return self.rate == "int8"
+
     def peak(self, rates: Mapping[str, float]) -> float:
         """The rate (operations a second) that it computes at where a device has these."""
         row = self

@@ -18,6 +18,7 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
+from elastic_runtime.sessions.lanes import Lanes, Run, example, splits
 from elastic_runtime.sessions.session import Arrays, Session
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -40,6 +41,7 @@ ADVICE = {
     CUDA: "The CUDA libraries did not load, or there is no GPU: pip install 'elastic-export[ort-gpu]' brings the former; pip uninstall "
     "onnxruntime before, which stands in its way. Or ask for device='cpu'",
 }
+SMALL = 256_000_000  # bytes of an artifact whose weights may be held twice
 LARGE = 1_000_000_000  # bytes of an artifact that is not to take more memory than it must
 Provider = str | tuple[str, Mapping[str, Any]]
 _log = logging.getLogger(__name__)
@@ -93,7 +95,9 @@ class OrtSession(Session):
     of intra-op threads (0: one a core, of those that the process may use); `spinning` lets waiting threads stay busy
     between operations. On a quiet machine that makes small models 1.2 to 1.6 times faster; beside another busy process
     or a second session it makes them 1.3 to 3.5 times slower: turn it off there (docs/performance.md). By default the
-    denoiser's threads do, and those of what runs in between, such as the decoder, do not.
+    denoiser's threads do, and those of what runs in between, such as the decoder, do not. `lanes` is how many rows of a
+    batch may run side by side on the CPU, each on one thread (1: none do); by default it is measured for a denoiser of
+    less than 256 MB, whose weights are then held twice.
 
     Raises: UsageError for an unknown device; MissingError for a provider that is not built in, or that does not come up
     though it was asked for; BundleError for a file that is no graph.
@@ -108,8 +112,11 @@ class OrtSession(Session):
         device: str | None = None,
         threads: int = 0,
         spinning: bool | None = None,
+        lanes: int | None = None,
     ):
         super().__init__(graph)
+        if lanes is not None and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
+            raise UsageError(f"lanes is a whole number from 1, got {lanes!r}")
         onnxruntime = library()
         available = onnxruntime.get_available_providers()
         chosen = _providers(providers, device, available)
@@ -119,12 +126,13 @@ class OrtSession(Session):
         if any(name == CUDA for name, _ in chosen):
             _preload(onnxruntime)
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads or thread_limit()
+        settings.intra_op_num_threads = cores = threads or thread_limit()
         # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds
         # while it draws, and nothing in time, where a step takes seconds.
-        settings.enable_cpu_mem_arena = sum(file.bytes for file in artifact.files) < LARGE
+        size, denoiser = sum(file.bytes for file in artifact.files), graph is bundle.manifest.graphs.get("denoiser")
+        settings.enable_cpu_mem_arena = size < LARGE
         if spinning is None:
-            spinning = graph is bundle.manifest.graphs.get("denoiser")
+            spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         settings.log_severity_level = 3
         path = bundle.file(artifact.path)
@@ -133,18 +141,40 @@ class OrtSession(Session):
         provider = self._session.get_providers()[0]
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
+        self._lanes = None
+        alone = PRECISIONS[artifact.precision].by_batch
+        count = (cores if denoiser and size < SMALL else 1) if lanes is None else min(lanes, graph.batch.max)
+        if provider != CPU or not splits(graph) or (count == 1 and not alone):
+            return
+        lane = self._session
+        if count > 1 and cores > 1:
+            settings.intra_op_num_threads = 1
+            lane = _open(onnxruntime, path, settings, [(CPU, {})], asked=True)
+        self._lanes = Lanes(graph, self._of(self._session), self._of(lane), count, alone)
+        if lanes is None and count > 1:
+            self._lanes.measure(example(bundle.manifest, graph))
+        else:
+            self._lanes.beside = count > 1
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        session = self._session
+        session, lanes = self._session, self._lanes
         if session is None:
             raise InferenceError("this session is closed")
-        try:
-            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
-        except Exception as error:  # its exception types are private
-            raise InferenceError(f"ONNX Runtime failed: {error}") from error
+        return lanes.run(feeds) if lanes else self._of(session)(feeds)
+
+    def _of(self, session: Any) -> Run:
+        def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            try:
+                return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
+            except Exception as error:  # its exception types are private
+                raise InferenceError(f"ONNX Runtime failed: {error}") from error
+
+        return run
 
     def close(self) -> None:
-        self._session = None
+        self._session, lanes, self._lanes = None, self._lanes, None
+        if lanes:
+            lanes.close()
 
 
 def library() -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.attention import WITH_HEADS, unsplit
 from elastic_targets.target import OnProgress
 from elastic_targets.weights import mapped, values, weights
 
@@ -50,6 +51,8 @@ def stream(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
             outside |= _taken_out(model, value, held[name])
     program.optimize()
     model = program.model
+    if opset >= WITH_HEADS:
+        unsplit(model)
     inputs = {value.name: value for value in model.graph.inputs}
     for name, (weight, order) in outside.items():
         value = inputs[name]

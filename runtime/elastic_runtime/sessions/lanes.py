@@ -1,0 +1,108 @@
+"""A batch on a processor's cores: one run on all of them, or its rows side by side, each on a core of its own.
+
+Small models lose much of a run to threads that wait for each other; the two branches of guidance need not wait. Which way is faster is
+measured when a session is opened. Rows are independent, so that both ways give the same numbers; where activations are rounded by the
+largest value of a whole batch they do not, and then rows never share a run: a picture is the same alone and in any batch.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+
+from elastic_runtime.contract.artifacts import Graph
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.reference import axis_feeds
+from elastic_runtime.errors import InferenceError
+
+Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Arrays], dict[str, np.ndarray]]
+ROUNDS = 3
+WORTH = 0.95  # of the time of a single run: less is a matter of the clock
+ROWS = 2  # of the batch that is measured: a picture's two branches
+
+
+class Lanes:
+    """Runs of a graph in up to `count` rows at a time. `whole` runs on all cores, `lane` on the core of the thread that calls it.
+
+    `alone` keeps rows from sharing a run. Threads may run it at once.
+    """
+
+    def __init__(self, graph: Graph, whole: Run, lane: Run, count: int, alone: bool = False):
+        self._whole, self._lane, self._alone = whole, lane, alone
+        self._batched = [spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"]
+        self._pool = ThreadPoolExecutor(max(count - 1, 1), thread_name_prefix="lane")  # threads start when they are first needed
+        self._count = count
+        self.beside = False  # until it is measured
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """The graph's outputs for feeds of any batch."""
+        size = len(feeds[self._batched[0]])
+        if self.beside and size > 1:
+            return self._side_by_side(feeds, size)
+        return joined([self._whole(part) for part in self._parts(feeds, size)]) if self._alone else self._whole(feeds)
+
+    def measure(self, feeds: Arrays, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Take the way that is faster on `feeds`."""
+        taken: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for beside, seconds in taken.items():
+                self.beside = beside
+                self.run(feeds)  # threads of the other way may still be busy waiting
+                begun = clock()
+                self.run(feeds)
+                seconds.append(clock() - begun)
+        self.beside = min(taken[True]) < WORTH * min(taken[False])
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _side_by_side(self, feeds: Arrays, size: int) -> dict[str, np.ndarray]:
+        edges = np.linspace(0, size, min(self._count, size) + 1).round().astype(int)
+        shares = [self._rows(feeds, slice(int(low), int(high))) for low, high in pairwise(edges)]
+        try:
+            others = [self._pool.submit(self._share, share) for share in shares[1:]]
+        except RuntimeError as error:  # the pool was shut down by another thread
+            raise InferenceError("this session is closed") from error
+        try:
+            first = self._share(shares[0])
+        finally:
+            rest = [other.exception() for other in others]  # nothing is left running where one fails
+        if failure := next((error for error in rest if error), None):
+            raise failure
+        return joined([first, *(other.result() for other in others)])
+
+    def _share(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        size = len(feeds[self._batched[0]])
+        return joined([self._lane(part) for part in self._parts(feeds, size)]) if self._alone else self._lane(feeds)
+
+    def _parts(self, feeds: Arrays, size: int) -> list[Arrays]:
+        return [self._rows(feeds, slice(row, row + 1)) for row in range(size)]
+
+    def _rows(self, feeds: Arrays, rows: slice) -> Arrays:
+        return {name: array[rows] if name in self._batched else array for name, array in feeds.items()}
+
+
+def joined(outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of runs, row after row."""
+    return outputs[0] if len(outputs) == 1 else {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+
+
+def splits(graph: Graph) -> bool:
+    """Whether a graph's rows are independent samples that a run may hold one of."""
+    return graph.batch.min == 1 and graph.batch.max >= ROWS and all(spec.shape[:1] == ("B",) for spec in graph.outputs)
+
+
+def example(manifest: Manifest, graph: Graph) -> dict[str, np.ndarray]:
+    """Feeds of two rows at the default budget and the largest other dimensions: what a guided step asks for."""
+    sizes = {name: span.max for name, span in graph.dimensions.items()} | {"B": ROWS}
+    source = np.random.default_rng(0)
+    feeds: dict[str, np.ndarray] = {}
+    for spec in graph.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        values = source.standard_normal(shape) if spec.dtype == "float32" else np.zeros(shape)
+        feeds[spec.name] = values.astype(spec.dtype)
+    return feeds | {name: array for name, array in axis_feeds(manifest.axes, Budget().on(manifest.axes)).items() if name in feeds}

@@ -1,0 +1,121 @@
+"""Rows side by side: the same numbers as in one run, the faster way is taken, and a failure or a closed session is said."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_runtime import Budget, Bundle
+from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.reference import axis_feeds
+from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.sessions.lanes import Lanes, splits
+from elastic_runtime.sessions.opening import open_session
+
+
+def graph(batch: Span = Span(1, 64)) -> Graph:  # noqa: B008
+    return Graph(
+        inputs=(
+            TensorSpec(name="sample", dtype="float32", shape=("B", 3)),
+            TensorSpec(name="latent_ids", dtype="int64", shape=("J",)),
+        ),
+        outputs=(TensorSpec(name="prediction", dtype="float32", shape=("B", 3)),),
+        dimensions={"B": batch, "J": Span(1, 8)},
+        artifacts=(),
+    )
+
+
+def feeds(rows: int) -> dict[str, np.ndarray]:
+    return {"sample": np.arange(3 * rows, dtype=np.float32).reshape(rows, 3), "latent_ids": np.arange(2)}
+
+
+class Runs:
+    """A model that doubles, and the batches that it was asked for, by the thread that asked."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int]] = []
+
+    def __call__(self, arrays: Any) -> dict[str, np.ndarray]:
+        assert len(arrays["latent_ids"]) == 2
+        self.rows.append((threading.current_thread().name, len(arrays["sample"])))
+        return {"prediction": 2 * arrays["sample"]}
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.booleans(), st.booleans())
+def test_rows_come_back_in_their_order_whatever_the_way(rows: int, count: int, alone: bool, beside: bool) -> None:
+    whole, lane = Runs(), Runs()
+    lanes = Lanes(graph(), whole, lane, count, alone)
+    lanes.beside = beside and count > 1
+    np.testing.assert_array_equal(lanes.run(feeds(rows))["prediction"], 2 * feeds(rows)["sample"])
+    lanes.close()
+    if alone:
+        assert {size for _, size in whole.rows + lane.rows} == {1}
+    if lanes.beside and rows > 1:
+        assert not whole.rows
+        assert len({name for name, _ in lane.rows}) <= min(rows, count)
+        assert max(size for _, size in lane.rows) <= (1 if alone else -(-rows // min(rows, count)))
+
+
+@pytest.mark.parametrize(("alone_seconds", "beside_seconds", "beside"), [(1.0, 0.5, True), (1.0, 0.99, False), (0.5, 1.0, False)])
+def test_the_faster_way_is_taken(alone_seconds: float, beside_seconds: float, beside: bool) -> None:
+    now = [0.0]
+
+    def timed(seconds: float) -> Callable[[Any], dict[str, np.ndarray]]:
+        def run(arrays: Any) -> dict[str, np.ndarray]:
+            if threading.current_thread() is threading.main_thread():
+                now[0] += seconds
+            return {"prediction": arrays["sample"]}
+
+        return run
+
+    lanes = Lanes(graph(), timed(alone_seconds), timed(beside_seconds), 2)
+    lanes.measure(feeds(2), lambda: now[0])
+    assert lanes.beside is beside
+    lanes.close()
+
+
+def test_a_lane_that_fails_fails_the_run() -> None:
+    def fails(arrays: Any) -> dict[str, np.ndarray]:
+        if arrays["sample"][0, 0] > 0:
+            raise InferenceError("the backend failed")
+        return {"prediction": arrays["sample"]}
+
+    lanes = Lanes(graph(), Runs(), fails, 2)
+    lanes.beside = True
+    with pytest.raises(InferenceError, match="the backend failed"):
+        lanes.run(feeds(2))
+    lanes.close()
+    with pytest.raises(InferenceError, match="closed"):
+        lanes.run(feeds(2))
+
+
+def test_a_graph_of_whole_batches_is_not_split() -> None:
+    assert splits(graph())
+    assert not splits(graph(Span(2, 4)))
+    assert not splits(graph(Span(1, 1)))
+
+
+def test_onnx_runtime_gives_the_same_bits_side_by_side(golden_bundle: Callable[[str], Bundle]) -> None:
+    pytest.importorskip("onnxruntime", reason="runs ONNX Runtime")
+    bundle = golden_bundle("a")
+    with open_session(bundle, name="ort", lanes=2, threads=2) as beside, open_session(bundle, name="ort", lanes=1, threads=2) as plain:
+        for budget in (Budget(latents=axis) for axis in (bundle.manifest.axes[0].min, bundle.manifest.axes[0].max)):
+            source = np.random.default_rng(0)
+            shape = (2, *bundle.manifest.model.sample_shape)
+            arrays = {
+                "sample": source.standard_normal(shape).astype(np.float32),
+                "timestep": np.array([0.3, 0.7], dtype=np.float32),
+                "class_labels": np.array([0, 1]),
+            } | axis_feeds(bundle.manifest.axes, budget)
+            np.testing.assert_array_equal(beside.run(arrays)["prediction"], plain.run(arrays)["prediction"])
+
+
+def test_lanes_are_a_whole_number(golden_bundle: Callable[[str], Bundle]) -> None:
+    pytest.importorskip("onnxruntime", reason="runs ONNX Runtime")
+    with pytest.raises(UsageError, match="lanes is a whole number from 1, got 0"):
+        open_session(golden_bundle("c"), name="ort", lanes=0)
