@@ -20,7 +20,9 @@ from classifier import load_judge
 from digits import Digits
 from elastic_export.capture.zoo import samples
 from elastic_runtime import Budget, Bundle, ElasticPipeline
-from evaluate import Protocol, draw
+from evaluate import Protocol, as_drawn, draw
+from evaluate_plans import SIDE
+from evaluate_plans import Protocol as Plans
 from evaluate_plans import draw as draw_along
 from grading import Grader, run
 from record import evaluation, machine, read, versions, write
@@ -37,8 +39,6 @@ def pictures(pipe: ElasticPipeline, way: Any, options: Namespace) -> np.ndarray:
         sampler = evaluation(read(samples()[pipe.bundle.manifest.model.name]))["protocol"]["sampler"]  # the card's own
         protocol = Protocol(samples=options.samples, steps=options.steps, sampler=sampler, seed=options.seed)
         return draw(pipe, way, GUIDANCE, protocol, options.batch).digits.images
-    from evaluate_plans import Protocol as Plans
-
     labels, parts = np.arange(options.samples) % 10, []
     for first in range(0, options.samples, options.batch):
         parts.append(draw_along(pipe, way, labels[first : first + options.batch], first, Plans(samples=options.samples, seed=options.seed)))
@@ -59,6 +59,10 @@ def rows(bundle: Bundle, options: Namespace) -> Iterator[dict[str, Any]]:
     artifacts = {artifact.precision: artifact for artifact in manifest.graphs["denoiser"].artifacts}
     pipes = {each: ElasticPipeline.from_pretrained(bundle, "ort", (each,), threads=options.threads) for each in PRECISIONS}
     labels = np.arange(options.samples) % 10
+    if manifest.model.patches:
+        grader = Grader.of(load_judge(SIDE), options.samples, SIDE)
+    else:
+        grader = Grader.of(load_judge(), options.samples, as_drawn=lambda images: as_drawn(images, manifest.model))
     for way in ways:
         times: dict[str, list[float]] = {each: [] for each in pipes}
         for _ in range(options.rounds):
@@ -69,7 +73,7 @@ def rows(bundle: Bundle, options: Namespace) -> Iterator[dict[str, Any]]:
         for each, pipe in pipes.items():
             images = pictures(pipe, way, options)
             exact = images if exact is None else exact
-            grades = Grader.of(load_judge(images.shape[-1]), options.samples, images.shape[-1]).grade(Digits(images, labels))
+            grades = grader.grade(Digits(images, labels))
             off = float(np.mean((images - exact) ** 2))
             place = {"budget": dict(way)} if isinstance(way, Budget) else {"budget": {}, "plan": way}
             yield place | {

@@ -18,12 +18,12 @@ from classifier import load_judge
 from digits import Digits
 from elastic_runtime import Budget, ElasticPipeline
 from elastic_runtime.sampling.fitting import OFFERED
-from evaluate import Protocol, draw
+from evaluate import Protocol, as_drawn, draw
 from grading import Grader, integers, run
 from record import machine, versions
 
 COLUMNS = ("sample", "evaluations", "solver", "dB to the converged", "named as asked", "Fréchet")
-CONVERGED = 200  # steps
+CONVERGED = 60  # steps
 NOISY = ("sde", "ddpm")  # which draw noise on the way and converge to no one picture
 
 
@@ -41,7 +41,8 @@ def main(options: Namespace) -> None:
                     return draw(pipe, whole, options.guidance, protocol, options.batch).digits.images
 
                 converged = images("ab3", CONVERGED)
-                grader = Grader.of(load_judge(), options.samples)
+                model = bundle.manifest.model
+                grader = Grader.of(load_judge(), options.samples, as_drawn=lambda images, model=model: as_drawn(images, model))
                 for steps in options.steps:
                     for solver in OFFERED[type(bundle.manifest.model.schedule)]:
                         if solver in NOISY:

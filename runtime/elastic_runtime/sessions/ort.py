@@ -15,7 +15,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
-from elastic_runtime.device import PACKAGES, Processor, thread_limit
+from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.lanes import Lanes, Run, example, splits
@@ -126,7 +126,7 @@ class OrtSession(Session):
         if any(name == CUDA for name, _ in chosen):
             _preload(onnxruntime)
         settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = cores = threads or thread_limit()
+        settings.intra_op_num_threads = threads or thread_limit()
         # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds
         # while it draws, and nothing in time, where a step takes seconds.
         size, denoiser = sum(file.bytes for file in artifact.files), graph is bundle.manifest.graphs.get("denoiser")
@@ -142,6 +142,7 @@ class OrtSession(Session):
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
         self._lanes = None
+        cores = threads or usable_cores()
         alone = PRECISIONS[artifact.precision].by_batch
         count = (cores if denoiser and size < SMALL else 1) if lanes is None else min(lanes, graph.batch.max)
         if provider != CPU or not splits(graph) or (count == 1 and not alone):

@@ -14,6 +14,7 @@ from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.sessions import ort
 from elastic_runtime.sessions.lanes import Lanes, splits
 from elastic_runtime.sessions.opening import open_session
 
@@ -113,6 +114,19 @@ def test_onnx_runtime_gives_the_same_bits_side_by_side(golden_bundle: Callable[[
                 "class_labels": np.array([0, 1]),
             } | axis_feeds(bundle.manifest.axes, budget)
             np.testing.assert_array_equal(beside.run(arrays)["prediction"], plain.run(arrays)["prediction"])
+
+
+def test_the_way_is_measured_when_a_denoiser_is_opened(golden_bundle: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="runs ONNX Runtime")
+    bundle, measured = golden_bundle("c"), list[dict[str, np.ndarray]]()
+    monkeypatch.setattr(Lanes, "measure", lambda self, feeds: measured.append(feeds))
+    monkeypatch.setattr(ort, "usable_cores", lambda: 4)
+    open_session(bundle, name="ort").close()
+    (feeds,) = measured
+    assert {name: len(array) for name, array in feeds.items() if name != "latent_ids"} == {"sample": 2, "timestep": 2, "class_labels": 2}
+    monkeypatch.setattr(ort, "usable_cores", lambda: 1)
+    open_session(bundle, name="ort").close()
+    assert len(measured) == 1, "one core has nothing side by side"
 
 
 def test_lanes_are_a_whole_number(golden_bundle: Callable[[str], Bundle]) -> None:

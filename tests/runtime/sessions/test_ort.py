@@ -18,6 +18,12 @@ from elastic_runtime.sessions import opening, ort
 from elastic_runtime.sessions.ort import CPU, CUDA, limit, newest_opset
 
 
+@pytest.fixture(autouse=True)
+def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed when a session is opened: see test_lanes.py for that."""
+    monkeypatch.setattr(ort, "usable_cores", lambda: 1)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return write_bundle(tmp_path / "b")
