@@ -138,10 +138,12 @@ def test_every_backend_draws_the_same_picture(bundle: Bundle) -> None:
     assert 10 * np.log10(1 / np.mean((pictures[0] - pictures[1]) ** 2)) > (30 if precision_of(bundle) == "int8" else 40)
 
 
-def test_a_picture_is_the_same_alone_and_in_a_batch(bundle: Bundle) -> None:
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_a_picture_is_the_same_alone_and_in_a_batch(backend: str, bundle: Bundle) -> None:
     """Activations that are rounded by a batch's largest value would make each picture depend on the others."""
+    pytest.importorskip({"ort": "onnxruntime"}.get(backend, backend), reason="the backend")
     words: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
-    with ElasticPipeline.from_pretrained(bundle, "ort") as pipe:
+    with ElasticPipeline.from_pretrained(bundle, backend) as pipe:
         both = pipe([3, 8], seeds=[5, 6], **words).images
         alone = pipe([8], seeds=[6], **words).images
     np.testing.assert_allclose(both[1:], alone, atol=1e-6)
