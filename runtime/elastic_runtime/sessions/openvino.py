@@ -18,7 +18,6 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import Processor, thread_limit
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.lanes import Lanes, splits
 from elastic_runtime.sessions.session import Arrays, Session
 
 # What it may compute in: our name -> its own, which is understood as well.
@@ -69,20 +68,16 @@ class OpenvinoSession(Session):
             self._idle = deque([self._model.create_infer_request()])
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
-        self._lanes = (
-            Lanes(graph, self._infer, self._infer, 1, alone=True) if PRECISIONS[artifact.precision].by_batch and splits(graph) else None
-        )
         self._warm = False
         self._process = os.getpid()
         self.processor = PROCESSORS[kind]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        run = self._lanes.run if self._lanes else self._infer
         if self._warm:
-            return run(feeds)
+            return self._infer(feeds)
         with FIRST_RUN:
-            outputs = run(feeds)
+            outputs = self._infer(feeds)
             self._warm = True
             return outputs
 

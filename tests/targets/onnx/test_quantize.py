@@ -140,7 +140,7 @@ def test_every_backend_draws_the_same_picture(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
 def test_a_picture_is_the_same_alone_and_in_a_batch(backend: str, bundle: Bundle) -> None:
-    """Activations that are rounded by a batch's largest value would make each picture depend on the others."""
+    """ONNX Runtime rounds activations by the largest value of a run; OpenVINO by that of each row."""
     pytest.importorskip({"ort": "onnxruntime"}.get(backend, backend), reason="the backend")
     words: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "latent"}
     with ElasticPipeline.from_pretrained(bundle, backend) as pipe:
