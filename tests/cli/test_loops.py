@@ -76,7 +76,7 @@ def test_a_masked_model_takes_the_same_axis_and_its_own_sampler(run: Run, tmp_pa
         (["--loops", "1,2"], "2 budgets were given for 3 steps"),
         (["--latents", "4"], "this model has no axis 'latents'; it has loops"),
         (["--loops", "1,2,3", "--latents", "4,4"], "--latents has 2 values where another axis has 3"),
-        (["--sampler", "euler"], "'euler' does not fit; elt, whose schedule is shifted_cosine, takes ddpm or ddim"),
+        (["--sampler", "euler"], "'euler' does not fit; elt, whose schedule is shifted_cosine, takes ddpm, ddim, ab2, ab3 or dpm++2m"),
         (["--temperature", "1"], "temperature is for masked models; ddpm takes none"),
     ],
 )

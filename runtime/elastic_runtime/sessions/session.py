@@ -50,11 +50,19 @@ class Session(ABC):
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Run the graph on named arrays and return its outputs by name.
 
-        Raises: InferenceError if a feed is missing, unknown, or of another dtype or shape than the graph's, or if the
-        backend fails.
+        Raises: InferenceError if a feed is missing, unknown, or of another dtype or shape than the graph's, if the
+        backend fails, or if it answers in another shape than the feeds ask for.
         """
-        check_feeds(self.graph, feeds)
-        return self._run(feeds)
+        sizes = check_feeds(self.graph, feeds)
+        outputs = self._run(feeds)
+        for spec in (
+            spec for spec in self.graph.outputs if spec.name in outputs
+        ):  # a backend was seen to answer with the shape of the run before, and no error
+            shape = outputs[spec.name].shape
+            asked = [sizes.get(size) if isinstance(size, str) else size for size in spec.shape]
+            if len(shape) != len(asked) or any(size not in (None, got) for size, got in zip(asked, shape, strict=True)):
+                raise InferenceError(f"{self.where} answered {spec.name} in shape {shape}, and the graph's is {_shape(spec)} of {sizes}")
+        return outputs
 
     @abstractmethod
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]: ...
@@ -82,8 +90,8 @@ def batches(session: Session, size: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-def check_feeds(graph: Graph, feeds: Arrays) -> None:
-    """Raise InferenceError unless `feeds` are exactly the graph's inputs, with equal open dimensions.
+def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
+    """The sizes of the open dimensions; raises InferenceError unless `feeds` are exactly the graph's inputs, with equal ones.
 
     An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read
     nothing else of it, so another selection would silently be taken for a prefix.
@@ -106,6 +114,7 @@ def check_feeds(graph: Graph, feeds: Arrays) -> None:
     for name, size in open_dimensions.items():
         if size not in graph.dimensions[name]:
             raise InferenceError(f"this graph takes {name} of {graph.dimensions[name]}, got {size}")
+    return open_dimensions
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -123,7 +123,7 @@ def test_the_manifest_holds_what_sampling_needs() -> None:
     described = model(4, prediction="epsilon", schedule=DIT, learned_variance=True, guided_channels=3)
     assert msgspec.json.decode(msgspec.json.encode(described), type=type(described)) == described
     assert (sampler(described)[0], sampler(described, "ddim")[0]) == ("ddpm", "ddim")
-    with pytest.raises(UsageError, match="whose schedule is linear_beta, takes ddpm or ddim"):
+    with pytest.raises(UsageError, match="whose schedule is linear_beta, takes ddpm, ddim, ab2, ab3 or dpm\\+\\+2m"):
         sampler(described, "euler")
     assert Guidance(2.0, 0.0, 0.5).active(DIT.share(499))
     assert not Guidance(2.0, 0.0, 0.5).active(DIT.share(500))

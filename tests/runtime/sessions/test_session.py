@@ -27,6 +27,14 @@ def test_feeds_of_every_size_in_the_spans_pass(batch: int, kept: int) -> None:
     check_feeds(denoiser_graph(), feeds(batch, kept))
 
 
+def test_an_answer_of_another_shape_than_was_asked_for_is_no_answer() -> None:
+    """OpenVINO was seen to answer with the batch of the run before, and no error."""
+    late = FakeSession(denoiser_graph(), lambda arrays: {"prediction": np.zeros((1, 4, 8, 8), np.float32)})
+    assert late.run(feeds(1))["prediction"].shape == (1, 4, 8, 8)
+    with pytest.raises(InferenceError, match=r"fake answered prediction in shape \(1, 4, 8, 8\)"):
+        late.run(feeds(2))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
