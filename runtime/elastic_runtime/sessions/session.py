@@ -55,9 +55,8 @@ class Session(ABC):
         """
         sizes = check_feeds(self.graph, feeds)
         outputs = self._run(feeds)
-        for spec in (
-            spec for spec in self.graph.outputs if spec.name in outputs
-        ):  # a backend was seen to answer with the shape of the run before, and no error
+        # A backend was seen to answer with the shape of the run before, and no error.
+        for spec in (spec for spec in self.graph.outputs if spec.name in outputs):
             shape = outputs[spec.name].shape
             asked = [sizes.get(size) if isinstance(size, str) else size for size in spec.shape]
             if len(shape) != len(asked) or any(size not in (None, got) for size, got in zip(asked, shape, strict=True)):
