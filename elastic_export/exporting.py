@@ -240,18 +240,18 @@ def _spans(dimensions: dict[str, Span] | None) -> str | None:
 
 
 def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overwrite: bool) -> list[G]:
-    """The graphs that are still to be lowered: those whose artifacts the bundle has already are the same, as a decoder is beside
-    another precision of its denoiser.
+    """The graphs that are still to be lowered: those whose every artifact the bundle has already stay, as a decoder does beside another
+    precision of its denoiser.
 
-    Raises: BundleError where nothing is left to do.
+    Raises: BundleError where nothing is left to do, or some artifacts of a graph are there and others are not.
     """
     if overwrite:
         return list(graphs)
     standing = {graph.name: {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts} for graph in graphs}
-    missing = [graph for graph in graphs if not set(room.paths(graph, options)) & set(standing[graph.name])]
-    if not missing:
-        name, path = next((graph.name, path) for graph in graphs for path in room.paths(graph, options) if path in standing[graph.name])
-        raise BundleError(f"{old.folder / standing[name][path]} exists: choose another -o/--output, or replace it with --overwrite")
+    missing = [graph for graph in graphs if set(room.paths(graph, options)) - set(standing[graph.name])]
+    for graph in missing or graphs:
+        if path := next((standing[graph.name][path] for path in room.paths(graph, options) if path in standing[graph.name]), None):
+            raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
     return missing
 
 

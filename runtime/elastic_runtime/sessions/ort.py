@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.lanes import Lanes, Run, example, splits
+from elastic_runtime.sessions.lanes import Lanes, example, splits
 from elastic_runtime.sessions.session import Arrays, Session
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -151,7 +152,7 @@ class OrtSession(Session):
         if count > 1 and cores > 1:
             settings.intra_op_num_threads = 1
             lane = _open(onnxruntime, path, settings, [(CPU, {})], asked=True)
-        self._lanes = Lanes(graph, self._of(self._session), self._of(lane), count, alone)
+        self._lanes = Lanes(graph, partial(self._infer, self._session), partial(self._infer, lane), count, alone)
         if lanes is None and count > 1:
             self._lanes.measure(example(bundle.manifest, graph))
         else:
@@ -161,16 +162,13 @@ class OrtSession(Session):
         session, lanes = self._session, self._lanes
         if session is None:
             raise InferenceError("this session is closed")
-        return lanes.run(feeds) if lanes else self._of(session)(feeds)
+        return lanes.run(feeds) if lanes else self._infer(session, feeds)
 
-    def _of(self, session: Any) -> Run:
-        def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-            try:
-                return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
-            except Exception as error:  # its exception types are private
-                raise InferenceError(f"ONNX Runtime failed: {error}") from error
-
-        return run
+    def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
+        except Exception as error:  # its exception types are private
+            raise InferenceError(f"ONNX Runtime failed: {error}") from error
 
     def close(self) -> None:
         self._session, lanes, self._lanes = None, self._lanes, None
