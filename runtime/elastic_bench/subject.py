@@ -20,7 +20,7 @@ from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.ralu.plan import FULL
 from elastic_runtime.request import Request
 from elastic_runtime.sessions.checking import check
-from elastic_runtime.sessions.session import batches
+from elastic_runtime.sessions.session import batches, joined
 
 
 class Loaded(NamedTuple):
@@ -93,7 +93,7 @@ class Subject:
         begun = self._clock()
         outputs = [session.run(part) for part in parts]
         seconds = self._clock() - begun
-        return seconds, {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
+        return seconds, joined(outputs)
 
     def check(self) -> list[Verification]:
         """How it compares with the recording at every recorded budget."""

@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from elastic_runtime.choosing.calibration import chosen, fastest
 from elastic_runtime.choosing.estimates import Gauge, Outlook
+from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
-from elastic_runtime.choosing.precisions import FLOOR, allowed
+from elastic_runtime.choosing.precisions import allowed
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values

@@ -9,6 +9,7 @@ from elastic_runtime.choosing.policy import Settled
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UnreachableError, UsageError
 
+FLOOR = 0.99  # of the best accuracy
 NEAR = 1.25  # times the least Frechet distance: what a judge still recognises may look much worse
 FREE = 0.01  # of a time that is predicted by peak rates alone: a larger budget that adds less is bound by memory, not by arithmetic
 
@@ -116,7 +117,7 @@ class Auto(Settled, frozen=True, tag="auto"):
     fits. Nothing is measured: the same machine chooses the same each time.
     """
 
-    floor: float = 0.99
+    floor: float = FLOOR
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-from elastic_runtime.choosing.goals import NEAR, share
+from elastic_runtime.choosing.goals import FLOOR, NEAR, share
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import UsageError
 
 AUTO = "auto"
-FLOOR = 0.99  # of float32's accuracy at the same budget or along the same plan
 
 
 def allowed(manifest: Manifest, precisions: Sequence[str], floor: float = FLOOR) -> tuple[str, ...]:

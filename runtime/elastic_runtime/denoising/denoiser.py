@@ -11,7 +11,7 @@ from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.denoising.guidance import Branches, Guidance
 from elastic_runtime.denoising.router import Routed, Routing, Slots, compiled, fraction
 from elastic_runtime.errors import BudgetError, UsageError
-from elastic_runtime.sessions.session import Arrays, Session, batches
+from elastic_runtime.sessions.session import Arrays, Session, batches, joined
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Denoiser:
         for rows in batches(self._session, len(x)):
             feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)
             runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
-        return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+        return joined(runs)
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:

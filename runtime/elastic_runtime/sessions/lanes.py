@@ -6,7 +6,7 @@ largest value of a whole batch they do not, and then rows never share a run: a p
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -17,8 +17,8 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.errors import InferenceError
+from elastic_runtime.sessions.session import Arrays, joined
 
-Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], dict[str, np.ndarray]]
 ROUNDS = 3
 WORTH = 0.95  # of the time of a single run: less is a matter of the clock
@@ -84,11 +84,6 @@ class Lanes:
 
     def _rows(self, feeds: Arrays, rows: slice) -> Arrays:
         return {name: array[rows] if name in self._batched else array for name, array in feeds.items()}
-
-
-def joined(outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Outputs of runs, row after row."""
-    return outputs[0] if len(outputs) == 1 else {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
 
 
 def splits(graph: Graph) -> bool:

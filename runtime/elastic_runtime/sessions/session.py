@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -87,6 +87,11 @@ def batches(session: Session, size: int) -> list[slice]:
     if np.diff(edges).min() < span.min:
         raise BudgetError(f"{session.where} takes batches of {span}; {size} samples (guidance counted) do not divide into such runs")
     return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
+
+
+def joined(outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Outputs of the runs of `batches`, row after row."""
+    return outputs[0] if len(outputs) == 1 else {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
 
 
 def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
