@@ -7,16 +7,18 @@ from typing import Any
 
 from elastic_bench.drawing import Album
 from elastic_bench.energy import counters
-from elastic_bench.machine import machine, peaks
+from elastic_bench.machine import machine
 from elastic_bench.measure import OnStage, measure, points
 from elastic_bench.process import Process
 from elastic_bench.records import SCHEMA_VERSION, Report, Settings
 from elastic_bench.runtimes import Runtime, runtimes, ways
-from elastic_export.bench.baseline import BASELINES, TorchRuntime
+from elastic_export.bench.peaks import peaks
+from elastic_export.bench.peers import PEERS, USUAL, TorchRuntime
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, UsageError
 
-NAMES = (*ways(), *BASELINES)
+NAMES = (*ways(), *PEERS)
+DEFAULT = (*ways(), *USUAL)
 
 
 def bench(
@@ -46,7 +48,7 @@ def bench(
             )
     wanted = [(bundle, points(bundle, values), _runtimes(bundle, names, checkpoint)) for bundle in bundles]
     on_stage("measuring the processor's peaks")
-    most = peaks(threads=settings.threads)
+    most = peaks(settings.threads)
     sources, absent = counters()
     found = [measure(bundle, asked, budgets, settings, start, on_stage) for bundle, budgets, asked in wanted]
     return Report(
@@ -64,5 +66,5 @@ def bench(
 def _runtimes(bundle: Bundle, names: Sequence[str], checkpoint: Path | None) -> list[Runtime]:
     found: list[Runtime] = []
     for name in names:
-        found += [TorchRuntime(name, checkpoint)] if name in BASELINES else runtimes(name, bundle)
+        found += [TorchRuntime(name, checkpoint)] if name in PEERS else runtimes(name, bundle)
     return found

@@ -14,8 +14,9 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, trt, coreml, torch, torch-compile, and on a GPU torch-cuda and "
-            "torch-compile-cuda [dim](default: all)[/dim].",
+            help="onnxruntime, onnxruntime-cuda, openvino, openvino-bf16, trt, coreml, torch, torch-compile, torch-cuda, "
+            "torch-compile-cuda [dim](default: these)[/dim]; and peers that take minutes to compile: torch-bf16, torch-int8, "
+            "torch-openvino, torch-openvino-bf16.",
             show_default=False,
         ),
     ] = None,
@@ -86,7 +87,7 @@ def bench(
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
 
     from elastic_bench.records import Settings, encode
-    from elastic_export.bench.run import NAMES
+    from elastic_export.bench.run import DEFAULT
     from elastic_export.bench.run import bench as run
     from elastic_runtime.files.atomic import refuse_clobber, save
 
@@ -101,7 +102,7 @@ def bench(
         batch=batch, steps=steps, duration=duration, guidance=guidance, threads=threads or usable_cores(), quality=quality,
         single_stream=single_stream,
     )  # fmt: skip
-    names = [name.strip() for name in runtimes.split(",")] if runtimes else NAMES
+    names = [name.strip() for name in runtimes.split(",")] if runtimes else DEFAULT
     values = options.integers(budgets) if budgets else None
     with show.stages(quiet) as on_stage:
         report, albums = run(bundles, names, values, settings, options.command_line(), checkpoint, on_stage)

@@ -14,7 +14,8 @@ class Figures:
     """A row with what follows from it; None where something for it is not known.
 
     time_share, flop_share: of the same runtime's largest budget, the former from the same rounds. speedup: how many times faster than
-    the first runtime at this budget. compute_share, bandwidth_share: of the processor's measured peaks (for runtimes on it).
+    the first runtime at this budget. compute_share, bandwidth_share: of the processor's measured peaks (for runtimes on it), the former in
+    the runtime's precision. least: seconds that neither its FLOPs nor its bytes allow to go below at these peaks, if all bytes are moved.
     """
 
     runtime: RuntimeReport
@@ -26,6 +27,7 @@ class Figures:
     compute_share: float | None
     bytes_per_second: float | None
     bandwidth_share: float | None
+    least: float | None
     picture: float | None
     images_per_second: float | None
 
@@ -42,6 +44,7 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
             moved = row.moved_bytes / row.step.p50 if row.moved_bytes else None
             here = runtime.processor == "cpu"  # whose peaks were measured
             picture = float(np.median(row.pictures)) if row.pictures else None
+            peak = peaks.at(runtime.precision)
             yield Figures(
                 runtime=runtime,
                 row=row,
@@ -49,9 +52,10 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
                 flop_share=row.flops / full.flops if row.flops and full.flops else None,
                 speedup=1 / ratio(row.rounds, other.rounds) if other else None,
                 flops_per_second=compute,
-                compute_share=compute / peaks.flops_per_second if compute and here else None,
+                compute_share=compute / peak if compute and here else None,
                 bytes_per_second=moved,
                 bandwidth_share=moved / peaks.bytes_per_second if moved and here else None,
+                least=max(row.flops / peak, row.moved_bytes / peaks.bytes_per_second) if row.flops and row.moved_bytes and here else None,
                 picture=picture,
                 images_per_second=settings.batch / picture if picture else None,
             )
@@ -72,6 +76,6 @@ def method(settings: Settings, bundles: Iterable[BundleReport] = ()) -> str:
         f"row in all. A step is one forward pass for {many}, one branch; a picture is {settings.steps} steps{own} with {guided}. Times are "
         "medians; spread is the distance of the quartiles of the rounds' medians, shares and ratios are medians of the ratios within "
         "rounds. First is the first run at a budget in a new process, the first of all with what a runtime prepares once; switch is the "
-        "first run after another budget, less a steady one. Peaks are numpy's best float32 matrix product and a copy; bytes are the "
-        "weights and activations that the manifest counts."
+        "first run after another budget, less a steady one. Peaks are the best matrix product of numpy and torch in each precision, and "
+        "a copy; bytes are the weights and activations that the manifest counts."
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_bench.records import Machine, Peaks
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Clock, usable_cores
 
 # What may take part in a measurement, by distribution.
@@ -64,12 +65,14 @@ def peaks(side: int = 2048, size: int = 2**27, runs: int = 5, threads: int | Non
         def copy() -> None:
             list(pool.map(lambda piece: np.copyto(piece[1], piece[0]), pieces))
 
-        multiplying = _fastest(lambda: np.matmul(a, b, out=product), runs, clock)
-        copying = _fastest(copy, runs, clock)
-    return Peaks(flops_per_second=2 * side**3 / multiplying, bytes_per_second=2 * source.nbytes / copying)
+        multiplying = fastest(lambda: np.matmul(a, b, out=product), runs, clock)
+        copying = fastest(copy, runs, clock)
+    rate = 2 * side**3 / multiplying
+    return Peaks(flops_per_second=rate, bytes_per_second=2 * source.nbytes / copying, rates={PRECISIONS[EXACT].rate: rate})
 
 
-def _fastest(run: Callable[[], object], runs: int, clock: Clock) -> float:
+def fastest(run: Callable[[], object], runs: int, clock: Clock) -> float:
+    """Seconds of the fastest of `runs` runs, after one that is not counted."""
     run()  # touches the memory
     best = float("inf")
     for _ in range(runs):

@@ -5,6 +5,7 @@ import msgspec
 from elastic_runtime.contract.artifacts import Verification
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.manifest import Quality
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import UsageError
@@ -33,10 +34,18 @@ class Machine(_Record, frozen=True, kw_only=True):
 
 
 class Peaks(_Record, frozen=True, kw_only=True):
-    """What this machine's processor reaches at best: a float32 matrix product, and a copy (bytes read and bytes written)."""
+    """What this machine's processor reaches at best: a float32 matrix product, and a copy (bytes read and bytes written).
+
+    `rates`: matrix products by the name of the rate in the table of precisions; where an older version wrote this, none.
+    """
 
     flops_per_second: float
     bytes_per_second: float
+    rates: dict[str, float] = {}
+
+    def at(self, precision: str) -> float:
+        """The rate of products in a precision, where it was measured, or in the one that it falls back to."""
+        return PRECISIONS[precision].peak({PRECISIONS[EXACT].rate: self.flops_per_second} | self.rates)
 
 
 class Settings(_Record, frozen=True, kw_only=True):

@@ -111,3 +111,18 @@ def test_every_source_is_either_there_or_says_why_not() -> None:
     assert found.keys() | absent.keys() == {"RAPL", "NVML", "powermetrics"}
     assert not found.keys() & absent.keys()
     assert all(absent.values())
+
+
+def test_peaks_of_the_machine_are_the_best_of_each_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="the rates below float32 are torch's")
+    from elastic_export.bench import peaks as room
+
+    monkeypatch.setenv(room.MISLEADING, "Prescott")
+    found = room.peaks(1)
+    assert set(found.rates) == {"fp32", "fp16", "int8"}
+    assert found.flops_per_second == found.rates["fp32"] == found.at("fp32") == found.at("int8w")
+    assert found.at("int8") == found.rates["int8"]
+    assert min(found.rates.values()) > 1e8
+    import os
+
+    assert os.environ[room.MISLEADING] == "Prescott"

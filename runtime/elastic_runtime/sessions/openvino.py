@@ -60,11 +60,8 @@ class OpenvinoSession(Session):
             raise MissingError(f"OpenVINO has no device {device!r} here; it has {', '.join(core.available_devices)}")
         if hint == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
             raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision {EXACT}")
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        if kind == "CPU" and (threads := threads or thread_limit()):
-            settings["INFERENCE_NUM_THREADS"] = threads
         try:
-            self._model = core.compile_model(str(bundle.file(artifact.path)), device, settings)
+            self._model = core.compile_model(str(bundle.file(artifact.path)), device, properties(hint, kind, threads))
             self._idle = deque([self._model.create_infer_request()])
         except Exception as error:  # RuntimeError, whatever went wrong
             raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
@@ -105,6 +102,14 @@ class OpenvinoSession(Session):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         self._model = None
         self._idle = deque()
+
+
+def properties(precision: str, kind: str = "CPU", threads: int = 0) -> dict[str, Any]:
+    """What OpenVINO is told where it compiles a model for a `kind` of device: single answers soon, in this precision."""
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS.get(precision, precision), "PERFORMANCE_HINT": "LATENCY"}
+    if kind == "CPU" and (threads := threads or thread_limit()):
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return settings
 
 
 @contextlib.contextmanager

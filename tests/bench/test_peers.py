@@ -1,16 +1,17 @@
 """The original in torch as a runtime of the benchmark."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-pytest.importorskip("torch", reason="the baselines are torch")
+pytest.importorskip("torch", reason="the peers are torch")
 pytest.importorskip("onnxruntime", reason="exporting verifies with ONNX Runtime")
 
-from elastic_export.bench.baseline import TorchRuntime, request
+from elastic_export.bench.original import request
+from elastic_export.bench.peers import TorchRuntime
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
 from elastic_export.exporting import export_capture
@@ -79,6 +80,57 @@ def test_a_compiler_that_is_not_here_is_named(masked: Bundle, monkeypatch: pytes
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert TorchRuntime("torch-compile").obstacle(masked) == "torch.compile needs a C++ compiler, and there is none"
     assert TorchRuntime("torch").obstacle(masked) is None
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """The compiler's settings, put back."""
+    import torch._inductor.config as inductor
+
+    with inductor.patch({"freezing": False, "cpp.simdlen": None}):
+        yield
+
+
+@pytest.mark.usefixtures("settings")
+@pytest.mark.parametrize("name", ["torch-openvino", "torch-openvino-bf16", "torch-bf16", "torch-int8"])
+def test_the_originals_faster_modes_answer_within_their_precision(
+    name: str, golden_bundle: Callable[[str], Bundle], golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    pytest.importorskip("torchao" if name == "torch-int8" else "openvino")
+    if name == "torch-openvino-bf16" and "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no bfloat16")
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)  # which takes a minute, and rounds no otherwise
+    bundle, runtime = golden_bundle("c"), TorchRuntime(name, golden / "elit-c.pt")
+    assert runtime.obstacle(bundle) is None
+    opened = runtime.open(bundle, threads=1)
+    with opened.denoiser as session:
+        rows = list(check(bundle, "denoiser", session, opened.tolerance))
+    assert all(row.passed for row in rows)
+    assert (max(row.max_abs for row in rows) > 1e-5) == (runtime.precision != "fp32"), "it does not compute in what it says"
+    with pytest.raises(InferenceError, match="closed"):
+        list(check(bundle, "denoiser", session, opened.tolerance))
+
+
+def test_a_number_of_loops_that_tracing_fixes_is_no_axis(masked: Bundle) -> None:
+    pytest.importorskip("openvino")
+    assert TorchRuntime("torch-openvino").obstacle(masked) == "OpenVINO traces the module, which fixes the number of loops"
+
+
+@pytest.mark.usefixtures("settings")
+def test_bf16_code_that_answers_nan_is_compiled_for_narrower_vectors(masked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    import torch._inductor.config as inductor
+
+    def compiler(module: torch.nn.Module, dynamic: bool) -> Callable[..., torch.Tensor]:
+        return (lambda **feeds: torch.nan * module(**feeds)) if inductor.cpp.simdlen is None else module
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    opened = TorchRuntime("torch-bf16").open(masked, threads=1)
+    with opened.denoiser as session:
+        assert all(row.passed for row in check(masked, "denoiser", session, opened.tolerance))
+        assert session.where.endswith("bf16 for 256-bit vectors")
 
 
 @pytest.mark.parametrize("name", ["torch-cuda", "torch-compile-cuda"])
