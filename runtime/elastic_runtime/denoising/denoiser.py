@@ -103,8 +103,8 @@ class Denoiser:
         else:
             labels, drops = (np.concatenate(parts) for parts in zip(*((b.labels, _rows(b)) for b in branches), strict=True))
             whole = self._outputs(np.concatenate([x] * len(branches)), time, labels, drops, budgets[0])
-            parts = {name: np.split(array, len(branches)) for name, array in whole.items()}
-            outputs = [{name: each[i] for name, each in parts.items()} for i in range(len(branches))]
+            rows = [slice(i * len(x), (i + 1) * len(x)) for i in range(len(branches))]
+            outputs = [{name: array[part] for name, array in whole.items()} for part in rows]
         return [self._whole(x, time, *each) for each in zip(branches, budgets, outputs, strict=True)]
 
     def _whole(self, x: np.ndarray, time: float, branch: Branch, budget: Budget, outputs: Arrays) -> tuple[np.ndarray, Routed | None]:

@@ -16,6 +16,7 @@ from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
 
 Arrays = Mapping[str, np.ndarray]
+DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}  # a dtype's own name is slow to ask for
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def batches(session: Session, size: int) -> list[slice]:
     Raises: BudgetError where `size` does not divide into runs of that span; nothing is padded.
     """
     span = session.batch
+    if span.min <= size <= span.max:
+        return [slice(0, size)]
     edges = np.linspace(0, size, -(-size // span.max) + 1).round().astype(int)
     if np.diff(edges).min() < span.min:
         raise BudgetError(f"{session.where} takes batches of {span}; {size} samples (guidance counted) do not divide into such runs")
@@ -106,7 +109,7 @@ def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
     open_dimensions: dict[str, int] = {}
     for spec in graph.inputs:
         array = feeds[spec.name]
-        if array.dtype.name != spec.dtype:
+        if array.dtype != DTYPES[spec.dtype]:
             raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
         if len(array.shape) != len(spec.shape) or not all(
             open_dimensions.setdefault(dimension, size) == size if isinstance(dimension, str) else dimension == size
