@@ -85,7 +85,8 @@ class ElasticPipeline:
             reasons = " ".join(dict.fromkeys(reason for _, why in checks for reason in why))
             raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {reasons}")
         precisions = allowed(opened.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
-        if precisions and not {artifact.precision for artifact in graphs["denoiser"].artifacts} & set(precisions):
+        able = candidates(opened, "denoiser", backend)[0] if precisions else []
+        if precisions and not {candidate.precision for candidate in able} & set(precisions):
             has = ", ".join(dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts))
             raise UsageError(f"{opened.folder} has its denoiser in {has}, and none in {', '.join(precisions)}: export it so, too")
         pipe = cls(opened, _Opener(opened, backend, precisions, options))
@@ -251,7 +252,7 @@ class ElasticPipeline:
         again = _again(request, drawing, tuple(choices))
         origin = self.session("denoiser").origin
         facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": self.where}
-        facts |= ({"artifact": origin.artifact.path, "precision": origin.artifact.precision} if origin else {}) | drawing.facts()
+        facts |= ({"artifact": origin.artifact.path, "precision": origin.precision} if origin else {}) | drawing.facts()
         return Result(images, tuple(records), seconds, again, drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts)
 
     def iterate(self, request: Request, *, generator: Generators | None = None) -> Generator[Progress, np.ndarray | None, None]:
@@ -366,22 +367,20 @@ class _Opener:
     def __call__(self, graph: str) -> Session:
         if self._backend or self._options:
             able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
+            able = [each for each in able if not each.options or "precision" not in self._options]  # which says it already
             if not able:
                 return open_session(self._bundle, graph, self._backend, **self._options)
-            name, artifact = chosen(able, self._precisions)[0]
-            return open_artifact(self._bundle, graph, artifact, name, **self._options)
+            best = chosen(able, self._precisions)[0]
+            return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
         graphs = self._bundle.manifest.graphs
         choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
         if choice is None:
             return open_session(self._bundle, graph)
-        backend, path = choice
-        able = [pair for pair in candidates(self._bundle, graph)[0] if pair[0] == backend]
         if graph == "denoiser":
-            able = [pair for pair in able if pair[1].path == path]
-        if not able:
-            return open_session(self._bundle, graph)
+            return choice.open(self._bundle, graph)
         # What runs the denoiser runs the other graphs too, where it opens them.
-        return open_artifact(self._bundle, graph, chosen(able, self._precisions)[0][1], backend)
+        able = [each for each in candidates(self._bundle, graph)[0] if each.backend == choice.backend]
+        return chosen(able, self._precisions)[0].open(self._bundle, graph) if able else open_session(self._bundle, graph)
 
 
 def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:

@@ -17,7 +17,6 @@ import msgspec
 import numpy as np
 
 from elastic_runtime.choosing.cost import Costs, Point, Rates
-from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
@@ -29,7 +28,7 @@ from elastic_runtime.device import Clock, Device, peak, peak_bytes
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
-from elastic_runtime.sessions.opening import candidates, open_artifact
+from elastic_runtime.sessions.opening import Candidate, candidates
 from elastic_runtime.sessions.session import Session
 
 VERSION = 1
@@ -69,11 +68,12 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Chosen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which backend and artifact were fastest, and milliseconds of each candidate's step."""
+    """Which backend, precision and artifact were fastest, and milliseconds of each candidate's step."""
 
     version: int
     identity: Identity
     backend: str
+    precision: str
     artifact: str
     milliseconds: dict[str, float]
 
@@ -93,7 +93,7 @@ def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
         "model": manifest.model.name,
         "files": [file.sha256 for file in origin.artifact.files] if origin else [],
         "decoder": [file.sha256 for artifact in decoder.artifacts for file in artifact.files] if decoder else [],
-        "precision": origin.artifact.precision if origin else None,
+        "precision": origin.precision if origin else None,
         "options": {name: repr(value) for name, value in sorted(origin.options.items())} if origin else {},
         "inputs": [spec.name for spec in session.graph.inputs],
         "spans": {axis.name: str(axis.span) for axis in manifest.axes},
@@ -105,7 +105,7 @@ def identity(session: Session, manifest: Manifest, device: Device) -> Identity:
 def rates(session: Session, device: Device) -> Rates:
     """Peak rates of what the session runs on, before anything was measured."""
     origin = session.origin
-    return Rates.of(peak(device, session.processor), origin.artifact.precision if origin else EXACT)
+    return Rates.of(peak(device, session.processor), origin.precision if origin else EXACT)
 
 
 def load(who: Identity) -> Calibration | None:
@@ -208,53 +208,62 @@ def middle(model: Model) -> float:
 
 def fastest(
     bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock, precisions: Collection[str] | None = None
-) -> tuple[str, str] | None:
-    """Backend and artifact that run `graph` fastest here; None where there is no choice. Measured once, then kept.
+) -> Candidate | None:
+    """What runs `graph` fastest here; None where there is no choice. Measured once, then kept.
 
-    Only artifacts of `precisions` compete; where none are named, the most exact of those that can run here: time is no reason to draw with
-    fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails to open
+    Only what computes in `precisions` competes; where none are named, the most exact of those that can run here: time is no reason to draw
+    with fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails to open
     is left out, and the log says why.
     """
     able, _ = candidates(bundle, graph)
     if len(able) < 2:
         return None
-    found = chosen(able, precisions)
-    if len(found) == 1:
-        return found[0][0], found[0][1].path
+    competing = chosen(able, precisions)
+    if len(competing) == 1:
+        return competing[0]
     here = device()
     who = {
-        "candidates": [[name, artifact.path, *(file.sha256 for file in artifact.files)] for name, artifact in found],
+        "candidates": [[each.backend, each.precision, each.artifact.path, *(f.sha256 for f in each.artifact.files)] for each in competing],
         "versions": here.backends,
         "device": here.fingerprint,
     }
     kept = _load(who, "fastest-", Chosen)
-    if kept and any((name, artifact.path) == (kept.backend, kept.artifact) for name, artifact in found):
-        return kept.backend, kept.artifact
-    times: dict[tuple[str, str], float] = {}
+    for candidate in competing:
+        if kept and (candidate.backend, candidate.precision, candidate.artifact.path) == (kept.backend, kept.precision, kept.artifact):
+            return candidate
+    times: list[tuple[float, Candidate]] = []
     failures: list[ElasticError] = []
-    for name, artifact in found:
+    for candidate in competing:
         try:
-            with open_artifact(bundle, graph, artifact, name) as session:
+            with candidate.open(bundle, graph) as session:
                 largest = _largest(bundle.manifest, session)
                 rows = points(session, bundle.manifest, [largest], clock, seconds=SECONDS / 2)
-                times[name, artifact.path] = min(row.seconds / row.batch for row in rows)
+                times.append((min(row.seconds / row.batch for row in rows), candidate))
         except ElasticError as error:
-            _log.warning("%s is left out by %s: %s", artifact.path, name, error)
+            _log.warning("%s is left out by %s: %s", candidate.artifact.path, candidate.backend, error)
             failures.append(error)
     if not times:
         raise failures[0]
-    best = min(times, key=times.__getitem__)
-    milliseconds = {f"{name}: {path}": 1e3 * value for (name, path), value in times.items()}
-    _store(Chosen(version=VERSION, identity=who, backend=best[0], artifact=best[1], milliseconds=milliseconds), "fastest-")
-    _log.info("fastest of %s: %s", milliseconds, best)
+    best = min(times, key=lambda pair: pair[0])[1]
+    milliseconds = {f"{each.backend} {each.precision}: {each.artifact.path}": 1e3 * seconds for seconds, each in times}
+    kept = Chosen(
+        version=VERSION,
+        identity=who,
+        backend=best.backend,
+        precision=best.precision,
+        artifact=best.artifact.path,
+        milliseconds=milliseconds,
+    )
+    _store(kept, "fastest-")
+    _log.info("fastest of %s: %s %s", milliseconds, best.backend, best.precision)
     return best
 
 
-def chosen(able: Sequence[tuple[str, Artifact]], precisions: Collection[str] | None) -> list[tuple[str, Artifact]]:
-    """Those of the (backend, artifact) that are of `precisions`; of the most exact where none are named, or of the graph there are none."""
-    named = [pair for pair in able if precisions and pair[1].precision in precisions]
-    most_exact = min(artifact.rank for _, artifact in able)
-    return named or [pair for pair in able if pair[1].rank == most_exact]
+def chosen(able: Sequence[Candidate], precisions: Collection[str] | None) -> list[Candidate]:
+    """Those that compute in `precisions`; in the most exact where none are named, or of the graph there are none."""
+    named = [candidate for candidate in able if precisions and candidate.precision in precisions]
+    most_exact = min(candidate.rank for candidate in able)
+    return named or [candidate for candidate in able if candidate.rank == most_exact]
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:

@@ -144,7 +144,7 @@ class Gauge:
         return value
 
     def _costs(self, points: Iterable[Point]) -> Costs:
-        precision = self.session.origin.artifact.precision if self.session.origin else EXACT
+        precision = self.session.origin.precision if self.session.origin else EXACT
         return Costs(self.manifest, calibration.rates(self.session, self.device), precision, points)
 
     def _measure(self) -> calibration.Measured:

@@ -12,6 +12,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
 
@@ -26,6 +27,12 @@ class Origin:
     artifact: Artifact
     backend: str
     options: Mapping[str, object]
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: the artifact's precision, or one that was asked for by the option of that name."""
+        asked = str(self.options.get("precision", self.artifact.precision))
+        return asked if asked in PRECISIONS else self.artifact.precision
 
 
 class Session(ABC):

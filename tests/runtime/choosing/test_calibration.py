@@ -21,7 +21,8 @@ from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, OnnxAr
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import opening
-from elastic_runtime.sessions.backend import Backend
+from elastic_runtime.sessions.backend import Backend, Way
+from elastic_runtime.sessions.opening import Candidate
 from elastic_runtime.sessions.session import Origin
 
 
@@ -153,7 +154,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
 
 
 class Room:
-    """A backend whose sessions run on a machine `slowness` times as slow."""
+    """A backend whose sessions run on a machine `slowness` times as slow, and in bfloat16 three times as fast as that."""
 
     def __init__(self, name: str, machine: Machine, slowness: float, broken: bool = False):
         self.record = Backend(name, ("onnx",), lambda artifact: None, self.open, {})
@@ -164,12 +165,12 @@ class Room:
             raise InferenceError("the driver is too old")
         self.opened += 1
         fake = session(self.machine)
-        run = fake._function
+        run, factor = fake._function, self.factor / (3 if options.get("precision") == "bf16" else 1)
 
         def slowly(feeds: Any) -> Any:
             begun = self.machine.now
             outputs = run(feeds)
-            self.machine.now = begun + (self.machine.now - begun) * self.factor
+            self.machine.now = begun + (self.machine.now - begun) * factor
             return outputs
 
         fake._function = slowly
@@ -184,10 +185,11 @@ def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, mon
     machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
     slow, fast = Room("slow", machine, 2.0), Room("fast", machine, 1.0)
     rooms(monkeypatch, slow, fast)
+    (exact,) = bundle.manifest.graphs["denoiser"].artifacts
     device = lambda: probe(MACHINES["xeon"])  # noqa: E731
-    assert fastest(bundle, "denoiser", device, machine.clock) == ("fast", "onnx/denoiser.onnx")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("fast", exact, precision="fp32")
     opened = slow.opened + fast.opened
-    assert fastest(bundle, "denoiser", device, machine.clock) == ("fast", "onnx/denoiser.onnx")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("fast", exact, precision="fp32")
     assert slow.opened + fast.opened == opened
     with ElasticPipeline.from_pretrained(bundle, "slow") as pipe:
         assert pipe.gauge.session.origin is not None
@@ -198,11 +200,12 @@ def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    (exact,) = bundle.manifest.graphs["denoiser"].artifacts
     device = lambda: probe(MACHINES["xeon"])  # noqa: E731
     rooms(monkeypatch, Room("only", machine, 1.0))
     assert fastest(bundle, "denoiser", device, machine.clock) is None
     rooms(monkeypatch, Room("broken", machine, 1.0, broken=True), Room("whole", machine, 3.0))
-    assert fastest(bundle, "denoiser", device, machine.clock) == ("whole", "onnx/denoiser.onnx")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("whole", exact, precision="fp32")
     assert "the driver is too old" in caplog.text
     rooms(monkeypatch, Room("one", machine, 1.0, broken=True), Room("two", machine, 1.0, broken=True))
     with pytest.raises(InferenceError, match="the driver is too old"):
@@ -227,13 +230,28 @@ def test_fewer_bits_never_win_by_their_time(tmp_path: Path, monkeypatch: pytest.
 
     def chosen(*artifacts: Any) -> tuple[str, str] | None:
         bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=artifacts)
-        return fastest(bundle, "denoiser", device, machine.clock)
+        best = fastest(bundle, "denoiser", device, machine.clock)
+        return (best.backend, best.artifact.path) if best else None
 
     assert chosen(half, palette) == ("fast", palette.package)
     opened = fast.opened
     assert chosen(half, msgspec.structs.replace(palette, compression="palette4")) == ("slow", half.path)
     assert chosen(exact, half) == ("slow", exact.path)
     assert fast.opened == opened, "what cannot be chosen is not measured"
+
+
+def test_a_way_to_compute_in_less_competes_where_its_precision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    slow, fast = Room("slow", machine, 3.0), Room("fast", machine, 2.0)
+    slow.record = replace(slow.record, ways={"slow": Way("cpu"), "quick": Way("cpu", {"precision": "bf16"}, precision="bf16")})
+    rooms(monkeypatch, slow, fast)
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    best = [fastest(bundle, "denoiser", device, machine.clock, precisions) for precisions in (None, ("fp32",), ("fp32", "bf16"))]
+    assert [(each.backend, each.precision) for each in best if each] == [("fast", "fp32"), ("fast", "fp32"), ("slow", "bf16")]
+    with ElasticPipeline.from_pretrained(bundle, precisions="bf16") as pipe:
+        origin = pipe.session("denoiser").origin
+    assert origin is not None
+    assert (origin.backend, origin.precision, origin.artifact.precision) == ("slow", "bf16", "fp32")
 
 
 def test_measuring_runs_the_denoiser_as_pictures_do() -> None:
