@@ -12,7 +12,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from elastic_export.families.elit import FAMILY, Elit, ElitParams
+from elastic_export.families.elit.backbone import ElitParams
+from elastic_export.families.elit.sit import FAMILY, Elit
 from training import drop_labels, parser, train
 
 PARAMS = ElitParams(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from digits import Digits
-from elastic_export.families.elit import Elit
+from elastic_export.families.elit.sit import Elit
 from train_elit import PARAMS, flow_loss
 from training import drop_labels, parser, rate, train
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_export.families.elit import FAMILY, ElitParams
+from elastic_export.families.elit.backbone import ElitParams
+from elastic_export.families.elit.sit import FAMILY
 from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.artifacts import TensorSpec

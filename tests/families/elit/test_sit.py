@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
 from elastic_export.capture.zoo import Model, Request, load  # noqa: E402
-from elastic_export.families import elit  # noqa: E402
-from elastic_export.families.elit import FAMILY, PRESETS, Elit, ElitParams, rename_key, sources  # noqa: E402
-from elastic_export.families.elit import flops as elit_flops  # noqa: E402
+from elastic_export.families.elit.backbone import ElitParams, rename_key  # noqa: E402
+from elastic_export.families.elit.sit import FAMILY, Elit  # noqa: E402
+from elastic_export.families.elit.sit import flops as elit_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import randomize  # noqa: E402
 from elastic_runtime import Budget, Bundle, ModelError, open_session  # noqa: E402
@@ -124,7 +124,7 @@ FIGURES = [(size, head, share, gflops) for (size, head), row in TABLE.items() fo
 
 @pytest.mark.parametrize(("size", "head", "share", "gflops"), FIGURES)
 def test_flops_are_the_published_ones(size: int, head: int, share: float, gflops: float) -> None:
-    params = replace(PRESETS[f"elit-sit-xl-{size}"], head_blocks=head)
+    params = replace(FAMILY.presets[f"elit-sit-xl-{size}"], head_blocks=head)
     # The table is rounded to 0.05 GFLOPs.
     assert elit_flops(params, round(share * params.tokens)) / 1e9 == pytest.approx(gflops, rel=1e-3, abs=0.051)
 
@@ -149,7 +149,7 @@ def test_flops_count_what_torch_multiplies() -> None:
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_presets_are_their_sit_and_a_little_more(size: str, millions: float, pixels: int) -> None:
     """Plain SiT has 33, 130, 458 and 675 M parameters; Read and Write add about 20 D^2 and the 4096 latent positions."""
-    params = PRESETS[f"elit-sit-{size}-{pixels}"]
+    params = FAMILY.presets[f"elit-sit-{size}-{pixels}"]
     with torch.device("meta"):
         module = Elit(params)
     count = sum(parameter.numel() for parameter in module.parameters())
@@ -175,9 +175,9 @@ def test_a_new_model_predicts_nothing_and_a_randomized_one_something_that_repeat
 def test_windows_are_row_major_and_undone() -> None:
     module = Elit(SMALL)  # a grid of 4x4 tokens in windows of 2x2
     raster = torch.arange(16.0).reshape(1, 16, 1)
-    windows = module.to_windows(raster)
+    windows = module.params.windows.from_raster(raster)
     assert windows[0, :, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert torch.equal(module.to_raster(windows), raster)
+    assert torch.equal(module.params.windows.to_raster(windows), raster)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def weights() -> dict[str, Any]:
 
 
 def test_shapes_and_args_tell_the_sizes() -> None:
-    told = sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
+    told = FAMILY.sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
     config = {"num_heads": 2, "tail_blocks": 1}
     assert agree(FAMILY, told | {"config": config}, {}) == replace(SMALL)
 
@@ -244,17 +244,17 @@ def test_shapes_and_args_tell_the_sizes() -> None:
 )
 def test_sources_that_disagree_are_named_with_both_values(args: dict[str, Any], config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        agree(FAMILY, sources(weights(), args) | {"config": config}, {})
+        agree(FAMILY, FAMILY.sources(weights(), args) | {"config": config}, {})
 
 
 def test_an_override_ends_the_disagreement() -> None:
-    told = sources(weights(), {"encoder_depth": 2})
+    told = FAMILY.sources(weights(), {"encoder_depth": 2})
     config = {"head_blocks": 1, "num_heads": 2, "tail_blocks": 1}
     assert agree(FAMILY, told | {"config": config}, {"head_blocks": 0}).head_blocks == 0
 
 
 def test_the_published_size_tells_what_shapes_do_not() -> None:
-    preset = PRESETS["elit-sit-s-256"]
+    preset = FAMILY.presets["elit-sit-s-256"]
     shapes = {name: value for name, value in asdict(preset).items() if name not in ("num_heads", "head_blocks", "tail_blocks")}
     assert agree(FAMILY, {"shapes": shapes}, {}) == preset
     assert agree(FAMILY, {"shapes": shapes, "args": {"head_blocks": 4}}, {}).head_blocks == 4
@@ -264,12 +264,12 @@ def test_the_published_size_tells_what_shapes_do_not() -> None:
 @pytest.mark.parametrize("shape", [(), (7,)])
 def test_a_weight_of_an_impossible_rank_is_named(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
-        agree(FAMILY, sources(weights() | {name: torch.zeros(shape)}, {}), {})
+        agree(FAMILY, FAMILY.sources(weights() | {name: torch.zeros(shape)}, {}), {})
 
 
 def test_feeds_are_the_same_at_every_budget_but_for_the_axis() -> None:
-    one, two = (elit.feeds(SMALL, Budget(latents=latents), 2) for latents in (4, 16))
-    assert one.keys() == two.keys() == {spec.name for spec in elit.inputs(SMALL)}
+    one, two = (FAMILY.feeds(SMALL, Budget(latents=latents), 2) for latents in (4, 16))
+    assert one.keys() == two.keys() == {spec.name for spec in FAMILY.inputs(SMALL)}
     for name in one.keys() - {"latent_ids"}:
         np.testing.assert_array_equal(one[name], two[name])
     assert (len(one["latent_ids"]), len(two["latent_ids"])) == (1, 4)
