@@ -163,7 +163,7 @@ _RENAMES = (
 # Weights that one family alone has: by the first words of our names, and in a user's words.
 _MARKS = {
     "elit-uvit": (("skips.",), "skips (blocks.N.skip_linear)"),
-    "elit-hdit": (("merge", "split"), "a merge and a split (merges, splits)"),
+    "elit-hdit": (("merge", "split"), "merge and split (merges, splits)"),
 }
 
 

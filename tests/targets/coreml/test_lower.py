@@ -39,7 +39,7 @@ def random_elit(width: int) -> GraphCapture:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "uvit-a", "uvit-b", "hdit-a", "hdit-b"])
 def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, name: str) -> None:
     graph = elit(name)
     ends = (Budget(latents=graph.axes[0].min), Budget(latents=graph.axes[0].max))
@@ -49,9 +49,10 @@ def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, 
     assert max(error(graph, session, end) for end in ends) < PRECISIONS["fp32"].tolerance
 
 
+@pytest.mark.parametrize("name", ["c", "uvit-b", "hdit-a", "hdit-b"])
 @pytest.mark.parametrize(("shapes", "target"), [("enumerated", "iOS18"), ("range", "iOS18"), ("range", "macOS12")])
-def test_open_sizes_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, shapes: str, target: str) -> None:
-    graph = elit()
+def test_open_sizes_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, name: str, shapes: str, target: str) -> None:
+    graph = elit(name)
     artifact, session = lowered(graph, precision="fp32", shapes=shapes, target=target)
     assert {call.function for call in artifact.calls} == {"main"}
     probes = session.budgets or [Budget(latents=value) for value in graph.axes[0].probes()]
