@@ -27,6 +27,8 @@ class ElitUvitParams(ElitParams):
                 f"head_blocks {self.head_blocks} must equal tail_blocks {self.tail_blocks}: a skip joins tokens to tokens or latents to "
                 "latents; give the split that the model was trained with"
             )
+        if not self.senders:
+            raise ValueError(f"depth {self.depth} leaves no skip: give 3 blocks or more, or take elit-sit")
 
     @property
     def senders(self) -> range:

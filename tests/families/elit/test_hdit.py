@@ -51,6 +51,14 @@ def test_a_split_undoes_a_merge(kept: int) -> None:
         assert torch.equal(split(merge(z), z + 1), z + 1), "the latents before the merge"
 
 
+def test_the_order_of_groups_is_no_weight_and_no_half() -> None:
+    with torch.device("meta"):
+        module = ElitHdit(SMALL)
+    assert not [name for name in module.state_dict() if "order" in name]
+    merge = module.half().merge
+    assert (merge.order.dtype, merge.order.tolist()) == (torch.int64, [0, 1, 2, 3])
+
+
 def test_inner_blocks_are_twice_as_wide_and_keep_the_condition() -> None:
     module = ElitHdit(SMALL)
     assert [block.attn.qkv.in_features for block in module.blocks] == [16, 16, 32, 32, 16, 16]

@@ -112,9 +112,11 @@ def test_public_names_become_ours() -> None:
     assert rename_key("skips.5.bias") == "skips.5.bias"
 
 
-def test_unequal_head_and_tail_are_refused() -> None:
+def test_unequal_head_and_tail_and_too_few_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="head_blocks 1 must equal tail_blocks 2: a skip joins tokens to tokens or latents to latents"):
         replace(SMALL, tail_blocks=2)
+    with pytest.raises(ValueError, match="depth 2 leaves no skip: give 3 blocks or more, or take elit-sit"):
+        replace(SMALL, depth=2, head_blocks=0, tail_blocks=0)
     # The public trainer's default, which its factories pair with four tail blocks.
     known = {"checkpoint's args": {"head_blocks": 8, "hidden_size": 1152, "depth": 28}}
     sizes = {"input_size": 32, "patch_size": 2, "in_channels": 4, "num_classes": 1000, "group_size": 4}
