@@ -44,25 +44,29 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """Bundles of the golden checkpoints `a`, `b` and `c`, each made once through the real export path. Tests must not change them."""
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """Bundles of the golden ELIT checkpoints `a`, `uvit-a`, ... and an opset, each made once through the real export path. Tests must not
+    change them."""
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
     import elastic_export
 
-    made: dict[str, Bundle] = {}
+    made: dict[tuple[str, int], Bundle] = {}
 
-    def bundle(name: str) -> Bundle:
-        if name not in made:
-            made[name] = elastic_export.export(
-                "elit-sit",
+    def bundle(name: str, opset: int = 23) -> Bundle:
+        if (name, opset) not in made:
+            config = GOLDEN / f"elit-{name}.json"
+            family = json.loads(config.read_text())["family"]
+            made[name, opset] = elastic_export.export(
+                family,
                 output=tmp_path_factory.mktemp("bundles") / f"elit-{name}",
-                checkpoint=GOLDEN / f"elit-{name}.pt",
-                config=GOLDEN / f"elit-{name}.json",
-                command="elastic-export onnx elit-sit",
+                checkpoint=config.with_suffix(".pt"),
+                config=config,
+                opset=opset,
+                command=f"elastic-export onnx {family}",
             )
-        return made[name]
+        return made[name, opset]
 
     return bundle
 

@@ -9,8 +9,9 @@ import msgspec
 import torch
 from torch import nn
 
-from elastic_export.families import elit, elt, elt_masked
+from elastic_export.families import elt, elt_masked
 from elastic_export.families.dc_dit import model as dc_dit
+from elastic_export.families.elit import hdit, sit, uvit
 from elastic_export.families.family import Family, agree
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
@@ -19,7 +20,9 @@ from elastic_export.foreign.weights import checkpoint_files, digest, few
 from elastic_runtime.contract.manifest import Quality, Rounded
 from elastic_runtime.errors import ModelError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (sit.FAMILY, uvit.FAMILY, hdit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)
+}
 DEFAULT = "elit-mnist"
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 

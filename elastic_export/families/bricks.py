@@ -11,9 +11,10 @@ FLOAT32 = 4  # bytes a value
 TIME_FEATURES = 256  # sinusoids of a timestep
 
 
-def dit_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:
-    """FLOPs of an adaLN-Zero block on `tokens` tokens: qkv, projection, MLP, modulation, attention."""
-    linear = tokens * (4 + 2 * mlp_ratio) * width**2 + 6 * width**2
+def dit_block(tokens: int, width: int, mlp_ratio: float = 4.0, condition: int | None = None) -> int:
+    """FLOPs of an adaLN-Zero block on `tokens` tokens: qkv, projection, MLP, modulation by a `condition` of the width or of its own,
+    attention."""
+    linear = tokens * (4 + 2 * mlp_ratio) * width**2 + 6 * width * (condition or width)
     return round(2 * linear) + attention(tokens, tokens, width)
 
 

@@ -146,13 +146,13 @@ class Modulation(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero transformer block (DiT, arXiv 2212.09748, section 3.2)."""
+    """adaLN-Zero transformer block (DiT, arXiv 2212.09748, section 3.2); `c` has the block's width, or that of `condition`."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, condition: int | None = None):
         super().__init__()
         self.attn = Attention(width, heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.modulation = Modulation(width, 6)
+        self.modulation = Modulation(width, 6, condition)
 
     def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)

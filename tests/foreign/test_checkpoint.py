@@ -19,7 +19,8 @@ torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
 from safetensors.torch import save_file  # noqa: E402
 
 from elastic_export.capture.zoo import Request, load  # noqa: E402
-from elastic_export.families.elit import FAMILY, Elit, ElitParams  # noqa: E402
+from elastic_export.families.elit.backbone import ElitParams  # noqa: E402
+from elastic_export.families.elit.sit import FAMILY, Elit  # noqa: E402
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from elastic_runtime import ModelError  # noqa: E402
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from digits import Digits
-from elastic_export.families.elit import Elit
-from train_elit import PARAMS, flow_loss
+from train_elit import BACKBONES, flow_loss
 from training import drop_labels, parser, rate, train
 
 ABOUT = {"family": "elit-sit", "config": {"depth": 6}}
@@ -47,10 +46,12 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_the_elit_recipe_takes_two_steps_and_writes_weights_and_record(tmp_path: Path, noise: Digits) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_elit_recipe_takes_two_steps_and_writes_weights_and_record(backbone: str, tmp_path: Path, noise: Digits) -> None:
+    family, params = BACKBONES[backbone]
     weights = tmp_path / "out" / "elit.safetensors"
     given = options(tmp_path / "run", "--steps", "2", "--output", str(weights))
-    ema = train(lambda: Elit(PARAMS), flow_loss, given, ABOUT, noise)
+    ema = train(lambda: family.build(params), flow_loss, given, ABOUT, noise)
     written = load_file(weights)
     assert written.keys() == ema.state_dict().keys()
     assert {value.dtype for value in written.values()} == {torch.float16}

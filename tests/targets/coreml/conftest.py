@@ -1,6 +1,7 @@
 """Small captures, a way to lower them, and MIL programs by hand."""
 
 import gc
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,8 @@ def elit(golden: Path) -> Callable[..., GraphCapture]:
     """Capture a golden ELIT, its latents narrowed."""
 
     def graph(name: str = "c", latents: Span | None = None, batch: Span = Span(1, 4)) -> GraphCapture:  # noqa: B008
-        request = Request("elit-sit", golden / f"elit-{name}.pt", golden / f"elit-{name}.json")
+        config = golden / f"elit-{name}.json"
+        request = Request(json.loads(config.read_text())["family"], config.with_suffix(".pt"), config)
         return capture(load(request), {"latents": latents} if latents else {}, batch).graphs[0]
 
     return graph

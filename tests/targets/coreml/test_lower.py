@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_export.families.elit import FAMILY, ElitParams
+from elastic_export.families.elit.backbone import ElitParams
+from elastic_export.families.elit.sit import FAMILY
 from elastic_export.families.layers import randomize
 from elastic_runtime import Axis, Budget, BudgetError, Span, UsageError
 from elastic_runtime.contract.artifacts import TensorSpec
@@ -38,7 +39,7 @@ def random_elit(width: int) -> GraphCapture:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a", "b", "c"])
+@pytest.mark.parametrize("name", ["a", "b", "c", "uvit-a", "uvit-b", "hdit-a", "hdit-b"])
 def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, name: str) -> None:
     graph = elit(name)
     ends = (Budget(latents=graph.axes[0].min), Budget(latents=graph.axes[0].max))
@@ -48,9 +49,15 @@ def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, 
     assert max(error(graph, session, end) for end in ends) < PRECISIONS["fp32"].tolerance
 
 
-@pytest.mark.parametrize(("shapes", "target"), [("enumerated", "iOS18"), ("range", "iOS18"), ("range", "macOS12")])
-def test_open_sizes_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, shapes: str, target: str) -> None:
-    graph = elit()
+@pytest.mark.parametrize(
+    ("name", "shapes", "target"),
+    [
+        *((name, shapes, "iOS18") for name in ("c", "uvit-b", "hdit-a", "hdit-b") for shapes in ("enumerated", "range")),
+        ("c", "range", "macOS12"),
+    ],
+)
+def test_open_sizes_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, name: str, shapes: str, target: str) -> None:
+    graph = elit(name)
     artifact, session = lowered(graph, precision="fp32", shapes=shapes, target=target)
     assert {call.function for call in artifact.calls} == {"main"}
     probes = session.budgets or [Budget(latents=value) for value in graph.axes[0].probes()]

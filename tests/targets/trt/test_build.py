@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -70,6 +71,21 @@ def test_elit_builds_its_buckets_for_two_generations(room: ModuleType, bundle_co
     assert "about" in steps[0][0]
     Bundle.open(bundle_copy, hashes=True)
     assert made.manifest.graphs["denoiser"].artifacts[0].target == "onnx"  # what was there stays
+
+
+@pytest.mark.parametrize(("name", "opset", "attentions"), [("uvit-b", 23, 9), ("hdit-a", 23, 10), ("hdit-b", 20, 0)])
+def test_other_backbones_build_one_range(
+    room: ModuleType, golden_bundle: Callable[..., Bundle], tmp_path: Path, name: str, opset: int, attentions: int
+) -> None:
+    """A block, Read and Write have an attention each; opset 20 spells it out."""
+    bundle = Bundle.open(shutil.copytree(golden_bundle(name, opset).folder, tmp_path / "bundle"))
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets={}))
+    (artifact,) = engines(made)
+    axis = made.manifest.axis("latents")
+    assert artifact.network.attentions == attentions
+    assert [profile.dimensions["J"].min for profile in artifact.profiles] == [1]
+    assert [profile.dimensions["J"].max for profile in artifact.profiles] == [axis.length(axis.max)]
+    check_header(made, artifact)
 
 
 def test_turing_gets_an_fp16_engine_of_its_own(room: ModuleType, golden: Path, tmp_path: Path) -> None:

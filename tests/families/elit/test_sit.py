@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,105 +8,25 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
-from elastic_export.capture.zoo import Model, Request, load  # noqa: E402
-from elastic_export.families import elit  # noqa: E402
-from elastic_export.families.elit import FAMILY, PRESETS, Elit, ElitParams, rename_key, sources  # noqa: E402
-from elastic_export.families.elit import flops as elit_flops  # noqa: E402
+from elastic_export.capture.zoo import Request, load  # noqa: E402
+from elastic_export.families.elit.backbone import ElitParams, rename_key  # noqa: E402
+from elastic_export.families.elit.sit import FAMILY, Elit  # noqa: E402
+from elastic_export.families.elit.sit import flops as elit_flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.families.layers import randomize  # noqa: E402
-from elastic_runtime import Budget, Bundle, ModelError, open_session  # noqa: E402
+from elastic_runtime import Budget, ModelError  # noqa: E402
 
-RECORDED = {"a": (4, 8, 20, 32, 64), "b": (16, 32, 48, 64), "c": (4, 16, 64)}
-RUNS = [(name, latents) for name, every in RECORDED.items() for latents in every]
 SMALL = ElitParams(
     input_size=8, patch_size=2, in_channels=2, hidden_size=16, depth=4, num_heads=2,
     num_classes=3, group_size=2, head_blocks=1, tail_blocks=1,
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def models(golden: Path) -> dict[str, Model]:
-    return {name: load(Request("elit-sit", golden / f"elit-{name}.pt", golden / f"elit-{name}.json")) for name in RECORDED}
-
-
-@pytest.fixture(scope="module")
-def recorded(golden: Path) -> dict[str, dict[str, np.ndarray]]:
-    found = {}
-    for name in RECORDED:
-        with np.load(golden / f"elit-{name}.io.npz") as arrays:
-            found[name] = dict(arrays)
-    return found
-
-
-def feeds(arrays: dict[str, np.ndarray], kept: int) -> dict[str, np.ndarray]:
-    return {"sample": arrays["x"], "timestep": arrays["t"], "class_labels": arrays["y"], "latent_ids": np.arange(kept)}
-
-
-def forward(module: Any, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    with torch.inference_mode():
-        result: np.ndarray = module(**{name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
-    return result
-
-
-def test_every_recorded_budget_is_tested(recorded: dict[str, dict[str, np.ndarray]]) -> None:
-    found = {(name, int(key.removeprefix("out_latents_"))) for name, arrays in recorded.items() for key in arrays if key.startswith("out_")}
-    assert found == set(RUNS)
-
-
-@pytest.mark.parametrize(("name", "latents"), RUNS)
-def test_golden_outputs_in_torch(name: str, latents: int, models: dict[str, Model], recorded: dict[str, dict[str, np.ndarray]]) -> None:
-    model = models[name]
-    output = forward(model.module, feeds(recorded[name], latents // model.params.groups))
-    assert np.abs(output - recorded[name][f"out_latents_{latents}"]).max() <= 5e-6
-
-
-@pytest.mark.parametrize("name", RECORDED)
-def test_golden_outputs_and_every_other_budget_through_onnx_runtime(
-    name: str, models: dict[str, Model], recorded: dict[str, dict[str, np.ndarray]], golden_bundle: Callable[[str], Bundle]
-) -> None:
-    bundle = golden_bundle(name)
-    axis = bundle.manifest.axis("latents")
-    traced = axis.values[len(axis.values) // 2 - 1]
-    seen = set()
-    with open_session(bundle) as session:
-        for latents in axis.values:
-            arrays = feeds(recorded[name], axis.length(latents))
-            output = session.run(arrays)["prediction"]
-            wanted = recorded[name].get(f"out_latents_{latents}")
-            if wanted is not None:
-                assert np.abs(output - wanted).max() <= 1e-5, f"recorded, {latents} latents"
-            assert np.abs(output - forward(models[name].module, arrays)).max() <= 1e-5, f"against torch, {latents} latents"
-            seen.add(latents)
-    assert seen >= {latents for run, latents in RUNS if run == name} | {traced}
-
-
-@pytest.mark.parametrize("batch", [1, 3, 4])
-def test_other_batches_than_the_traced_one_through_onnx_runtime(
-    batch: int, models: dict[str, Model], golden_bundle: Callable[[str], Bundle]
-) -> None:
-    arrays = FAMILY.feeds(models["c"].params, Budget(latents=12), batch)
-    with open_session(golden_bundle("c")) as session:
-        output = session.run(arrays)["prediction"]
-    assert np.abs(output - forward(models["c"].module, arrays)).max() <= 1e-5
-
-
-def test_budgets_differ_from_each_other(recorded: dict[str, dict[str, np.ndarray]], models: dict[str, Model]) -> None:
-    few, many = (forward(models["a"].module, feeds(recorded["a"], kept)) for kept in (1, 16))
-    assert np.abs(few - many).max() > 1e-3
-
-
-def test_another_split_is_another_function(golden: Path, recorded: dict[str, dict[str, np.ndarray]]) -> None:
+def test_another_split_is_another_function(golden: Path, recorded: Any, feeds: Any, forward: Any) -> None:
     request = Request("elit-sit", golden / "elit-a.pt", golden / "elit-a.json", overrides={"head_blocks": 1})
     model = load(request)
     assert model.params.head_blocks == 1
-    output = forward(model.module, feeds(recorded["a"], 2))
-    assert np.abs(output - recorded["a"]["out_latents_8"]).max() > 1e-3
-
-
-def test_only_the_length_of_latent_ids_is_read(recorded: dict[str, dict[str, np.ndarray]], models: dict[str, Model]) -> None:
-    arrays = feeds(recorded["c"], 3)
-    shuffled = arrays | {"latent_ids": np.array([9, 9, 0])}
-    np.testing.assert_array_equal(forward(models["c"].module, arrays), forward(models["c"].module, shuffled))
+    assert np.abs(forward(model.module, feeds("a", 2)) - recorded("a")["out_latents_8"]).max() > 1e-3
 
 
 # The published figures (arXiv 2603.12245), GFLOPs at batch 1: budget -> head, core, tail 8-16-4 and 4-20-4 of XL.
@@ -124,32 +43,16 @@ FIGURES = [(size, head, share, gflops) for (size, head), row in TABLE.items() fo
 
 @pytest.mark.parametrize(("size", "head", "share", "gflops"), FIGURES)
 def test_flops_are_the_published_ones(size: int, head: int, share: float, gflops: float) -> None:
-    params = replace(PRESETS[f"elit-sit-xl-{size}"], head_blocks=head)
+    params = replace(FAMILY.presets[f"elit-sit-xl-{size}"], head_blocks=head)
     # The table is rounded to 0.05 GFLOPs.
     assert elit_flops(params, round(share * params.tokens)) / 1e9 == pytest.approx(gflops, rel=1e-3, abs=0.051)
-
-
-def test_flops_count_what_torch_multiplies() -> None:
-    """Against torch's own counter on a small model, whose attention it counts as we do. Read's queries, the same in every window, are
-    computed once, and published figures count them for each."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    module, params = Elit(SMALL), SMALL
-    for kept in (1, 2, 4):
-        arrays = FAMILY.feeds(params, Budget(latents=kept * params.groups), 1)
-        # its counter knows the plain kernel's two products
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        again = 2 * (params.tokens - params.group_latents) * params.hidden_size**2
-        assert elit_flops(params, kept * params.groups) - again == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("s", 33), ("b", 130), ("l", 458), ("xl", 675)])
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_presets_are_their_sit_and_a_little_more(size: str, millions: float, pixels: int) -> None:
     """Plain SiT has 33, 130, 458 and 675 M parameters; Read and Write add about 20 D^2 and the 4096 latent positions."""
-    params = PRESETS[f"elit-sit-{size}-{pixels}"]
+    params = FAMILY.presets[f"elit-sit-{size}-{pixels}"]
     with torch.device("meta"):
         module = Elit(params)
     count = sum(parameter.numel() for parameter in module.parameters())
@@ -158,7 +61,7 @@ def test_presets_are_their_sit_and_a_little_more(size: str, millions: float, pix
     assert (params.head_blocks, params.tail_blocks) == (8, 4 if size in ("xl", "l") else 2)
 
 
-def test_a_new_model_predicts_nothing_and_a_randomized_one_something_that_repeats() -> None:
+def test_a_new_model_predicts_nothing_and_a_randomized_one_something_that_repeats(forward: Any) -> None:
     arrays = FAMILY.feeds(SMALL, Budget(latents=8), 2)
     module = Elit(SMALL)
     other = copy.deepcopy(module)
@@ -170,14 +73,6 @@ def test_a_new_model_predicts_nothing_and_a_randomized_one_something_that_repeat
     randomize(other, seed=3)
     np.testing.assert_array_equal(forward(other, arrays), first)
     assert all(parameter.std() > 0 for parameter in module.parameters() if parameter.numel() > 1)
-
-
-def test_windows_are_row_major_and_undone() -> None:
-    module = Elit(SMALL)  # a grid of 4x4 tokens in windows of 2x2
-    raster = torch.arange(16.0).reshape(1, 16, 1)
-    windows = module.to_windows(raster)
-    assert windows[0, :, 0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert torch.equal(module.to_raster(windows), raster)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +108,7 @@ def weights() -> dict[str, Any]:
 
 
 def test_shapes_and_args_tell_the_sizes() -> None:
-    told = sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
+    told = FAMILY.sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
     config = {"num_heads": 2, "tail_blocks": 1}
     assert agree(FAMILY, told | {"config": config}, {}) == replace(SMALL)
 
@@ -244,17 +139,17 @@ def test_shapes_and_args_tell_the_sizes() -> None:
 )
 def test_sources_that_disagree_are_named_with_both_values(args: dict[str, Any], config: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        agree(FAMILY, sources(weights(), args) | {"config": config}, {})
+        agree(FAMILY, FAMILY.sources(weights(), args) | {"config": config}, {})
 
 
 def test_an_override_ends_the_disagreement() -> None:
-    told = sources(weights(), {"encoder_depth": 2})
+    told = FAMILY.sources(weights(), {"encoder_depth": 2})
     config = {"head_blocks": 1, "num_heads": 2, "tail_blocks": 1}
     assert agree(FAMILY, told | {"config": config}, {"head_blocks": 0}).head_blocks == 0
 
 
 def test_the_published_size_tells_what_shapes_do_not() -> None:
-    preset = PRESETS["elit-sit-s-256"]
+    preset = FAMILY.presets["elit-sit-s-256"]
     shapes = {name: value for name, value in asdict(preset).items() if name not in ("num_heads", "head_blocks", "tail_blocks")}
     assert agree(FAMILY, {"shapes": shapes}, {}) == preset
     assert agree(FAMILY, {"shapes": shapes, "args": {"head_blocks": 4}}, {}).head_blocks == 4
@@ -264,12 +159,12 @@ def test_the_published_size_tells_what_shapes_do_not() -> None:
 @pytest.mark.parametrize("shape", [(), (7,)])
 def test_a_weight_of_an_impossible_rank_is_named(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ModelError, match=name.replace(".", r"\.")):
-        agree(FAMILY, sources(weights() | {name: torch.zeros(shape)}, {}), {})
+        agree(FAMILY, FAMILY.sources(weights() | {name: torch.zeros(shape)}, {}), {})
 
 
 def test_feeds_are_the_same_at_every_budget_but_for_the_axis() -> None:
-    one, two = (elit.feeds(SMALL, Budget(latents=latents), 2) for latents in (4, 16))
-    assert one.keys() == two.keys() == {spec.name for spec in elit.inputs(SMALL)}
+    one, two = (FAMILY.feeds(SMALL, Budget(latents=latents), 2) for latents in (4, 16))
+    assert one.keys() == two.keys() == {spec.name for spec in FAMILY.inputs(SMALL)}
     for name in one.keys() - {"latent_ids"}:
         np.testing.assert_array_equal(one[name], two[name])
     assert (len(one["latent_ids"]), len(two["latent_ids"])) == (1, 4)
