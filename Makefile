@@ -3,18 +3,37 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench test lint check wheel gpu-check ort-gpu-check mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel gpu-check ort-gpu-check mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
 
-# Every packaged sample in every runtime of this machine, and the figures of docs/performance.md from it. Nothing else should run meanwhile.
+# Every packaged sample in every runtime of this machine, then ours in each precision beside the original's fastest ways to run, at a small,
+# a middling and a large size; and the tables of docs/performance.md from both. Nothing else should run meanwhile. The second part, `make goals`,
+# takes an hour, most of it torch's compiler, and 20 GB of memory.
+PEERS := onnxruntime,openvino,openvino-bf16,torch-compile,torch-bf16,torch-int8,torch-openvino,torch-openvino-bf16
+B := build/bench
+G := build/goals
 bench: .venv/.base
-	$(INSTALL) --editable '.[torch,ort,openvino,report]'
+	$(INSTALL) --editable '.[torch,ort,openvino,report,peers]'
 	for card in elastic_export/pretrained/*.json; do name=$$(basename $$card .json) && \
-		$(BIN)/elastic-export onnx $$name -o build/bench/$$name --overwrite || exit 1; done
-	$(BIN)/elastic-export bench $$(ls -d build/bench/*/) --quality --overwrite --json build/bench.json --html build/bench.html
+		$(BIN)/elastic-export onnx $$name -o $(B)/$$name --overwrite || exit 1; done
+	$(BIN)/elastic-export bench $$(ls -d $(B)/*/) --quality --overwrite --json build/bench.json --html build/bench.html
 	$(BIN)/python samples/speed.py build/bench.json docs/performance.md --plot docs/speed.svg
+	$(MAKE) goals
+
+goals: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,openvino,report,peers]'
+	for precision in fp32 int8; do \
+		$(BIN)/elastic-export onnx elit-mnist -o $(G)/elit-mnist --precision $$precision --overwrite && \
+		$(BIN)/elastic-export onnx elit-sit --config samples/elit-b-3-6-3.json --random-weights -o $(G)/elit-b --precision $$precision \
+			--verify ends --overwrite && \
+		$(BIN)/elastic-export onnx elit-sit-xl-256 --random-weights -o $(G)/elit-xl --precision $$precision --verify ends --overwrite \
+		|| exit 1; done
+	for batch in 1 2; do for name in elit-mnist elit-b elit-xl; do \
+		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 4 --overwrite \
+			--json $(G)/$$name-$$batch.json || exit 1; done; done
+	$(BIN)/python samples/goals.py $(G)/*.json --bundles $(G) --page docs/performance.md
 
 test: lint check wheel
 

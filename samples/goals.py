@@ -1,0 +1,164 @@
+"""Hold benchmarks against the goals of speed, and write the table into docs/performance.md.
+
+    python samples/goals.py build/goals/*.json --bundles build/goals --page docs/performance.md
+
+Each report is one run of `elastic-export bench` with peers beside ours (`make bench` says which). Ratios are within that run. Without
+--page the table goes to the screen. The page holds it between `<!-- figures goals -->` and `<!-- end of figures -->`.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from card import filled
+from elastic_bench.figures import Figures, figures
+from elastic_bench.files import read
+from elastic_bench.records import BundleReport, Report, RuntimeReport
+from elastic_bench.statistics import ratio
+from elastic_runtime import Bundle, ElasticError
+from elastic_runtime.choosing.precisions import keeping
+from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import EXACT
+from elastic_runtime.files.atomic import save
+
+NAME = "goals"
+COMPILED = "torch-compile"  # what the goals are times of
+NEAR = 40.0  # dB of a step from the original's, where no card says what a precision does to pictures
+HEAD = (
+    "| model | batch | budget | float32 ms | over torch.compile | best ms | over torch.compile | over torch's best | over OpenVINO's own | "
+    "time / FLOP share | least ms |"
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One model at one budget and batch: ours in float32, ours in the best precision that keeps quality, and the peers; None: not there.
+
+    Ratios say how many times longer the other took. `evenness`: the best's share of its largest budget's time over that of FLOPs.
+    """
+
+    model: str
+    batch: int
+    budget: str
+    exact: Figures
+    best: Figures
+    compiled: Figures | None
+    torch: Figures | None
+    openvino: Figures | None
+
+    @property
+    def evenness(self) -> float | None:
+        return self.best.time_share / self.best.flop_share if self.best.flop_share else None
+
+    def row(self) -> str:
+        cells = [self.model, str(self.batch), self.budget, _ms(self.exact), _over(self.compiled, self.exact)]
+        cells += [f"{_ms(self.best)} {self.best.runtime.runtime}", _over(self.compiled, self.best)]
+        cells += [_over(peer, self.best, named=True) for peer in (self.torch, self.openvino)]
+        cells.append("-" if self.evenness is None else f"{self.evenness:.2f}")
+        least = self.best.least
+        cells.append("-" if least is None else f"{1e3 * least:.2f} ({least / self.best.row.step.p50:.0%})")
+        return f"| {' | '.join(cells)} |"
+
+
+def goals(report: Report, bundle: BundleReport, manifest: Manifest) -> Iterator[Goal]:
+    """A goal for each budget that was timed; what draws worse than the card allows does not count as ours."""
+    every = list(figures(bundle, report.settings, report.peaks))
+    ours = [each for each in every if not _is_peer(each.runtime) and _keeps(manifest, each.runtime)]
+    for budget in dict.fromkeys(tuple(each.row.budget.items()) for each in every):
+        here = [each for each in ours if tuple(each.row.budget.items()) == budget]
+        exact = [each for each in here if each.runtime.precision == EXACT]
+        if not exact:
+            continue
+        peers = [each for each in every if _is_peer(each.runtime) and tuple(each.row.budget.items()) == budget]
+        yield Goal(
+            model=bundle.model,
+            batch=report.settings.batch,
+            budget=" ".join(f"{name} {value}" for name, value in budget),
+            exact=_fastest(exact),
+            best=_fastest(here),
+            compiled=next((each for each in peers if each.runtime.runtime == COMPILED), None),
+            torch=_fastest_or_none([each for each in peers if not each.runtime.runtime.startswith("torch-openvino")]),
+            openvino=_fastest_or_none([each for each in peers if each.runtime.runtime.startswith("torch-openvino")]),
+        )
+
+
+def section(reports: list[Report], bundles: Path) -> str:
+    """What stands between the markers."""
+    rows = [
+        goal.row()
+        for report in reports
+        for bundle in report.bundles
+        for goal in goals(report, bundle, Bundle.open(bundles / bundle.name).manifest)
+    ]
+    first = reports[0]
+    used = {
+        runtime.where for report in reports for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where
+    }
+    rates = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in first.peaks.rates.items())
+    return "\n".join(
+        [
+            HEAD,
+            "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            *rows,
+            "",
+            f"`make goals` on a {first.machine}, {first.settings.threads} threads; {', '.join(sorted(used))}. Ratios are medians "
+            "within rounds of one run, and say how many times longer the other took. Best is the fastest of ours that the bundle's card "
+            f"finds as good as float32, or, where there is none, whose step is within {NEAR:.0f} dB of the original's. Least is what the "
+            f"FLOPs and bytes of a step take at this machine's peaks (GFLOP/s: {rates}; "
+            f"{first.peaks.bytes_per_second / 1e9:.0f} GB/s), and its share of the time.",
+        ]
+    )
+
+
+def _is_peer(runtime: RuntimeReport) -> bool:
+    return runtime.runtime.startswith("torch")
+
+
+def _keeps(manifest: Manifest, runtime: RuntimeReport) -> bool:
+    if manifest.precisions or runtime.precision == EXACT:
+        return runtime.precision in keeping(manifest)
+    return min((row.psnr_db for row in runtime.checked), default=0.0) >= NEAR
+
+
+def _fastest(rows: list[Figures]) -> Figures:
+    return min(rows, key=lambda each: each.row.step.p50)
+
+
+def _fastest_or_none(rows: list[Figures]) -> Figures | None:
+    return _fastest(rows) if rows else None
+
+
+def _ms(each: Figures) -> str:
+    return f"{1e3 * each.row.step.p50:.2f}"
+
+
+def _over(peer: Figures | None, ours: Figures, named: bool = False) -> str:
+    if peer is None:
+        return "-"
+    times = f"{ratio(peer.row.rounds, ours.row.rounds):.2f}"
+    return f"{times} ({peer.runtime.runtime.removeprefix('torch-')})" if named else times
+
+
+def main(given: argparse.Namespace) -> None:
+    written = section([read(path) for path in given.reports], given.bundles)
+    if given.page is None:
+        print(written)
+        return
+    save(given.page, filled(given.page.read_text(encoding="utf-8"), NAME, written, str(given.page)).encode())
+
+
+def options() -> argparse.ArgumentParser:
+    """What the script takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", type=Path, nargs="+", help="what elastic-export bench --json wrote")
+    parser.add_argument("--bundles", type=Path, required=True, help="the folder in which the bundles are, for their cards")
+    parser.add_argument("--page", type=Path, help="Markdown page to fill: docs/performance.md")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(options().parse_args())
+    except ElasticError as error:
+        raise SystemExit(str(error)) from None
