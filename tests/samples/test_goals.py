@@ -9,6 +9,7 @@ from bench_fakes import Clock, FakeRuntime, bundle, start
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
 from elastic_bench.records import Peaks, Report, Settings, encode
+from elastic_runtime.device import Processor
 from goals import HEAD, goals, main, options
 
 
@@ -17,6 +18,7 @@ class Rounded(FakeRuntime):
     """A runtime of another precision than float32."""
 
     precision: str = "int8"
+    processor: Processor = "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,7 @@ def test_the_page_is_filled(report: tuple[Report, Path], tmp_path: Path) -> None
     (tmp_path / "page.md").write_text("before\n<!-- figures goals -->\n<!-- end of figures -->\nafter\n")
     main(options().parse_args([str(tmp_path / "goals.json"), "--bundles", str(report[1]), "--page", str(tmp_path / "page.md")]))
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n") and page.endswith("after\n")
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
     assert HEAD in page
     assert "`make goals` on a" in page
