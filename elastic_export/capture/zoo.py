@@ -9,9 +9,10 @@ import msgspec
 import torch
 from torch import nn
 
-from elastic_export.families import elit, elt, elt_masked
+from elastic_export.families import elit, elt, elt_masked, uvit
 from elastic_export.families.dc_dit import model as dc_dit
 from elastic_export.families.family import Family, agree
+from elastic_export.families.hdit import model as hdit
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
 from elastic_export.foreign.reading import read_json
@@ -19,7 +20,9 @@ from elastic_export.foreign.weights import checkpoint_files, digest, few
 from elastic_runtime.contract.manifest import Quality, Rounded
 from elastic_runtime.errors import ModelError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (elit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY, uvit.FAMILY, hdit.FAMILY)
+}
 DEFAULT = "elit-mnist"
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
