@@ -53,7 +53,7 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
     facts = manifest.Model(
         name=model.name,
         family=family.name,
-        config=msgspec.to_builtins(asdict(params)),
+        config=msgspec.json.decode(msgspec.json.encode(asdict(params))),  # lists, as it is read again
         weights=model.weights,  # type: ignore[arg-type]
         **family.facts(params),
     )

@@ -121,6 +121,11 @@ class Model(Record, frozen=True, kw_only=True):
             raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
 
     @property
+    def unconditional(self) -> bool:
+        """Whether it draws from noise alone, with no class and no text."""
+        return not self.num_classes and self.patches is None
+
+    @property
     def pixels(self) -> bool:
         """Whether a sample is a picture as it is, with values in [-1, 1]."""
         return self.vae is None and self.tokens is None and self.sample_shape[0] in (1, 3)
