@@ -257,7 +257,7 @@ def block_flops(params: UVitParams, tokens: int, receives: bool = False) -> int:
 
 
 def end_flops(params: UVitParams) -> int:
-    """FLOPs of what stands before and after the blocks."""
+    """FLOPs of what stands before and after the blocks; the public code decodes the extra tokens before it drops them."""
     width, values = params.embed_dim, params.patch_size**2 * params.in_chans
     ends = 2 * params.patches * values * width + 2 * params.tokens * width * values
     time = 16 * width**2 if params.mlp_time_embed else 0
