@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.hdit.cells import Cells
+from elastic_export.families.hdit.cells import Cells, gathered, spread
 from elastic_export.families.layers import merge_heads, split_heads
 
 
@@ -88,8 +88,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, cells: Cells) -> Tensor:
         x = self.norm(x, cond)
-        if cells.order is not None:
-            x = x[:, cells.order]
+        x = cells.ordered(x)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv_proj(x).chunk(3, dim=-1))  # (B, H, n, d)
         cos, sin = self.pos_emb(cells.positions)
         q, k = (turned(self.unit(part), cos, sin).to(x.dtype) for part in (q, k))
@@ -98,8 +97,7 @@ class SelfAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=cells.mask, scale=1.0)
         if cells.windows > 1:
             attended = attended.unflatten(1, (self.heads, -1)).flatten(2, 3)
-        x = self.out_proj(merge_heads(attended))
-        return x if cells.inverse is None else x[:, cells.inverse]  # (B, n, W)
+        return cells.restored(self.out_proj(merge_heads(attended)))  # (B, n, W)
 
     def unit(self, x: Tensor) -> Tensor:
         """Queries or keys of one length, the root of their head's scale, float32."""
@@ -183,17 +181,3 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
         return kept + self.fac * (spread(self.proj(x), grid, (2, 2)) - kept)  # (B, n, W)
-
-
-def gathered(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Tokens (B, h*w, W) of a grid h x w joined by cells of a x b: (B, h/a * w/b, a*b*W), row-major within a cell."""
-    (h, w), (a, b) = grid, size
-    cells = x.reshape(x.shape[0], h // a, a, w // b, b * x.shape[2])  # five dimensions: six are too many for Core ML where one is open
-    return cells.transpose(2, 3).reshape(x.shape[0], h // a * (w // b), a * b * x.shape[2])
-
-
-def spread(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse of `gathered`: `grid` is that of the result."""
-    (h, w), (a, b) = grid, size
-    width = x.shape[2] // (a * b)
-    return x.reshape(x.shape[0], h // a, w // b, a, b * width).transpose(2, 3).reshape(x.shape[0], h * w, width)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention
 from elastic_export.families.family import Family, priced, sample_feeds, sample_inputs, sample_outputs
-from elastic_export.families.hdit.cells import Cells
-from elastic_export.families.hdit.layers import AxialRope, Condition, Fourier, Layer, Linear, Merge, Norm, Split, gathered, spread
+from elastic_export.families.hdit.cells import Cells, gathered, spread
+from elastic_export.families.hdit.layers import AxialRope, Condition, Fourier, Layer, Linear, Merge, Norm, Split
 from elastic_export.families.layers import initialize
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
