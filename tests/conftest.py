@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +42,15 @@ class Outcome:
 def golden() -> Path:
     """The folder of recorded checkpoints, inputs and outputs."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Recorded plain backbones by name, `uvit-a`, `hdit-b`: see `backbones.Backbone`."""
+    from backbones import Backbone
+
+    folder = tmp_path_factory.mktemp("configs")
+    return lambda name: Backbone.read(GOLDEN, name, folder)
 
 
 @pytest.fixture(scope="session")

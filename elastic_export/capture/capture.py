@@ -48,12 +48,12 @@ def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | No
     axes = family.axes(params)
     for name in spans:
         if name not in [axis.name for axis in axes]:
-            raise BudgetError(f"{model.name} has no axis {name!r}; it has {', '.join(axis.name for axis in axes)}")
+            raise BudgetError(f"{model.name} has no axis {name!r}; it has {', '.join(axis.name for axis in axes) or 'none'}")
     axes = tuple(axis.narrow(spans[axis.name]) if axis.name in spans else axis for axis in axes)
     facts = manifest.Model(
         name=model.name,
         family=family.name,
-        config=asdict(params),
+        config=msgspec.json.decode(msgspec.json.encode(asdict(params))),  # lists, as it is read again
         weights=model.weights,  # type: ignore[arg-type]
         **family.facts(params),
     )

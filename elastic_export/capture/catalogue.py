@@ -38,7 +38,7 @@ def _row(name: str, family: Family, params: Any, weights: str) -> dict[str, Any]
         "name": name,
         "family": family.name,
         "weights": weights,
-        "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes),
+        "axes": ", ".join(f"{axis.name} {axis.span}" for axis in axes) or "none",
         "gflops": [family.cost(params, end, parameters).flops / 1e9 for end in ends],
         "parameters": parameters,
     }

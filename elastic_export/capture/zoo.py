@@ -9,10 +9,13 @@ import msgspec
 import torch
 from torch import nn
 
-from elastic_export.families import elt, elt_masked
+from elastic_export.families import elt, elt_masked, uvit
 from elastic_export.families.dc_dit import model as dc_dit
-from elastic_export.families.elit import hdit, sit, uvit
+from elastic_export.families.elit import hdit as elit_hdit
+from elastic_export.families.elit import sit
+from elastic_export.families.elit import uvit as elit_uvit
 from elastic_export.families.family import Family, agree
+from elastic_export.families.hdit import model as hdit
 from elastic_export.families.layers import randomize
 from elastic_export.foreign.checkpoint import load_weights, read_checkpoint
 from elastic_export.foreign.reading import read_json
@@ -21,7 +24,17 @@ from elastic_runtime.contract.manifest import Quality, Rounded
 from elastic_runtime.errors import ModelError
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (sit.FAMILY, uvit.FAMILY, hdit.FAMILY, elt.FAMILY, elt_masked.FAMILY, dc_dit.FAMILY)
+    family.name: family
+    for family in (
+        sit.FAMILY,
+        elit_uvit.FAMILY,
+        elit_hdit.FAMILY,
+        elt.FAMILY,
+        elt_masked.FAMILY,
+        dc_dit.FAMILY,
+        uvit.FAMILY,
+        hdit.FAMILY,
+    )
 }
 DEFAULT = "elit-mnist"
 _PRETRAINED = Path(__file__).parents[1] / "pretrained"

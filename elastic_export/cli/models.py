@@ -23,7 +23,7 @@ def models(json: options.Json = False) -> None:
         [
             (
                 *(row[name] for name in ("name", "family", "weights", "axes")),
-                "-".join(f"{g:.2f}" for g in row["gflops"]),
+                "-".join(dict.fromkeys(f"{g:.2f}" for g in row["gflops"])),
                 row["parameters"] // 100000 / 10,
             )
             for row in rows

@@ -16,6 +16,7 @@ from elastic_runtime.choosing.goals import Auto, FitMemory, Quality
 from elastic_runtime.choosing.policy import Fixed, PerStep
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Model
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.drawing.plans import plans_of
@@ -68,14 +69,14 @@ def request(
     Raises: typer.BadParameter for options that do not fit its kind of model, or contradict each other.
     """
     model, (unfitting, kind) = bundle.manifest.model, unfit(bundle)
-    _subject(model.name, model.num_classes, subject)
+    _subject(model, subject)
     fields_of = FIELDS | {f"--{axis}": "budget" for axis in budgets} | {f"--guidance-{axis}": "guidance_budget" for axis in weak}
     given = typed(subject, sampling, guided, budgets=budgets, weak=weak)
     if wrong := [flag for flag in given if fields_of.get(flag) in unfitting]:
         raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
     if model.patches and sampling.steps is not None and sampling.plan != FULL:
         raise typer.BadParameter(f"--steps is for --plan full; plan {sampling.plan or '4x'} has steps of its own")
-    labels = None if subject.prompt else tuple(options.integers("0" if subject.classes is None else subject.classes))
+    labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
         chooser = None  # the plan is said
@@ -104,7 +105,12 @@ def request(
     return replace(asked, caching=Caching.every(plan, sampling.cache))
 
 
-def _subject(name: str, classes: int, subject: Subject) -> None:
+def _subject(model: Model, subject: Subject) -> None:
+    name, classes = model.name, model.num_classes
+    if model.unconditional:
+        if subject.classes is not None or subject.prompt:
+            raise typer.BadParameter(f"{name} draws from noise alone: leave --{'prompt' if subject.prompt else 'classes'} out")
+        return
     if subject.prompt and classes:
         raise typer.BadParameter(f"--prompt does not fit {name}, which draws classes: give --classes")
     if subject.classes is not None and not classes:

@@ -11,11 +11,14 @@ FLOAT32 = 4  # bytes a value
 TIME_FEATURES = 256  # sinusoids of a timestep
 
 
+def plain_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:
+    """FLOPs of a transformer block on `tokens` tokens: qkv, projection, MLP, attention."""
+    return round(2 * tokens * (4 + 2 * mlp_ratio) * width**2) + attention(tokens, tokens, width)
+
+
 def dit_block(tokens: int, width: int, mlp_ratio: float = 4.0, condition: int | None = None) -> int:
-    """FLOPs of an adaLN-Zero block on `tokens` tokens: qkv, projection, MLP, modulation by a `condition` of the width or of its own,
-    attention."""
-    linear = tokens * (4 + 2 * mlp_ratio) * width**2 + 6 * width * (condition or width)
-    return round(2 * linear) + attention(tokens, tokens, width)
+    """FLOPs of an adaLN-Zero block, which has a modulation beside, by a `condition` of the width or of its own."""
+    return plain_block(tokens, width, mlp_ratio) + 2 * 6 * width * (condition or width)
 
 
 def attention(queries: int, keys: int, width: int) -> int:

@@ -53,11 +53,12 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
     known: dict[str, tuple[Any, str]] = {}
     names = [field.name for field in fields(family.params)]
     for source, values in sources.items():
-        for name, value in values.items():
+        for name, given in values.items():
             if name not in names:
                 raise ModelError(f"{source} has an unknown field {name!r}; {family.name} has {', '.join(names)}")
             if name in overrides:
                 continue
+            value = tuple(given) if isinstance(given, list) else given  # as JSON has it
             before, where = known.setdefault(name, (value, source))
             if before != value:
                 flag = f" Override with --{name.replace('_', '-')}." if name in family.options else ""
@@ -90,24 +91,35 @@ def priced(budget: Budget, flops: int, parameters: int, activation_values: int) 
     )
 
 
+def sample_inputs(shape: tuple[int, int, int], classes: bool = True) -> tuple[TensorSpec, ...]:
+    """The inputs of a denoiser of samples (C, H, W), conditioned on classes or on nothing."""
+    specs = (TensorSpec(name="sample", dtype="float32", shape=("B", *shape)), TensorSpec(name="timestep", dtype="float32", shape=("B",)))
+    return (*specs, TensorSpec(name="class_labels", dtype="int64", shape=("B",))) if classes else specs
+
+
+def sample_outputs(shape: tuple[int, int, int]) -> tuple[TensorSpec, ...]:
+    """The output of a denoiser that predicts something of the sample's shape."""
+    return (TensorSpec(name="prediction", dtype="float32", shape=("B", *shape)),)
+
+
+def sample_feeds(shape: tuple[int, int, int], num_classes: int, batch: int) -> dict[str, np.ndarray]:
+    """Feeds of `sample_inputs`: noise, times in (0, 1) and labels, where there are classes; always the same."""
+    generator = np.random.default_rng(0)
+    labels = {"class_labels": example_labels(generator, num_classes, batch)} if num_classes else {}
+    return {
+        "sample": generator.standard_normal((batch, *shape)).astype(np.float32),
+        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
+    } | labels
+
+
 def picture_inputs(channels: int, side: int) -> tuple[TensorSpec, ...]:
     """The inputs that all denoisers of class-conditional pictures have; the axis's comes after them."""
-    return (
-        TensorSpec(name="sample", dtype="float32", shape=("B", channels, side, side)),
-        TensorSpec(name="timestep", dtype="float32", shape=("B",)),
-        TensorSpec(name="class_labels", dtype="int64", shape=("B",)),
-    )
+    return sample_inputs((channels, side, side))
 
 
 def picture_feeds(channels: int, side: int, num_classes: int, batch: int) -> dict[str, np.ndarray]:
     """Feeds of `picture_inputs`: noise, times in (0, 1) and labels; always the same."""
-    generator = np.random.default_rng(0)
-    labels = example_labels(generator, num_classes, batch)
-    return {
-        "sample": generator.standard_normal((batch, channels, side, side)).astype(np.float32),
-        "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
-        "class_labels": labels,
-    }
+    return sample_feeds((channels, side, side), num_classes, batch)
 
 
 def example_labels(generator: np.random.Generator, num_classes: int, batch: int) -> np.ndarray:

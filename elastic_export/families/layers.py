@@ -53,16 +53,16 @@ class Constants(nn.Module):
 
 
 class Sinusoids(Constants):
-    """`[cos | sin](t * 10000^(-i/128))` of times (B,): 256 of them, float32 (DiT)."""
+    """`[cos | sin](t * 10000^(-i/half))` of times (B,): `width` of them, twice `half`, float32 (DiT)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 256) -> None:
         super().__init__()
         # torch's own constants: an exporter that folds the formula is an ulp off, which a time of thousands makes large.
-        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, device="cpu") / 128)
+        self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device="cpu") / (width // 2))
 
     def forward(self, times: Tensor) -> Tensor:
-        angles = times[:, None].float() * self.frequencies  # (B, 128)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 256)
+        angles = times[:, None].float() * self.frequencies  # (B, width / 2)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
 
 
 class TimestepEmbedder(nn.Module):
@@ -110,10 +110,10 @@ def merge_heads(x: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention; the rows of `qkv` are `[q | k | v]`, each `(heads, head_dim)`."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,15 +122,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU in its tanh form."""
+    """Two linear layers around a GELU, in its tanh form unless it is asked for `exact`."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, width: int, hidden: int, bias: bool = True, exact: bool = False):
         super().__init__()
+        self.form = "none" if exact else "tanh"
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.form))
 
 
 class Modulation(nn.Module):

@@ -65,6 +65,8 @@ def measure(
     settings.check()
     if not budgets or not runtimes:
         raise UsageError("there is nothing to measure: give at least one runtime and one budget")
+    if bundle.manifest.model.unconditional:  # there is nothing to lead away from
+        settings = replace(settings, guidance=1.0)
     entries = [Entry(runtime) for runtime in runtimes]
     try:
         for entry in entries:

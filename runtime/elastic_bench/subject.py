@@ -131,7 +131,9 @@ class Subject:
         budget does not change them."""
         model, rows = self._bundle.manifest.model, np.arange(self._settings.batch)
         subject: dict[str, Any] = {"class_labels": tuple(((seed + rows) % max(1, model.num_classes)).tolist())}
-        if not model.num_classes:
+        if model.unconditional:
+            subject = {"num_images_per_prompt": self._settings.batch}
+        elif not model.num_classes:
             names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
             subject = {name: self._feeds[feed][rows % len(self._feeds[feed])] for name, feed in names.items()}
             if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:

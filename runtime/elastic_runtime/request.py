@@ -33,7 +33,7 @@ Goal = Fixed | PerStep | Replay | Deadline | FitLatency | FitMemory | Quality | 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A drawing in diffusers' words. What a field does not say is left to the bundle.
 
-    What to draw, in one of three ways:
+    What to draw, in one of three ways, or in none where the model draws from noise alone:
         class_labels: classes, 0 to num_classes - 1. prompt: texts, which the bundle's text encoders read; with
         negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
         (B, P), and their negative ones. num_images_per_prompt: pictures of each.

@@ -13,7 +13,7 @@ from elastic_runtime.contract.artifacts import Artifact, FileEntry, Graph
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.records import Count, Finite, Large, Natural, Record, Share
-from elastic_runtime.contract.schedule import LinearBeta, Schedule, ShiftedCosine
+from elastic_runtime.contract.schedule import Ancestral, Edm, Schedule
 from elastic_runtime.errors import BundleError
 
 SCHEMA_VERSION = 2
@@ -99,7 +99,7 @@ class Model(Record, frozen=True, kw_only=True):
     name: str
     family: str
     config: dict[str, Any]
-    prediction: Literal["velocity", "v", "epsilon", "logits"]
+    prediction: Literal["velocity", "v", "epsilon", "edm", "logits"]
     schedule: Schedule
     sample_shape: tuple[int, int, int]
     num_classes: int
@@ -113,10 +113,17 @@ class Model(Record, frozen=True, kw_only=True):
     guided_channels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.learned_variance and not isinstance(self.schedule, LinearBeta | ShiftedCosine):
+        if self.learned_variance and not isinstance(self.schedule, Ancestral):
             raise ValueError(f"`learned_variance` is for schedules that ddpm draws from, not {self.schedule.__struct_config__.tag}")
+        if (self.prediction == "edm") != isinstance(self.schedule, Edm):
+            raise ValueError(f"the prediction and the schedule are both edm or neither, got {self.prediction} and {self.schedule}")
         if self.guided_channels is not None and not 1 <= self.guided_channels <= self.sample_shape[0]:
             raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether it draws from noise alone, with no class and no text."""
+        return not self.num_classes and self.patches is None
 
     @property
     def pixels(self) -> bool:

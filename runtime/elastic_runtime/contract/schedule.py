@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeGuard, TypeVar
+from typing import Annotated, ClassVar, Protocol, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from elastic_runtime.errors import UsageError
 # Where a schedule ends in pure noise, the picture in a noise prediction would be divided by alpha = 0; simple diffusion stops here too.
 LEAST_LOGSNR = -15.0
 MOST_SHIFT = 30.0  # of a log signal-to-noise ratio
+MOST_RHO = 100.0
 
 
 # Far beyond any use: more is a slip of the hand.
@@ -46,16 +47,18 @@ Time = TypeVar("Time", float, np.ndarray)
 
 
 class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
-    """A schedule over times from 1 (noise) to 0 (picture)."""
+    """A schedule over times from `noise` to 0 (picture)."""
 
-    def times(self, steps: int, begin: float = 1.0) -> np.ndarray:
+    noise: ClassVar[float] = 1.0
+
+    def times(self, steps: int, begin: float | None = None) -> np.ndarray:
         """The `steps + 1` times of a run, uniform from `begin` to 0, float64; UsageError for fewer than one step."""
         whole_steps(steps)
-        return np.linspace(begin, 0.0, steps + 1)
+        return np.linspace(self.noise if begin is None else begin, 0.0, steps + 1)
 
     def share(self, time: Time) -> Time:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
-        return time
+        return time / self.noise
 
 
 class RectifiedFlow(_Continuous, frozen=True, tag="rectified_flow"):
@@ -90,6 +93,70 @@ class ShiftedCosine(_Continuous, frozen=True, tag="shifted_cosine"):
         return picture / length, noise / length
 
 
+class VpSde(_Continuous, frozen=True, tag="vp_sde"):
+    """The variance preserving SDE (arXiv 2011.13456, appendix B): beta rises in a line with t. The model is told 999 t, its time here.
+
+    `alpha^2 = exp(-(beta_min t + (beta_max - beta_min) t^2 / 2))`.
+    """
+
+    noise: ClassVar[float] = 999.0
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max <= MOST:
+            raise ValueError(f"needs 0 < beta_min <= beta_max <= {MOST}, got {self}")
+
+    def alpha_sigma(self, time: float) -> tuple[float, float]:
+        t = time / self.noise
+        integral = self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2
+        return math.exp(-integral / 2), math.sqrt(-math.expm1(-integral))
+
+
+class Edm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="edm"):
+    """EDM's noise levels and preconditioning (arXiv 2206.00364, table 1). A time is EDM's sigma, the noise beside a picture as it is.
+
+    alpha and sigma here are EDM's, 1 and the time, divided by sqrt(1 + time^2), so that alpha^2 + sigma^2 = 1 as elsewhere: a run starts
+    from noise of variance 1, and the picture at its end is the same.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max <= MOST or not 0 < self.sigma_data <= MOST or not 1 <= self.rho <= MOST_RHO:
+            raise ValueError(
+                f"needs 0 < sigma_min < sigma_max, 0 < sigma_data, both at most {MOST}, and rho of 1 to {MOST_RHO:g}, got {self}"
+            )
+
+    def times(self, steps: int, begin: float | None = None) -> np.ndarray:
+        """The sigmas of a run, equally far apart in sigma^(1/rho) (equation 5), from sigma_max or `begin` to sigma_min; then 0 (picture).
+
+        Raises: UsageError for fewer than one step.
+        """
+        whole_steps(steps)
+        first = self.sigma_max if begin is None else begin
+        if first <= self.sigma_min:
+            return np.linspace(first, 0.0, steps + 1)
+        sigmas = np.linspace(first ** (1 / self.rho), self.sigma_min ** (1 / self.rho), steps) ** self.rho
+        return np.concatenate([[first], sigmas[1:], [0.0]])
+
+    def alpha_sigma(self, time: float) -> tuple[float, float]:
+        length = math.hypot(1.0, time)
+        return 1.0 / length, time / length
+
+    def preconditioning(self, time: float) -> tuple[float, float, float]:
+        """EDM's c_skip, c_out and c_in: the picture is `c_skip x + c_out F(c_in x)`, x being the sample of alpha 1."""
+        length = math.hypot(time, self.sigma_data)
+        return (self.sigma_data / length) ** 2, time * self.sigma_data / length, 1.0 / length
+
+    def share(self, time: Time) -> Time:
+        """How far `time` lies on the way from the picture, 0, to pure noise, 1: by sigma^(1/rho), as a run goes."""
+        return (time / self.sigma_max) ** (1 / self.rho)
+
+
 class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="cosine_mask"):
     """The share of tokens still masked falls as a cosine (MaskGIT, arXiv 2202.04200, section 3.2); `vocabulary` is the mask's id."""
 
@@ -115,55 +182,92 @@ class CosineMask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return time
 
 
-class LinearBeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="linear_beta"):
-    """Discrete timesteps whose betas rise in a line (DDPM, arXiv 2006.11239, section 4); the last is all but noise, 0 all but a picture.
+class _Betas(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
+    """Discrete timesteps, counted from `first`; the last is all but noise, the first all but a picture.
 
     A run may visit some of the timesteps only. The model is told which they are, as in its training, and what lies between two of
     them is one step: beta = 1 - (alpha / alpha_next)^2.
     """
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    first: ClassVar[int] = 0
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_train_timesteps <= MOST or not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"needs 2 to {MOST} timesteps and 0 < beta_start <= beta_end < 1, got {self}")
 
+    @property
+    def betas(self) -> np.ndarray:
+        """Variances of the noise that each timestep adds, (num_train_timesteps,)."""
+        raise NotImplementedError
+
     def times(self, steps: int, begin: float | None = None) -> np.ndarray:
-        """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then -1 for the picture.
+        """The timesteps of a run, falling and equally far apart up to rounding, both ends among them; then one before the first for the
+        picture.
 
         What is left of a run starts at timestep `begin`.
 
         They are those of the public code of improved diffusion and DiT (`space_timesteps`), rounding errors included. It would
-        draw in one step from timestep 0, which is no noise; here one step starts from the last.
+        draw in one step from the first timestep, which is no noise; here one step starts from the last.
 
         Raises: UsageError for fewer than one step, or more than there are timesteps.
         """
-        last = self.num_train_timesteps - 1 if begin is None else int(begin)
+        last = self.num_train_timesteps - 1 if begin is None else int(begin) - self.first
         whole_steps(steps, most=last + 1, each="timestep")
         if steps == 1:
-            return np.array([last, -1.0])
+            return np.array([last, -1.0]) + self.first
         rising = itertools.accumulate(itertools.repeat(last / (steps - 1), steps - 1), initial=0.0)
-        return np.array([-1.0, *map(round, rising)])[::-1].copy()
+        return np.array([-1.0, *map(round, rising)])[::-1] + self.first
 
     def alpha_sigma(self, time: float) -> tuple[float, float]:
-        product = float(_products(self)[int(time) + 1])
+        product = float(_products(self)[int(time) - self.first + 1])
         return math.sqrt(product), math.sqrt(1.0 - product)
 
     def share(self, time: Time) -> Time:
         """How far `time` lies on the way from the picture, 0, to pure noise, 1."""
-        return (time + 1) / self.num_train_timesteps
+        return (time - self.first + 1) / self.num_train_timesteps
+
+
+class LinearBeta(_Betas, frozen=True, tag="linear_beta"):
+    """Timesteps from 0 whose betas rise in a line (DDPM, arXiv 2006.11239, section 4)."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    @property
+    def betas(self) -> np.ndarray:
+        return np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+
+
+class ScaledLinearBeta(_Betas, frozen=True, tag="scaled_linear_beta"):
+    """Timesteps whose betas' roots rise in a line, Stable Diffusion's (arXiv 2112.10752). They are counted from 1, as DPM-Solver's discrete
+    schedule counts them and U-ViT is told them; Stable Diffusion's own models count from 0.
+    """
+
+    first: ClassVar[int] = 1
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+
+    @property
+    def betas(self) -> np.ndarray:
+        roots: np.ndarray = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), self.num_train_timesteps)
+        return roots**2
 
 
 @functools.lru_cache(maxsize=8)
-def _products(schedule: LinearBeta) -> np.ndarray:
-    """alpha^2 at -1, 0, 1, ...: the running product of 1 - beta."""
-    betas = np.linspace(schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps)
-    return np.concatenate([[1.0], np.cumprod(1.0 - betas)])
+def _products(schedule: _Betas) -> np.ndarray:
+    """alpha^2 of the picture and at each timestep: the running product of 1 - beta."""
+    return np.concatenate([[1.0], np.cumprod(1.0 - schedule.betas)])
 
 
-Schedule = RectifiedFlow | ShiftedCosine | CosineMask | LinearBeta
+# Those whose alpha^2 + sigma^2 = 1, and of them those that ddpm draws from.
+Ancestral = ShiftedCosine | VpSde | LinearBeta | ScaledLinearBeta
+Diffusion = Ancestral | Edm
+Schedule = RectifiedFlow | CosineMask | Diffusion
 
 
 class Path(Protocol):
@@ -178,7 +282,7 @@ class Path(Protocol):
 class Onward:
     """A schedule from a time on: for what is left of a run."""
 
-    schedule: ShiftedCosine | LinearBeta
+    schedule: Diffusion
     begin: float
 
     def times(self, steps: int) -> np.ndarray:

@@ -148,7 +148,11 @@ def _on(scale: float | None) -> float:
 
 
 def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
-    """Class labels of a model as int64 (B,); raises UsageError where they are none of its classes."""
+    """Class labels of a model as int64 (B,), a single 0 where it has no classes; raises UsageError where they are none of its classes."""
+    if model.unconditional:
+        if class_labels is not None:
+            raise UsageError(f"{model.name} has no classes and draws from noise alone: leave class_labels out")
+        return np.zeros(1, dtype=np.int64)
     try:
         labels = np.atleast_1d(np.asarray(class_labels))
     except ValueError:  # a ragged list

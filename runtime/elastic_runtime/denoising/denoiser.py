@@ -46,6 +46,7 @@ class Denoiser:
         self._session = session
         self._manifest = manifest
         self._output = "logits" if manifest.model.tokens else "prediction"
+        self._labelled = any(spec.name == "class_labels" for spec in session.graph.inputs)
         self._drops = any(spec.name == "drop_fraction" for spec in session.graph.inputs)
         counts = any(spec.name == "kept" for spec in session.graph.outputs)
         self._slots = next((axis for axis in manifest.axes if axis.input == "slots"), None) if counts else None
@@ -136,7 +137,8 @@ class Denoiser:
         allows."""
         runs = []
         for rows in batches(self._session, len(x)):
-            feeds = self._feeds(x[rows], time) | {"class_labels": labels[rows]} | axis_feeds(self._manifest.axes, budget)
+            feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
+            feeds |= {"class_labels": labels[rows]} if self._labelled else {}
             runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
         return joined(runs)
 

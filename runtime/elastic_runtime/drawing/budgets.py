@@ -1,4 +1,4 @@
-"""Drawing at budgets on a model's axes: pictures of classes by ELIT, ELT and DC-DiT."""
+"""Drawing at budgets on a model's axes, if it has any: pictures of classes or of nothing by ELIT, ELT, DC-DiT, U-ViT and HDiT."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,6 +43,8 @@ class BudgetDrawing(Drawing):
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")
         scale = 1.0 if request.guidance_scale is None else request.guidance_scale
         self.guidance = Guidance(scale, *interval, auto=request.autoguidance)
+        if self.model.unconditional and self.guidance.scale > 1 and not self.guidance.auto:
+            raise UsageError(f"{self.model.name} has no classes to lead away from: leave guidance_scale out, or give autoguidance")
         self.check_guidance("guidance_budget", "autoguidance", "guidance_drop_fraction", "guidance_interval")
         self.sampler, self._run = sampler(self.model, request.sampler, request.temperature)
         self.steps = STEPS if request.num_inference_steps is None else request.num_inference_steps

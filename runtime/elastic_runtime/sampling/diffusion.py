@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from elastic_runtime.contract.schedule import Path
-from elastic_runtime.sampling.flow import Draw, Loop, Predict, Step, after
+from elastic_runtime.contract.schedule import Edm, Path
+from elastic_runtime.sampling.flow import Draw, Loop, Predict, Step, after, corrected
 
 TINY = 1e-20  # the least variance that a logarithm is taken of
 
@@ -19,6 +19,7 @@ PICTURE: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]]
     "v": lambda x, v, alpha, sigma: alpha * x - sigma * v,  # v = alpha eps - sigma x_0 (arXiv 2202.00512)
     "epsilon": lambda x, eps, alpha, sigma: (x - sigma * eps) / alpha,
     "velocity": lambda x, u, alpha, sigma: (x - sigma * u) / (alpha + sigma),  # u = eps - x_0
+    "picture": lambda x, picture, alpha, sigma: picture,  # of `preconditioned`
 }
 
 
@@ -33,6 +34,8 @@ def ddim(
     learned_variance: bool = False,
 ) -> Loop:
     """DDIM without noise (arXiv 2010.02502, eta 0): the predicted picture and noise, put together again for the next time.
+
+    It is Euler's method in `sigma / alpha`, as EDM has it.
 
     `limit` bounds the predicted picture's values to [-limit, limit], for models whose samples are pixels. A `learned_variance`
     has no part in it.
@@ -71,6 +74,40 @@ def ddpm(
             ahead = ahead + _deviation(beta, beta * (sigma_next / sigma) ** 2, place) * draw(x.shape)
         step = Step(i, steps, float(t), float(t_next), ahead, picture)
         x = after(step, (yield step))
+
+
+def heun(
+    predict: Predict,
+    noise: np.ndarray,
+    steps: int,
+    draw: Draw,
+    path: Path,
+    prediction: str,
+    limit: float | None = None,
+    learned_variance: bool = False,
+) -> Loop:
+    """EDM's Heun (arXiv 2206.00364, algorithm 1): `x / alpha` changes by the noise as `sigma / alpha` goes, and every step but the last is
+    corrected with the noise at its end. The other arguments as in `ddim`.
+    """
+    times = path.times(steps)
+    pairs = np.array([path.alpha_sigma(float(time)) for time in times])
+
+    def slope(x: np.ndarray, t: float, i: int) -> tuple[np.ndarray, np.ndarray]:
+        picture, eps, _ = split(predict, x, t, i, path, prediction, limit, learned_variance)
+        return eps, picture
+
+    return corrected(slope, noise, times, pairs[:, 1] / pairs[:, 0], pairs[:, 0])
+
+
+def preconditioned(predict: Predict, schedule: Edm) -> Predict:
+    """The picture that a model with EDM's preconditioning sees in a state of its schedule, which the model is given scaled by c_in."""
+
+    def picture(x: np.ndarray, t: float, index: int) -> np.ndarray:
+        c_skip, c_out, c_in = schedule.preconditioning(t)
+        sample = x / schedule.alpha_sigma(t)[0]
+        return c_skip * sample + c_out * predict(c_in * sample, t, index)
+
+    return picture
 
 
 def _deviation(beta: float, posterior: float, place: np.ndarray | None) -> np.ndarray | float:

@@ -5,9 +5,19 @@ from typing import Protocol
 import numpy as np
 
 from elastic_runtime.contract.manifest import Model
-from elastic_runtime.contract.schedule import CosineMask, LinearBeta, Onward, Path, RectifiedFlow, ShiftedCosine
+from elastic_runtime.contract.schedule import (
+    CosineMask,
+    Edm,
+    LinearBeta,
+    Onward,
+    Path,
+    RectifiedFlow,
+    ScaledLinearBeta,
+    ShiftedCosine,
+    VpSde,
+)
 from elastic_runtime.errors import UsageError
-from elastic_runtime.sampling.diffusion import ddim, ddpm
+from elastic_runtime.sampling.diffusion import ddim, ddpm, heun, preconditioned
 from elastic_runtime.sampling.flow import SAMPLERS, SDE_LEAST, Loop, Predict, sde_times
 from elastic_runtime.sampling.masking import TEMPERATURE, maskgit
 from elastic_runtime.sampling.multistep import ORDERS, History, dpm_2m, flow_adams, path_adams
@@ -35,6 +45,10 @@ OFFERED: dict[type, tuple[str, ...]] = {
     RectifiedFlow: (*SAMPLERS, *ORDERS),
     ShiftedCosine: ("ddpm", "ddim", *ORDERS, "dpm++2m"),
     LinearBeta: ("ddpm", "ddim", *ORDERS, "dpm++2m"),
+    # What the public models on them are drawn with comes first.
+    ScaledLinearBeta: ("dpm++2m", "ddpm", "ddim", *ORDERS),
+    VpSde: ("dpm++2m", "ddpm", "ddim", *ORDERS),
+    Edm: ("dpm++2m", "euler", "heun", *ORDERS),
     CosineMask: ("maskgit",),
 }
 
@@ -106,18 +120,25 @@ def _run(model: Model, name: str, temperature: float | None) -> Run:
         return lambda predict, start, steps, source, begin=None, history=None: SAMPLERS[name](
             predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
         )
-    about = (model.prediction, 1.0 if model.pixels else None, model.learned_variance)
+    about: tuple[str, float | None, bool] = (model.prediction, 1.0 if model.pixels else None, model.learned_variance)
+    if isinstance(schedule, Edm):  # whose pictures nobody bounds
+        about = ("picture", None, False)
 
     def onward(begin: float | None) -> Path:
         return schedule if begin is None else Onward(schedule, begin)
 
+    def seeing(predict: Predict) -> Predict:
+        return preconditioned(predict, schedule) if isinstance(schedule, Edm) else predict
+
     if name in ORDERS:
         return lambda predict, start, steps, source, begin=None, history=None: path_adams(
-            ORDERS[name], predict, start, steps, onward(begin), *about, history
+            ORDERS[name], seeing(predict), start, steps, onward(begin), *about, history
         )
     if name == "dpm++2m":
-        return lambda predict, start, steps, source, begin=None, history=None: dpm_2m(predict, start, steps, onward(begin), *about, history)
-    loop = {"ddpm": ddpm, "ddim": ddim}[name]
+        return lambda predict, start, steps, source, begin=None, history=None: dpm_2m(
+            seeing(predict), start, steps, onward(begin), *about, history
+        )
+    loop = {"ddpm": ddpm, "ddim": ddim, "euler": ddim, "heun": heun}[name]
     return lambda predict, start, steps, source, begin=None, history=None: loop(
-        predict, start, steps, source.standard_normal, onward(begin), *about
+        seeing(predict), start, steps, source.standard_normal, onward(begin), *about
     )

@@ -20,6 +20,8 @@ SDE_LEAST = 2  # steps: one of them without noise
 Predict = Callable[[np.ndarray, float, int], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
+# slope(x, t, index): how the state changes with its place on the path, and the picture that the model saw in it, if any
+Slope = Callable[[np.ndarray, float, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,20 @@ def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = 
 
 def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
+    times = RectifiedFlow().times(steps, begin)
+    return corrected(lambda x, t, i: (velocity(x, t, i), None), noise, times, times, np.ones(len(times)))
+
+
+def corrected(slope: Slope, noise: np.ndarray, times: np.ndarray, places: np.ndarray, scales: np.ndarray) -> Loop:
+    """Heun's method for states x of which `x / scale` changes by `slope` as its place goes through `places`, one for each of `times`."""
+    x, steps = noise.astype(np.float64), len(times) - 1
     for i, (t, t_next) in enumerate(pairwise(times)):
-        v = velocity(x, float(t), i)
-        ahead = x + (t_next - t) * v
+        way, (scale, scale_next) = places[i + 1] - places[i], scales[i : i + 2]
+        change, picture = slope(x, float(t), i)
+        ahead = scale_next * (x / scale + way * change)
         if i < steps - 1:
-            ahead = x + (t_next - t) * 0.5 * (v + velocity(ahead, float(t_next), i))
-        step = Step(i, steps, float(t), float(t_next), ahead)
+            ahead = scale_next * (x / scale + way * 0.5 * (change + slope(ahead, float(t_next), i)[0]))
+        step = Step(i, steps, float(t), float(t_next), ahead, picture)
         x = after(step, (yield step))
 
 

@@ -7,16 +7,14 @@ replaced the state, whose answers belong to another path.
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 
 import numpy as np
 
 from elastic_runtime.contract.schedule import Path, RectifiedFlow
 from elastic_runtime.sampling.diffusion import split
-from elastic_runtime.sampling.flow import Loop, Predict, Step, after
+from elastic_runtime.sampling.flow import Loop, Predict, Slope, Step, after
 
 ORDERS = {"ab2": 2, "ab3": 3}
-Slope = Callable[[np.ndarray, float, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 class History:

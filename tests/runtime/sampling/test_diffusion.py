@@ -85,7 +85,7 @@ def test_a_model_that_knows_the_picture_draws_it(loop: Any, prediction: str) -> 
     def perfect(x: np.ndarray, t: float, index: int) -> np.ndarray:
         alpha, sigma = PATH.alpha_sigma(t)
         eps = (x - alpha * picture) / sigma
-        return {"v": alpha * eps - sigma * picture, "epsilon": eps, "velocity": eps - picture}[prediction]
+        return {"v": alpha * eps - sigma * picture, "epsilon": eps, "velocity": eps - picture, "picture": picture}[prediction]
 
     for steps in (1, 2, 7):
         drawn = states(loop(perfect, generator.standard_normal(SHAPE), steps, generator.standard_normal, PATH, prediction))[-1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fakes import model
 
-from elastic_runtime.contract.schedule import CosineMask, LinearBeta, RectifiedFlow, ShiftedCosine
+from elastic_runtime.contract.schedule import CosineMask, LinearBeta, RectifiedFlow, ScaledLinearBeta, ShiftedCosine, VpSde
 from elastic_runtime.sampling.fitting import sampler, times
 from elastic_runtime.sampling.flow import Loop, Step
 from elastic_runtime.sampling.masking import maskgit
@@ -79,6 +79,8 @@ def test_the_counts_of_a_whole_run_are_what_they_were() -> None:
 
 def test_the_timesteps_that_are_left_of_a_discrete_schedule() -> None:
     schedule = LinearBeta()
+    assert ScaledLinearBeta().times(3, 334).tolist() == [334, 167, 1, 0]
+    assert VpSde().times(3, 333.0).tolist() == [333, 222, 111, 0]
     whole = schedule.times(10)
     assert schedule.times(3, whole[5]).tolist() == [whole[5], 222, 0, -1]
     assert schedule.times(1, whole[5]).tolist() == [whole[5], -1]

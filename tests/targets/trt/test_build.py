@@ -144,6 +144,23 @@ def test_a_looped_transformer_builds_for_every_loop_count_at_once(room: ModuleTy
     assert [set(profile.dimensions) for profile in artifact.profiles] == [{"B"}]
 
 
+@pytest.mark.parametrize("name", ["uvit-a", "hdit-b"])
+@pytest.mark.parametrize("opset", [23, 20])
+def test_a_backbone_without_an_axis_builds_with_its_batch_open(
+    room: ModuleType, backbone: Callable[[str], Any], tmp_path: Path, name: str, opset: int
+) -> None:
+    import elastic_export
+
+    recorded = backbone(name)
+    bundle = elastic_export.export(
+        recorded.family, output=tmp_path / name, checkpoint=recorded.checkpoint, config=recorded.config, opset=opset, verify="none"
+    )
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,)))
+    (artifact,) = engines(made)
+    check_header(made, artifact)
+    assert [profile.dimensions for profile in artifact.profiles] == [{"B": Range(1, 2, 4)}]
+
+
 def test_attention_inside_a_loop_is_refused_with_the_opset_that_builds(room: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Attention operators and a Loop.*Export again with --opset 20"):
         export_bundle(elt(tmp_path, opset=23), "trt", room.TrtOptions(sms=(89,)))

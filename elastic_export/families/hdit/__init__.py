@@ -1,0 +1,1 @@
+"""DC-DiT: a router keeps the tokens that matter (arXiv 2603.06351)."""
