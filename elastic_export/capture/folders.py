@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.zoo import precisions, quality
-from elastic_export.families import flux, sd3, tokens
+from elastic_export.families import flux, qwen_image, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
@@ -28,8 +28,8 @@ from elastic_runtime.errors import BudgetError, ModelError, UsageError
 from elastic_runtime.ralu.plan import check_scheduler
 from elastic_targets.capture import GraphCapture
 
-FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY)}
-PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline")
+FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY)}
+PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
@@ -73,7 +73,7 @@ def capture_folder(
     packaged: bool = False,
     spans: Mapping[str, Span] | None = None,
 ) -> Capture:
-    """Capture a diffusers folder of FLUX or SD3; weights are read when something computes with them.
+    """Capture a diffusers folder of FLUX, SD3 or Qwen-Image; weights are read when something computes with them.
 
     Args:
         components: of transformer, vae and text; None for all that the folder lists.
@@ -96,7 +96,8 @@ def capture_folder(
     family = FAMILIES[class_name]
     built: Any = folder.component("transformer").build(diffusers_class(class_name))
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
-    _check_channels(path, config)
+    if why := family.refusal(config):
+        raise ModelError(f"{path / 'transformer'} {why}")
     patches, channels = family.patches(config), family.channels(config)
     vae = listed_vae(folder, channels)
     sizes = picture_sizes(folder, family, config, vae, size)
@@ -106,10 +107,10 @@ def capture_folder(
     text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders)
     length = text.length if text else 1
     graphs, peaks = [], {}
-    if folder.labels and len(folder.labels) > config["pooled_projection_dim"]:
+    if len(folder.labels) > tokens.pooled(config):
         raise ModelError(
             f"{path / 'model_index.json'} names {len(folder.labels)} classes, and the transformer takes one of "
-            f"{config['pooled_projection_dim']}: are they another model's?"
+            f"{tokens.pooled(config)}: are they another model's?"
         )
     if folder.labels and encoders:
         raise ModelError(
@@ -155,6 +156,7 @@ def capture_folder(
             vae=vae,
             patches=patches,
             text=text,
+            guidance_rescale=family.rescale,
         ),
         axes=(axis,) if "transformer" in chosen else (),
         graphs=described(graphs),
@@ -164,16 +166,6 @@ def capture_folder(
         provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen) if digest else {}),
     )
     return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))
-
-
-def _check_channels(path: Path, config: tokens.Config) -> None:
-    """Raise ModelError for a transformer that takes more than the latent that it draws."""
-    takes, gives = config["in_channels"], config["out_channels"] or config["in_channels"]
-    if takes != gives:
-        raise ModelError(
-            f"{path / 'transformer'} takes {takes} channels and gives {gives}: it draws over a picture that it is given (as FLUX Fill and "
-            "Control do), which is not supported; export a model that draws from noise"
-        )
 
 
 def _digests(folder: Folder, components: list[str]) -> dict[str, str]:
@@ -297,16 +289,16 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
         texts.append(
             manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
         )
-    if encoders and (pooled != config["pooled_projection_dim"] or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
+    if encoders and (pooled != tokens.pooled(config) or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
         raise ModelError(
             f"{folder.path} has {', '.join(encoders)}, which pool to {pooled} values where the transformer takes "
-            f"{config['pooled_projection_dim']}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
+            f"{tokens.pooled(config)}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
             "model's. Download the folder again, or leave them out with --components transformer,vae"
         )
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
     length = (beside if encoders else family.beside) + (after or family.text_length(config))
     width = config["joint_attention_dim"]
-    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=config["pooled_projection_dim"]), files
+    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=tokens.pooled(config)), files
 
 
 def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
@@ -324,7 +316,7 @@ def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
         return {}
     config = read_json(path)
     if (name := config.get("_class_name", SCHEDULER)) != SCHEDULER:
-        raise ModelError(f"{path} is of a {name}; FLUX and SD3 are drawn along a flow in Euler's steps, by {SCHEDULER}")
+        raise ModelError(f"{path} is of a {name}; FLUX, SD3 and Qwen-Image are drawn along a flow in Euler's steps, by {SCHEDULER}")
     scheduler = {key: value for key, value in config.items() if not key.startswith("_")}
     try:
         check_scheduler(scheduler)

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
-from elastic_export.families.layers import Constants, Sinusoids
-from elastic_export.families.tokens import Config, TokenFamily
+from elastic_export.families.layers import Sinusoids
+from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import Patches
 
 PACKED = 2  # a token is 2 x 2 latent pixels; `patch_size` in the config counts packed ones and is 1
-THETA = 10000.0
-
-
-class Rope(Constants):
-    """Rotary angles from positions (N, 3), in float32: diffusers' own puts float64 into the graph, for a difference of 6e-7."""
-
-    def __init__(self, widths: tuple[int, ...]):
-        super().__init__()
-        self.frequencies = [(1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float64) / width)).float() for width in widths]
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = [ids[:, axis, None].float() * frequencies for axis, frequencies in enumerate(self.frequencies)]
-        angle = torch.cat(angles, dim=-1).repeat_interleave(2, dim=-1)  # (N, sum of widths)
-        return angle.cos(), angle.sin()
 
 
 class Flux(nn.Module):
@@ -82,6 +68,7 @@ FAMILY = TokenFamily(
     wrap=Flux,
     patches=patches,
     channels=lambda config: config["in_channels"] // PACKED**2,
+    refusal=lambda config: draws_over(config["in_channels"], config["out_channels"] or config["in_channels"]),
     side=lambda config: None,
     text_length=lambda config: 512 if config["guidance_embeds"] else 256,  # dev and schnell
     beside=0,

@@ -53,15 +53,18 @@ class Constants(nn.Module):
 
 
 class Sinusoids(Constants):
-    """`[cos | sin](t * 10000^(-i/half))` of times (B,): `width` of them, twice `half`, float32 (DiT)."""
+    """`[cos | sin](t * 10000^(-i/half) * scale)` of times (B,): `width` of them, twice `half`, float32 (DiT). They are multiplied in this
+    order, as Qwen-Image's are: a time of nearly 1000 that was rounded first moves its outputs by 5e-6."""
 
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, width: int = 256, scale: int = 1) -> None:
         super().__init__()
+        self.scale = scale
         # torch's own constants: an exporter that folds the formula is an ulp off, which a time of thousands makes large.
         self.frequencies = torch.exp(-math.log(10000.0) * torch.arange(width // 2, device="cpu") / (width // 2))
 
     def forward(self, times: Tensor) -> Tensor:
         angles = times[:, None].float() * self.frequencies  # (B, width / 2)
+        angles = angles * self.scale if self.scale != 1 else angles
         return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
 
 

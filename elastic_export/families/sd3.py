@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.layers import Constants, Sinusoids
-from elastic_export.families.tokens import Config, TokenFamily
+from elastic_export.families.tokens import Config, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.errors import ModelError
 
@@ -97,6 +97,7 @@ FAMILY = TokenFamily(
     wrap=Sd3,
     patches=patches,
     channels=lambda config: config["in_channels"],
+    refusal=lambda config: draws_over(config["in_channels"], config["out_channels"] or config["in_channels"]),
     side=lambda config: max(size) if isinstance(size := config["sample_size"], list | tuple) else size,
     text_length=lambda config: 256,
     beside=77,

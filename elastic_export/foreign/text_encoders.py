@@ -68,7 +68,10 @@ def kind(folder: Folder, component: str) -> str:
     if isinstance(own, str) and isinstance(name, str) and own[:2] != name[:2]:
         name = own  # another kind of model than the index says
     if not isinstance(name, str) or name not in GIVES:
-        raise ModelError(f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}")
+        raise ModelError(
+            f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}: leave it out with "
+            "--components transformer,vae, and give embeddings in place of prompts"
+        )
     return str(name)
 
 

@@ -135,7 +135,8 @@ class Subject:
             subject = {"num_images_per_prompt": self._settings.batch}
         elif not model.num_classes:
             names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
-            subject = {name: self._feeds[feed][rows % len(self._feeds[feed])] for name, feed in names.items()}
+            taken = {name: self._feeds[feed] for name, feed in names.items() if feed in self._feeds}
+            subject = {name: array[rows % len(array)] for name, array in taken.items()}
             if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:
                 subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
         if model.patches:

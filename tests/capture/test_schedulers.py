@@ -86,7 +86,7 @@ def test_what_is_not_drawn_is_refused_by_name(key: str, places: dict[str, Path])
 
 @pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
 def test_other_schedulers_are_refused_by_name(name: str, places: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=rf"is of a {name}; FLUX and SD3 are drawn along a flow in Euler's steps"):
+    with pytest.raises(ModelError, match=rf"is of a {name}; FLUX, SD3 and Qwen-Image are drawn along a flow in Euler's steps"):
         captured(places["flux"], "flux", {"_class_name": name})
 
 

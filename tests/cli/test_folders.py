@@ -76,8 +76,9 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
         ("schnell", lambda: folders.flux(guidance_embeds=False), "fp16"),
         ("sd3", lambda: folders.sd3(), "fp32"),
         ("sd3.5", lambda: folders.sd3(**folders.SD35), "fp32"),
+        ("qwen-image", lambda: folders.qwen_image(), "fp16"),
     ],
-    ids=["schnell", "sd3", "sd3.5"],
+    ids=["schnell", "sd3", "sd3.5", "qwen-image"],
 )
 def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name: str, transformer: Callable[[], Any], dtype: str) -> None:
     folders.write(tmp_path / name, transformer(), decoder=name == "sd3")
@@ -89,7 +90,8 @@ def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name:
     assert list(bundle.manifest.graphs) == ["denoiser"]
     assert len(set(rows(bundle, "denoiser"))) == 5
     inputs = {spec.name for spec in bundle.manifest.graphs["denoiser"].inputs}
-    assert ("guidance" in inputs, "pos_ids" in inputs) == (False, name != "schnell")
+    assert ("guidance" in inputs, "pos_ids" in inputs) == (False, name.startswith("sd3"))
+    assert ("pooled_projections" in inputs) == (name != "qwen-image")
     assert bundle.manifest.model.text is not None
     assert bundle.manifest.model.text.encoders == ()
 

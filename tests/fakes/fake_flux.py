@@ -19,6 +19,7 @@ Field = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
 FLUX = Patches(size=SIZE, positions="img_ids", guidance_embeds=True)
 SCHNELL = Patches(size=SIZE, positions="img_ids")
+QWEN = Patches(size=SIZE, positions="img_ids", centred=True)
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
 
 
@@ -30,7 +31,7 @@ def denoiser_graph(patches: Patches, channels: int = CHANNELS, width: int = WIDT
     inputs = [
         spec("hidden_states", "B", "S", channels * patches.size**2),
         spec("encoder_hidden_states", "B", "T", width),
-        spec("pooled_projections", "B", pooled),
+        *([spec("pooled_projections", "B", pooled)] if pooled else []),
         spec("timestep", "B"),
     ]
     inputs += [spec("pos_ids", "S", 2)] if patches.table else [spec("img_ids", "S", 3), spec("txt_ids", "T", 3)]

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -39,6 +45,15 @@ def sd3(**changes: Any) -> SD3Transformer2DModel:
         "pos_embed_max_size": 12,
     }  # fmt: skip
     return SD3Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+def qwen_image(**changes: Any) -> QwenImageTransformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    return QwenImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
 
 
 SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
@@ -91,6 +106,7 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     """A folder of `transformer` (`saving` goes to its save_pretrained), a VAE, and the encoders that its pipeline has."""
     logging.disable_progress_bar()
     is_flux = isinstance(transformer, FluxTransformer2DModel)
+    pipelines = {"FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline"}
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
     parts |= {"vae": vae()} if decoder else {}
     if text and is_flux:
@@ -105,6 +121,7 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
             writer(folder / name.replace("text_encoder", "tokenizer"))
     if index:
         classes = {name: [type(part).__module__.split(".")[0], type(part).__name__] for name, part in parts.items()}
-        listed = {"_class_name": "FluxPipeline" if is_flux else "StableDiffusion3Pipeline", "image_encoder": [None, None]} | classes
+        pipeline = pipelines.get(type(transformer).__name__, "StableDiffusion3Pipeline")
+        listed = {"_class_name": pipeline, "image_encoder": [None, None]} | classes
         (folder / "model_index.json").write_text(json.dumps(listed))
     return folder

@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_export.families import flux, sd3
-from elastic_export.families.flux import Flux, Rope
+from elastic_export.families.flux import Flux
 from elastic_export.families.layers import Constants, Sinusoids
 from elastic_export.families.sd3 import Positions, Sd3
+from elastic_export.families.tokens import Rope
 from elastic_export.foreign.folder import Folder
 from elastic_runtime import ModelError
 

@@ -25,7 +25,8 @@ class PlanOutlook(Outlook):
     """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns)
     of whole-picture tokens.
 
-    `usual_name` is the one that is drawn where nothing is asked for.
+    `usual_name` is the one that is drawn where nothing is asked for. `apart` says that branches of guidance never share
+    a run, since their texts differ in length.
     """
 
     named, table = "a plan", "accuracy by plan"
@@ -40,12 +41,13 @@ class PlanOutlook(Outlook):
         size: tuple[int, int],
         usual_name: str,
         finishes: bool = True,
+        apart: bool = False,
     ):
-        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size)
+        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, apart)
         patches = gauge.manifest.model.patches
         assert patches is not None
         self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
-        self.plans, self.size, self.usual_name = plans, size, usual_name
+        self.plans, self.size, self.usual_name, self.apart = plans, size, usual_name, apart
 
     @property
     def _grades(self) -> dict[str, Grades]:
@@ -225,7 +227,8 @@ class PlanOutlook(Outlook):
         `TokenDenoiser.guided`)."""
         alone = len(option.steps) > 1 and stage == 1
         rows, times = (1, self.count) if alone else (self.count, 1)
-        sizes = [part.stop - part.start for part in batches(self.gauge.session, rows * (2 if guided else 1))]
+        together = rows * (2 if guided and not self.apart else 1)
+        sizes = [part.stop - part.start for part in batches(self.gauge.session, together)] * (2 if guided and self.apart else 1)
         return [(option.budgets[stage], size) for size in sizes] * times
 
     def peak_seconds(self, option: Option) -> float:

@@ -43,20 +43,24 @@ class Patches(Record, frozen=True, kw_only=True):
 
     `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are;
     `pos_ids` (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred.
-    A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
-    that the model was distilled with.
+    A row or a column is one patch, halves are allowed. With `centred`, the rows and columns of `img_ids` count from the
+    middle of the stage's picture, and text goes on beyond them on all axes: `txt_ids` (k, k, k); without it text has no
+    place, (0, 0, 0). With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
     """
 
     size: int
     positions: Literal["img_ids", "pos_ids"]
     table: Count | None = None
     guidance_embeds: bool = False
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MOST_UPSCALE:
             raise ValueError(f"a patch has a `size` of 1 to {MOST_UPSCALE}, got {self.size}")
         if (self.positions == "pos_ids") != (self.table is not None):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
+        if self.centred and self.table is not None:
+            raise ValueError(f"`centred` is of `img_ids`, got {self.positions}")
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
@@ -75,7 +79,7 @@ class TextEncoder(Record, frozen=True, kw_only=True):
 
 class Text(Record, frozen=True, kw_only=True):
     """How prompts become a model's `encoder_hidden_states` (B, `length`, `width`) and `pooled_projections` (B,
-    `pooled`).
+    `pooled`), which it has none of where `pooled` is 0.
 
     In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
     features too and padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks
@@ -85,7 +89,7 @@ class Text(Record, frozen=True, kw_only=True):
     encoders: tuple[TextEncoder, ...]
     length: Count
     width: Count
-    pooled: Count
+    pooled: Natural
 
 
 class Model(Record, frozen=True, kw_only=True):
@@ -93,7 +97,8 @@ class Model(Record, frozen=True, kw_only=True):
 
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
     take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
-    white, or codes of a decoder that is not here.
+    white, or codes of a decoder that is not here. With `guidance_rescale` "norm" a prediction that guidance led has,
+    token by token, the length of the one without.
     """
 
     name: str
@@ -111,6 +116,7 @@ class Model(Record, frozen=True, kw_only=True):
     text: Text | None = None
     learned_variance: bool = False
     guided_channels: int | None = None
+    guidance_rescale: Literal["norm"] | None = None
 
     def __post_init__(self) -> None:
         if self.learned_variance and not isinstance(self.schedule, Ancestral):

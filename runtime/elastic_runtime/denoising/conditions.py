@@ -15,10 +15,11 @@ from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.sessions.session import Session
 
+POOLED = "pooled_projections"  # an input of the denoiser, where it has one
 # What FLUX.1-dev is drawn with where nothing else is asked for.
 EMBEDDED = 3.5
 # Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
-USUAL = {"sd3": 7.0}
+USUAL = {"sd3": 7.0, "qwen-image": 4.0}
 DISTILLED = "flux"  # the family whose guidance_scale is a distilled one, or none
 
 
@@ -52,6 +53,8 @@ class Conditioning:
         meant = [name for name in negative if getattr(self, name) is not None]
         beside = {"prompt": negative[:1], "prompt_embeds": ("pooled_prompt_embeds", *negative[1:]), "class_labels": ()}[given[0]]
         more = ["pooled_prompt_embeds"] if self.pooled_prompt_embeds is not None else []
+        if (pooled := [name for name in (*more, *meant) if "pooled" in name]) and not takes_pooled(bundle):
+            raise UsageError(f"{bundle.manifest.model.name} takes no pooled embeddings: leave {pooled[0]} out")
         if strange := [name for name in (*meant, *more) if name not in beside]:
             alike = [name for name in beside if name.startswith("negative") == strange[0].startswith("negative")]
             instead = f"give {alike[0]}" if alike else "leave it out"
@@ -96,15 +99,17 @@ class Conditioning:
         if not guided:
             return strong, None
         weak = _embeddings(bundle, "negative_", self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
-        if weak.hidden.shape != strong.hidden.shape:
-            raise UsageError(f"negative_prompt_embeds must have the shape of prompt_embeds, {strong.hidden.shape}, got {weak.hidden.shape}")
+        if len(weak.hidden) != len(strong.hidden):
+            raise UsageError(
+                f"there are {len(strong.hidden)} prompt_embeds and {len(weak.hidden)} negative_prompt_embeds: give as many, of any length"
+            )
         return strong, weak
 
     def _classes(self, bundle: Bundle, guided: bool) -> tuple[Conditions, Conditions | None]:
         """A class is a one-hot pooled embedding and one text token of zeros; no class is zeros."""
         labels = whole_labels(bundle.manifest.model, self.class_labels)
         hidden = np.zeros((len(labels), 1, width(bundle, "encoder_hidden_states")), dtype=np.float32)
-        most = width(bundle, "pooled_projections")
+        most = width(bundle, POOLED)
         if bundle.manifest.model.num_classes > most:
             raise BundleError(f"{bundle.folder} tells of {bundle.manifest.model.num_classes} classes, and its denoiser takes {most}")
         pooled = np.eye(most, dtype=np.float32)[labels]
@@ -124,7 +129,11 @@ def guidance_of(
     for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
         if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
             raise UsageError(f"{name} must be a number, 0 or more, got {value!r}")
-    true = Guidance(_on(true_cfg_scale), *interval)
+
+    def guidance(scale: float) -> Guidance:
+        return Guidance(scale, *interval, rescale=model.guidance_rescale)
+
+    true = guidance(_on(true_cfg_scale))
     if model.patches and model.patches.guidance_embeds:
         return EMBEDDED if guidance_scale is None else guidance_scale, true
     if model.family == DISTILLED and not model.num_classes:
@@ -137,9 +146,9 @@ def guidance_of(
     if true_cfg_scale is not None:
         raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
     if model.patches is None:  # where 0 has a meaning of its own, which is not offered
-        return None, Guidance(1.0 if guidance_scale is None else guidance_scale, *interval)
+        return None, guidance(1.0 if guidance_scale is None else guidance_scale)
     usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
-    return None, Guidance(usual if guidance_scale is None else _on(guidance_scale), *interval)
+    return None, guidance(usual if guidance_scale is None else _on(guidance_scale))
 
 
 def _on(scale: float | None) -> float:
@@ -169,6 +178,11 @@ def width(bundle: Bundle, name: str) -> int:
     return next(int(spec.shape[-1]) for spec in bundle.manifest.graphs["denoiser"].inputs if spec.name == name)
 
 
+def takes_pooled(bundle: Bundle) -> bool:
+    """Whether the denoiser takes a pooled embedding beside a sequence."""
+    return any(spec.name == POOLED for spec in bundle.manifest.graphs["denoiser"].inputs)
+
+
 def _texts(name: str, value: str | Sequence[str] | None) -> list[str]:
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -193,19 +207,20 @@ def _numbers(name: str, value: Any, dimensions: int) -> np.ndarray:
 
 
 def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None) -> Conditions:
-    if prefix and hidden is None and pooled is None:
-        raise UsageError(
-            "classifier-free guidance leads away from negative_prompt_embeds and negative_pooled_prompt_embeds: give both, or turn it "
-            "off with a scale of 1"
-        )
-    if hidden is None or pooled is None:
-        raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds go together: give both")
-    hidden, pooled = _numbers(f"{prefix}prompt_embeds", hidden, 3), _numbers(f"{prefix}pooled_prompt_embeds", pooled, 2)
-    wide, flat = width(bundle, "encoder_hidden_states"), width(bundle, "pooled_projections")
-    if hidden.ndim != 3 or hidden.shape[2] != wide or pooled.shape != (len(hidden), flat):
-        wanted = f"(B, T, {wide}) and (B, {flat})"
-        raise UsageError(f"{prefix}prompt_embeds and {prefix}pooled_prompt_embeds must be {wanted}, got {hidden.shape} and {pooled.shape}")
+    has_pooled = takes_pooled(bundle)
+    names = [f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"][: 1 + has_pooled]
+    given, both = [hidden, pooled][: 1 + has_pooled], " and ".join(names)
+    if prefix and all(value is None for value in given):
+        every = "both" if has_pooled else "them"
+        raise UsageError(f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of 1")
+    if any(value is None for value in given):
+        raise UsageError(f"{both} go together: give both")
+    arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (3, 2), strict=False)]
+    shapes = [(*array.shape[:-1], width(bundle, name)) for array, name in zip(arrays, ("encoder_hidden_states", POOLED), strict=False)]
+    if any(array.shape != (len(arrays[0]), *shape[1:]) for array, shape in zip(arrays, shapes, strict=True)):
+        wanted = " and ".join(("(B, T, {})" if len(shape) == 3 else "(B, {})").format(shape[-1]) for shape in shapes)
+        raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
     spans = bundle.manifest.graphs["denoiser"].dimensions
-    if "T" in spans and hidden.shape[1] not in spans["T"]:
-        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {hidden.shape[1]}: cut or pad it")
-    return Conditions(hidden, pooled)
+    if "T" in spans and arrays[0].shape[1] not in spans["T"]:
+        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {arrays[0].shape[1]}: cut or pad it")
+    return Conditions(*arrays)

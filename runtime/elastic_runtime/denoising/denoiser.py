@@ -80,7 +80,7 @@ class Denoiser:
         (prediction, routed), (low, low_routed) = self._predict(x, time, [strong, weak])
         # A variance is no direction to guide in: it is the conditional branch's, as are the channels that the model leaves out.
         guided = model.guided_channels or (model.sample_shape[0] if model.learned_variance else None)
-        prediction[:, :guided] = low[:, :guided] + guidance.scale * (prediction[:, :guided] - low[:, :guided])
+        prediction[:, :guided] = guidance.lead(prediction[:, :guided], low[:, :guided])
         return Answer(prediction, routed, low_routed)
 
     def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:

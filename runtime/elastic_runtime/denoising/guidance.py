@@ -1,7 +1,7 @@
 """Guidance: a strong prediction led away from a weak one, each branch at its own budget."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,13 +17,15 @@ class Guidance:
     Times count from the picture, 0, to pure noise, 1, whatever the schedule's own unit. The weak branch has no label
     (classifier-free guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller
     budget only). With a smaller budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv
-    2603.06351).
+    2603.06351). With `rescale` "norm" what comes out has, token by token, the conditional prediction's length
+    (Qwen-Image).
     """
 
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
     auto: bool = False
+    rescale: Literal["norm"] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
@@ -38,6 +40,14 @@ class Guidance:
     def constant(self) -> bool:
         """Whether it acts at all times alike, or at none."""
         return self.scale == 1.0 or (self.low == 0.0 and self.high == 1.0)
+
+    def lead(self, strong: np.ndarray, weak: np.ndarray) -> np.ndarray:
+        """The `strong` prediction led away from the `weak` one; values of a token along the last axis, where lengths matter."""
+        led = weak + self.scale * (strong - weak)
+        if self.rescale is None:
+            return led
+        wanted, has = (np.linalg.norm(each, axis=-1, keepdims=True) for each in (strong, led))
+        return led * (wanted / np.maximum(has, np.finfo(has.dtype).tiny))
 
     def active(self, time: float) -> bool:
         return self.scale > 1.0 and self.low <= time <= self.high

@@ -23,7 +23,8 @@ def encode(bundle: Bundle, prompts: Sequence[str], open_graph: Callable[[str], S
     """
     text = bundle.manifest.model.text
     if text is None or not text.encoders:
-        raise UsageError(f"{bundle.manifest.model.name} has no text encoders in this bundle: give prompt_embeds and pooled_prompt_embeds")
+        beside = " and pooled_prompt_embeds" if text is None or text.pooled else ""
+        raise UsageError(f"{bundle.manifest.model.name} has no text encoders in this bundle: give prompt_embeds{beside}")
     unique = list(dict.fromkeys(prompts))
     ids = _tokenize(bundle, text.encoders, unique)  # of all, before any encoder is opened: too long a prompt is known at once
     given: dict[str, list[np.ndarray]] = {"pooled": [], "penultimate_hidden_state": [], "last_hidden_state": []}

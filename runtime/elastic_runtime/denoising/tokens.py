@@ -1,4 +1,4 @@
-"""From a session to a guided prediction over tokens with positions: FLUX and SD3 in diffusers' words."""
+"""From a session to a guided prediction over tokens with positions: FLUX, SD3 and Qwen-Image in diffusers' words."""
 
 import math
 from dataclasses import dataclass
@@ -14,17 +14,34 @@ from elastic_runtime.sessions.session import Session, batches
 
 @dataclass(frozen=True)
 class Conditions:
-    """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and `pooled_projections` (B, P), float32."""
+    """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
+    `pooled_projections` (B, P), float32."""
 
     hidden: np.ndarray
-    pooled: np.ndarray
+    pooled: np.ndarray | None = None
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """The denoiser's inputs."""
+        pooled = {} if self.pooled is None else {"pooled_projections": self.pooled}
+        return {"encoder_hidden_states": self.hidden} | pooled
 
     def rows(self, index: slice) -> "Conditions":
-        return Conditions(self.hidden[index], self.pooled[index])
+        return Conditions(self.hidden[index], None if self.pooled is None else self.pooled[index])
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
-        return Conditions(*(np.repeat(array, times, axis=0) for array in (self.hidden, self.pooled)))
+        pooled = None if self.pooled is None else np.repeat(self.pooled, times, axis=0)
+        return Conditions(np.repeat(self.hidden, times, axis=0), pooled)
+
+    def beside(self, other: "Conditions") -> bool:
+        """Whether `other` may share a run: texts of another length may not."""
+        return self.hidden.shape[1] == other.hidden.shape[1]
+
+    def joined(self, other: "Conditions") -> "Conditions":
+        """These, then `other`, as rows of one run."""
+        pooled = None if self.pooled is None or other.pooled is None else np.concatenate([self.pooled, other.pooled])
+        return Conditions(np.concatenate([self.hidden, other.hidden]), pooled)
 
 
 class TokenDenoiser:
@@ -51,18 +68,22 @@ class TokenDenoiser:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
         Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
-        both of its branches together.
+        both of its branches together. Branches whose texts differ in length run apart.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
-        branches = [strong, weak] if weak and guidance.active(sigma) else [strong]
         predicted = []
         for part in parts:
-            ids = place(positions[part.start], size, self._patches)
-            conditions = [branch.rows(part) for branch in branches]
-            hidden, pooled = (np.concatenate([getattr(one, name) for one in conditions]) for name in ("hidden", "pooled"))
-            halves = np.split(self._predict(np.concatenate([x[part]] * len(branches)), ids, sigma, hidden, pooled), len(branches))
-            predicted.append(halves[-1] + guidance.scale * (halves[0] - halves[-1]) if len(halves) > 1 else halves[0])
+            where, own = (positions[part.start], size, sigma), strong.rows(part)
+            if weak is None or not guidance.active(sigma):
+                predicted.append(self._predict(x[part], *where, own))
+                continue
+            other = weak.rows(part)
+            if own.beside(other):
+                halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(other)), 2)
+            else:
+                halves = [self._predict(x[part], *where, each) for each in (own, other)]
+            predicted.append(guidance.lead(*halves))
         return np.concatenate(predicted)
 
     def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
@@ -73,27 +94,24 @@ class TokenDenoiser:
         text, wide = specs["encoder_hidden_states"][1:]
         length = spans[text].max if isinstance(text, str) else text
         tokens, values = budget["tokens"], int(specs["hidden_states"][-1])
+        pooled = specs.get("pooled_projections")
         conditions = Conditions(
-            np.zeros((batch, length, int(wide)), np.float32), np.zeros((batch, int(specs["pooled_projections"][-1])), np.float32)
+            np.zeros((batch, length, int(wide)), np.float32), np.zeros((batch, int(pooled[-1])), np.float32) if pooled else None
         )
         side = math.isqrt(tokens)
         x, positions = source.standard_normal((batch, tokens, values)), np.zeros((batch, tokens, 2))
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
-    def _predict(self, x: np.ndarray, ids: np.ndarray, sigma: float, hidden: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+    def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
         """It takes as few runs as the session's batch span allows."""
-        shared: dict[str, np.ndarray] = {self._patches.positions: ids}
+        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
         if self._patches.positions == "img_ids":
-            shared["txt_ids"] = np.zeros((hidden.shape[1], 3), dtype=np.float32)
+            shared["txt_ids"] = text_places(conditions.hidden.shape[1], size, self._patches)
         parts = []
         for rows in batches(self._session, len(x)):
             count = len(x[rows])
-            feeds = shared | {
-                "hidden_states": x[rows].astype(np.float32),
-                "encoder_hidden_states": hidden[rows],
-                "pooled_projections": pooled[rows],
-                "timestep": np.full(count, sigma, dtype=np.float32),
-            }
+            feeds = shared | conditions.rows(rows).feeds
+            feeds |= {"hidden_states": x[rows].astype(np.float32), "timestep": np.full(count, sigma, dtype=np.float32)}
             if self._patches.guidance_embeds:
                 feeds["guidance"] = np.full(count, self._embedded, dtype=np.float32)
             parts.append(self._session.run(feeds)["prediction"])
@@ -103,14 +121,23 @@ class TokenDenoiser:
 def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:
     """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns), float32.
 
-    `img_ids` are (0, row, column). `pos_ids` add where the picture lies in the middle of the table: in every stage a
-    picture of the stage's own size, so that the first stage is what the model knows as a small picture, as it is for
-    FLUX.
+    `img_ids` are (0, row, column), counted from the middle where the model has them `centred`. `pos_ids` add where the
+    picture lies in the middle of the table. In every stage that is a picture of the stage's own size, so that the first
+    stage is what the model knows as a small picture, as it is for FLUX.
 
     Raises: UsageError for a picture larger than the table.
     """
     if patches.table is None:
-        return np.pad(positions, ((0, 0), (1, 0))).astype(np.float32)
+        middle = [-(-side // 2) if patches.centred else 0 for side in size]
+        return np.pad(positions - middle, ((0, 0), (1, 0))).astype(np.float32)
     if max(size) > patches.table:
         raise UsageError(f"this model has {patches.table} x {patches.table} places for patches, the picture has {size[0]} x {size[1]}")
     return (positions + [(patches.table - side) // 2 for side in size]).astype(np.float32)
+
+
+def text_places(length: int, size: tuple[int, int], patches: Patches) -> np.ndarray:
+    """`txt_ids` (T, 3) of `length` tokens beside a picture of `size` (rows, columns), float32: nowhere or, where the picture
+    is centred, one after the other from its edge on, on all axes alike."""
+    first = max(size) // 2
+    along = np.arange(first, first + length) if patches.centred else np.zeros(length)
+    return np.repeat(along[:, None], 3, axis=1).astype(np.float32)

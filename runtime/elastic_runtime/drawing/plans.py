@@ -1,4 +1,4 @@
-"""Drawing along a plan: FLUX and SD3 over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
+"""Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
 2507.08422)."""
 
 from dataclasses import replace
@@ -93,6 +93,7 @@ class PlanDrawing(Drawing):
         opened."""
         strong, weak = self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
         self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
+        self._apart = weak is not None and not strong.beside(weak)
         self._open_graph = open_graph
         self._session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
@@ -103,7 +104,7 @@ class PlanDrawing(Drawing):
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
-        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, finishes)
+        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, finishes, self._apart)
 
     def begin(self, choice: Choice) -> None:
         assert choice.plan is not None
@@ -275,7 +276,8 @@ class PlanDrawing(Drawing):
                     f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
                     f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
                 )
-        branches = {2 if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
+        together = 1 if self._apart else 2
+        branches = {together if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:
             for rows in {self.count} if plan.plain else {self.count, 1}:  # in the mixed stage each picture runs alone
                 for branch in branches:

@@ -2,10 +2,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from fake_flux import FLUX, SCHNELL, SD3, Patches, denoiser_graph
+from fake_flux import FLUX, QWEN, SCHNELL, SD3, Patches, denoiser_graph
 
-from elastic_runtime import FakeSession, Guidance, UsageError
-from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place
+from elastic_runtime import Budget, FakeSession, Guidance, UsageError
+from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place, text_places
 from elastic_runtime.ralu.patches import raster
 
 TOKENS = np.random.default_rng(0).standard_normal((2, 6, 16))
@@ -84,3 +84,44 @@ def test_a_batch_larger_than_the_graph_s_takes_several_runs() -> None:
     got = model.guided(rows[0], raster(6, 2, 3), (2, 3), 0.5, Conditions(rows[1], rows[2]), None, Guidance())
     assert [len(feeds["guidance"]) for feeds in fed] == [3, 3]
     np.testing.assert_allclose(got, 2 * rows[0], rtol=1e-6)
+
+
+def test_centred_places_count_from_the_middle_and_text_goes_on_beyond_them() -> None:
+    np.testing.assert_array_equal(place(raster(1, 2, 3)[0], (2, 3), QWEN)[[0, 5]], [[0, -1, -2], [0, 0, 0]])
+    np.testing.assert_array_equal(place(np.array([[0.5, 1.5]]), (2, 3), QWEN), [[0, -0.5, -0.5]])
+    np.testing.assert_array_equal(text_places(2, (4, 7), QWEN), [[3, 3, 3], [4, 4, 4]])
+    np.testing.assert_array_equal(text_places(2, (4, 7), FLUX), np.zeros((2, 3)))
+
+
+def test_texts_of_other_lengths_run_apart_each_at_its_places() -> None:
+    fed: list[dict[str, np.ndarray]] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(dict(feeds))
+        return {"prediction": feeds["hidden_states"] * feeds["encoder_hidden_states"].sum((1, 2))[:, None, None]}
+
+    model = TokenDenoiser(FakeSession(denoiser_graph(QWEN, pooled=0), run), QWEN)
+    strong, weak = Conditions(np.ones((2, 3, 6), np.float32)), Conditions(np.ones((2, 1, 6), np.float32))
+    got = model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.5, strong, weak, Guidance(2.0))
+    np.testing.assert_allclose(got, (6 + 2 * (18 - 6)) * TOKENS, rtol=1e-6)
+    assert [(len(feeds["hidden_states"]), feeds["txt_ids"].tolist()) for feeds in fed] == [
+        (2, [[1, 1, 1], [2, 2, 2], [3, 3, 3]]), (2, [[1, 1, 1]]),
+    ]  # fmt: skip
+    assert "pooled_projections" not in fed[0]
+    fed.clear()
+    model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.5, strong, strong, Guidance(2.0))
+    assert [len(feeds["hidden_states"]) for feeds in fed] == [4], "texts of one length share a run"
+    model.evaluate(Budget(tokens=4), 1, 0.5, np.random.default_rng(0))
+    assert fed[-1]["encoder_hidden_states"].shape == (1, 64, 6)
+
+
+def test_a_rescaled_prediction_has_the_strong_one_s_length_in_each_token() -> None:
+    strong, weak = np.random.default_rng(1).standard_normal((2, 2, 5, 16))
+    plain, rescaled = Guidance(4.0).lead(strong, weak), Guidance(4.0, rescale="norm").lead(strong, weak)
+    np.testing.assert_allclose(plain, weak + 4 * (strong - weak))
+    np.testing.assert_allclose(np.linalg.norm(rescaled, axis=-1), np.linalg.norm(strong, axis=-1))
+    np.testing.assert_allclose(
+        rescaled * np.linalg.norm(plain, axis=-1, keepdims=True), plain * np.linalg.norm(strong, axis=-1, keepdims=True)
+    )
+    none = np.zeros((1, 2, 16))
+    np.testing.assert_array_equal(Guidance(4.0, rescale="norm").lead(none, none), none)

@@ -1,4 +1,4 @@
-"""FLUX, SD3 and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
+"""FLUX, SD3, Qwen-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +44,15 @@ def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowere
     graph = graphs(folders.sd3(**folders.SD35))[0]
     _, session = lowered(graph, precision="fp32", shapes="range")
     points = [Budget(tokens=count, T=text) for count, text in ((4, 1), (29, 7), (64, 9))]
+    assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+@pytest.mark.parametrize("shapes", ["functions", "range"])
+def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[..., Any], lowered: Lowered, error: Error, shapes: str) -> None:
+    graph = graphs(folders.qwen_image())[0]
+    points = [Budget(tokens=count, T=text) for count, text in ((16, 5), (28, 5))]
+    options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
+    _, session = lowered(graph, precision="fp32", **options)
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 

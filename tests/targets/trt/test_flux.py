@@ -1,4 +1,4 @@
-"""Engines of a FLUX denoiser, with a profile a stage, and of a decoder whose sides are open."""
+"""Engines of FLUX's and Qwen-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
 
 from pathlib import Path
 from types import ModuleType
@@ -31,3 +31,13 @@ def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
     (decoding,) = engines["decoder"].profiles
     assert decoding.dimensions["h"] == Range(4, 16, 16)
     assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
+
+
+def test_a_qwen_image_denoiser_builds(room: ModuleType, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.qwen_image(), decoder=False)
+    captured = capture_folder(tmp_path / "f", None, Span(16, 16), Span(1, 2))
+    bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f")
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets=room.read_buckets("none", bundle.manifest.axes)))
+    (engine,) = (artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact))
+    assert engine.profiles[0].dimensions["S"] == Range(16, 64, 64)
+    assert engine.network.attentions == 2
