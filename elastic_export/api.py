@@ -41,6 +41,7 @@ def export(
     vae: Folder | None = None,
     components: Sequence[str] | str | None = None,
     size: Spanned | None = None,
+    max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
     overwrite: bool = False,
@@ -67,6 +68,7 @@ def export(
             one a graph, `"denoiser=int4w,text=int8w,decoder=fp16"`.
         checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
         components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels.
+        max_sequence_length: of a diffusers folder: tokens of a prompt, by default what its pipeline takes; prompts are padded to them.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
         verify: which budgets are proven against the original, which takes as long as running it there: both ends, the middle and one
             untraced (`budgets`), the ends, or none; the manifest lists those that were left out.
@@ -80,7 +82,7 @@ def export(
     """
     source: dict[str, Any] = {
         "checkpoint": checkpoint, "config": config, "vae": vae, "components": components, "size": size, "head_blocks": head_blocks,
-        "random_weights": random_weights,
+        "random_weights": random_weights, "max_sequence_length": max_sequence_length,
     }  # fmt: skip
     spans = {"latents": latents, "tokens": tokens, "loops": loops}
     command = command or f"elastic_export.export({os.fspath(model)!r}, target={target!r})"

@@ -51,7 +51,7 @@ def test_a_model_is_exported_verified_and_told_of(golden: Path, tmp_path: Path) 
     [
         ({"target": "abacus"}, "no target 'abacus'; there are onnx, trt, coreml"),
         ({"target": "onnx", "shapes": "range"}, "the onnx target has no option shapes; it has opset, precision"),
-        ({"components": "vae"}, "--components and --size are for a diffusers folder"),
+        ({"components": "vae"}, "--components, --size and --max-sequence-length are for a diffusers folder"),
         ({"latents": "256-32"}, "reversed: write 32-256"),
     ],
 )

@@ -34,6 +34,7 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
 SIDE = 128  # of a latent, where nothing tells
+MOST_TEXT = 512  # tokens that diffusers' pipelines take at most
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
 
@@ -72,6 +73,7 @@ def capture_folder(
     digest: bool = True,
     packaged: bool = False,
     spans: Mapping[str, Span] | None = None,
+    max_sequence_length: int | None = None,
 ) -> Capture:
     """Capture a diffusers folder of FLUX, SD3 or Qwen-Image; weights are read when something computes with them.
 
@@ -81,9 +83,11 @@ def capture_folder(
         name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
         packaged: whether it is the packaged sample of that name, whose card has figures and whose place is nobody's business.
         spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest.
+        max_sequence_length: text tokens of the encoder that gives a sequence; None for what the family's pipeline takes by itself.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
-        BudgetError for sides that do not divide into patches, and for an axis or a span that there is not at this size.
+        BudgetError for sides that do not divide into patches, for an axis or a span that there is not at this size, and for more text
+        than any of these models takes.
     """
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
@@ -104,7 +108,7 @@ def capture_folder(
     axis = _axis(sizes, spans or {}, name or path.name)
 
     encoders = [component for component in chosen if component.startswith("text_encoder")]
-    text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders)
+    text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders, max_sequence_length)
     length = text.length if text else 1
     graphs, peaks = [], {}
     if len(folder.labels) > tokens.pooled(config):
@@ -263,8 +267,14 @@ def _denoiser(folder: Folder, family: TokenFamily, built: Any, config: tokens.Co
     )
 
 
-def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str]) -> tuple[manifest.Text, dict[str, bytes]]:
-    """How prompts become embeddings, and the tokenizers' files; without encoders, what the transformer takes."""
+def _text(
+    folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str], asked: int | None
+) -> tuple[manifest.Text, dict[str, bytes]]:
+    """How prompts become embeddings, of as many tokens as `asked` for, and the tokenizers' files; without encoders, what the transformer
+    takes."""
+    if asked is not None and not 1 <= asked <= MOST_TEXT:
+        raise BudgetError(f"--max-sequence-length is 1 to {MOST_TEXT} tokens, got {asked}")
+    longest = asked or family.text_length(config)
     texts, files = [], {}
     beside, after, pooled, kinds = 0, 0, 0, set()
     for component in encoders:
@@ -272,7 +282,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
         kinds |= set(gives)
         widths = dict(zip(("pooled", "hidden"), sizes_of(folder, component), strict=True))
         if "last_hidden_state" in gives:
-            most = min(family.text_length(config), tokenizer.max_length)
+            most = min(longest, tokenizer.max_length)
             after += most
             if widths["hidden"] != config["joint_attention_dim"]:
                 raise ModelError(
@@ -296,7 +306,7 @@ def _text(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: 
             "model's. Download the folder again, or leave them out with --components transformer,vae"
         )
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
-    length = (beside if encoders else family.beside) + (after or family.text_length(config))
+    length = (beside if encoders else family.beside) + (after or longest)
     width = config["joint_attention_dim"]
     return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=tokens.pooled(config)), files
 

@@ -22,6 +22,7 @@ def open_model(
     vae: Path | None = None,
     components: tuple[str, ...] | None = None,
     size: Span | None = None,
+    max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
     digest: bool = True,
@@ -39,8 +40,8 @@ def open_model(
         if wrong := [name for name, value in others.items() if value]:
             verb = "does" if len(wrong) == 1 else "do"
             raise UsageError(f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it")
-        return capture_folder(folder, components, size, batch, Path(model).name, digest, model in samples(), spans)
-    if components or size:
-        raise UsageError(f"--components and --size are for a diffusers folder, and {model} is none")
+        return capture_folder(folder, components, size, batch, Path(model).name, digest, model in samples(), spans, max_sequence_length)
+    if components or size or max_sequence_length is not None:
+        raise UsageError(f"--components, --size and --max-sequence-length are for a diffusers folder, and {model} is none")
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
     return capture(load(Request(model, checkpoint, config, random_weights, overrides)), spans, batch, vae)

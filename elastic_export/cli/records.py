@@ -150,6 +150,14 @@ class Source:
             show_default=False,
         ),
     ] = None
+    max_sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of a diffusers folder: tokens of a prompt [dim](default: what its pipeline takes, 256 or 512)[/dim].",
+            show_default=False,
+        ),
+    ] = None
     head_blocks: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False),

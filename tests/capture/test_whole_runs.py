@@ -17,7 +17,7 @@ import folders  # noqa: E402
 from transformers import AutoTokenizer, CLIPTextModelWithProjection  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import ElasticPipeline, Request  # noqa: E402
+from elastic_runtime import BudgetError, ElasticPipeline, Request  # noqa: E402
 from elastic_runtime.ralu.patches import pack  # noqa: E402
 
 LENGTH = 6  # tokens that T5's tokenizer makes here
@@ -100,3 +100,30 @@ def test_pictures_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
                 )
             ).images  # fmt: skip
             assert np.abs(found - wanted).max() < 2e-5, (what, float(np.abs(found - wanted).max()))
+
+
+@pytest.mark.parametrize(("name", "length"), [("schnell", 4), ("sd3", 5), ("sd3 without T5", 9)])
+def test_text_of_another_length_is_diffusers_too(name: str, length: int, tmp_path: Path) -> None:
+    folder = written(name, tmp_path)
+    bundle = elastic_export.export(folder, output=tmp_path / "b", size="24-32", batch="1-4", max_sequence_length=length, verify="ends")
+    text = bundle.manifest.model.text
+    assert text is not None
+    assert text.length == length + (0 if name == "schnell" else 12)
+    theirs = original(name, folder)
+    theirs.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(1).standard_normal((1, 4, 16, 16)).astype(np.float32)
+    start = torch.from_numpy(pack(noise, 2).astype(np.float32) if name == "schnell" else noise)
+    scales = {} if name == "schnell" else {"guidance_scale": 3.5}
+    wanted = theirs(
+        ["cat"], height=32, width=32, num_inference_steps=2, latents=start, output_type="np", max_sequence_length=length, **scales
+    ).images
+    with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as ours:
+        request = Request(prompt=("cat",), height=32, width=32, plan="full", num_inference_steps=2, noise=noise, output_type="np", **scales)
+        assert np.abs(ours.draw(request).images - wanted).max() < 2e-5
+
+
+@pytest.mark.parametrize("length", [0, 513])
+def test_text_of_no_length_or_too_much_is_refused_before_the_export(length: int, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=f"--max-sequence-length is 1 to 512 tokens, got {length}"):
+        elastic_export.export(written("schnell", tmp_path), output=tmp_path / "b", size="24-32", max_sequence_length=length)
+    assert not (tmp_path / "b").exists()

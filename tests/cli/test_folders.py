@@ -140,7 +140,7 @@ def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: 
     assert done.code == 2
     assert message in " ".join(done.err.split())
     other = run("onnx", "elit-sit", "--random-weights", "-o", tmp_path / "out", "--components", "vae")
-    assert "--components and --size are for a diffusers folder, and elit-sit is none" in other.err
+    assert "--components, --size and --max-sequence-length are for a diffusers folder, and elit-sit is none" in other.err
 
 
 def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> None:
