@@ -50,7 +50,8 @@ def dit_activation_values(tokens: int, width: int, heads: int, mlp_ratio: float 
 def decoder_values(config: Mapping[str, Any], side: int) -> int:
     """Most values alive at once in an AutoencoderKL's decoder of a picture of `side` pixels: at full resolution a residual, its
     normalised copy, and a convolution's input and output, as wide as the second level from below."""
-    widths = config.get("block_out_channels", (64,))
+    own = [config.get("base_dim", 64) * each for each in config.get("dim_mult", (1,))]  # as Qwen-Image's VAE says it
+    widths = config.get("block_out_channels", own)
     return side**2 * (3 * widths[min(1, len(widths) - 1)] + widths[0])
 
 

@@ -1,13 +1,17 @@
-"""The decoder graph of a diffusers `AutoencoderKL` folder."""
+"""The decoder graph of a diffusers VAE folder: `AutoencoderKL`, or Qwen-Image's for its one frame."""
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from elastic_export.families.family import random_rows
+from elastic_export.families.layers import Constants
 from elastic_export.foreign.component import Component, diffusers_class
 from elastic_export.foreign.weights import Naming
 from elastic_runtime.contract.artifacts import TensorSpec
@@ -18,6 +22,7 @@ from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
 
+KINDS = ("AutoencoderKL", "AutoencoderKLQwenImage")
 # Attention's projections by the names of older files.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD = re.compile(rf"(.*\.attentions\.\d+\.)({'|'.join(_OLDER)})(\.\w+)")
@@ -35,18 +40,40 @@ class Decoder(nn.Module):
         return image.float()
 
 
+class FrameDecoder(Constants):
+    """As `Decoder`, of a VAE of videos and one frame, whose latents are normalised channel by channel: `latent * std + mean`."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+        config = autoencoder.config
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        frame = (latent * self.std + self.mean).to(self.autoencoder.dtype)[:, :, None]  # (B, C, 1, h, w)
+        image: Tensor = self.autoencoder.decode(frame, return_dict=False)[0][:, :, 0]
+        return image.float()
+
+
+def _kind(folder: Path) -> str:
+    """Which of `KINDS` a folder holds; raises ModelError for another."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
+    if (kind := Component(folder).config.get("_class_name", KINDS[0])) not in KINDS:
+        raise ModelError(f"{folder} is not a diffusers AutoencoderKL: it is a {kind}; there are {', '.join(KINDS)}")
+    return str(kind)
+
+
 def read_vae(folder: Path, channels: int) -> Vae:
     """The facts of a diffusers VAE folder that decodes latents of so many channels.
 
     Raises: ModelError for a folder that is not an AutoencoderKL, has other channels, or has facts that are no numbers.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
-    config = Component(folder).config
-    if (kind := config.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise ModelError(f"{folder} is not a diffusers AutoencoderKL: it is a {kind}")
-    if (has := config.get("latent_channels", 4)) != channels:
+    framed, config = _kind(folder) != KINDS[0], Component(folder).config
+    if (has := config.get("z_dim", 16) if framed else config.get("latent_channels", 4)) != channels:
         raise ModelError(f"the VAE {folder} decodes {has} channels, but the model draws {channels}: it is another model's")
+    if framed:
+        return _framed(folder, config, channels)
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
     shift = 0.0 if shift is None else shift  # which is written where a model has none
     widths = config.get("block_out_channels", (64,))
@@ -60,17 +87,31 @@ def read_vae(folder: Path, channels: int) -> Vae:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
 
 
-def load_vae(folder: Path) -> Decoder:
-    """The half of an AutoencoderKL that decodes, in float32; the other half's weights may be there or not.
+def _framed(folder: Path, config: Mapping[str, Any], channels: int) -> Vae:
+    """Facts of Qwen-Image's VAE, which scales each channel itself."""
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        least = 0 if name == "latents_std" else -math.inf
+        if not isinstance(values, list) or len(values) != channels or not all(is_number(each) and each > least for each in values):
+            raise ModelError(f"{folder / 'config.json'}: {name} is a number for each of {channels} channels, got {values!r}")
+    halved = config.get("temperal_downsample")
+    if not isinstance(halved, list):
+        raise ModelError(f"{folder / 'config.json'}: temperal_downsample is a list, one value for each halving of a side, got {halved!r}")
+    return Vae(scaling_factor=1.0, shift_factor=0.0, upscale=2 ** len(halved))
+
+
+def load_vae(folder: Path) -> nn.Module:
+    """The half of a VAE that decodes, in float32; the other half's weights may be there or not.
 
     Raises: MissingError without diffusers; ModelError for a folder that is not an AutoencoderKL, or weights that do not fit.
     """
-    return Decoder(Component(folder).fill(_built(folder), _NAMING))
+    make = Decoder if _kind(folder) == KINDS[0] else FrameDecoder
+    return make(Component(folder).fill(_built(folder), _NAMING))
 
 
 def _built(folder: Path) -> Any:
-    vae: Any = Component(folder).build(diffusers_class("AutoencoderKL"))
-    vae.encoder = vae.quant_conv = None
+    vae: Any = Component(folder).build(diffusers_class(_kind(folder)))
+    vae.encoder, vae.quant_conv = nn.Identity(), None  # no None: a VAE of videos counts an encoder's layers each time
     return vae
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -67,6 +68,14 @@ def vae() -> AutoencoderKL:
     )  # fmt: skip
 
 
+def frame_vae() -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 2.0, 0.5, 1.5],
+    ).eval()  # fmt: skip
+
+
 def clip(kind: type = CLIPTextModel) -> Any:
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -108,7 +117,8 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     is_flux = isinstance(transformer, FluxTransformer2DModel)
     pipelines = {"FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline"}
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    parts |= {"vae": vae()} if decoder else {}
+    framed = isinstance(transformer, QwenImageTransformer2DModel)
+    parts |= {"vae": frame_vae() if framed else vae()} if decoder else {}
     if text and is_flux:
         parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
     elif text:

@@ -1,6 +1,7 @@
 """Qwen-Image as a graph over tokens with places: recorded outputs, diffusers' own class, FLOPs, and what is refused."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import folders
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,3 +151,51 @@ def test_a_model_that_draws_over_a_picture_is_refused(tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.qwen_image(in_channels=32), decoder=False)
     with pytest.raises(ModelError, match="takes 32 channels and gives 16: it draws over a picture"):
         capture_folder(tmp_path / "f", None, Span(16, 32), ONE)
+
+
+def test_pictures_are_those_of_diffusers_pipeline(tmp_path: Path) -> None:
+    """A folder with Qwen-Image's own VAE, whose text encoder is left out: embeddings in, pictures out, square and wide."""
+    transformer, vae = folders.qwen_image(), folders.frame_vae()
+    folder = folders.write(tmp_path / "f", transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    scheduler.save_pretrained(folder / "scheduler")
+    theirs = QwenImagePipeline(scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)  # type: ignore[arg-type]
+    theirs.set_progress_bar_config(disable=True)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)  # which misses a mask
+    bundle = elastic_export.export(folder, output=tmp_path / "b", size="24-32", batch="1-2", verify="ends")
+    generator = np.random.default_rng(0)
+    with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as pipe:
+        for height, width in ((32, 32), (24, 32)):
+            embeds = {name: generator.standard_normal((1, text, 16)).astype(np.float32) for name, text in (("", 5), ("negative_", 3))}
+            given = {f"{name}prompt_embeds": torch.from_numpy(array) for name, array in embeds.items()}
+            noise = generator.standard_normal((1, 4, height // 2, width // 2)).astype(np.float32)
+            start = torch.from_numpy(pack(noise, 2))
+            with torch.inference_mode():
+                wanted = theirs(
+                    **given, height=height, width=width, num_inference_steps=3, true_cfg_scale=4.0, latents=start, output_type="np"
+                ).images  # fmt: skip
+            found = pipe(
+                **{f"{name}prompt_embeds": array for name, array in embeds.items()}, plan="full", num_inference_steps=3, height=height,
+                width=width, noise=noise, output_type="np",
+            ).images  # fmt: skip
+            assert np.abs(found - wanted).max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std is a number for each of 4 channels"),
+        ({"latents_mean": [0.0]}, "latents_mean is a number for each of 4 channels"),
+        ({"temperal_downsample": None}, "temperal_downsample is a list, one value for each halving"),
+        ({"z_dim": 16}, "decodes 16 channels, but the model draws 4"),
+        ({"_class_name": "AutoencoderKLWan"}, "is not a diffusers AutoencoderKL: it is a AutoencoderKLWan; there are AutoencoderKL, "),
+    ],
+)
+def test_a_vae_that_does_not_fit_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "f", folders.qwen_image())
+    config = json.loads((folder / "vae" / "config.json").read_text()) | change
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        capture_folder(folder, None, Span(16, 32), ONE)
