@@ -12,7 +12,7 @@ from torch import nn
 from elastic_export.families import elt, elt_masked, uvit
 from elastic_export.families.dc_dit import model as dc_dit
 from elastic_export.families.elit import hdit as elit_hdit
-from elastic_export.families.elit import sit
+from elastic_export.families.elit import hdit_levels, sit, uvit_tokens
 from elastic_export.families.elit import uvit as elit_uvit
 from elastic_export.families.family import Family, agree
 from elastic_export.families.hdit import model as hdit
@@ -29,6 +29,8 @@ FAMILIES: dict[str, Family] = {
         sit.FAMILY,
         elit_uvit.FAMILY,
         elit_hdit.FAMILY,
+        uvit_tokens.FAMILY,
+        hdit_levels.FAMILY,
         elt.FAMILY,
         elt_masked.FAMILY,
         dc_dit.FAMILY,

@@ -153,6 +153,10 @@ class UVit(nn.Module):
         time = self.time_embed(self.sinusoids(timestep).to(self.pos_embed.dtype))[:, None]  # (B, 1, D)
         return time if self.label_emb is None else torch.cat([self.label_emb(class_labels)[:, None], time], dim=1)  # (B, E, D)
 
+    def embed(self, sample: Tensor, extras: Tensor) -> Tensor:
+        """The tokens that the blocks take, with their positions: the extra ones and those of the patches."""
+        return torch.cat([extras, self.patch_embed(sample.to(extras.dtype))], dim=1) + self.pos_embed  # (B, N, D)
+
     def run(self, x: Tensor, stretch: range, skips: list[Tensor]) -> Tensor:
         """A stretch of the depth + 1 blocks, in order. Those before the middle leave what they gave in `skips`, those after it take it, the
         last first."""
@@ -169,8 +173,7 @@ class UVit(nn.Module):
         Shapes: sample (B, C, H, W); timestep (B,), 1000 or 999 times the continuous time, see `SCHEDULES`; class_labels (B,) int64, the
         last row for no label, and none where the model has no table.
         """
-        extras = self.extras(timestep, class_labels)
-        x = torch.cat([extras, self.patch_embed(sample.to(extras.dtype))], dim=1) + self.pos_embed  # (B, N, D)
+        x = self.embed(sample, self.extras(timestep, class_labels))
         x = self.run(x, range(self.params.depth + 1), [])
         return self.decode(x[:, self.params.extras :])
 
@@ -210,7 +213,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     if "context_embed.weight" in shapes:
         raise ModelError("this U-ViT draws from texts (context_embed), and uvit from classes or from nothing: it cannot be exported")
     if any(name.startswith("input_token_editor.") for name in shapes):
-        raise ModelError("this U-ViT has an elastic interface (input_token_editor), and uvit has none: it is of another family")
+        raise ModelError("this U-ViT has an elastic interface (input_token_editor), and uvit has none: export it as elit-uvit-tokens")
     width, channels, patch_size, _ = shapes["patch_embed.proj.weight"]
     labels = shapes.get("label_emb.weight", (-1,))[0]
     patches = shapes["pos_embed"][1] - (1 if labels == -1 else 2)

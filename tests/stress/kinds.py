@@ -63,7 +63,11 @@ def checkpoints(work: Path) -> list[tuple[str, Path, Path]]:
     from elastic_export.foreign.checkpoint import read_checkpoint
 
     golden, found = Path(__file__).parents[1] / "golden", []
-    for family, name in (("elit-sit", "elit-c"), ("elit-uvit", "elit-uvit-b"), ("elit-hdit", "elit-hdit-b"), ("dc-dit", "dcdit-a")):
+    names = {
+        "elit-sit": "elit-c", "elit-uvit": "elit-uvit-b", "elit-hdit": "elit-hdit-b", "elit-uvit-tokens": "elit-uvit-tokens-a",
+        "elit-hdit-levels": "elit-hdit-levels-a", "dc-dit": "dcdit-a",
+    }  # fmt: skip
+    for family, name in names.items():
         flat = work / f"{name}.safetensors"
         if not flat.exists():
             weights = read_checkpoint(golden / f"{name}.pt").weights

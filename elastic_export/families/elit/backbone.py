@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
 from elastic_export.families.elit import interface
-from elastic_export.families.elit.interface import InterfaceParams, Read, Windows, Write, tail_drop
+from elastic_export.families.elit.interface import LATENT_IDS, InterfaceParams, Read, Windows, Write, latent_ids, latents_axis, tail_drop
 from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
 from elastic_export.families.layers import (
     DiTBlock,
@@ -155,7 +155,6 @@ class Backbone(nn.Module, ABC):
 
 
 _RENAMES = (
-    *interface.RENAMES,
     (r"^blocks\.(\d+)\.skip_linear\.", r"skips.\1."),
     (r"^merges\.0\.", "merge."),
     (r"^splits\.0\.", "split."),
@@ -171,9 +170,7 @@ def rename_key(key: str) -> str | None:
     """Name in a Backbone of a public checkpoint's key; None for training-only weights (`projectors.*`)."""
     if key.startswith("projectors."):
         return None
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
-    return key
+    return interface.renamed(key, *_RENAMES)
 
 
 # Depth, width and heads of the published sizes.
@@ -248,17 +245,11 @@ def sources(name: str, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -
 
 
 def axes(params: ElitParams) -> tuple[Axis, ...]:
-    """`latents`: K = G*J, carried by the length J of `latent_ids`."""
-    return (
-        Axis(
-            name="latents", min=params.groups, max=params.tokens, step=params.groups, default=params.tokens,
-            input="latent_ids", carrier="length", unit=params.groups, dimension="J",
-        ),
-    )  # fmt: skip
+    return (latents_axis(params.windows),)
 
 
 def inputs(params: ElitParams) -> tuple[TensorSpec, ...]:
-    return (*picture_inputs(params.in_channels, params.input_size), TensorSpec(name="latent_ids", dtype="int64", shape=("J",)))
+    return (*picture_inputs(params.in_channels, params.input_size), LATENT_IDS)
 
 
 def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
@@ -268,8 +259,8 @@ def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
 
 def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
     """Noise, times and labels, the same for every budget, and the kept latents."""
-    kept = np.arange(budget["latents"] // params.groups, dtype=np.int64)
-    return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"latent_ids": kept}
+    pictures = picture_feeds(params.in_channels, params.input_size, params.num_classes, batch)
+    return pictures | latent_ids(params.windows, budget)
 
 
 def facts(params: ElitParams) -> dict[str, Any]:

@@ -7,14 +7,22 @@ Between Read and Write a backbone runs on latents (B, K, D), window after window
 leaves them so: attention over all of them does not mind, and windows are slices.
 """
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention, cross_attention
 from elastic_export.families.layers import Mlp, Modulation, layer_norm, merge_heads, modulate, split_heads
+from elastic_runtime.contract.artifacts import TensorSpec
+from elastic_runtime.contract.axis import Axis
+from elastic_runtime.contract.budget import Budget
+from elastic_runtime.errors import ModelError
 
 # Names of a public checkpoint's keys in a model that has `read` and `write`.
 RENAMES = (
@@ -27,6 +35,10 @@ RENAMES = (
     (r"^output_token_editor\.adapters\.0\.", "write."),
     (r"\badaLN_modulation\.1\.", "modulation.linear."),
 )
+
+
+TABLE = "read.latent_pos_embed"
+LATENT_IDS = TensorSpec(name="latent_ids", dtype="int64", shape=("J",))
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,41 @@ class Write(nn.Module):
             spatial = spatial + self.pos_embed
         spatial = spatial + self.attention(spatial, latents)
         return (spatial + self.mlp(spatial)).flatten(1, 2)
+
+
+def latents_axis(windows: Windows) -> Axis:
+    """`latents`: K = G*J, carried by the length J of `latent_ids`."""
+    return Axis(
+        name="latents", min=windows.count, max=windows.tokens, step=windows.count, default=windows.tokens,
+        input="latent_ids", carrier="length", unit=windows.count, dimension="J",
+    )  # fmt: skip
+
+
+def latent_ids(windows: Windows, budget: Budget) -> dict[str, np.ndarray]:
+    """The feed of `LATENT_IDS` for a budget."""
+    return {"latent_ids": np.arange(budget["latents"] // windows.count, dtype=np.int64)}
+
+
+def renamed(key: str, *more: tuple[str, str]) -> str:
+    """A public checkpoint's key with `read` and `write` for the two editors, and `more` renames of a backbone's."""
+    for pattern, name in (*RENAMES, *more):
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def parted(weights: Mapping[str, Tensor], family: str, plain: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """A checkpoint of a `plain` backbone with the interface put in: the backbone's own weights, and the sizes that the interface's tell.
+
+    Raises: ModelError where there is no interface, or its tables have no two dimensions.
+    """
+    own = {key: value for key, value in weights.items() if not renamed(key).startswith(("read.", "write."))}
+    tables = {name: tuple(value.shape) for key, value in weights.items() if (name := renamed(key)) in ("read.pos_embed", TABLE)}
+    if "read.pos_embed" not in tables:
+        raise ModelError(f"this checkpoint has no interface (input_token_editor), so it is not an {family}: export it as {plain}")
+    if odd := [name for name, shape in tables.items() if len(shape) != 2 or 0 in shape]:
+        raise ModelError(f"this is not an {family} checkpoint: its {odd[0]} has shape {tables[odd[0]]}, not 2 whole dimensions")
+    positions = {"latent_positions": tables[TABLE][0]} if TABLE in tables else {}
+    return own, {"group_size": math.isqrt(tables["read.pos_embed"][0])} | positions
 
 
 def flops(params: InterfaceParams) -> int:

@@ -4,6 +4,8 @@ Local attention is dense attention under a constant mask, which is the same func
 the heads, so that one constant mask serves every batch.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +62,24 @@ class Cells(Constants):
         x = x.unflatten(1, self.grid)  # (B, h, w, W)
         x = torch.cat([x[:, -shift:], x[:, :-shift]], dim=1)
         return torch.cat([x[:, :, -shift:], x[:, :, :-shift]], dim=2).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens that all see each other, wherever they stand: `Cells` of no grid.
+
+    positions (n, 2): (y, x) of each.
+    """
+
+    positions: Tensor
+    mask: None = None
+    windows: int = 1
+
+    def ordered(self, x: Tensor) -> Tensor:
+        return x
+
+    def restored(self, x: Tensor) -> Tensor:
+        return x
 
 
 def gathered(x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

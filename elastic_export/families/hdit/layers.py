@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.hdit.cells import Cells, gathered, spread
+from elastic_export.families.hdit.cells import Cells, Places, gathered, spread
 from elastic_export.families.layers import merge_heads, split_heads
 
 
@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         self.pos_emb = AxialRope(self.heads, head)
         self.out_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, cond: Tensor, cells: Cells) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, cells: Cells | Places) -> Tensor:
         x = self.norm(x, cond)
         x = cells.ordered(x)
         q, k, v = (split_heads(part, self.heads) for part in self.qkv_proj(x).chunk(3, dim=-1))  # (B, H, n, d)
@@ -143,7 +143,7 @@ class Layer(nn.Module):
         self.self_attn = SelfAttention(width, condition, head) if head else None
         self.ff = FeedForward(ConditionedNorm(width, condition), width, hidden)
 
-    def forward(self, x: Tensor, cond: Tensor, cells: Cells) -> Tensor:
+    def forward(self, x: Tensor, cond: Tensor, cells: Cells | Places) -> Tensor:
         if self.self_attn is not None:
             x = x + self.self_attn(x, cond, cells)
         return x + self.ff(x, cond)  # (B, n, W)

@@ -190,8 +190,14 @@ class Hdit(nn.Module):
         Shapes: sample (B, C, H, W), EDM's c_in times x; timestep (B,), sigma; class_labels (B,) int64, `num_classes` for no label, and none
         where the model has no table.
         """
-        params, kept = self.params, []
         cond = self.condition(timestep, class_labels)  # (B, M)
+        x, kept = self.down(sample, cond)
+        x = self.run(self.mid_level, x, cond, self.cells[self.params.innermost])
+        return self.up(x, kept, cond)
+
+    def down(self, sample: Tensor, cond: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """All before the innermost level: its tokens (B, n, W), and those that each outer level keeps for `up`."""
+        params, kept = self.params, []
         _, height, width = params.sample_shape
         pixels = sample.to(cond.dtype).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H*W, C)
         x = self.patch_in(gathered(pixels, (height, width), params.patch_size))  # (B, n, W)
@@ -199,7 +205,12 @@ class Hdit(nn.Module):
             x = self.run(self.down_levels[level], x, cond, self.cells[level])
             kept.append(x)
             x = self.merges[level](x, params.grid(level))
-        x = self.run(self.mid_level, x, cond, self.cells[params.innermost])
+        return x, kept
+
+    def up(self, x: Tensor, kept: list[Tensor], cond: Tensor) -> Tensor:
+        """All after the innermost level: F, of its tokens and what `down` kept."""
+        params = self.params
+        _, height, width = params.sample_shape
         for level in reversed(range(params.innermost)):
             x = self.splits[level](x, kept[level], params.grid(level))
             x = self.run(self.up_levels[level], x, cond, self.cells[level], first=params.depths[level])
@@ -242,7 +253,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     if "mapping_cond_in_proj.weight" in shapes:
         raise ModelError("this HDiT is conditioned on more than classes (mapping_cond_in_proj), which hdit is not: it cannot be exported")
     if any(name.startswith("input_token_editor.") for name in shapes):
-        raise ModelError("this HDiT has an elastic interface (input_token_editor), and hdit has none: it is of another family")
+        raise ModelError("this HDiT has an elastic interface (input_token_editor), and hdit has none: export it as elit-hdit-levels")
     levels = [*(f"down_levels.{level}" for level in range(_count(shapes, r"down_levels\.(\d+)\."))), "mid_level"]
     ups = [shapes.get(f"{level}.0.ff.up_proj.weight", ()) for level in levels]
     if any(len(up) != 2 for up in ups):

@@ -48,7 +48,8 @@ def feeds(recorded: Callable[[str], Arrays]) -> Callable[[str, int], Arrays]:
 
     def find(name: str, kept: int) -> Arrays:
         arrays = recorded(name)
-        return {"sample": arrays["x"], "timestep": arrays["t"], "class_labels": arrays["y"], "latent_ids": np.arange(kept)}
+        timestep = arrays["t" if "t" in arrays else "sigma"]
+        return {"sample": arrays["x"], "timestep": timestep, "class_labels": arrays["y"], "latent_ids": np.arange(kept)}
 
     return find
 

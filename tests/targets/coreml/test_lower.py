@@ -53,6 +53,8 @@ def test_functions_agree_with_torch(elit: Elit, lowered: Lowered, error: Error, 
     ("name", "shapes", "target"),
     [
         *((name, shapes, "iOS18") for name in ("c", "uvit-b", "hdit-a", "hdit-b") for shapes in ("enumerated", "range")),
+        ("uvit-tokens-a", "range", "iOS18"),
+        ("hdit-levels-a", "range", "iOS18"),
         ("c", "range", "macOS12"),
     ],
 )

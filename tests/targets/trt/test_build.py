@@ -23,6 +23,7 @@ from elastic_targets.capture import BundleGraph
 
 Tiny = Callable[..., Bundle]
 ONE = {"latents": Span(32, 64)}
+BUILDS = [("uvit-b", 23, 9), ("hdit-a", 23, 10), ("hdit-b", 20, 0), ("uvit-tokens-a", 23, 9), ("hdit-levels-a", 20, 0)]
 
 
 def engines(bundle: Bundle) -> list[TrtArtifact]:
@@ -73,7 +74,7 @@ def test_elit_builds_its_buckets_for_two_generations(room: ModuleType, bundle_co
     assert made.manifest.graphs["denoiser"].artifacts[0].target == "onnx"  # what was there stays
 
 
-@pytest.mark.parametrize(("name", "opset", "attentions"), [("uvit-b", 23, 9), ("hdit-a", 23, 10), ("hdit-b", 20, 0)])
+@pytest.mark.parametrize(("name", "opset", "attentions"), BUILDS)
 def test_other_backbones_build_one_range(
     room: ModuleType, golden_bundle: Callable[..., Bundle], tmp_path: Path, name: str, opset: int, attentions: int
 ) -> None:
