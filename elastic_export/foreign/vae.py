@@ -46,6 +46,9 @@ class FrameDecoder(Constants):
     def __init__(self, autoencoder: Any):
         super().__init__()
         self.autoencoder = autoencoder
+        for layer in autoencoder.modules():
+            if isinstance(layer, nn.Upsample) and layer.mode == "nearest-exact":
+                layer.mode = "nearest"  # the same by whole factors, which these are, and coremltools 9.0 knows it
         config = autoencoder.config
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
 

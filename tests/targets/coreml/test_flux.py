@@ -26,7 +26,7 @@ Error = Callable[..., float]
 def graphs(tmp_path: Path) -> Callable[..., list[GraphCapture]]:
     def make(transformer: Any) -> list[GraphCapture]:
         folders.write(tmp_path / "f", transformer)
-        return capture_folder(tmp_path / "f", None, None, Span(1, 2)).graphs
+        return capture_folder(tmp_path / "f", None, Span(16, 32), Span(1, 2)).graphs
 
     return make
 
@@ -68,3 +68,9 @@ def test_a_decoder_has_a_function_for_the_preview_and_one_for_the_picture(
 def test_a_size_beyond_the_span_is_refused(graphs: Callable[..., Any]) -> None:
     with pytest.raises(BudgetError, match="tokens 65 is not available: this model offers 4-64"):
         requires(graphs(folders.flux())[0], CoremlOptions(budgets=(65,)))
+
+
+def test_the_decoder_of_one_frame_keeps_its_sides_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    graph = graphs(folders.qwen_image())[1]
+    _, session = lowered(graph, precision="fp32", budgets=(Budget(h=8, w=8),))
+    assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
