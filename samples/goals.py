@@ -16,6 +16,7 @@ from elastic_bench.figures import Figures, figures
 from elastic_bench.files import read
 from elastic_bench.records import BundleReport, Report, RuntimeReport
 from elastic_bench.statistics import ratio
+from elastic_export.bench.peers import PEERS
 from elastic_runtime import Bundle, ElasticError
 from elastic_runtime.choosing.precisions import keeping
 from elastic_runtime.contract.manifest import Manifest
@@ -63,23 +64,24 @@ class Goal:
 
 def goals(report: Report, bundle: BundleReport, manifest: Manifest) -> Iterator[Goal]:
     """A goal for each budget that was timed; what draws worse than the card allows does not count as ours."""
-    every = list(figures(bundle, report.settings, report.peaks))
-    ours = [each for each in every if not _is_peer(each.runtime) and _keeps(manifest, each.runtime)]
-    for budget in dict.fromkeys(tuple(each.row.budget.items()) for each in every):
-        here = [each for each in ours if tuple(each.row.budget.items()) == budget]
-        exact = [each for each in here if each.runtime.precision == EXACT]
-        if not exact:
+    every: dict[str, list[Figures]] = {}
+    for each in figures(bundle, report.settings, report.peaks):
+        every.setdefault(" ".join(f"{name} {value}" for name, value in each.row.budget.items()), []).append(each)
+    for budget, here in every.items():
+        peers = [each for each in here if each.runtime.runtime in PEERS]
+        ours = [each for each in here if each.runtime.runtime not in PEERS and _keeps(manifest, each.runtime)]
+        exact, best = _fastest([each for each in ours if each.runtime.precision == EXACT]), _fastest(ours)
+        if exact is None or best is None:
             continue
-        peers = [each for each in every if _is_peer(each.runtime) and tuple(each.row.budget.items()) == budget]
         yield Goal(
             model=bundle.model,
             batch=report.settings.batch,
-            budget=" ".join(f"{name} {value}" for name, value in budget),
-            exact=_fastest(exact),
-            best=_fastest(here),
+            budget=budget,
+            exact=exact,
+            best=best,
             compiled=next((each for each in peers if each.runtime.runtime == COMPILED), None),
-            torch=_fastest_or_none([each for each in peers if not each.runtime.runtime.startswith("torch-openvino")]),
-            openvino=_fastest_or_none([each for each in peers if each.runtime.runtime.startswith("torch-openvino")]),
+            torch=_fastest([each for each in peers if not _converted(each)]),
+            openvino=_fastest([each for each in peers if _converted(each)]),
         )
 
 
@@ -111,8 +113,8 @@ def section(reports: list[Report], bundles: Path) -> str:
     )
 
 
-def _is_peer(runtime: RuntimeReport) -> bool:
-    return runtime.runtime.startswith("torch")
+def _converted(peer: Figures) -> bool:
+    return PEERS[peer.runtime.runtime].package == "openvino"
 
 
 def _keeps(manifest: Manifest, runtime: RuntimeReport) -> bool:
@@ -121,12 +123,8 @@ def _keeps(manifest: Manifest, runtime: RuntimeReport) -> bool:
     return min((row.psnr_db for row in runtime.checked), default=0.0) >= NEAR
 
 
-def _fastest(rows: list[Figures]) -> Figures:
-    return min(rows, key=lambda each: each.row.step.p50)
-
-
-def _fastest_or_none(rows: list[Figures]) -> Figures | None:
-    return _fastest(rows) if rows else None
+def _fastest(rows: list[Figures]) -> Figures | None:
+    return min(rows, key=lambda each: each.row.step.p50, default=None)
 
 
 def _ms(each: Figures) -> str:

@@ -40,7 +40,7 @@ def _measured(threads: int) -> Peaks:
     import torch
 
     torch.set_num_threads(threads)
-    rates = dict(copied.rates)
+    rates = {PRECISIONS[EXACT].rate: copied.flops_per_second}
     for side in SIDES:
         for rate, product in _products(torch, side).items():
             rates[rate] = max(rates.get(rate, 0.0), 2 * side**3 / fastest(product, RUNS, time.perf_counter))

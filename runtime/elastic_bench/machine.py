@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from elastic_bench.records import Machine, Peaks
-from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Clock, usable_cores
 
 # What may take part in a measurement, by distribution.
@@ -67,8 +66,7 @@ def peaks(side: int = 2048, size: int = 2**27, runs: int = 5, threads: int | Non
 
         multiplying = fastest(lambda: np.matmul(a, b, out=product), runs, clock)
         copying = fastest(copy, runs, clock)
-    rate = 2 * side**3 / multiplying
-    return Peaks(flops_per_second=rate, bytes_per_second=2 * source.nbytes / copying, rates={PRECISIONS[EXACT].rate: rate})
+    return Peaks(flops_per_second=2 * side**3 / multiplying, bytes_per_second=2 * source.nbytes / copying)
 
 
 def fastest(run: Callable[[], object], runs: int, clock: Clock) -> float:

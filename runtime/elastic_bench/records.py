@@ -36,7 +36,7 @@ class Machine(_Record, frozen=True, kw_only=True):
 class Peaks(_Record, frozen=True, kw_only=True):
     """What this machine's processor reaches at best: a float32 matrix product, and a copy (bytes read and bytes written).
 
-    `rates`: matrix products by the name of the rate in the table of precisions; where an older version wrote this, none.
+    `rates`: matrix products by the name of the rate in the table of precisions; none where numpy's alone was measured.
     """
 
     flops_per_second: float

@@ -30,7 +30,7 @@ from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, Result
 from elastic_runtime.sampling.flow import after
 from elastic_runtime.sampling.noise import Generators
-from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_session
+from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
 from elastic_runtime.sessions.session import Session
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
@@ -82,13 +82,15 @@ class ElasticPipeline:
             )
         checks = [obstacles(artifact, backend) for artifact in graphs["denoiser"].artifacts]
         if not any(room for room, _ in checks):
-            reasons = " ".join(dict.fromkeys(reason for _, why in checks for reason in why))
-            raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {reasons}")
+            why = " ".join(dict.fromkeys(reason for _, reasons in checks for reason in reasons))
+            raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {why}")
         precisions = allowed(opened.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
-        able = candidates(opened, "denoiser", backend)[0] if precisions else []
+        able, reasons = candidates(opened, "denoiser", backend) if precisions else ([], [])
         if precisions and not {candidate.precision for candidate in able} & set(precisions):
-            has = ", ".join(dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts))
-            raise UsageError(f"{opened.folder} has its denoiser in {has}, and none in {', '.join(precisions)}: export it so, too")
+            has, asked = dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts), ", ".join(precisions)
+            if has.keys() & set(precisions):
+                raise MissingError(f"nothing here can run 'denoiser' of {opened.folder} in {asked}. {' '.join(reasons)}")
+            raise UsageError(f"{opened.folder} has its denoiser in {', '.join(has)}, and none in {asked}: export it so, too")
         pipe = cls(opened, _Opener(opened, backend, precisions, options))
         if not (opened.manifest.model.text and opened.manifest.model.text.encoders):  # which are read before the denoiser takes its memory
             try:
@@ -377,10 +379,10 @@ class _Opener:
         if choice is None:
             return open_session(self._bundle, graph)
         if graph == "denoiser":
-            return choice.open(self._bundle, graph)
+            return open_origin(self._bundle, graph, choice)
         # What runs the denoiser runs the other graphs too, where it opens them.
         able = [each for each in candidates(self._bundle, graph)[0] if each.backend == choice.backend]
-        return chosen(able, self._precisions)[0].open(self._bundle, graph) if able else open_session(self._bundle, graph)
+        return open_origin(self._bundle, graph, chosen(able, self._precisions)[0]) if able else open_session(self._bundle, graph)
 
 
 def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:

@@ -28,8 +28,8 @@ from elastic_runtime.device import Clock, Device, peak, peak_bytes
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
-from elastic_runtime.sessions.opening import Candidate, candidates
-from elastic_runtime.sessions.session import Session
+from elastic_runtime.sessions.opening import candidates, open_origin
+from elastic_runtime.sessions.session import Origin, Session
 
 VERSION = 1
 SECONDS = 2.0  # what measuring may take, unless the fewest rounds take longer
@@ -208,7 +208,7 @@ def middle(model: Model) -> float:
 
 def fastest(
     bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock, precisions: Collection[str] | None = None
-) -> Candidate | None:
+) -> Origin | None:
     """What runs `graph` fastest here; None where there is no choice. Measured once, then kept.
 
     Only what computes in `precisions` competes; where none are named, the most exact of those that can run here: time is no reason to draw
@@ -231,11 +231,11 @@ def fastest(
     for candidate in competing:
         if kept and (candidate.backend, candidate.precision, candidate.artifact.path) == (kept.backend, kept.precision, kept.artifact):
             return candidate
-    times: list[tuple[float, Candidate]] = []
+    times: list[tuple[float, Origin]] = []
     failures: list[ElasticError] = []
     for candidate in competing:
         try:
-            with candidate.open(bundle, graph) as session:
+            with open_origin(bundle, graph, candidate) as session:
                 largest = _largest(bundle.manifest, session)
                 rows = points(session, bundle.manifest, [largest], clock, seconds=SECONDS / 2)
                 times.append((min(row.seconds / row.batch for row in rows), candidate))
@@ -259,7 +259,7 @@ def fastest(
     return best
 
 
-def chosen(able: Sequence[Candidate], precisions: Collection[str] | None) -> list[Candidate]:
+def chosen(able: Sequence[Origin], precisions: Collection[str] | None) -> list[Origin]:
     """Those that compute in `precisions`; in the most exact where none are named, or of the graph there are none."""
     named = [candidate for candidate in able if precisions and candidate.precision in precisions]
     most_exact = min(candidate.rank for candidate in able)

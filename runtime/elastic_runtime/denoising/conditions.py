@@ -216,9 +216,9 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
     if any(value is None for value in given):
         raise UsageError(f"{both} go together: give both")
     arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (3, 2), strict=False)]
-    shapes = [(*array.shape[:-1], width(bundle, name)) for array, name in zip(arrays, ("encoder_hidden_states", POOLED), strict=False)]
-    if any(array.shape != (len(arrays[0]), *shape[1:]) for array, shape in zip(arrays, shapes, strict=True)):
-        wanted = " and ".join(("(B, T, {})" if len(shape) == 3 else "(B, {})").format(shape[-1]) for shape in shapes)
+    widths = [width(bundle, name) for name in ("encoder_hidden_states", POOLED)[: len(arrays)]]
+    if any((len(array), array.shape[-1]) != (len(arrays[0]), size) for array, size in zip(arrays, widths, strict=True)):
+        wanted = " and ".join(f"({rest}, {size})" for rest, size in zip(("B, T", "B"), widths, strict=False))
         raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
     spans = bundle.manifest.graphs["denoiser"].dimensions
     if "T" in spans and arrays[0].shape[1] not in spans["T"]:

@@ -1,6 +1,7 @@
 """From a session to a guided prediction over tokens with positions: FLUX, SD3 and Qwen-Image in diffusers' words."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +28,14 @@ class Conditions:
         return {"encoder_hidden_states": self.hidden} | pooled
 
     def rows(self, index: slice) -> "Conditions":
-        return Conditions(self.hidden[index], None if self.pooled is None else self.pooled[index])
+        return self._each(lambda array: array[index])
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
-        pooled = None if self.pooled is None else np.repeat(self.pooled, times, axis=0)
-        return Conditions(np.repeat(self.hidden, times, axis=0), pooled)
+        return self._each(lambda array: np.repeat(array, times, axis=0))
+
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
+        return Conditions(change(self.hidden), None if self.pooled is None else change(self.pooled))
 
     def beside(self, other: "Conditions") -> bool:
         """Whether `other` may share a run: texts of another length may not."""

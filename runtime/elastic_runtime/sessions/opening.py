@@ -4,8 +4,6 @@ can.
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
@@ -14,25 +12,6 @@ from elastic_runtime.device.packages import BACKENDS
 from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend
 from elastic_runtime.sessions.session import Origin, Session
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What may run a graph here: a backend on one of its artifacts, and the options of a way to compute in less than the artifact holds."""
-
-    backend: str
-    artifact: Artifact
-    options: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = ""
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """How exact it is: less is more exact."""
-        return rank(self.precision) if self.precision != self.artifact.precision else self.artifact.rank
-
-    def open(self, bundle: Bundle, graph: str) -> Session:
-        """Its session; raises as `open_artifact`."""
-        return open_artifact(bundle, graph, self.artifact, self.backend, **self.options)
 
 
 def backends() -> Iterator[Backend]:
@@ -105,8 +84,13 @@ def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = Non
     return open_artifact(bundle, graph, choices[0].artifact, choices[0].backend, **options)
 
 
-def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[list[Candidate], list[str]]:
-    """Everything that can run `graph` here, in the order of preference, and why the others cannot.
+def open_origin(bundle: Bundle, graph: str, origin: Origin) -> Session:
+    """Open one of the `candidates` of a graph; raises as `open_artifact`."""
+    return open_artifact(bundle, graph, origin.artifact, origin.backend, **origin.options)
+
+
+def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[list[Origin], list[str]]:
+    """Everything from which a session of `graph` can be opened here, in the order of preference, and why not from others.
 
     A float32 denoiser may be computed in less where a backend has a way for it (bfloat16 in OpenVINO); whether this processor has it, too,
     only opening it tells.
@@ -116,17 +100,16 @@ def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[lis
     if graph not in bundle.manifest.graphs:
         raise BundleError(f"{bundle.folder} has no graph {graph!r}; it has {', '.join(bundle.manifest.graphs)}")
     artifacts = bundle.manifest.graphs[graph].artifacts
-    choices: list[Candidate] = []
+    choices: list[Origin] = []
     reasons: list[str] = []
     for record in _chosen(name):
         fitting = [artifact for artifact in artifacts if artifact.target in record.opens]
         for artifact in fitting:
             reason = record.obstacle(artifact)
             if reason is None:
-                choices.append(Candidate(record.name, artifact, precision=artifact.precision))
+                choices.append(Origin(artifact, record.name, {}))
                 if graph == "denoiser" and artifact.rank == rank(EXACT):
-                    ways = (way for way in record.ways.values() if way.precision)
-                    choices += [Candidate(record.name, artifact, way.options, way.precision or "") for way in ways]
+                    choices += [Origin(artifact, record.name, way.options) for way in record.ways.values() if way.precision]
             else:
                 reasons.append(f"{record.name}: {reason}")
         if not fitting:

@@ -12,7 +12,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.contract.precision import PRECISIONS, rank
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
 
@@ -22,7 +22,7 @@ DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}  # a dtype's ow
 
 @dataclass(frozen=True)
 class Origin:
-    """What a session was opened from: the artifact, the backend's name, and the options that were given."""
+    """What a session is opened from: the artifact, the backend's name, and the options that are given."""
 
     artifact: Artifact
     backend: str
@@ -33,6 +33,11 @@ class Origin:
         """What it computes in: the artifact's precision, or one that was asked for by the option of that name."""
         asked = str(self.options.get("precision", self.artifact.precision))
         return asked if asked in PRECISIONS else self.artifact.precision
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """How exact it is: less is more exact."""
+        return self.artifact.rank if self.precision == self.artifact.precision else rank(self.precision)
 
 
 class Session(ABC):

@@ -19,10 +19,9 @@ from elastic_runtime.choosing.calibration import fastest, folder, identity, poin
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, OnnxArtifact
 from elastic_runtime.device import peak
-from elastic_runtime.errors import InferenceError
+from elastic_runtime.errors import InferenceError, MissingError, UsageError
 from elastic_runtime.sessions import opening
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.opening import Candidate
 from elastic_runtime.sessions.session import Origin
 
 
@@ -187,9 +186,9 @@ def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, mon
     rooms(monkeypatch, slow, fast)
     (exact,) = bundle.manifest.graphs["denoiser"].artifacts
     device = lambda: probe(MACHINES["xeon"])  # noqa: E731
-    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("fast", exact, precision="fp32")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Origin(exact, "fast", {})
     opened = slow.opened + fast.opened
-    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("fast", exact, precision="fp32")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Origin(exact, "fast", {})
     assert slow.opened + fast.opened == opened
     with ElasticPipeline.from_pretrained(bundle, "slow") as pipe:
         assert pipe.gauge.session.origin is not None
@@ -205,7 +204,7 @@ def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(
     rooms(monkeypatch, Room("only", machine, 1.0))
     assert fastest(bundle, "denoiser", device, machine.clock) is None
     rooms(monkeypatch, Room("broken", machine, 1.0, broken=True), Room("whole", machine, 3.0))
-    assert fastest(bundle, "denoiser", device, machine.clock) == Candidate("whole", exact, precision="fp32")
+    assert fastest(bundle, "denoiser", device, machine.clock) == Origin(exact, "whole", {})
     assert "the driver is too old" in caplog.text
     rooms(monkeypatch, Room("one", machine, 1.0, broken=True), Room("two", machine, 1.0, broken=True))
     with pytest.raises(InferenceError, match="the driver is too old"):
@@ -252,6 +251,20 @@ def test_a_way_to_compute_in_less_competes_where_its_precision_is_named(tmp_path
         origin = pipe.session("denoiser").origin
     assert origin is not None
     assert (origin.backend, origin.precision, origin.artifact.precision) == ("slow", "bf16", "fp32")
+
+
+def test_a_precision_that_is_there_and_cannot_run_here_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    graph = bundle.manifest.graphs["denoiser"]
+    half = msgspec.structs.replace(graph.artifacts[0], precision="bf16")
+    bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=(*graph.artifacts, half))
+    room = Room("room", machine, 1.0)
+    room.record = replace(room.record, obstacle=lambda artifact: "it has no kernels for it" if artifact.precision == "bf16" else None)
+    rooms(monkeypatch, room)
+    with pytest.raises(MissingError, match="nothing here can run 'denoiser' of .* in bf16. room: it has no kernels for it"):
+        ElasticPipeline.from_pretrained(bundle, precisions="bf16")
+    with pytest.raises(UsageError, match="has its denoiser in fp32, bf16, and none in fp16: export it so, too"):
+        ElasticPipeline.from_pretrained(bundle, precisions="fp16")
 
 
 def test_measuring_runs_the_denoiser_as_pictures_do() -> None:
