@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
 from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
-from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
+from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import (
     DiTBlock,
     FinalLayer,
@@ -32,7 +32,6 @@ from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import LinearBeta, RectifiedFlow, Schedule, ShiftedCosine
-from elastic_runtime.errors import ModelError
 
 # Config value -> the manifest's word. `v` and `epsilon` go with the shifted cosine schedule, `flow` with straight paths, `ddpm` with
 # DiT's own: linear betas, timesteps in [0, 1000) and a learned variance (`ddpm-v`: with v in place of the noise). One loop is a plain DiT.
@@ -72,6 +71,10 @@ class EltParams:
             raise ValueError(f"prelude_blocks and coda_blocks must be 0 or more, got {self.prelude_blocks} and {self.coda_blocks}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.input_size, self.input_size
 
     @property
     def grid(self) -> int:
@@ -203,9 +206,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     Raises: ModelError for a checkpoint that is not an ELT.
     """
     named = {rename_key(key): tuple(value.shape) for key, value in weights.items()}
-    needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
-    if lacking := [name for name in needed if name not in named]:
-        raise ModelError(f"this is not an ELT checkpoint: it lacks {', '.join(lacking)}")
+    ranks = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+    demand("an ELT", named, ranks)
     width, channels, patch_size, _ = named["x_embedder.proj.weight"]
     shapes = {
         "input_size": math.isqrt(named["pos_embed"][1]) * patch_size,
@@ -239,18 +241,17 @@ def axes(params: Any) -> tuple[Axis, ...]:
 
 
 def inputs(params: EltParams) -> tuple[TensorSpec, ...]:
-    return (*picture_inputs(params.in_channels, params.input_size), TensorSpec(name="loops", dtype="int64", shape=()))
+    return (*sample_inputs(params.sample_shape), TensorSpec(name="loops", dtype="int64", shape=()))
 
 
 def outputs(params: EltParams) -> tuple[TensorSpec, ...]:
-    side = params.input_size
-    return (TensorSpec(name="prediction", dtype="float32", shape=("B", params.out_channels, side, side)),)
+    return sample_outputs((params.out_channels, params.input_size, params.input_size))
 
 
 def feeds(params: EltParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
     """Noise, times and labels, the same for every budget, and the loops."""
     loops = np.array(budget["loops"], dtype=np.int64)
-    return picture_feeds(params.in_channels, params.input_size, params.num_classes, batch) | {"loops": loops}
+    return sample_feeds(params.sample_shape, params.num_classes, batch) | {"loops": loops}
 
 
 def flops(params: EltParams, loops: int) -> int:
@@ -272,7 +273,7 @@ def facts(params: EltParams) -> dict[str, Any]:
         "prediction": PREDICTIONS[params.prediction],
         "schedule": params.schedule,
         "learned_variance": params.learned_variance,
-        "sample_shape": (params.in_channels, params.input_size, params.input_size),
+        "sample_shape": params.sample_shape,
         "num_classes": params.num_classes,
         "null_label": params.num_classes,
     }

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention, dit_activation_values
 from elastic_export.families.elt import axes, from_presets, looped, prefixes
-from elastic_export.families.family import Family, example_labels, priced
+from elastic_export.families.family import Family, demand, example_labels, priced
 from elastic_export.families.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import CosineMask
-from elastic_runtime.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     Raises: ModelError for a checkpoint that is not a masked ELT.
     """
     shape = {key: tuple(value.shape) for key, value in weights.items()}
-    needed = ("x_embedder.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
-    if lacking := [name for name in needed if name not in shape]:
-        raise ModelError(f"this is not a masked ELT checkpoint: it lacks {', '.join(lacking)}")
+    ranks = {"x_embedder.weight": 2, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+    demand("a masked ELT", shape, ranks)
     width = shape["x_embedder.weight"][1]
     shapes = {
         "grid": math.isqrt(shape["pos_embed"][1]),

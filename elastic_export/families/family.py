@@ -81,6 +81,16 @@ def _required(params: type) -> list[str]:
     return [field.name for field in fields(params) if field.default is MISSING]
 
 
+def demand(kind: str, shapes: Mapping[Any, tuple[int, ...]], ranks: Mapping[str, int]) -> None:
+    """Raise ModelError unless the `shapes` of a checkpoint of this `kind` ("an ELT") have these names, of so many dimensions."""
+    if lacking := [name for name in ranks if name not in shapes]:
+        raise ModelError(f"this is not {kind} checkpoint: it lacks {', '.join(lacking)}")
+    for name, rank in ranks.items():
+        if len(shapes[name]) != rank or 0 in shapes[name]:
+            what = f"not {rank} dimensions" if len(shapes[name]) != rank else "which holds nothing"
+            raise ModelError(f"this is not {kind} checkpoint: its {name} has shape {shapes[name]}, {what}")
+
+
 def priced(budget: Budget, flops: int, parameters: int, activation_values: int) -> Cost:
     """The manifest's row of a budget: FLOPs, and float32 bytes of so many parameters and activation values."""
     return Cost(
@@ -110,16 +120,6 @@ def sample_feeds(shape: tuple[int, int, int], num_classes: int, batch: int) -> d
         "sample": generator.standard_normal((batch, *shape)).astype(np.float32),
         "timestep": generator.uniform(0.05, 0.95, batch).astype(np.float32),
     } | labels
-
-
-def picture_inputs(channels: int, side: int) -> tuple[TensorSpec, ...]:
-    """The inputs that all denoisers of class-conditional pictures have; the axis's comes after them."""
-    return sample_inputs((channels, side, side))
-
-
-def picture_feeds(channels: int, side: int, num_classes: int, batch: int) -> dict[str, np.ndarray]:
-    """Feeds of `picture_inputs`: noise, times in (0, 1) and labels; always the same."""
-    return sample_feeds((channels, side, side), num_classes, batch)
 
 
 def example_labels(generator: np.random.Generator, num_classes: int, batch: int) -> np.ndarray:

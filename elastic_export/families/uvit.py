@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import dit_activation_values, plain_block
-from elastic_export.families.family import Family, priced, sample_feeds, sample_inputs, sample_outputs
+from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import Attention, Mlp, PatchEmbed, Sinusoids, initialize, unpatchify
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
@@ -206,10 +206,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     """
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     ranks = {"patch_embed.proj.weight": 4, "pos_embed": 3, "in_blocks.0.mlp.fc1.weight": 2, "decoder_pred.weight": 2}
-    if lacking := [name for name in ranks if name not in shapes]:
-        raise ModelError(f"this is not a U-ViT checkpoint: it lacks {', '.join(lacking)}")
-    if odd := [name for name, rank in ranks.items() if len(shapes[name]) != rank]:
-        raise ModelError(f"this is not a U-ViT checkpoint: its {odd[0]} has shape {shapes[odd[0]]}, not {ranks[odd[0]]} dimensions")
+    demand("a U-ViT", shapes, ranks)
     if "context_embed.weight" in shapes:
         raise ModelError("this U-ViT draws from texts (context_embed), and uvit from classes or from nothing: it cannot be exported")
     if any(name.startswith("input_token_editor.") for name in shapes):

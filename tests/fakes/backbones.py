@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 
+def changed(weights: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`weights` with tensors of the shapes in `changes` added or put in place, and without those that are None there."""
+    import torch
+
+    kept = {name: value for name, value in weights.items() if changes.get(name, ()) is not None}
+    return kept | {name: torch.zeros(shape) for name, shape in changes.items() if shape}
+
+
 @dataclass(frozen=True)
 class Backbone:
     """What `--checkpoint` and `--config` are given, what the public code answered to `feeds`, and its own count of multiply-adds."""

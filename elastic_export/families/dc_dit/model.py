@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import dit_activation_values, dit_block
 from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, nearest, select, smooth, take
-from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
+from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
@@ -69,6 +69,10 @@ class DcDitParams:
             raise ValueError(f"prediction must be epsilon (as in public checkpoints) or v, got {self.prediction!r}")
         if self.learn_sigma is not True:
             raise ValueError(f"learn_sigma must be true: the family predicts its variance; got {self.learn_sigma!r}")
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.input_size, self.input_size
 
     @property
     def tokens(self) -> int:
@@ -250,10 +254,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "x_embedder.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2,
         "router.proj.weight": 4, "final_layer.linear.weight": 2,
     }  # fmt: skip
-    if lacking := [name for name in ranks if name not in named]:
-        raise ModelError(f"this is not a DC-DiT checkpoint: it lacks {', '.join(lacking)}")
-    if odd := [name for name, rank in ranks.items() if len(named[name]) != rank]:
-        raise ModelError(f"this is not a DC-DiT checkpoint: its {odd[0]} has shape {named[odd[0]]}, not {ranks[odd[0]]} dimensions")
+    demand("a DC-DiT", named, ranks)
     encoders, decoders = (_blocks(named, f"{side}.layers") for side in ("encoder", "decoder"))
     if not encoders or not decoders:
         raise ModelError(
@@ -308,16 +309,15 @@ def axes(params: DcDitParams) -> tuple[Axis, ...]:
 
 def inputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
     return (
-        *picture_inputs(params.in_channels, params.input_size),
+        *sample_inputs(params.sample_shape),
         TensorSpec(name="drop_fraction", dtype="float32", shape=("B",)),
         TensorSpec(name="slots", dtype="int64", shape=("K",)),
     )
 
 
 def outputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
-    side = params.input_size
     return (
-        TensorSpec(name="prediction", dtype="float32", shape=("B", 2 * params.in_channels, side, side)),
+        *sample_outputs((2 * params.in_channels, params.input_size, params.input_size)),
         TensorSpec(name="kept", dtype="float32", shape=("B",)),
         TensorSpec(name="probability", dtype="float32", shape=("B", params.tokens)),
     )
@@ -325,7 +325,7 @@ def outputs(params: DcDitParams) -> tuple[TensorSpec, ...]:
 
 def feeds(params: DcDitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
     """Noise, whole timesteps, labels and several fractions, the same for every budget, and the slots."""
-    picture = picture_feeds(params.in_channels, params.input_size, params.num_classes, batch)
+    picture = sample_feeds(params.sample_shape, params.num_classes, batch)
     return picture | {
         "timestep": np.floor(picture["timestep"] * 1000),
         "drop_fraction": np.resize(np.array([0.0, 0.3, 0.6], dtype=np.float32), batch),
@@ -378,7 +378,7 @@ def facts(params: DcDitParams) -> dict[str, Any]:
     return {
         "prediction": params.prediction,
         "schedule": LinearBeta(),
-        "sample_shape": (params.in_channels, params.input_size, params.input_size),
+        "sample_shape": params.sample_shape,
         "num_classes": params.num_classes,
         "null_label": params.num_classes,
         "learned_variance": True,

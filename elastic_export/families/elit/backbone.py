@@ -19,8 +19,18 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
 from elastic_export.families.elit import interface
-from elastic_export.families.elit.interface import LATENT_IDS, InterfaceParams, Read, Windows, Write, latent_ids, latents_axis, tail_drop
-from elastic_export.families.family import Family, picture_feeds, picture_inputs, priced
+from elastic_export.families.elit.interface import (
+    LATENT_IDS,
+    InterfaceParams,
+    Read,
+    Windows,
+    Write,
+    latent_ids,
+    latents_axis,
+    latents_cost,
+    tail_drop,
+)
+from elastic_export.families.family import Family, demand, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import (
     DiTBlock,
     FinalLayer,
@@ -34,7 +44,6 @@ from elastic_export.families.layers import (
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import ModelError
 
@@ -57,7 +66,7 @@ class ElitParams:
     latent_positions: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "group_size"):
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
@@ -73,6 +82,10 @@ class ElitParams:
     @property
     def grid(self) -> int:
         return self.input_size // self.patch_size
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.in_channels, self.input_size, self.input_size
 
     @property
     def windows(self) -> Windows:
@@ -201,10 +214,7 @@ def shapes_of(name: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, 
         "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
         "read.pos_embed": 2, "read.latent_pos_embed": 2, "blocks.0.mlp.fc1.weight": 2,
     }  # fmt: skip
-    if lacking := [each for each in ranks if each not in named]:
-        raise ModelError(f"this is not an ELIT checkpoint: it lacks {', '.join(lacking)}")
-    if odd := [each for each, rank in ranks.items() if len(named[each]) != rank or 0 in named[each]]:
-        raise ModelError(f"this is not an ELIT checkpoint: its {odd[0]} has shape {named[odd[0]]}, not {ranks[odd[0]]} whole dimensions")
+    demand("an ELIT", named, ranks)
     found = {family: words for family, (marks, words) in _MARKS.items() if any(key.startswith(marks) for key in named)}
     if len(found) > 1:
         raise ModelError(f"this checkpoint has {' and '.join(found.values())} at once: no family has both, so it cannot be exported")
@@ -249,25 +259,23 @@ def axes(params: ElitParams) -> tuple[Axis, ...]:
 
 
 def inputs(params: ElitParams) -> tuple[TensorSpec, ...]:
-    return (*picture_inputs(params.in_channels, params.input_size), LATENT_IDS)
+    return (*sample_inputs(params.sample_shape), LATENT_IDS)
 
 
 def outputs(params: ElitParams) -> tuple[TensorSpec, ...]:
-    side = params.input_size
-    return (TensorSpec(name="prediction", dtype="float32", shape=("B", params.in_channels, side, side)),)
+    return sample_outputs(params.sample_shape)
 
 
 def feeds(params: ElitParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:
     """Noise, times and labels, the same for every budget, and the kept latents."""
-    pictures = picture_feeds(params.in_channels, params.input_size, params.num_classes, batch)
-    return pictures | latent_ids(params.windows, budget)
+    return sample_feeds(params.sample_shape, params.num_classes, batch) | latent_ids(params.windows, budget)
 
 
 def facts(params: ElitParams) -> dict[str, Any]:
     return {
         "prediction": "velocity",
         "schedule": RectifiedFlow(),
-        "sample_shape": (params.in_channels, params.input_size, params.input_size),
+        "sample_shape": params.sample_shape,
         "num_classes": params.num_classes,
         "null_label": params.num_classes,
     }
@@ -305,13 +313,8 @@ def family(
                 return {"num_heads": published["num_heads"]} | dict(split)
         return {}
 
-    def cost(params: Any, budget: Budget, weights: int) -> Cost:
-        """Cost of one sample's forward pass; `weights` is the number of parameters."""
-        latents = budget["latents"]
-        return priced(budget, flops(params, latents), weights, activation_values(params, latents))
-
     return Family(
         name=name, params=params, build=build, presets=presets(name, params, splits), rename_key=rename_key, sources=told, assumed=assumed,
-        axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=cost, facts=facts,
+        axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=latents_cost(flops, activation_values), facts=facts,
         yields=("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes", *yields), options=("head_blocks",),
     )  # fmt: skip

@@ -13,14 +13,23 @@ import numpy as np
 from torch import Tensor, nn
 
 from elastic_export.families.elit import interface
-from elastic_export.families.elit.interface import LATENT_IDS, InterfaceParams, Read, Windows, Write, latent_ids, latents_axis, tail_drop
-from elastic_export.families.family import Family, priced, sample_inputs, sample_outputs
+from elastic_export.families.elit.interface import (
+    LATENT_IDS,
+    InterfaceParams,
+    Read,
+    Windows,
+    Write,
+    latent_ids,
+    latents_axis,
+    latents_cost,
+    tail_drop,
+)
+from elastic_export.families.family import Family, sample_inputs, sample_outputs
 from elastic_export.families.hdit import model as hdit
 from elastic_export.families.hdit.cells import Cells, Places
 from elastic_export.families.hdit.model import Hdit, HditParams, end_flops, layer_flops, level_values
 from elastic_export.families.layers import Constants
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,6 @@ class ElitHditLevelsParams(HditParams):
         kind, depth = self.self_attns[self.innermost]["type"], self.depths[self.innermost]
         if kind != "global":
             raise ValueError(f"the innermost level must have attention of type global, since latents have no grid, got {kind!r}")
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if min(self.head_blocks, self.tail_blocks) < 0 or self.head_blocks + self.tail_blocks >= depth:
             split = f"head_blocks {self.head_blocks} + tail_blocks {self.tail_blocks}"
             raise ValueError(f"{split} must leave a core in the innermost level, which has {depth} layers")
@@ -146,15 +153,10 @@ def activation_values(params: ElitHditLevelsParams, latents: int) -> int:
     return max([*outer, max(head, core) + hdit.waiting_values(params, level)])
 
 
-def cost(params: ElitHditLevelsParams, budget: Budget, weights: int) -> Cost:
-    """Cost of one sample's forward pass; `weights` is the number of parameters."""
-    latents = budget["latents"]
-    return priced(budget, flops(params, latents), weights, activation_values(params, latents))
-
-
 FAMILY = Family(
     name="elit-hdit-levels", params=ElitHditLevelsParams, build=ElitHditLevels, presets={}, rename_key=rename_key, sources=sources,
     assumed=lambda known: {}, axes=lambda params: (latents_axis(params.windows),),
     inputs=lambda params: (*sample_inputs(params.sample_shape, bool(params.num_classes)), LATENT_IDS),
-    outputs=lambda params: sample_outputs(params.sample_shape), feeds=feeds, cost=cost, facts=hdit.facts, options=("head_blocks",),
+    outputs=lambda params: sample_outputs(params.sample_shape), feeds=feeds, cost=latents_cost(flops, activation_values),
+    facts=hdit.facts, options=("head_blocks",),
 )  # fmt: skip

@@ -9,8 +9,9 @@ leaves them so: attention over all of them does not mind, and windows are slices
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention, cross_attention
+from elastic_export.families.family import priced
 from elastic_export.families.layers import Mlp, Modulation, layer_norm, merge_heads, modulate, split_heads
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.errors import ModelError
 
 # Names of a public checkpoint's keys in a model that has `read` and `write`.
@@ -45,7 +48,7 @@ LATENT_IDS = TensorSpec(name="latent_ids", dtype="int64", shape=("J",))
 class Windows:
     """A grid of `rows` x `columns` tokens cut into windows of `side` x `side`, row-major, and so are the tokens of a window.
 
-    Raises: ValueError where windows do not divide the grid.
+    Raises: ValueError where windows do not divide the grid, or have no side.
     """
 
     rows: int
@@ -53,6 +56,8 @@ class Windows:
     side: int
 
     def __post_init__(self) -> None:
+        if self.side < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.side}")
         if self.rows % self.side or self.columns % self.side:
             grid, group = f"{self.rows}x{self.columns}", f"{self.side}x{self.side}"
             raise ValueError(f"a grid of {grid} tokens does not divide into groups of {group}")
@@ -210,6 +215,25 @@ def latents_axis(windows: Windows) -> Axis:
 def latent_ids(windows: Windows, budget: Budget) -> dict[str, np.ndarray]:
     """The feed of `LATENT_IDS` for a budget."""
     return {"latent_ids": np.arange(budget["latents"] // windows.count, dtype=np.int64)}
+
+
+def mirrored(head_blocks: int, tail_blocks: int) -> None:
+    """Raise ValueError unless skips of a backbone stay on their side of the interface."""
+    if head_blocks != tail_blocks:
+        raise ValueError(
+            f"head_blocks {head_blocks} must equal tail_blocks {tail_blocks}: a skip joins tokens to tokens or latents to "
+            "latents; give the split that the model was trained with"
+        )
+
+
+def latents_cost(flops: Callable[[Any, int], int], activation_values: Callable[[Any, int], int]) -> Callable[[Any, Budget, int], Cost]:
+    """A family's `cost` by its FLOPs and its most values alive at (params, latents)."""
+
+    def cost(params: Any, budget: Budget, weights: int) -> Cost:
+        latents = budget["latents"]
+        return priced(budget, flops(params, latents), weights, activation_values(params, latents))
+
+    return cost
 
 
 def renamed(key: str, *more: tuple[str, str]) -> str:

@@ -22,11 +22,7 @@ class ElitUvitParams(ElitParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_blocks != self.tail_blocks:
-            raise ValueError(
-                f"head_blocks {self.head_blocks} must equal tail_blocks {self.tail_blocks}: a skip joins tokens to tokens or latents to "
-                "latents; give the split that the model was trained with"
-            )
+        interface.mirrored(self.head_blocks, self.tail_blocks)
         if not self.senders:
             raise ValueError(f"depth {self.depth} leaves no skip: give 3 blocks or more, or take elit-sit")
 

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from elastic_export.families import uvit
 from elastic_export.families.bricks import dit_activation_values
 from elastic_export.families.elit import interface
-from elastic_export.families.elit.interface import LATENT_IDS, InterfaceParams, Read, Windows, Write, latent_ids, latents_axis, tail_drop
-from elastic_export.families.family import Family, priced, sample_inputs, sample_outputs
+from elastic_export.families.elit.interface import (
+    LATENT_IDS,
+    InterfaceParams,
+    Read,
+    Windows,
+    Write,
+    latent_ids,
+    latents_axis,
+    latents_cost,
+    tail_drop,
+)
+from elastic_export.families.family import Family, sample_inputs, sample_outputs
 from elastic_export.families.uvit import UVit, UVitParams, block_flops, end_flops
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.manifest import Cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +42,7 @@ class ElitUvitTokensParams(UVitParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
-        if self.head_blocks != self.tail_blocks:
-            raise ValueError(
-                f"head_blocks {self.head_blocks} must equal tail_blocks {self.tail_blocks}: a skip joins tokens to tokens or latents to "
-                "latents; give the split that the model was trained with"
-            )
+        interface.mirrored(self.head_blocks, self.tail_blocks)
         if not 0 <= self.head_blocks <= self.depth // 2:
             raise ValueError(
                 f"head_blocks and tail_blocks {self.head_blocks} must be 0 to {self.depth // 2}: of {self.depth + 1} blocks the middle one "
@@ -131,15 +134,9 @@ def activation_values(params: ElitUvitTokensParams, latents: int) -> int:
     return max(head if outer else 0, middle + interface.waiting_values(params.interface))
 
 
-def cost(params: ElitUvitTokensParams, budget: Budget, weights: int) -> Cost:
-    """Cost of one sample's forward pass; `weights` is the number of parameters."""
-    latents = budget["latents"]
-    return priced(budget, flops(params, latents), weights, activation_values(params, latents))
-
-
 FAMILY = Family(
     name="elit-uvit-tokens", params=ElitUvitTokensParams, build=ElitUvitTokens, presets={}, rename_key=rename_key, sources=sources,
     assumed=uvit.assumed, axes=lambda params: (latents_axis(params.windows),),
     inputs=lambda params: (*sample_inputs(params.sample_shape, bool(params.classes)), LATENT_IDS),
-    outputs=lambda params: sample_outputs(params.sample_shape), feeds=feeds, cost=cost, facts=uvit.facts,
+    outputs=lambda params: sample_outputs(params.sample_shape), feeds=feeds, cost=latents_cost(flops, activation_values), facts=uvit.facts,
 )  # fmt: skip

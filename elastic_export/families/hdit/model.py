@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention
-from elastic_export.families.family import Family, priced, sample_feeds, sample_inputs, sample_outputs
+from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.hdit.cells import Cells, gathered, spread
 from elastic_export.families.hdit.layers import AxialRope, Condition, Fourier, Layer, Linear, Merge, Norm, Split
 from elastic_export.families.layers import initialize
@@ -71,7 +71,7 @@ class HditParams:
             raise ValueError(f"input_size {list(self.input_size)} must be multiples of {unit}: patches, halved at each of the inner levels")
         for level, told in enumerate(self.self_attns):
             self._check(level, told)
-        Edm(sigma_min=self.sigma_min, sigma_max=self.sigma_max, sigma_data=self.sigma_data)
+        _ = self.schedule  # which checks itself
 
     def _check(self, level: int, told: Mapping[str, Any]) -> None:
         kind, (h, w), width = told.get("type"), self.grid(level), self.widths[level]
@@ -246,10 +246,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     """
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     needed = ("patch_in.proj.weight", "time_in_proj.weight", "mid_level.0.ff.up_proj.weight", "patch_out.proj.weight")
-    if lacking := [name for name in needed if name not in shapes]:
-        raise ModelError(f"this is not an HDiT checkpoint: it lacks {', '.join(lacking)}")
-    if odd := [name for name in needed if len(shapes[name]) != 2]:
-        raise ModelError(f"this is not an HDiT checkpoint: its {odd[0]} has shape {shapes[odd[0]]}, not 2 dimensions")
+    demand("an HDiT", shapes, dict.fromkeys(needed, 2))
     if "mapping_cond_in_proj.weight" in shapes:
         raise ModelError("this HDiT is conditioned on more than classes (mapping_cond_in_proj), which hdit is not: it cannot be exported")
     if any(name.startswith("input_token_editor.") for name in shapes):
