@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from elastic_runtime.device.packages import PACKAGES
 from elastic_runtime.device.record import Device
 
+# Compute capabilities that TensorRT-RTX serves; the others are left to the full TensorRT.
+RTX = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 CRAMPED = 1 << 30  # bytes; below it even a small model's process is a tight fit
 
 
@@ -27,9 +29,10 @@ def advice(device: Device) -> Iterator[str]:
     if nvidia(device):
         builders = _builders(device)
         if not builders:
-            jetson = device.board is not None
-            line = "it comes with JetPack: sudo apt install nvidia-jetpack" if jetson else "pip install 'elastic-export[rtx]' (or [trt])"
-            yield f"{device.gpus[0].name} is here and TensorRT is not: {line}"
+            gpu, jetson = device.gpus[0], device.board is not None
+            extras = "[rtx]' (or [trt])" if gpu.compute_capability in RTX else "[trt]'"
+            line = "it comes with JetPack: sudo apt install nvidia-jetpack" if jetson else f"pip install 'elastic-export{extras}"
+            yield f"{gpu.name} is here and TensorRT is not: {line}"
         elif "cuda-bindings" not in installed:
             yield f"{', '.join(sorted(builders))} cannot run without the CUDA bindings: pip install cuda-bindings"
     elif _builders(device):

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from elastic_runtime.contract.precision import EXACT, HALF, PRECISIONS, RATES
+from elastic_runtime.contract.precision import EXACT, HALF, RATES
 from elastic_runtime.device.record import Cpu, Device, Gpu, Processor
 
 GB, TERA = 1e9, 1e12
@@ -39,9 +39,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     runtime: str
     memory: Figure
     bandwidth: Figure
+    fp32: Figure
     power_mode: str | None = None
     compute_capability: str | None = None
-    fp32: Figure | None = None
     fp16: Figure | None = None
     fp8: Figure | None = None
     int8: Figure | None = None
@@ -80,10 +80,9 @@ def matched(device: Device) -> Entry | None:
 
 
 def listed_peak(entry: Entry) -> Peak:
-    """An entry's figures in FLOP/s and bytes a second. Where it has no rate for fp32, half of fp16's stands in."""
+    """An entry's figures in FLOP/s and bytes a second."""
     figures = {rate: getattr(entry, rate, None) for rate in RATES}
     flops = {rate: figure.value * TERA for rate, figure in figures.items() if figure}
-    flops = {EXACT: PRECISIONS[HALF].peak(flops) / 2} | flops
     return Peak(name=entry.name, flops=flops, bandwidth=entry.bandwidth.value * GB, origin="the catalogue", listed=entry.id)
 
 

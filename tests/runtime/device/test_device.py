@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 from recordings import GIB, MACHINES, RTX_4090
 
@@ -111,6 +112,7 @@ def test_a_gpu_is_read_from_the_driver() -> None:
 def test_peaks_are_the_catalogues_or_estimated_and_say_which() -> None:
     listed = peak(found("rtx-4090"), "gpu")
     assert (listed.flops["fp16"], listed.bandwidth, listed.listed) == (pytest.approx(165.2e12), 1008e9, "rtx-4090")
+    assert listed.flops["fp32"] == pytest.approx(82.6e12), "float32 itself, not TF32"
     unlisted = peak(found("unlisted-gpu"), "gpu")
     assert unlisted.listed is None
     assert unlisted.flops["fp32"] == pytest.approx(9728 * 2 * 2.04e9)
@@ -147,6 +149,14 @@ def test_the_catalogue_is_whole() -> None:
 )
 def test_advice_names_the_line_to_paste(name: str, told: str) -> None:
     assert any(told in line for line in advice(found(name)))
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_serve_is_sent_to_tensorrt() -> None:
+    device = found("unlisted-gpu")
+    hopper = msgspec.structs.replace(device, gpus=(msgspec.structs.replace(device.gpus[0], compute_capability="9.0"),))
+    (line,) = [line for line in advice(hopper) if "TensorRT" in line]
+    assert "pip install 'elastic-export[trt]'" in line
+    assert "[rtx]" not in line
 
 
 def test_what_can_run_a_bundle() -> None:

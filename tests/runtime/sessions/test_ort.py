@@ -17,6 +17,8 @@ from elastic_runtime.device import packages, thread_limit, usable_cores
 from elastic_runtime.sessions import opening, ort
 from elastic_runtime.sessions.ort import CPU, CUDA, limit, newest_opset
 
+CAPTURES = {"enable_cuda_graph": 1}
+
 
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,12 +40,13 @@ def tiny(tmp_path: Path) -> Bundle:
 @pytest.mark.parametrize(
     ("options", "providers"),
     [
-        ({}, [(CUDA, {"use_tf32": 0}), (CPU, {})]),
+        ({}, [(CUDA, {"use_tf32": 0, **CAPTURES}), (CPU, {})]),
         ({"device": "cpu"}, [(CPU, {})]),
-        ({"device": "cuda"}, [(CUDA, {"device_id": 0, "use_tf32": 0}), (CPU, {})]),
-        ({"device": "cuda:1"}, [(CUDA, {"device_id": 1, "use_tf32": 0}), (CPU, {})]),
-        ({"providers": [(CUDA, {"device_id": 1})]}, [(CUDA, {"device_id": 1, "use_tf32": 0})]),
-        ({"providers": [(CUDA, {"use_tf32": 1}), CPU]}, [(CUDA, {"use_tf32": 1}), (CPU, {})]),
+        ({"device": "cuda"}, [(CUDA, {"device_id": 0, "use_tf32": 0, **CAPTURES}), (CPU, {})]),
+        ({"device": "cuda:1"}, [(CUDA, {"device_id": 1, "use_tf32": 0, **CAPTURES}), (CPU, {})]),
+        ({"providers": [(CUDA, {"device_id": 1})]}, [(CUDA, {"device_id": 1, "use_tf32": 0, **CAPTURES})]),
+        ({"providers": [(CUDA, {"use_tf32": 1}), CPU]}, [(CUDA, {"use_tf32": 1, **CAPTURES}), (CPU, {})]),
+        ({"device": "cuda", "cuda_graphs": False}, [(CUDA, {"device_id": 0, "use_tf32": 0}), (CPU, {})]),
     ],
 )
 def test_providers_devices_and_their_options(
@@ -64,7 +67,7 @@ def test_a_half_precision_artifact_is_left_the_libraries_own_arithmetic(tmp_path
     graph = opened.manifest.graphs["denoiser"]
     half = type(graph.artifacts[0])(precision="fp16", files=graph.artifacts[0].files, toolchain={}, opset=23)
     opening.open_artifact(opened, "denoiser", half, "ort", device="cuda").close()
-    assert library.providers[0] == (CUDA, {"device_id": 0})
+    assert library.providers[0] == (CUDA, {"device_id": 0, **CAPTURES})
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA failure 100: no CUDA-capable device is detected")])

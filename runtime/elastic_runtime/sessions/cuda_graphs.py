@@ -1,0 +1,109 @@
+"""ONNX Runtime on an NVIDIA GPU: one CUDA graph a shape, over arrays that stay where they are.
+
+A step of a small batch is hundreds of kernels that each take less time than their launch; a CUDA graph launches all of them at once.
+It is captured at the second run of a shape (of a budget, a batch, a size), and holds until the session is closed.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.sessions.session import Arrays
+
+MOST = 64  # shapes that have a graph; each keeps its arrays on the GPU
+PLAIN = "-1"  # the library's word for a run that is neither captured nor replayed
+Providers = Sequence[tuple[str, Mapping[str, Any]]]
+State = tuple[object, ...]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The arrays of one shape on the GPU, and how its graph is run."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    binding: Any
+    options: Any
+
+    def run(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
+        for name, value in self.inputs.items():
+            value.update_inplace(np.asarray(feeds[name], order="C"))
+        session.run_with_iobinding(self.binding, self.options)
+        return {name: value.numpy() for name, value in self.outputs.items()}
+
+
+class CudaGraphs:
+    """A model of ONNX Runtime on a GPU, whose runs are captured where they can be. Threads run it one after the other.
+
+    `library` is onnxruntime; `open_model(providers, asked)` opens the model and raises where a provider that was asked for does not come
+    up; the first of `providers` is CUDA's; `outputs` are the names to answer. `session` is what is open and `captures` whether it captures:
+    some models cannot be (control flow, work that is left to the CPU), which is seen when they are opened or when they are first captured.
+    `run` raises what the library does.
+    """
+
+    def __init__(
+        self, library: Any, open_model: Callable[[Providers, bool], Any], providers: Providers, asked: bool, outputs: Sequence[str]
+    ):
+        self._library, self._outputs = library, list(outputs)
+        (name, options), *others = providers
+        self._device = int(options.get("device_id", 0))
+        self._open_plain = lambda: open_model(providers, asked)
+        self._answers: dict[State, dict[str, tuple[tuple[int, ...], np.dtype]]] = {}
+        self._bound: dict[State, _Bound] = {}
+        self._lock = threading.Lock()
+        self.captures = True
+        try:
+            self.session = open_model([(name, {**options, "enable_cuda_graph": 1}), *others], True)
+        except Exception as error:  # it says why it cannot be captured, or what opening it again will say
+            self._without(error)
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        # A graph may hold the value of a 0-d input, such as a loop's count: it counts as part of the shape.
+        state = tuple((name, array.shape, array.item() if array.ndim == 0 else None) for name, array in feeds.items())
+        with self._lock:
+            if state in self._bound:
+                return self._bound[state].run(self.session, feeds)
+            if not self.captures or state not in self._answers or len(self._bound) == MOST:
+                return self._plain(state, feeds)
+            try:
+                bound = self._bind(feeds, self._answers[state], len(self._bound))
+                answer = bound.run(self.session, feeds)
+            except Exception as error:  # a stream that was being captured is of no more use
+                self._bound.clear()
+                self._without(error)
+                return self._plain(state, feeds)
+            self._bound[state] = bound
+            return answer
+
+    def _without(self, error: Exception) -> None:
+        self.captures = False
+        self.session = self._open_plain()
+        _log.info("runs without CUDA graphs: %s", error)
+
+    def _plain(self, state: State, feeds: Arrays) -> dict[str, np.ndarray]:
+        answer = dict(zip(self._outputs, self.session.run(self._outputs, dict(feeds), self._options(PLAIN)), strict=True))
+        self._answers[state] = {name: (array.shape, array.dtype) for name, array in answer.items()}
+        return answer
+
+    def _bind(self, feeds: Arrays, answer: dict[str, tuple[tuple[int, ...], np.dtype]], number: int) -> _Bound:
+        make = self._library.OrtValue
+        inputs = {name: make.ortvalue_from_numpy(np.asarray(array, order="C"), "cuda", self._device) for name, array in feeds.items()}
+        outputs = {
+            name: make.ortvalue_from_shape_and_type(shape, dtype.type, "cuda", self._device) for name, (shape, dtype) in answer.items()
+        }
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        return _Bound(inputs, outputs, binding, self._options(str(number)))
+
+    def _options(self, graph: str) -> Any:
+        options = self._library.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", graph)
+        return options
