@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel gpu-check ort-gpu-check mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel gpu-check ort-gpu-check gpu-kit mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -69,6 +69,11 @@ ort-gpu-check: .venv/.base
 	$(PYTHON) -m venv build/ort-gpu-check/venv
 	build/ort-gpu-check/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[ort-gpu]'
 	build/ort-gpu-check/venv/bin/elastic-export bench build/ort-gpu-check/bundle --runtimes onnxruntime-cuda,onnxruntime
+
+# What a GPU machine without network needs, in parts: see samples/checks/gpu/README.md.
+gpu-kit: .venv/.base
+	$(INSTALL) --editable '.[torch,ort]'
+	PYTHON=$(BIN)/python bash samples/checks/gpu/pack.sh
 
 # On a Mac: the sample's package on each compute unit, against the recorded outputs of the original.
 mac-check: .venv/.base
