@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import elastic_targets
 from elastic_export import exporting, verifying
 from elastic_export.exporting import OnStage, silent
+from elastic_export.sides import Sides, read_size
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
@@ -40,7 +41,7 @@ def export(
     config: Folder | None = None,
     vae: Folder | None = None,
     components: Sequence[str] | str | None = None,
-    size: Spanned | None = None,
+    size: Spanned | Sides | None = None,
     max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
@@ -58,8 +59,8 @@ def export(
         elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
 
     Args:
-        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX or SD3. For a target that takes
-            ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, SD3 or Qwen-Image. For a target that
+            takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
         output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
@@ -67,7 +68,8 @@ def export(
         precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt. For onnx also
             one a graph, `"denoiser=int4w,text=int8w,decoder=fp16"`.
         checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
-        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels.
+        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels; with ELIT put in, one size,
+            `"1024x768"` (height first) or a side.
         max_sequence_length: of a diffusers folder: tokens of a prompt, by default what its pipeline takes; prompts are padded to them.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
         verify: which budgets are proven against the original, which takes as long as running it there: both ends, the middle and one
@@ -206,7 +208,7 @@ def preparing(
     origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
         origin[each] = None if origin.get(each) is None else Path(origin[each])
-    origin["size"] = None if origin.get("size") is None else read_span(origin["size"])
+    origin["size"] = None if origin.get("size") is None else read_size(origin["size"])
     origin["components"] = read_words(origin.get("components"))
     folder = Path(output)
     with contextlib.ExitStack() as stack:
