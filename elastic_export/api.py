@@ -1,4 +1,4 @@
-"""The Python API, which the commands are doors to: `export`, `verify`, `models`. Nothing here prints."""
+"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `models`. Nothing here prints."""
 
 import contextlib
 import os
@@ -124,6 +124,56 @@ def verify(bundle: Folder | Bundle, tolerance: float | None = None, on_stage: On
     hashed = Bundle.open(folder, hashes=True)
     on_stage("running at each recorded budget")
     return verifying.verify(hashed, tolerance)
+
+
+def elasticize(
+    model: Folder,
+    *,
+    output: Folder,
+    group_size: int,
+    head_blocks: int,
+    tail_blocks: int,
+    family: str | None = None,
+    config: Folder | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Put ELIT's Read and Write (arXiv 2603.12245) into a plain checkpoint, from which training gives a model with budgets.
+
+        elastic_export.elasticize("SiT-XL-2-256.pt", output="elit.safetensors", group_size=4, head_blocks=4, tail_blocks=4)
+        elastic_export.elasticize("path/to/Qwen-Image", output="elit-qwen", group_size=8, head_blocks=8, tail_blocks=8)
+
+    The weights of the backbone stay as they are, but for what a SiT trained with `learn_sigma` says of the variance, which is left out.
+    Write starts with nothing to add, so at every budget the tokens that it gives are the very tokens that Read took, and a first step of
+    training reaches it. **The outputs are not the plain model's, at no budget**: the core's blocks act on latents alone, of which the
+    picture knows nothing yet. Nor can a Read be made that hands the tokens over: it normalises them, so that their means and lengths are
+    lost. Of a SiT and an HDiT the outputs are those of the plain model without its core blocks; of a U-ViT and of Qwen-Image nearly so, as
+    tokens of time, label and text go through the core beside the latents. `samples/finetune_elit.py` trains on from there.
+
+    Args:
+        model: weights of a SiT, of the public U-ViT (baofff) or HDiT (k-diffusion), `.pt` or `.safetensors`; or a diffusers folder of
+            Qwen-Image.
+        output: a .safetensors file, beside which `.json` gets what `--config` takes; of a folder a new one, a copy with two files more,
+            or the same, which gets them.
+        group_size: side of a window in tokens. head_blocks, tail_blocks: blocks before Read and after Write; of an HDiT layers of its
+            innermost level.
+        family: what a SiT becomes, `elit-sit` or `elit-uvit`, which has long skips that pass nothing on yet; the others become
+            `elit-uvit-tokens`, `elit-hdit-levels` and `elit-qwen-image`.
+        config: sizes that the weights do not tell (`num_heads`), in JSON. seed: of the new weights. overwrite: whether to replace files.
+
+    Returns: the output.
+
+    Raises: UsageError for an output that stands there, or a family that it cannot become; ModelError for weights that are no such
+        checkpoint, or have an interface already, and for windows or blocks that do not divide.
+    """
+    require_torch("elasticize")
+    from elastic_export import elasticizing
+
+    split = {"group_size": group_size, "head_blocks": head_blocks, "tail_blocks": tail_blocks}
+    if odd := [name for name, value in split.items() if isinstance(value, bool) or not isinstance(value, int)]:
+        raise UsageError(f"{odd[0]} is a whole number, got {split[odd[0]]!r}")
+    where = None if config is None else Path(config)
+    return elasticizing.elasticize(Path(model), Path(output), split, family, where, seed, overwrite)
 
 
 def models() -> list[dict[str, Any]]:
