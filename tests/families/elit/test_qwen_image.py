@@ -105,7 +105,8 @@ def test_golden_outputs_and_untraced_budgets_through_onnx_runtime(
         for kept in KEPT:
             wanted = recorded[f"out_latents_{kept * GROUPS}_nomask"]
             assert np.abs(session.run(feeds(recorded, kept))["prediction"] - wanted).max() <= 5e-6, kept
-        for batch, kept, text in ((1, 2, 1), (3, 7, 33), (2, 15, 512)):
+        every = [(2, kept, 7) for kept in range(1, 17)]
+        for batch, kept, text in ((1, 2, 1), (3, 7, 33), (2, 15, 512), *every):
             arrays = {
                 "hidden_states": generator.standard_normal((batch, 96, 16)).astype(np.float32),
                 "encoder_hidden_states": generator.standard_normal((batch, text, 24)).astype(np.float32),
