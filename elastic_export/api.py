@@ -1,4 +1,4 @@
-"""The Python API, which the commands are doors to: `export`, `verify`, `models`. Nothing here prints."""
+"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `models`. Nothing here prints."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import elastic_targets
 from elastic_export import exporting, verifying
 from elastic_export.exporting import OnStage, silent
+from elastic_export.sides import Sides, read_size
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
@@ -40,7 +41,7 @@ def export(
     config: Folder | None = None,
     vae: Folder | None = None,
     components: Sequence[str] | str | None = None,
-    size: Spanned | None = None,
+    size: Spanned | Sides | None = None,
     max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
@@ -58,8 +59,8 @@ def export(
         elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
 
     Args:
-        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX or SD3. For a target that takes
-            ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, SD3 or Qwen-Image. For a target that
+            takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
         output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
@@ -67,7 +68,8 @@ def export(
         precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt. For onnx also
             one a graph, `"denoiser=int4w,text=int8w,decoder=fp16"`.
         checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
-        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels.
+        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels; with ELIT put in, one size,
+            `"1024x768"` (height first) or a side.
         max_sequence_length: of a diffusers folder: tokens of a prompt, by default what its pipeline takes; prompts are padded to them.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
         verify: which budgets are proven against the original, which takes as long as running it there: both ends, the middle and one
@@ -122,6 +124,56 @@ def verify(bundle: Folder | Bundle, tolerance: float | None = None, on_stage: On
     hashed = Bundle.open(folder, hashes=True)
     on_stage("running at each recorded budget")
     return verifying.verify(hashed, tolerance)
+
+
+def elasticize(
+    model: Folder,
+    *,
+    output: Folder,
+    group_size: int,
+    head_blocks: int,
+    tail_blocks: int,
+    family: str | None = None,
+    config: Folder | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Put ELIT's Read and Write (arXiv 2603.12245) into a plain checkpoint, from which training gives a model with budgets.
+
+        elastic_export.elasticize("SiT-XL-2-256.pt", output="elit.safetensors", group_size=4, head_blocks=4, tail_blocks=4)
+        elastic_export.elasticize("path/to/Qwen-Image", output="elit-qwen", group_size=8, head_blocks=8, tail_blocks=8)
+
+    The weights of the backbone stay as they are, but for what a SiT trained with `learn_sigma` says of the variance, which is left out.
+    Write starts with nothing to add, so at every budget the tokens that it gives are the very tokens that Read took, and a first step of
+    training reaches it. **The outputs are not the plain model's, at no budget**: the core's blocks act on latents alone, of which the
+    picture knows nothing yet. Nor can a Read be made that hands the tokens over: it normalises them, so that their means and lengths are
+    lost. Of a SiT and an HDiT the outputs are those of the plain model without its core blocks; of a U-ViT and of Qwen-Image nearly so, as
+    tokens of time, label and text go through the core beside the latents. `samples/finetune_elit.py` trains on from there.
+
+    Args:
+        model: weights of a SiT, of the public U-ViT (baofff) or HDiT (k-diffusion), `.pt` or `.safetensors`; or a diffusers folder of
+            Qwen-Image.
+        output: a .safetensors file, beside which `.json` gets what `--config` takes; of a folder a new one, a copy with two files more,
+            or the same, which gets them.
+        group_size: side of a window in tokens. head_blocks, tail_blocks: blocks before Read and after Write; of an HDiT layers of its
+            innermost level.
+        family: what a SiT becomes, `elit-sit` or `elit-uvit`, which has long skips that pass nothing on yet; the others become
+            `elit-uvit-tokens`, `elit-hdit-levels` and `elit-qwen-image`.
+        config: sizes that the weights do not tell (`num_heads`), in JSON. seed: of the new weights. overwrite: whether to replace files.
+
+    Returns: the output.
+
+    Raises: UsageError for an output that stands there, or a family that it cannot become; ModelError for weights that are no such
+        checkpoint, or have an interface already, and for windows or blocks that do not divide.
+    """
+    require_torch("elasticize")
+    from elastic_export import elasticizing
+
+    split = {"group_size": group_size, "head_blocks": head_blocks, "tail_blocks": tail_blocks}
+    if odd := [name for name, value in split.items() if isinstance(value, bool) or not isinstance(value, int)]:
+        raise UsageError(f"{odd[0]} is a whole number, got {split[odd[0]]!r}")
+    where = None if config is None else Path(config)
+    return elasticizing.elasticize(Path(model), Path(output), split, family, where, seed, overwrite)
 
 
 def models() -> list[dict[str, Any]]:
@@ -206,7 +258,7 @@ def preparing(
     origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
         origin[each] = None if origin.get(each) is None else Path(origin[each])
-    origin["size"] = None if origin.get("size") is None else read_span(origin["size"])
+    origin["size"] = None if origin.get("size") is None else read_size(origin["size"])
     origin["components"] = read_words(origin.get("components"))
     folder = Path(output)
     with contextlib.ExitStack() as stack:

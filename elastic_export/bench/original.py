@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elastic_export.sides import Sides
 from elastic_runtime.contract.bundle import sha256
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.errors import ModelError
@@ -29,6 +30,15 @@ def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path
     if Folder.open(path).component("transformer").sha256() != wanted:
         raise ModelError(f"{path} is not what the bundle was made from: the SHA-256 of its transformer is not the manifest's")
     return path
+
+
+def picture_sides(manifest: Manifest) -> Sides | None:
+    """The one size of a bundle's pictures; None where it draws any."""
+    model = manifest.model
+    if model.packed is None:
+        return None
+    height, width = (side * (model.vae.upscale if model.vae else 1) for side in model.sample_shape[1:])
+    return Sides(height, width)
 
 
 def request(manifest: Manifest, checkpoint: Path | None = None) -> "Request":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elastic_bench.runtimes import GRAPH, Opened
-from elastic_export.bench.original import diffusers_folder, request
+from elastic_export.bench.original import diffusers_folder, picture_sides, request
 from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
@@ -98,13 +98,13 @@ class TorchRuntime:
         """What loads the original; raises ModelError where its weights are not at hand."""
         from elastic_export.capture.zoo import load
 
-        if manifest.model.patches is None:
+        if manifest.model.patches is None and manifest.model.packed is None:
             wanted = request(manifest, self.checkpoint)
             return lambda: load(wanted).module
         from elastic_export.capture.folders import capture_folder
 
         path = diffusers_folder(manifest, self.checkpoint)
-        return lambda: capture_folder(path, ("transformer",), None, Span(1, 1), digest=False).graphs[0].module
+        return lambda: capture_folder(path, ("transformer",), picture_sides(manifest), Span(1, 1), digest=False).graphs[0].module
 
 
 class TorchSession(Session):

@@ -125,13 +125,19 @@ def all_budgets(axes: tuple[Axis, ...]) -> list[Budget]:
 
 
 def probe_budgets(axes: tuple[Axis, ...], open_dimensions: Mapping[str, Span] | None = None) -> list[Budget]:
-    """The budgets to prove: along each axis its probes, the other axes at their defaults.
+    """The budgets to prove: along each axis its probes, the other axes at their defaults, and open dimensions at theirs beside them.
 
-    What decides shapes alone (open dimensions, and axes that the data's shape carries) goes together: all at the same end, all off
-    the beaten track, and each in turn at its middle while the others are off the track.
+    Where all of it decides shapes alone (open dimensions, and axes that the data's shape carries), it goes together: all at the same end,
+    all off the beaten track, and each in turn at its middle while the others are off the track.
     """
     defaults = {axis.name: axis.default for axis in axes}
-    points = [Budget(**defaults | {axis.name: value}) for axis in axes for value in axis.probes()]
+    beside = {name: probes(range(span.min, span.max + 1)) for name, span in (open_dimensions or {}).items()}
+    points = []
+    for axis in axes:
+        values = axis.probes()
+        for i in range(max(map(len, [values, *beside.values()]))):
+            at = {name: sizes[min(i, len(sizes) - 1)] for name, sizes in {axis.name: values, **beside}.items()}
+            points.append(Budget(**defaults | at))
     if all(axis.carrier == "shape" for axis in axes) and (axes or open_dimensions):
         sizes = {axis.name: axis.values for axis in axes}
         sizes |= {name: range(span.min, span.max + 1) for name, span in (open_dimensions or {}).items()}

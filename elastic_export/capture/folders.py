@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_export.capture import elit
 from elastic_export.capture.capture import Capture, described, origin
+from elastic_export.capture.transformer import Drawn, Transformer
 from elastic_export.capture.zoo import precisions, quality
 from elastic_export.families import flux, qwen_image, sd3, tokens
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
@@ -19,6 +21,7 @@ from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, text_encoder
 from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, read_vae
+from elastic_export.sides import Sides
 from elastic_runtime.contract import manifest
 from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
@@ -67,7 +70,7 @@ def stages(axis: Axis) -> list[int]:
 def capture_folder(
     path: Path,
     components: tuple[str, ...] | None,
-    size: Span | None,
+    size: Span | Sides | None,
     batch: Span,
     name: str | None = None,
     digest: bool = True,
@@ -79,10 +82,12 @@ def capture_folder(
 
     Args:
         components: of transformer, vae and text; None for all that the folder lists.
-        size: sides of pictures in pixels; None for the model's usual one and down to half of it.
+        size: sides of pictures in pixels; None for the model's usual one and down to half of it. With ELIT put in (see `elit`) it is one
+            size, a side or height and width.
         name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
         packaged: whether it is the packaged sample of that name, whose card has figures and whose place is nobody's business.
-        spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest.
+        spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest; with ELIT
+            put in the axis `latents`.
         max_sequence_length: text tokens of the encoder that gives a sequence; None for what the family's pipeline takes by itself.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
@@ -102,14 +107,13 @@ def capture_folder(
     config = {key: value for key, value in built.config.items() if not key.startswith("_")}
     if why := family.refusal(config):
         raise ModelError(f"{path / 'transformer'} {why}")
-    patches, channels = family.patches(config), family.channels(config)
-    vae = listed_vae(folder, channels)
-    sizes = picture_sizes(folder, family, config, vae, size)
-    axis = _axis(sizes, spans or {}, name or path.name)
-
+    vae = listed_vae(folder, family.channels(config))
+    title = name or path.name
     encoders = [component for component in chosen if component.startswith("text_encoder")]
     text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders, max_sequence_length)
-    length = text.length if text else 1
+    usual, scheduler = _usual(folder, family, config, vae), _scheduler(folder, family)
+    known = Transformer(folder, family, built, config, vae, scheduler, usual, text.length if text else 1, batch, title)
+    drawn = elit.drawn(known, size, spans or {}) if elit.is_elit(path) else _drawn(known, size, spans or {})
     graphs, peaks = [], {}
     if len(folder.labels) > tokens.pooled(config):
         raise ModelError(
@@ -122,59 +126,69 @@ def capture_folder(
             "leave the encoders out with --components transformer,vae"
         )
     if "transformer" in chosen:
-        graphs.append(_denoiser(folder, family, built, config, axis, length, batch))
+        graphs.append(drawn.graph())
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
-        graphs.append(decoder(path / "vae", vae, channels, sizes.latent, sizes.latent, one))
+        graphs.append(decoder(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one))
     for encoder in text.encoders if text else ():
         graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
     parameters = {component: folder.component(component).parameters() for component in chosen}
-    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
-
-    def cost(count: int) -> manifest.Cost:
-        values = dit_activation_values(count + length, width, heads)
-        return priced(Budget(**{axis.name: count}), family.flops(config, count, length), parameters["transformer"], values)
-
-    # FLOPs are exactly quadratic in the tokens: three rows give every other.
-    middle = axis.values[len(axis.values) // 2]
-    costs = tuple(map(cost, sorted({axis.min, middle, axis.max}))) if "transformer" in chosen else ()
+    costs = drawn.costs(parameters["transformer"] + drawn.parameters) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
-    values["decoder"] = decoder_values(folder.component("vae").config, sizes.pixels.max) if vae else 0
+    values["decoder"] = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
     for graph in graphs:
         component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
-    side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
+    facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(drawn.facts)
+    facts["config"] = _plain(config) | {"scheduler": scheduler} | facts.get("config", {})
     making = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         model=manifest.Model(
             name=name or path.resolve().name,
-            family=family.name,
-            config=_plain(config) | {"scheduler": _scheduler(folder, family)},
             prediction="velocity",
-            schedule=RectifiedFlow(),
-            sample_shape=(channels, side, side),
             num_classes=len(folder.labels),
             null_label=len(folder.labels),
             weights="checkpoint",
             vae=vae,
-            patches=patches,
             text=text,
             guidance_rescale=family.rescale,
+            **facts,
         ),
-        axes=(axis,) if "transformer" in chosen else (),
+        axes=(drawn.axis,) if "transformer" in chosen else (),
         graphs=described(graphs),
         cost=costs,
         quality=quality(name) if packaged and name else (),
         precisions=precisions(name) if packaged and name else (),
-        provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen) if digest else {}),
+        provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen, drawn) if digest else {}),
     )
     return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))
 
 
-def _digests(folder: Folder, components: list[str]) -> dict[str, str]:
+def _digests(folder: Folder, components: list[str], drawn: Drawn) -> dict[str, str]:
     """SHA-256 of each component's weights."""
-    return {component: folder.component(component).sha256() for component in components}
+    more = drawn.digests() if "transformer" in components else {}
+    return {component: folder.component(component).sha256() for component in components} | dict(more)
+
+
+def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[str, Span]) -> Drawn:
+    """What is drawn with a transformer over any number of tokens."""
+    if isinstance(size, Sides):
+        raise BudgetError(f"--size {size} is one size, and {transformer.name} draws any: give a side, or a span of them as 512-1024")
+    folder, family, config, length = transformer.folder, transformer.family, transformer.config, transformer.length
+    sizes = picture_sizes(folder, family, config, transformer.vae, size)
+    axis = _axis(sizes, spans, transformer.name)
+    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
+
+    def costs(parameters: int) -> tuple[manifest.Cost, ...]:
+        # FLOPs are exactly quadratic in the tokens: three rows give every other.
+        counts = sorted({axis.min, axis.values[len(axis.values) // 2], axis.max})
+        rows = ((count, family.flops(config, count, length), dit_activation_values(count + length, width, heads)) for count in counts)
+        return tuple(priced(Budget(**{axis.name: count}), flops, parameters, values) for count, flops, values in rows)
+
+    side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
+    facts = {"sample_shape": (family.channels(config), side, side), "patches": family.patches(config)}
+    return Drawn(axis, lambda: _denoiser(transformer, axis), costs, sizes.latent, sizes.latent, facts)
 
 
 def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
@@ -209,9 +223,7 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     """
     patches = family.patches(config)
     upscale = vae.upscale if vae else 1  # without a VAE, pixels are those of the latent
-    usual = family.side(config)
-    if usual is None:
-        usual = _side(folder.component("vae").config.get("sample_size"), SIDE * upscale) // upscale if vae else SIDE
+    usual = _usual(folder, family, config, vae)
     size = size or Span(max(usual * upscale // 2, upscale * patches.size * 2), usual * upscale)
     if size.max > MOST_SIDE:
         raise BudgetError(f"--size {size}: sides of pictures are at most {MOST_SIDE} pixels")
@@ -222,6 +234,13 @@ def picture_sizes(folder: Folder, family: TokenFamily, config: tokens.Config, va
     if patches.table and size.max > patches.table * patches.size * upscale:
         raise BudgetError(f"--size {size}: this model has places for pictures of up to {patches.table * patches.size * upscale} pixels")
     return Sizes(size, upscale, patches.size)
+
+
+def _usual(folder: Folder, family: TokenFamily, config: tokens.Config, vae: manifest.Vae | None) -> int:
+    """The side of a latent that the model usually draws."""
+    if (usual := family.side(config)) is not None or not vae:
+        return usual or SIDE
+    return _side(folder.component("vae").config.get("sample_size"), SIDE * vae.upscale) // vae.upscale
 
 
 def _side(size: Any, usual: int) -> int:
@@ -249,8 +268,9 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
     return axis.narrow(span)
 
 
-def _denoiser(folder: Folder, family: TokenFamily, built: Any, config: tokens.Config, axis: Axis, length: int, batch: Span) -> GraphCapture:
-    component = folder.component("transformer")
+def _denoiser(transformer: Transformer, axis: Axis) -> GraphCapture:
+    folder, family, config, built = transformer.folder, transformer.family, transformer.config, transformer.built
+    component, length = folder.component("transformer"), transformer.length
     inputs, patches = tokens.inputs(family, config), family.patches(config)
     spans = {"S": axis.span, "T": Span(1, length)}
     text = {"T": spans["T"]} if length > 1 else {}
@@ -260,7 +280,7 @@ def _denoiser(folder: Folder, family: TokenFamily, built: Any, config: tokens.Co
         inputs=inputs if text else tokens.named(inputs, {"T": length}),
         outputs=tokens.outputs(family, config),
         axes=(axis,),
-        batch=batch,
+        batch=transformer.batch,
         feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
         open_dimensions=text,
         stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis)),

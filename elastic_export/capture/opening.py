@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from elastic_export.capture import elit
 from elastic_export.capture.capture import Capture, capture
 from elastic_export.capture.folders import capture_folder
 from elastic_export.capture.zoo import Request, load, samples
 from elastic_export.families import tokens
+from elastic_export.sides import Sides
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.errors import UsageError
 
@@ -21,7 +23,7 @@ def open_model(
     config: Path | None = None,
     vae: Path | None = None,
     components: tuple[str, ...] | None = None,
-    size: Span | None = None,
+    size: Span | Sides | None = None,
     max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
@@ -34,7 +36,7 @@ def open_model(
     Raises: UsageError for arguments that are for another kind of model; ModelError and BudgetError as `load` and the captures.
     """
     if folder:
-        others = {f"--{name}": span for name, span in spans.items() if name != tokens.AXIS}
+        others = {f"--{name}": span for name, span in spans.items() if name != tokens.AXIS and not elit.is_elit(folder)}
         others |= {"--checkpoint": checkpoint, "--config": config, "--vae": vae}  # type: ignore[dict-item]
         others |= {"--head-blocks": head_blocks is not None, "--random-weights": random_weights}  # type: ignore[dict-item]
         if wrong := [name for name, value in others.items() if value]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from elastic_export.sides import read_size
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
@@ -21,6 +22,15 @@ def span(text: str | Span) -> Span:
         return Span.parse(text)
     except BudgetError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def size(text: str) -> str:
+    """The text of a size that can be read."""
+    try:
+        read_size(text)
+    except BudgetError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
 
 
 MOST = 10_000  # numbers that one range may stand for: a slip of the finger should not fill the memory

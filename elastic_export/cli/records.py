@@ -115,7 +115,9 @@ GuidanceBudgets = Annotated[
     Table({axis: _row(int, f"--guidance-{axis}", "N", words.weak) for axis, words in AXES.items()}, prefix="guidance_"),
 ]
 
-MODEL_HELP = "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX or SD3."
+MODEL_HELP = (
+    "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX, SD3 or Qwen-Image."
+)
 BUNDLE_HELP = "A bundle's folder, which needs no torch; or a model to export first, as for [bold]elastic-export onnx[/bold]."
 
 
@@ -142,11 +144,12 @@ class Source:
         ),
     ] = None
     size: Annotated[
-        Span | None,
+        str | None,
         typer.Option(
-            parser=span,
-            metavar="SPAN",
-            help="Of a diffusers folder: sides of pictures in pixels, [bold]512-1024[/bold] [dim](default: half to all of its own)[/dim].",
+            parser=options.size,
+            metavar="SPAN|HxW",
+            help="Of a diffusers folder: sides of pictures in pixels, [bold]512-1024[/bold] [dim](default: half to all of its own)[/dim]; "
+            "with ELIT put in one size, [bold]1024x768[/bold].",
             show_default=False,
         ),
     ] = None

@@ -137,7 +137,7 @@ class Subject:
             names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
             taken = {name: self._feeds[feed] for name, feed in names.items() if feed in self._feeds}
             subject = {name: array[rows % len(array)] for name, array in taken.items()}
-            if self._settings.guidance > 1 and model.patches and not model.patches.guidance_embeds:
+            if self._settings.guidance > 1 and not (model.patches and model.patches.guidance_embeds):
                 subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
         if model.patches:
             how: dict[str, Any] = {"plan": way.plan} if way.plan else {"plan": FULL, "num_inference_steps": way.steps}

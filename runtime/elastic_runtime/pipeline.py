@@ -357,7 +357,7 @@ class ElasticPipeline:
 def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
     """Fields of a request that a bundle's kind of model does not take, and how it draws, in words."""
     drawing = PlanDrawing if bundle.manifest.model.patches else BudgetDrawing
-    return drawing.unfit, drawing.kind
+    return drawing.unfit(bundle.manifest.model), drawing.kind
 
 
 class _Opener:

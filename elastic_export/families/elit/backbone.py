@@ -46,6 +46,7 @@ from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import ModelError
+from elastic_targets.weights import values
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,10 @@ _MARKS = {
 }
 
 
+# Dimensions of the weights that tell sizes.
+_RANKS = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+
+
 def rename_key(key: str) -> str | None:
     """Name in a Backbone of a public checkpoint's key; None for training-only weights (`projectors.*`)."""
     if key.startswith("projectors."):
@@ -210,11 +215,7 @@ def shapes_of(name: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, 
     Raises: ModelError for a checkpoint that is not an ELIT, or one of another family.
     """
     named = {key: tuple(value.shape) for public, value in weights.items() if (key := rename_key(public))}
-    ranks = {
-        "x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2,
-        "read.pos_embed": 2, "read.latent_pos_embed": 2, "blocks.0.mlp.fc1.weight": 2,
-    }  # fmt: skip
-    demand("an ELIT", named, ranks)
+    demand("an ELIT", named, _RANKS | {"read.pos_embed": 2, "read.latent_pos_embed": 2})
     found = {family: words for family, (marks, words) in _MARKS.items() if any(key.startswith(marks) for key in named)}
     if len(found) > 1:
         raise ModelError(f"this checkpoint has {' and '.join(found.values())} at once: no family has both, so it cannot be exported")
@@ -230,10 +231,42 @@ def sources(name: str, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -
 
     Raises: ModelError as `shapes_of`, and for one that was trained in a way that this package does not implement.
     """
+    named = shapes_of(name, weights)
+    told = _told(named, args)
+    told["the checkpoint's shapes"] |= {
+        "group_size": math.isqrt(named["read.pos_embed"][0]),
+        "latent_positions": named["read.latent_pos_embed"][0],
+    }
+    return told
+
+
+def plain_sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same of a SiT without an interface: nothing tells group_size, head_blocks and tail_blocks."""
+    named = {key: tuple(value.shape) for public, value in weights.items() if (key := rename_key(public))}
+    demand("a SiT", named, _RANKS)
+    words = {"velocity": "v", "Linear": "linear"}  # SiT's own for what ELIT's code calls otherwise
+    own = {name: words.get(value, value) if isinstance(value, str) else value for name, value in args.items()}
+    told = _told(named, {name: value for name, value in own.items() if name not in ("encoder_depth", "elit_group_size")})
+    told["the checkpoint's shapes"]["latent_positions"] = named["pos_embed"][1]
+    return told
+
+
+def without_variance(weights: Mapping[str, Tensor], params: ElitParams) -> dict[str, Tensor]:
+    """The last layer of a SiT that was trained with `learn_sigma`, whose second half of channels sampling leaves aside: the first half."""
+    area, channels = params.patch_size**2, params.in_channels
+    kept = {}
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        if key in weights and len(weights[key]) == 2 * area * channels:
+            whole = values(weights[key]).unflatten(0, (area, 2, channels))  # (p p, 2, C, ...): a patch is laid out (p, p, 2C)
+            kept[key] = whole[:, 0].flatten(0, 1).contiguous()
+    return kept
+
+
+def _told(named: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fields of ElitParams that shapes by our names and training arguments tell, whether or not there is an interface."""
     for argument, supported in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
         if args.get(argument, supported) != supported:
             raise ModelError(f"the checkpoint was trained with {argument}={args[argument]!r}; only {argument}={supported!r} is supported")
-    named = shapes_of(name, weights)
     width, channels, patch_size, _ = named["x_embedder.proj.weight"]
     hidden, narrow = named["blocks.0.mlp.fc1.weight"]
     shapes = {
@@ -243,8 +276,6 @@ def sources(name: str, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -
         "hidden_size": width,
         "depth": len({match[1] for key in named if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
-        "group_size": math.isqrt(named["read.pos_embed"][0]),
-        "latent_positions": named["read.latent_pos_embed"][0],
         "mlp_ratio": hidden / narrow,
     }
     renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}

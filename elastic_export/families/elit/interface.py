@@ -39,7 +39,17 @@ RENAMES = (
     (r"\badaLN_modulation\.1\.", "modulation.linear."),
 )
 
-
+# The other way: what names in a model that has `read` and `write` are in a public checkpoint.
+_PUBLIC = (
+    ("modulation.linear.", "adaLN_modulation.1."),
+    ("read.attention.", "input_token_editor.adapters.0.fit_layer.latents_attend_to_patches.0."),
+    ("read.mlp.", "input_token_editor.adapters.0.fit_layer.read_ff.0."),
+    ("read.adaLN_modulation.", "input_token_editor.adapters.0.fit_layer.adaLN_modulation."),
+    ("read.", "input_token_editor.adapters.0."),
+    ("write.attention.", "output_token_editor.adapters.0.patches_attend_to_latents.0."),
+    ("write.mlp.", "output_token_editor.adapters.0.write_ff.0."),
+    ("write.", "output_token_editor.adapters.0."),
+)
 TABLE = "read.latent_pos_embed"
 LATENT_IDS = TensorSpec(name="latent_ids", dtype="int64", shape=("J",))
 
@@ -241,6 +251,13 @@ def renamed(key: str, *more: tuple[str, str]) -> str:
     for pattern, name in (*RENAMES, *more):
         key = re.sub(pattern, name, key)
     return key
+
+
+def public(name: str) -> str:
+    """The public checkpoint's key of a weight of `read` or `write`: `renamed` undone."""
+    for ours, theirs in _PUBLIC:
+        name = name.replace(ours, theirs, 1)
+    return name
 
 
 def parted(weights: Mapping[str, Tensor], family: str, plain: str) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -16,12 +16,14 @@ from elastic_runtime.sessions.session import batches
 
 
 class BudgetOutlook(Outlook):
-    """Budgets of both branches of guidance, the same in all `steps` of `sampler` unless a policy changes them."""
+    """Budgets of both branches of guidance, the same in all `steps` of `sampler` unless a policy changes them; branches that are `apart`
+    never share a run, since their texts differ in length."""
 
     named, smaller = "a budget", "fewer pictures at once"
 
-    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True):
-        super().__init__(gauge, count, guidance, steps, finishes, sampler)
+    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True, apart: bool = False):
+        super().__init__(gauge, count, guidance, steps, finishes, sampler, apart)
+        self.apart = apart
         self.sampler = sampler
         self.least = least_steps(sampler)
         self.table = f"accuracy by {', '.join(axis.name for axis in self.axes) or 'budget'}"
@@ -101,7 +103,7 @@ class BudgetOutlook(Outlook):
         strong, weak = option.budgets[0], option.guidance_budgets[0]
         if not guided:
             return self._runs(strong, self.count)
-        if weak == strong:
+        if weak == strong and not self.apart:
             return self._runs(strong, self.count if self.guidance.auto else 2 * self.count)
         return self._runs(strong, self.count) + self._runs(weak, self.count)
 

@@ -74,6 +74,10 @@ def _sizes(model: Model) -> Iterator[str]:
         yield f"`num_classes` is 0 or more and `null_label` one of them or the next, got {model.num_classes} and {model.null_label}"
     if model.patches and any(side % model.patches.size for side in model.sample_shape[1:]):
         yield f"a sample of {list(model.sample_shape)} does not divide into patches of {model.patches.size}"
+    if model.packed and any(side % model.packed for side in model.sample_shape[1:]):
+        yield f"a sample of {list(model.sample_shape)} does not divide into patches of {model.packed}"
+    if model.packed and model.patches:
+        yield "a model is `packed` at one size or has `patches` at any, and this one says both"
 
 
 def _graph(graph: Graph) -> Iterator[str]:
@@ -113,6 +117,13 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
         and spec.shape != ("B", *model.sample_shape)
     ):
         yield f"its sample has shape {_shown(spec)}, the model's is {list(model.sample_shape)}"
+    if model.packed:
+        channels, area = model.sample_shape[0], model.packed**2
+        wanted_shape = ("B", math.prod(model.sample_shape[1:]) // area, channels * area)
+        for name, specs in (("hidden_states", inputs), ("prediction", outputs)):
+            if name not in specs or specs[name].shape != wanted_shape:
+                has = _shown(specs[name]) if name in specs else "none"
+                yield f"its {name} have shape {has}, and a packed sample has (B, {wanted_shape[1]}, {wanted_shape[2]})"
     if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
         yield "it draws from patches, and no axis is their number, S"
     for axis in axes:

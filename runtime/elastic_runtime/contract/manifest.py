@@ -98,7 +98,8 @@ class Model(Record, frozen=True, kw_only=True):
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
     take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
     white, or codes of a decoder that is not here. With `guidance_rescale` "norm" a prediction that guidance led has,
-    token by token, the length of the one without.
+    token by token, the length of the one without. Where `packed` is set, the graph takes and gives a sample as tokens,
+    row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Model(Record, frozen=True, kw_only=True):
     learned_variance: bool = False
     guided_channels: int | None = None
     guidance_rescale: Literal["norm"] | None = None
+    packed: Count | None = None
 
     def __post_init__(self) -> None:
         if self.learned_variance and not isinstance(self.schedule, Ancestral):
@@ -129,7 +131,7 @@ class Model(Record, frozen=True, kw_only=True):
     @property
     def unconditional(self) -> bool:
         """Whether it draws from noise alone, with no class and no text."""
-        return not self.num_classes and self.patches is None
+        return not self.num_classes and self.text is None and self.patches is None
 
     @property
     def pixels(self) -> bool:

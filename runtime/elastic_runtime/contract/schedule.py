@@ -42,6 +42,32 @@ def whole_steps(steps: int, least: int = 1, most: int | None = None, each: str =
         raise UsageError(f"this sampler takes at most {most} steps, one a {each}, got {steps}")
 
 
+def spaced(high: float, low: float, steps: int, shift: float, least: float | None = None, terminal: float | None = None) -> np.ndarray:
+    """The `steps + 1` sigmas of a flow from `high` to `low`, falling, float64: even before the map `s -> h s / (1 + (h - 1) s)` of a
+    `shift` h, all of them or, where `least` says it, all but the last, down to it; then stretched so that the last but one is `terminal`.
+    """
+    first, last = unshifted(high, shift), unshifted(low, shift)
+    own = least is not None and last < least < first
+    even = np.append(np.linspace(first, least, steps), last) if own else np.linspace(first, last, steps + 1)  # type: ignore[arg-type]
+    visited: np.ndarray = shift * even / (1 + (shift - 1) * even)
+    if terminal is not None and steps > 1:
+        visited[:-1] = 1 - (1 - visited[:-1]) * (1 - terminal) / (1 - visited[-2])
+    return visited
+
+
+def onward(sigma: float, low: float, steps: int, shift: float, least: float | None = None, terminal: float | None = None) -> np.ndarray:
+    """What is left from `sigma` on of what `spaced` gives, in `steps` steps. Of a stretched schedule it is no stretched one: it ends at the
+    same sigma, evenly."""
+    visited = spaced(sigma, low, steps, shift, least if terminal is None else unshifted(terminal, shift))
+    visited[0] = sigma
+    return visited
+
+
+def unshifted(sigma: float, shift: float) -> float:
+    """Inverse of the map in `spaced`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
 # one time, or an array of them
 Time = TypeVar("Time", float, np.ndarray)
 
@@ -61,8 +87,25 @@ class _Continuous(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return time / self.noise
 
 
-class RectifiedFlow(_Continuous, frozen=True, tag="rectified_flow"):
-    """Straight paths: alpha = 1 - t, sigma = t."""
+class RectifiedFlow(_Continuous, frozen=True, omit_defaults=True, tag="rectified_flow"):
+    """Straight paths: alpha = 1 - t, sigma = t.
+
+    Of the times of a run `shift` says how much they dwell on noise (1 is evenly), and `terminal` is the last one before 0, where the
+    model's scheduler names it: see `spaced`.
+    """
+
+    shift: float = 1.0
+    terminal: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 / MOST <= self.shift <= MOST or not (self.terminal is None or 0 < self.terminal < 1):
+            raise ValueError(f"needs a shift of 1/{MOST} to {MOST} and a terminal between 0 and 1, got {self.shift} and {self.terminal}")
+
+    def times(self, steps: int, begin: float | None = None) -> np.ndarray:
+        whole_steps(steps)
+        if begin is None or begin >= self.noise:
+            return spaced(self.noise, 0.0, steps, self.shift, terminal=self.terminal)
+        return onward(begin, 0.0, steps, self.shift, terminal=self.terminal)
 
     def alpha_sigma(self, time: float) -> tuple[float, float]:
         return 1.0 - time, time

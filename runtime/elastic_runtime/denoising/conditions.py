@@ -19,7 +19,7 @@ POOLED = "pooled_projections"  # an input of the denoiser, where it has one
 # What FLUX.1-dev is drawn with where nothing else is asked for.
 EMBEDDED = 3.5
 # Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
-USUAL = {"sd3": 7.0, "qwen-image": 4.0}
+USUAL = {"sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0}
 DISTILLED = "flux"  # the family whose guidance_scale is a distilled one, or none
 
 
@@ -99,10 +99,8 @@ class Conditioning:
         if not guided:
             return strong, None
         weak = _embeddings(bundle, "negative_", self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
-        if len(weak.hidden) != len(strong.hidden):
-            raise UsageError(
-                f"there are {len(strong.hidden)} prompt_embeds and {len(weak.hidden)} negative_prompt_embeds: give as many, of any length"
-            )
+        if len(weak) != len(strong):
+            raise UsageError(f"there are {len(strong)} prompt_embeds and {len(weak)} negative_prompt_embeds: give as many, of any length")
         return strong, weak
 
     def _classes(self, bundle: Bundle, guided: bool) -> tuple[Conditions, Conditions | None]:
@@ -145,7 +143,7 @@ def guidance_of(
         return None, true
     if true_cfg_scale is not None:
         raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
-    if model.patches is None:  # where 0 has a meaning of its own, which is not offered
+    if model.patches is None and model.text is None:  # where 0 has a meaning of its own, which is not offered
         return None, guidance(1.0 if guidance_scale is None else guidance_scale)
     usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
     return None, guidance(usual if guidance_scale is None else _on(guidance_scale))

@@ -1,5 +1,4 @@
-"""From a session to a guided prediction of pictures of classes: the feeds of a budget, batches, and the branches of
-guidance."""
+"""From a session to a guided prediction at a budget: what is fed, batches, and the branches of guidance."""
 
 from dataclasses import dataclass, replace
 
@@ -10,16 +9,18 @@ from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.denoising.guidance import Branches, Guidance
 from elastic_runtime.denoising.router import Routed, Routing, Slots, compiled, fraction
+from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import BudgetError, UsageError
+from elastic_runtime.ralu.patches import pack, unpack
 from elastic_runtime.sessions.session import Arrays, Session, batches, joined
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What one branch of guidance is asked: its labels (B,), its budget, what it drops, and how its slots are sized
+    """What one branch of guidance is asked: its conditions, its budget, what it drops, and how its slots are sized
     (None: not at all)."""
 
-    labels: np.ndarray
+    conditions: Conditions
     budget: Budget
     drop: float
     slots: Slots | None
@@ -28,6 +29,10 @@ class Branch:
     def first(self) -> Budget:
         """The budget to run first."""
         return self.slots.first(self.budget) if self.slots else self.budget
+
+    def beside(self, other: "Branch") -> bool:
+        """Whether both may share a run."""
+        return self.first == other.first and self.conditions.beside(other.conditions)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class Denoiser:
         self._session = session
         self._manifest = manifest
         self._output = "logits" if manifest.model.tokens else "prediction"
-        self._labelled = any(spec.name == "class_labels" for spec in session.graph.inputs)
-        self._drops = any(spec.name == "drop_fraction" for spec in session.graph.inputs)
+        self._inputs = {spec.name for spec in session.graph.inputs}
+        self._drops = "drop_fraction" in self._inputs
         counts = any(spec.name == "kept" for spec in session.graph.outputs)
         self._slots = next((axis for axis in manifest.axes if axis.input == "slots"), None) if counts else None
 
@@ -66,17 +71,47 @@ class Denoiser:
             return Routing(drop, weak)
         return Routing(drop, weak, *(Slots.of(self._slots, self._session.budgets, each) for each in (drop, weak)))
 
-    def guided(self, x: np.ndarray, time: float, labels: np.ndarray, guidance: Guidance, branches: Branches, routing: Routing) -> Answer:
-        """Prediction for `x` (B, C, H, W) at `time`, guided. One run serves both branches where they run at the same
-        size."""
+    def guided(
+        self,
+        x: np.ndarray,
+        time: float,
+        conditions: Conditions,
+        guidance: Guidance,
+        branches: Branches,
+        routing: Routing,
+        weak_conditions: Conditions | None = None,
+    ) -> Answer:
+        """Prediction for `x` (B, C, H, W) at `time`, led away from what `weak_conditions` give, or no label where there are none.
+
+        One run serves both branches where they run at the same size.
+        """
+        answer = self._guided(x, time, conditions, guidance, branches, routing, weak_conditions)
+        if (size := self._manifest.model.packed) is None:
+            return answer
+        return replace(answer, prediction=unpack(answer.prediction, x.shape[2] // size, x.shape[3] // size, size))
+
+    def _guided(
+        self,
+        x: np.ndarray,
+        time: float,
+        conditions: Conditions,
+        guidance: Guidance,
+        branches: Branches,
+        routing: Routing,
+        weak_conditions: Conditions | None,
+    ) -> Answer:
+        """The prediction in the graph's own form."""
         model = self._manifest.model
-        strong = self._branch(labels, branches.strong, routing.drop, routing.slots)
+        strong = self._branch(conditions, branches.strong, routing.drop, routing.slots)
         same = guidance.auto and branches.weak == branches.strong and routing.guidance_drop == routing.drop
         if same or not guidance.active(model.schedule.share(time)):
             ((prediction, routed),) = self._predict(x, time, [strong])
             return Answer(prediction, routed)
-        weak_labels = labels if guidance.auto else np.full_like(labels, model.null_label)
-        weak = self._branch(weak_labels, branches.weak, routing.guidance_drop, routing.guidance_slots)
+        if guidance.auto:
+            weak_conditions = conditions
+        elif weak_conditions is None:
+            weak_conditions = Conditions(labels=np.full(len(conditions), model.null_label))
+        weak = self._branch(weak_conditions, branches.weak, routing.guidance_drop, routing.guidance_slots)
         (prediction, routed), (low, low_routed) = self._predict(x, time, [strong, weak])
         # A variance is no direction to guide in: it is the conditional branch's, as are the channels that the model leaves out.
         guided = model.guided_channels or (model.sample_shape[0] if model.learned_variance else None)
@@ -88,22 +123,24 @@ class Denoiser:
         model = self._manifest.model
         shape = (batch, *model.sample_shape)
         x = np.zeros(shape, dtype=np.int64) if model.tokens else source.standard_normal(shape)
-        self.guided(x, time, np.zeros(batch, dtype=np.int64), Guidance(), Branches(budget, budget), self.routing())
+        conditions = Conditions.blank(self._session.graph, batch)
+        self.guided(x, time, conditions, Guidance(), Branches(budget, budget), self.routing())
 
-    def _branch(self, labels: np.ndarray, budget: Budget, drop: float, slots: Slots | None) -> Branch:
+    def _branch(self, conditions: Conditions, budget: Budget, drop: float, slots: Slots | None) -> Branch:
         if slots:
             compiled(budget, self._session.budgets, self._session.where)
-        return Branch(labels, budget, drop, slots)
+        return Branch(conditions, budget, drop, slots)
 
     def _predict(self, x: np.ndarray, time: float, branches: list[Branch]) -> list[tuple[np.ndarray, Routed | None]]:
-        """Prediction of each branch for `x`, in one run where all begin at the same budget: slots that differ would be
-        padded."""
+        """Prediction of each branch for `x`, in one run where all begin at the same budget and with texts of one length: what differs
+        would be padded."""
         budgets = [branch.first for branch in branches]
-        if len(set(budgets)) > 1:
+        if not all(branch.beside(branches[0]) for branch in branches):
             outputs = [self._run(x, time, branch, budget) for branch, budget in zip(branches, budgets, strict=True)]
         else:
-            labels, drops = (np.concatenate(parts) for parts in zip(*((b.labels, _rows(b)) for b in branches), strict=True))
-            whole = self._outputs(np.concatenate([x] * len(branches)), time, labels, drops, budgets[0])
+            conditions, *others = (branch.conditions for branch in branches)
+            drops = np.concatenate([_rows(branch) for branch in branches])
+            whole = self._outputs(np.concatenate([x] * len(branches)), time, conditions.joined(*others), drops, budgets[0])
             rows = [slice(i * len(x), (i + 1) * len(x)) for i in range(len(branches))]
             outputs = [{name: array[part] for name, array in whole.items()} for part in rows]
         return [self._whole(x, time, *each) for each in zip(branches, budgets, outputs, strict=True)]
@@ -118,7 +155,7 @@ class Denoiser:
         again = bool(short.size) and budget != branch.budget
         if again:
             rows, budget = self._runnable(short, len(x)), branch.slots.holding(int(kept.max()), branch.budget)
-            prediction[rows] = self._run(x[rows], time, replace(branch, labels=branch.labels[rows]), budget)[self._output]
+            prediction[rows] = self._run(x[rows], time, replace(branch, conditions=branch.conditions.rows(rows)), budget)[self._output]
         return prediction, Routed(tuple(kept.tolist()), budget[axis], int(again), branch.drop, outputs.get("probability"))
 
     def _runnable(self, rows: np.ndarray, size: int) -> np.ndarray:
@@ -130,24 +167,26 @@ class Denoiser:
         return rows
 
     def _run(self, x: np.ndarray, time: float, branch: Branch, budget: Budget) -> dict[str, np.ndarray]:
-        return self._outputs(x, time, branch.labels, _rows(branch), budget)
+        return self._outputs(x, time, branch.conditions, _rows(branch), budget)
 
-    def _outputs(self, x: np.ndarray, time: float, labels: np.ndarray, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
+    def _outputs(self, x: np.ndarray, time: float, conditions: Conditions, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
         """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span
         allows."""
         runs = []
         for rows in batches(self._session, len(x)):
             feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
-            feeds |= {"class_labels": labels[rows]} if self._labelled else {}
+            feeds |= {name: array for name, array in conditions.rows(rows).feeds.items() if name in self._inputs}
             runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
         return joined(runs)
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:
             return {"tokens": x.reshape(len(x), -1)}
-        return {"sample": x.astype(np.float32), "timestep": np.full(len(x), time, dtype=np.float32)}
+        packed = self._manifest.model.packed
+        sample = {"hidden_states": pack(x, packed)} if packed else {"sample": x}
+        return {name: array.astype(np.float32) for name, array in sample.items()} | {"timestep": np.full(len(x), time, dtype=np.float32)}
 
 
 def _rows(branch: Branch) -> np.ndarray:
     """A branch's drop fraction, one for each row."""
-    return np.full(len(branch.labels), branch.drop, dtype=np.float32)
+    return np.full(len(branch.conditions), branch.drop, dtype=np.float32)

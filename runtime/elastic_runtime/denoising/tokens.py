@@ -6,45 +6,68 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sessions.session import Session, batches
 
+NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of inputs that say what to draw
+
 
 @dataclass(frozen=True)
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
-    `pooled_projections` (B, P), float32."""
+    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64."""
 
-    hidden: np.ndarray
+    hidden: np.ndarray | None = None
     pooled: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @classmethod
+    def blank(cls, graph: Graph, batch: int) -> "Conditions":
+        """Zeros of what a denoiser takes, the text as long as can be."""
+        sizes = {name: span.max for name, span in graph.dimensions.items()} | {"B": batch}
+        shapes = {spec.name: [sizes[size] if isinstance(size, str) else size for size in spec.shape] for spec in graph.inputs}
+        hidden, pooled = (np.zeros(shapes[name], np.float32) if name in shapes else None for name in NAMES[:2])
+        return cls(hidden, pooled, np.zeros(batch, np.int64) if hidden is None else None)
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
         """The denoiser's inputs."""
-        pooled = {} if self.pooled is None else {"pooled_projections": self.pooled}
-        return {"encoder_hidden_states": self.hidden} | pooled
+        return {name: array for name, array in zip(NAMES, self._arrays, strict=True) if array is not None}
 
-    def rows(self, index: slice) -> "Conditions":
+    @property
+    def length(self) -> int:
+        """T, text tokens; 0 without a text."""
+        return 0 if self.hidden is None else self.hidden.shape[1]
+
+    def __len__(self) -> int:
+        return len(next(array for array in self._arrays if array is not None))
+
+    def rows(self, index: slice | np.ndarray) -> "Conditions":
         return self._each(lambda array: array[index])
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
         return self._each(lambda array: np.repeat(array, times, axis=0))
 
-    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
-        return Conditions(change(self.hidden), None if self.pooled is None else change(self.pooled))
-
     def beside(self, other: "Conditions") -> bool:
         """Whether `other` may share a run: texts of another length may not."""
-        return self.hidden.shape[1] == other.hidden.shape[1]
+        return self.length == other.length
 
-    def joined(self, other: "Conditions") -> "Conditions":
-        """These, then `other`, as rows of one run."""
-        pooled = None if self.pooled is None or other.pooled is None else np.concatenate([self.pooled, other.pooled])
-        return Conditions(np.concatenate([self.hidden, other.hidden]), pooled)
+    def joined(self, *others: "Conditions") -> "Conditions":
+        """These, then those of `others`, as rows of one run."""
+        columns = zip(self._arrays, *(other._arrays for other in others), strict=True)
+        return Conditions(*(None if column[0] is None else np.concatenate(column) for column in columns))
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        return self.hidden, self.pooled, self.labels
+
+    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
+        return Conditions(*(None if array is None else change(array) for array in self._arrays))
 
 
 class TokenDenoiser:
@@ -92,15 +115,10 @@ class TokenDenoiser:
     def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
         """Run once on `batch` samples of noise with as many tokens as `budget` says and the longest text, as an
         unguided step does."""
-        specs = {spec.name: spec.shape for spec in self._session.graph.inputs}
-        spans = self._session.graph.dimensions
-        text, wide = specs["encoder_hidden_states"][1:]
-        length = spans[text].max if isinstance(text, str) else text
-        tokens, values = budget["tokens"], int(specs["hidden_states"][-1])
-        pooled = specs.get("pooled_projections")
-        conditions = Conditions(
-            np.zeros((batch, length, int(wide)), np.float32), np.zeros((batch, int(pooled[-1])), np.float32) if pooled else None
-        )
+        graph = self._session.graph
+        tokens = budget["tokens"]
+        values = next(int(spec.shape[-1]) for spec in graph.inputs if spec.name == "hidden_states")
+        conditions = Conditions.blank(graph, batch)
         side = math.isqrt(tokens)
         x, positions = source.standard_normal((batch, tokens, values)), np.zeros((batch, tokens, 2))
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
@@ -109,7 +127,7 @@ class TokenDenoiser:
         """It takes as few runs as the session's batch span allows."""
         shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
         if self._patches.positions == "img_ids":
-            shared["txt_ids"] = text_places(conditions.hidden.shape[1], size, self._patches)
+            shared["txt_ids"] = text_places(conditions.length, size, self._patches)
         parts = []
         for rows in batches(self._session, len(x)):
             count = len(x[rows])

@@ -1,4 +1,4 @@
-"""Drawing at budgets on a model's axes, if it has any: pictures of classes or of nothing by ELIT, ELT, DC-DiT, U-ViT and HDiT."""
+"""Drawing at budgets on a model's axes, if it has any: of classes, of prompts or of nothing, by ELIT, ELT, DC-DiT, U-ViT and HDiT."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +12,13 @@ from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Fixed, Policy
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Model
 from elastic_runtime.contract.schedule import whole_steps
-from elastic_runtime.denoising.conditions import whole_labels
+from elastic_runtime.denoising.conditions import guidance_of, whole_labels
 from elastic_runtime.denoising.denoiser import Answer, Denoiser
-from elastic_runtime.denoising.guidance import Branches, Guidance
-from elastic_runtime.drawing.drawing import Drawing, Opener, finite, repeats
+from elastic_runtime.denoising.guidance import Branches
+from elastic_runtime.denoising.tokens import Conditions
+from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, finite, repeats
 from elastic_runtime.errors import UsageError
 from elastic_runtime.request import Progress, Request, StepRecord
 from elastic_runtime.sampling.fitting import sampler, start
@@ -31,36 +33,51 @@ class BudgetDrawing(Drawing):
     """A loop over the times of a sampler, whose steps have budgets."""
 
     kind = "at budgets"
-    unfit = (
+    texts = (
         "prompt", "negative_prompt", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
-        "true_cfg_scale", "height", "width", "plan", "caching",
     )  # fmt: skip
+
+    @classmethod
+    def unfit(cls, model: Model) -> Sequence[str]:
+        return (*(() if model.text else cls.texts), "true_cfg_scale", "height", "width", "plan", "caching")
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)
         interval = request.guidance_interval
         if not isinstance(interval, Sequence) or len(interval) != 2:
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")
-        scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-        self.guidance = Guidance(scale, *interval, auto=request.autoguidance)
+        led = guidance_of(self.model, request.guidance_scale, None, interval)[1]
+        self.guidance = replace(led, auto=request.autoguidance)
         if self.model.unconditional and self.guidance.scale > 1 and not self.guidance.auto:
             raise UsageError(f"{self.model.name} has no classes to lead away from: leave guidance_scale out, or give autoguidance")
         self.check_guidance("guidance_budget", "autoguidance", "guidance_drop_fraction", "guidance_interval")
         self.sampler, self._run = sampler(self.model, request.sampler, request.temperature)
         self.steps = STEPS if request.num_inference_steps is None else request.num_inference_steps
         whole_steps(self.steps)
-        self._labels = np.repeat(whole_labels(self.model, request.class_labels), repeats(request.num_images_per_prompt))
+        self._repeats = repeats(request.num_images_per_prompt)
+        if self.model.text:
+            self._conditioning = conditioning(request)
+            self._count = self._conditioning.check(bundle, self._led) * self._repeats
+        else:
+            self._strong = Conditions(labels=np.repeat(whole_labels(self.model, request.class_labels), self._repeats))
+            self._count = len(self._strong)
+        self._weak: Conditions | None = None
         self._noise = self._source()
-        self._start = start(self.model, len(self._labels), self._noise, request.noise)
+        self._start = start(self.model, self._count, self._noise, request.noise)
         self._budgets = self.policy()
 
     @property
     def count(self) -> int:
-        return len(self._labels)
+        return self._count
 
     @property
     def left(self) -> tuple[int, ...]:
         return (self._left,) if self._left else ()
+
+    @property
+    def _led(self) -> bool:
+        """Whether guidance leads away from a text of its own."""
+        return self.guidance.scale > 1 and not self.guidance.auto
 
     def policy(self) -> Policy:
         """Budgets that are given are fixed; a policy may get its weak branch from the request."""
@@ -76,12 +93,17 @@ class BudgetDrawing(Drawing):
         raise UsageError("give the policy its guidance_budget, not the pipeline")
 
     def prepare(self, open_graph: Opener) -> None:
+        """Text encoders, where there are any, are read one after the other and before the denoiser is opened."""
+        if self.model.text:
+            strong, weak = self._conditioning.conditions(self.bundle, open_graph, self._led)
+            self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
         self._denoiser = Denoiser(open_graph("denoiser"), self.bundle.manifest)
         self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
         self._gauge = gauge
-        return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes)
+        apart = self._weak is not None and not self._strong.beside(self._weak)
+        return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes, apart)
 
     def begin(self, choice: Choice) -> None:
         self._check(choice)
@@ -101,7 +123,7 @@ class BudgetDrawing(Drawing):
     def _predict(self, x: np.ndarray, time: float, index: int) -> np.ndarray:
         self._guided = self._guided or self.guidance.active(self.model.schedule.share(time))
         branches = Branches(self._choice.budget, self._choice.guidance_budget)
-        answer = self._denoiser.guided(x, time, self._labels, self.guidance, branches, self._routing)
+        answer = self._denoiser.guided(x, time, self._strong, self.guidance, branches, self._routing, self._weak)
         self._routing = self._routing.after(answer.routed, answer.guidance_routed)
         self._answers.append(answer)
         if self.model.tokens:  # whose state is whole numbers, whatever was predicted

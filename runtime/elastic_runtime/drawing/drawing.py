@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Model
+from elastic_runtime.denoising.conditions import Conditioning
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.ralu.plan import Plan
@@ -34,12 +37,11 @@ class Drawing(ABC):
     guidance: Guidance
     plan: Plan | None = None
     kind: str  # how this kind of model draws, in words
-    unfit: Sequence[str]  # fields of a request that it does not take
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         self.bundle, self.request, self.model = bundle, request, bundle.manifest.model
         default = Request()
-        for name in self.unfit:
+        for name in self.unfit(self.model):
             if _given(getattr(request, name), getattr(default, name)):
                 raise UsageError(f"{name} does not fit {self.model.name}, which draws {self.kind}")
         for name in ("budget", "guidance_budget"):
@@ -50,6 +52,11 @@ class Drawing(ABC):
             raise UsageError(f"policy is one of the policies, such as Auto() or Deadline(0.5), got {policy!r}")
         self._generator = generator
         self.seeds: tuple[int, ...] | None = None
+
+    @classmethod
+    @abstractmethod
+    def unfit(cls, model: Model) -> Sequence[str]:
+        """Fields of a request that are not for `model`."""
 
     @property
     @abstractmethod
@@ -128,6 +135,11 @@ def finite(values: np.ndarray, index: int) -> None:
     """Raise InferenceError unless what step `index` gave is finite."""
     if not np.isfinite(values).all():
         raise InferenceError(f"step {index} gave values that are not finite; try --precision fp32, and verify the bundle")
+
+
+def conditioning(request: Request) -> Conditioning:
+    """What a request says is to be drawn."""
+    return Conditioning(**{field.name: getattr(request, field.name) for field in fields(Conditioning)})
 
 
 def repeats(count: Any) -> int:

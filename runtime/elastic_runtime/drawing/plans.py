@@ -1,6 +1,7 @@
 """Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
 2507.08422)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,11 @@ from elastic_runtime.choosing.plans import PlanOutlook
 from elastic_runtime.choosing.policy import Fixed, Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.manifest import Patches, plan_label
-from elastic_runtime.denoising.conditions import Conditioning, guidance_of
+from elastic_runtime.contract.manifest import Model, Patches, plan_label
+from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.denoising.pictures import drawable, obstacle, sides, values
 from elastic_runtime.denoising.tokens import TokenDenoiser
-from elastic_runtime.drawing.drawing import Drawing, Opener, repeats
+from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
@@ -36,9 +37,10 @@ class PlanDrawing(Drawing):
     """A loop over the stages of a plan; `size` is (rows, columns) of full-resolution tokens."""
 
     kind = "along a plan"
-    unfit = (
-        "budget", "guidance_budget", "drop_fraction", "guidance_drop_fraction", "autoguidance", "sampler", "temperature",
-    )  # fmt: skip
+
+    @classmethod
+    def unfit(cls, model: Model) -> Sequence[str]:
+        return "budget", "guidance_budget", "drop_fraction", "guidance_drop_fraction", "autoguidance", "sampler", "temperature"
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)
@@ -63,15 +65,7 @@ class PlanDrawing(Drawing):
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
             )
         self._repeats = repeats(request.num_images_per_prompt)
-        self._conditioning = Conditioning(
-            request.prompt,
-            request.negative_prompt,
-            request.prompt_embeds,
-            request.pooled_prompt_embeds,
-            request.negative_prompt_embeds,
-            request.negative_pooled_prompt_embeds,
-            request.class_labels,
-        )
+        self._conditioning = conditioning(request)
         self._count = self._conditioning.check(bundle, self.guidance.scale > 1) * self._repeats
         self._noise = self._source()
         shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))

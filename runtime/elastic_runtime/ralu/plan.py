@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from elastic_runtime.contract.manifest import OWN_STEPS
-from elastic_runtime.contract.schedule import is_number, whole_steps
+from elastic_runtime.contract.schedule import is_number, onward, spaced, whole_steps
 from elastic_runtime.errors import UsageError
 
 STAGES = 3
@@ -46,9 +44,7 @@ class Stage:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
         if sigma is None:
             return sigmas(self.start, self.end, steps, self.shift, self.least, self.terminal)
-        # What is left of a stretched schedule is no stretched one: it ends at the same sigma, evenly.
-        least = self.least if self.terminal is None else _unshifted(self.terminal, self.shift)
-        return sigma, *sigmas(1.0 - sigma, self.end, steps, self.shift, least)[1:]
+        return tuple(float(s) for s in onward(sigma, 1 - self.end, steps, self.shift, self.least, self.terminal))
 
 
 @dataclass(frozen=True)
@@ -189,21 +185,8 @@ def restart(end: float, z: float) -> tuple[float, float, float]:
 def sigmas(
     start: float, end: float, steps: int, shift: float, least: float | None = None, terminal: float | None = None
 ) -> tuple[float, ...]:
-    """The `steps + 1` sigmas from time `start` to time `end`, falling: even before the map `s -> h s / (1 + (h - 1)
-    s)`, all of them or, where `least` says it, all but the last, down to it; then stretched so that the last but one is
-    `terminal`."""
-    high, low = _unshifted(1 - start, shift), _unshifted(1 - end, shift)
-    own = least is not None and low < least < high
-    even = np.append(np.linspace(high, least, steps), low) if own else np.linspace(high, low, steps + 1)  # type: ignore[arg-type]
-    visited = shift * even / (1 + (shift - 1) * even)
-    if terminal is not None and steps > 1:
-        visited[:-1] = 1 - (1 - visited[:-1]) * (1 - terminal) / (1 - visited[-2])
-    return tuple(float(s) for s in visited)
-
-
-def _unshifted(sigma: float, shift: float) -> float:
-    """Inverse of the map in `sigmas`."""
-    return sigma / (shift - (shift - 1) * sigma)
+    """The `steps + 1` sigmas from time `start` to time `end`, falling: see `schedule.spaced`."""
+    return tuple(float(s) for s in spaced(1 - start, 1 - end, steps, shift, least, terminal))
 
 
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:

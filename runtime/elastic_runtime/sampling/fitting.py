@@ -18,7 +18,8 @@ from elastic_runtime.contract.schedule import (
 )
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sampling.diffusion import ddim, ddpm, heun, preconditioned
-from elastic_runtime.sampling.flow import SAMPLERS, SDE_LEAST, Loop, Predict, sde_times
+from elastic_runtime.sampling.flow import EVEN, SAMPLERS, SDE_LEAST, Loop, Predict, euler, sde, sde_times
+from elastic_runtime.sampling.flow import heun as flow_heun
 from elastic_runtime.sampling.masking import TEMPERATURE, maskgit
 from elastic_runtime.sampling.multistep import ORDERS, History, dpm_2m, flow_adams, path_adams
 from elastic_runtime.sampling.noise import initial
@@ -59,6 +60,8 @@ def sampler(model: Model, name: str | None = None, temperature: float | None = N
     Raises: UsageError for a sampler that does not fit the schedule, or a temperature that the sampler does not take.
     """
     offered = OFFERED[type(model.schedule)]
+    if isinstance(model.schedule, RectifiedFlow) and model.schedule != EVEN:
+        offered = tuple(each for each in offered if each != "sde")  # which has times of its own
     name = offered[0] if name is None else name
     if name not in offered:
         every = sorted({each for names in OFFERED.values() for each in names})
@@ -115,10 +118,13 @@ def _run(model: Model, name: str, temperature: float | None) -> Run:
     if isinstance(schedule, RectifiedFlow):
         if name in ORDERS:
             return lambda predict, start, steps, source, begin=None, history=None: flow_adams(
-                ORDERS[name], predict, start, steps, 1.0 if begin is None else begin, history
+                ORDERS[name], predict, start, steps, 1.0 if begin is None else begin, history, schedule
             )
-        return lambda predict, start, steps, source, begin=None, history=None: SAMPLERS[name](
-            predict, start, steps, source.standard_normal, *(() if begin is None else (begin,))
+        if name == "sde":  # which never begins midway
+            return lambda predict, start, steps, source, begin=None, history=None: sde(predict, start, steps, source.standard_normal)
+        flow = {"euler": euler, "heun": flow_heun}[name]
+        return lambda predict, start, steps, source, begin=None, history=None: flow(
+            predict, start, steps, source.standard_normal, 1.0 if begin is None else begin, schedule
         )
     about: tuple[str, float | None, bool] = (model.prediction, 1.0 if model.pixels else None, model.learned_variance)
     if isinstance(schedule, Edm):  # whose pictures nobody bounds

@@ -15,6 +15,7 @@ from elastic_runtime.contract.schedule import RectifiedFlow, whole_steps
 from elastic_runtime.errors import UsageError
 
 SDE_LEAST = 2  # steps: one of them without noise
+EVEN = RectifiedFlow()
 
 # predict(x, t, index): the model's prediction for x (B, C, H, W) at time t in step `index`, float64; here it is the velocity
 Predict = Callable[[np.ndarray, float, int], np.ndarray]
@@ -51,17 +52,21 @@ def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
     return np.asarray(replacement, dtype=step.sample.dtype)
 
 
-def euler(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
-    """Euler's method on `steps + 1` uniform times from `begin`; one evaluation a step."""
-    x, times = noise.astype(np.float64), RectifiedFlow().times(steps, begin)
+def euler(
+    velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0, schedule: RectifiedFlow = EVEN
+) -> Loop:
+    """Euler's method on the `steps + 1` times of `schedule` from `begin`; one evaluation a step."""
+    x, times = noise.astype(np.float64), schedule.times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
         step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
         x = after(step, (yield step))
 
 
-def heun(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0) -> Loop:
+def heun(
+    velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = None, begin: float = 1.0, schedule: RectifiedFlow = EVEN
+) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
-    times = RectifiedFlow().times(steps, begin)
+    times = schedule.times(steps, begin)
     return corrected(lambda x, t, i: (velocity(x, t, i), None), noise, times, times, np.ones(len(times)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from elastic_runtime.contract.schedule import Path, RectifiedFlow
 from elastic_runtime.sampling.diffusion import split
-from elastic_runtime.sampling.flow import Loop, Predict, Slope, Step, after
+from elastic_runtime.sampling.flow import EVEN, Loop, Predict, Slope, Step, after
 
 ORDERS = {"ab2": 2, "ab3": 3}
 
@@ -47,9 +47,12 @@ def weights(places: np.ndarray, low: float, high: float) -> np.ndarray:
     return integral
 
 
-def flow_adams(order: int, velocity: Predict, noise: np.ndarray, steps: int, begin: float = 1.0, history: History | None = None) -> Loop:
+def flow_adams(
+    order: int, velocity: Predict, noise: np.ndarray, steps: int, begin: float = 1.0, history: History | None = None,
+    schedule: RectifiedFlow = EVEN,
+) -> Loop:  # fmt: skip
     """Adams-Bashforth of `order` for rectified flow, whose state changes by the velocity as time goes."""
-    times = RectifiedFlow().times(steps, begin)
+    times = schedule.times(steps, begin)
     return _adams(order, lambda x, t, i: (velocity(x, t, i), None), noise, times, times, history or History())
 
 

@@ -10,9 +10,11 @@ from elastic_runtime import Budget, BudgetError, Guidance, Span, UsageError
 from elastic_runtime.denoising.denoiser import Denoiser
 from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.router import Routing
+from elastic_runtime.denoising.tokens import Conditions
 
 X = np.random.default_rng(0).standard_normal((2, 4, 8, 8))
 LABELS = np.array([3, 5])
+CONDITIONS = Conditions(labels=LABELS)
 FULL, LOW = Budget(latents=64), Budget(latents=4)
 
 
@@ -23,7 +25,8 @@ def by_label_and_budget(x: np.ndarray, t: np.ndarray, labels: np.ndarray, kept: 
 
 def guided(guidance: Guidance, branches: Branches, time: float = 0.5, batch: Span = Span(1, 4)) -> tuple[np.ndarray, list[Any]]:  # noqa: B008
     fake = session(by_label_and_budget, batch=batch)
-    return Denoiser(fake, manifest(batch=batch)).guided(X, time, LABELS, guidance, branches, Routing()).prediction[:, 0, 0, 0], fake.calls
+    answer = Denoiser(fake, manifest(batch=batch)).guided(X, time, CONDITIONS, guidance, branches, Routing())
+    return answer.prediction[:, 0, 0, 0], fake.calls
 
 
 def test_without_guidance_there_is_one_run_at_the_budget() -> None:
@@ -65,7 +68,8 @@ def test_batches_are_split_by_the_graphs_span_and_come_back_in_order(size: int, 
     batch = Span(1, most)
     fake = session(by_label_and_budget, batch=batch)
     x, labels = np.zeros((size, 4, 8, 8)), np.arange(size) % NULL
-    value = Denoiser(fake, manifest(batch=batch)).guided(x, 0.0, labels, Guidance(), Branches(FULL, FULL), Routing()).prediction
+    conditions = Conditions(labels=labels)
+    value = Denoiser(fake, manifest(batch=batch)).guided(x, 0.0, conditions, Guidance(), Branches(FULL, FULL), Routing()).prediction
     np.testing.assert_allclose(value[:, 0, 0, 0], labels + 1600)
     assert max(call["sample"][0] for call in fake.calls) <= most
     assert len(fake.calls) == -(-size // most)

@@ -11,6 +11,7 @@ from elastic_runtime import Budget, ElasticPipeline, FakeSession, Guidance, Usag
 from elastic_runtime.denoising.denoiser import Denoiser
 from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.router import Routing
+from elastic_runtime.denoising.tokens import Conditions
 
 ALL = Budget(tokens=LENGTH)
 
@@ -49,9 +50,8 @@ def test_a_model_without_a_router_drops_nothing() -> None:
 
 def test_other_families_say_nothing_about_routers() -> None:
     fake = session(lambda x, t, labels, kept: 0 * x)
-    answer = Denoiser(fake, manifest()).guided(
-        np.zeros((1, 4, 8, 8)), 0.5, np.array([1]), Guidance(), Branches(Budget(latents=64), Budget(latents=64)), Routing()
-    )
+    x, both = np.zeros((1, 4, 8, 8)), Branches(Budget(latents=64), Budget(latents=64))
+    answer = Denoiser(fake, manifest()).guided(x, 0.5, Conditions(labels=np.array([1])), Guidance(), both, Routing())
     assert (answer.routed, answer.guidance_routed) == (None, None)
 
 
@@ -69,8 +69,8 @@ def test_guidance_acts_on_the_first_channels_and_leaves_the_variance(channels: i
         }
 
     denoiser = Denoiser(FakeSession(graph(channels), run), described(channels, guided_channels=guided))
-    x = np.zeros((1, channels, 8, 8))
-    got = denoiser.guided(x, 500.0, np.array([2]), Guidance(1.25), Branches(ALL, ALL), denoiser.routing()).prediction[0, :, 0, 0]
+    x, conditions = np.zeros((1, channels, 8, 8)), Conditions(labels=np.array([2]))
+    got = denoiser.guided(x, 500.0, conditions, Guidance(1.25), Branches(ALL, ALL), denoiser.routing()).prediction[0, :, 0, 0]
     first = channels if guided is None else guided
     np.testing.assert_allclose(got, [3.75] * first + [3.0] * (2 * channels - first))
 
@@ -84,7 +84,8 @@ def test_autoguidance_may_differ_by_what_it_drops() -> None:
     assert len(fake.calls) == 3  # the first guess did not hold 40
     denoiser = Denoiser(fake, described())
     both = Branches(ALL, ALL)
-    answer = denoiser.guided(np.zeros((1, 1, 8, 8)), 9.0, np.array([1]), Guidance(2.0, auto=True), both, denoiser.routing(0.3, 0.3))
+    x, conditions = np.zeros((1, 1, 8, 8)), Conditions(labels=np.array([1]))
+    answer = denoiser.guided(x, 9.0, conditions, Guidance(2.0, auto=True), both, denoiser.routing(0.3, 0.3))
     assert answer.guidance_routed is None
 
 

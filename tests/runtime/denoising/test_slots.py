@@ -15,6 +15,7 @@ from elastic_runtime.contract.schedule import LinearBeta
 from elastic_runtime.denoising.denoiser import Denoiser
 from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.router import Routing, Slots, buckets, kept_set
+from elastic_runtime.denoising.tokens import Conditions
 
 ALL = Budget(tokens=LENGTH)
 COUNTS = st.integers(2, LENGTH)
@@ -70,8 +71,8 @@ def test_branches_with_caps_of_their_own_answer_as_if_run_at_their_caps(counts: 
     x, labels = np.random.default_rng(1).standard_normal((3, 1, 8, 8)), np.array([0, 4, 8])
     routing = denoiser.routing(0.1, drop)
     for time in LinearBeta().times(len(counts))[:-1]:
-        sized = denoiser.guided(x, time, labels, Guidance(2.5), choice, routing)
-        at_caps = denoiser.guided(x, time, labels, Guidance(2.5), choice, Routing(0.1, drop))
+        sized = denoiser.guided(x, time, Conditions(labels=labels), Guidance(2.5), choice, routing)
+        at_caps = denoiser.guided(x, time, Conditions(labels=labels), Guidance(2.5), choice, Routing(0.1, drop))
         np.testing.assert_array_equal(sized.prediction, at_caps.prediction)
         assert at_caps.routed is None
         assert sized.routed.slots <= cap

@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="the folders' encoders are transforme
 import folders
 
 from elastic_export.capture.folders import capture_folder
+from elastic_export.sides import Sides
 from elastic_runtime import Budget, BudgetError, Span
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
@@ -51,6 +52,16 @@ def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowere
 def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[..., Any], lowered: Lowered, error: Error, shapes: str) -> None:
     graph = graphs(folders.qwen_image())[0]
     points = [Budget(tokens=count, T=text) for count, text in ((16, 5), (28, 5))]
+    options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
+    _, session = lowered(graph, precision="fp32", **options)
+    assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+@pytest.mark.parametrize("shapes", ["functions", "range"])
+def test_elit_on_qwen_image_keeps_its_text_whole(golden: Path, lowered: Lowered, error: Error, shapes: str) -> None:
+    graph = capture_folder(golden / "elit-qwen-image-a", None, Sides(16, 24), Span(1, 2), max_sequence_length=7).graphs[0]
+    assert [point["latents"] for point in budgets(graph, CoremlOptions())] == [6, 12, 24, 48, 96]
+    points = [Budget(latents=count, T=text) for count, text in ((18, 5), (96, 5))]
     options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
     _, session = lowered(graph, precision="fp32", **options)
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance

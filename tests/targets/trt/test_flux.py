@@ -13,6 +13,7 @@ import folders
 
 from elastic_export.capture.folders import capture_folder
 from elastic_export.exporting import export_bundle, export_capture
+from elastic_export.sides import Sides
 from elastic_runtime import Span
 from elastic_runtime.contract.artifacts import Range, TrtArtifact
 from elastic_targets import target
@@ -41,3 +42,12 @@ def test_a_qwen_image_denoiser_builds(room: ModuleType, tmp_path: Path) -> None:
     (engine,) = (artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact))
     assert engine.profiles[0].dimensions["S"] == Range(16, 64, 64)
     assert engine.network.attentions == 2
+
+
+def test_elit_on_qwen_image_builds(room: ModuleType, golden: Path, tmp_path: Path) -> None:
+    captured = capture_folder(golden / "elit-qwen-image-a", None, Sides(16, 24), Span(1, 2))
+    bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f")
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets=room.read_buckets("24,96", bundle.manifest.axes)))
+    (engine,) = (artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact))
+    assert [profile.dimensions["J"] for profile in engine.profiles] == [Range(1, 4, 4), Range(5, 16, 16)]
+    assert engine.network.attentions == 6  # of four blocks, Read and Write
