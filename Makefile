@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel gpu-check ort-gpu-check gpu-kit mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -46,15 +46,27 @@ lint: .venv/.dev
 check: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# The wheel by itself, away from the sources: torch-free tests and --help in an empty environment.
+# The wheel by itself, away from the sources: torch-free tests and --help in an empty environment of each Python that is here. Devices
+# have other ones than the exporter asks for: a Jetson's JetPack 6 has 3.10.
+INTERPRETERS ?= 3.10 3.11 3.12 3.13
+wheel: export PYENV_VERSION = $(shell pyenv versions --bare 2>/dev/null | paste -sd:)
 wheel: .venv/.dev
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --wheel --outdir build/wheel
-	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		"$$(ls build/wheel/*.whl)" onnxruntime pytest hypothesis
 	cp -r tests pyproject.toml build/wheel/
-	cd build/wheel && venv/bin/elastic-export --help >/dev/null && venv/bin/pytest tests/runtime tests/house
+	for version in $(INTERPRETERS); do \
+		if ! python$$version -c '' 2>/dev/null; then echo "python$$version is not here: the wheel is not tried with it"; continue; fi; \
+		echo "the wheel with Python $$version"; \
+		$(MAKE) --no-print-directory wheel-with VERSION=$$version || exit 1; \
+	done
+
+wheel-with:
+	python$(VERSION) -m venv build/wheel/$(VERSION)
+	build/wheel/$(VERSION)/bin/pip install --quiet --disable-pip-version-check \
+		$(if $(filter 3.10,$(VERSION)),,--constraint constraints.txt) \
+		"$$(ls build/wheel/*.whl)" onnxruntime pytest pytest-xdist hypothesis
+	cd build/wheel && $(VERSION)/bin/elastic-export --help >/dev/null && \
+		OMP_NUM_THREADS=1 $(VERSION)/bin/pytest --quiet -n 2 --dist loadfile tests/runtime tests/house
 
 # On a machine with an NVIDIA GPU (BUILDER=trt on a Jetson or a data-centre GPU): the sample's engine against ONNX Runtime.
 BUILDER ?= rtx

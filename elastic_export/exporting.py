@@ -195,7 +195,7 @@ def versions() -> dict[str, str]:
 
 def _manifest(capture: "Capture", command: str) -> Manifest:
     """The capture's manifest, with what is known when it is exported."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     provenance = msgspec.structs.replace(capture.manifest.provenance, command=command, created=created, versions=versions())
     return msgspec.structs.replace(capture.manifest, provenance=provenance)
 

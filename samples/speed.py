@@ -31,9 +31,9 @@ def table(report: Report, bundle: BundleReport) -> str:
         "|---:|" + "---:|" * (len(names) + 3),
     ]
     for values in dict.fromkeys(tuple(each.row.budget.values()) for each in found):
-        here = [rows[name, *values] for name in names if (name, *values) in rows]
+        here = [rows[(name, *values)] for name in names if (name, *values) in rows]
         best = min(here, key=lambda each: each.row.step.p50)
-        times = [f"{1e3 * rows[name, *values].row.step.p50:.2f}" if (name, *values) in rows else "-" for name in names]
+        times = [f"{1e3 * rows[(name, *values)].row.step.p50:.2f}" if (name, *values) in rows else "-" for name in names]
         flops = "-" if best.flop_share is None else f"{best.flop_share:.0%}"
         drawn = [each.picture for each in here if each.picture]
         picture = f"{1e3 * min(drawn):.0f}" if drawn else "-"

@@ -53,7 +53,7 @@ def bench(
     found = [measure(bundle, asked, budgets, settings, start, on_stage) for bundle, budgets, asked in wanted]
     return Report(
         schema_version=SCHEMA_VERSION,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         machine=machine(),
         peaks=most,

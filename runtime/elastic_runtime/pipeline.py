@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -32,6 +32,9 @@ from elastic_runtime.sampling.flow import after
 from elastic_runtime.sampling.noise import Generators
 from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
 from elastic_runtime.sessions.session import Session
+
+if TYPE_CHECKING:
+    from typing import Self  # since Python 3.11
 
 # callback(pipe, step_index, timestep, {"latents": state, ...}) -> a dict that may hold other "latents"
 Callback = Callable[["ElasticPipeline", int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -63,7 +66,7 @@ class ElasticPipeline:
         precisions: Sequence[str] | str = (),
         floor: float = FLOOR,
         **options: Any,
-    ) -> Self:
+    ) -> "Self":
         """Open a bundle folder; `backend` and its `options` (ONNX Runtime: providers, threads, spinning) are optional.
 
         Where neither is given and several artifacts or backends can run here, they are timed once, and the fastest is
@@ -105,7 +108,7 @@ class ElasticPipeline:
     def __repr__(self) -> str:
         return f"ElasticPipeline.from_pretrained({str(self.bundle.folder)!r})"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

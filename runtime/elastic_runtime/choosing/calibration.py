@@ -118,7 +118,7 @@ def calibrate(who: Identity, measure: Callable[[], Measured]) -> Calibration:
     if kept := load(who):
         return kept
     measured = measure()
-    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     calibration = Calibration(
         version=VERSION, identity=who, made=made, points=measured.points, finish=measured.finish, preview=measured.preview
     )

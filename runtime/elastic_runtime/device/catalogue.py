@@ -1,11 +1,11 @@
 """Peak figures of the device that was found: from `devices.toml` where it is listed, else estimated, and which of both."""
 
 import re
-import tomllib
 from importlib.resources import files
 from typing import Literal
 
 import msgspec
+import msgspec.toml
 
 from elastic_runtime.contract.precision import EXACT, HALF, RATES
 from elastic_runtime.device.record import Cpu, Device, Gpu, Processor
@@ -65,7 +65,7 @@ class Peak(msgspec.Struct, frozen=True, kw_only=True):
 def catalogue() -> tuple[Entry, ...]:
     """Every listed device."""
     text = files("elastic_runtime.device").joinpath("devices.toml").read_text(encoding="utf-8")
-    return tuple(msgspec.convert(row, Entry) for row in tomllib.loads(text)["device"])
+    return msgspec.toml.decode(text, type=dict[str, tuple[Entry, ...]])["device"]
 
 
 def matched(device: Device) -> Entry | None:

@@ -6,7 +6,7 @@ these to itself, so here it is the network's output that is extrapolated, in sig
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Caching:
             raise UsageError(f"caching has order 0 (reuse) or 1 (extrapolate), got {self.order!r}")
 
     @classmethod
-    def every(cls, plan: Plan, interval: int, order: Literal[0, 1] = 1) -> Self:
+    def every(cls, plan: Plan, interval: int, order: Literal[0, 1] = 1) -> "Caching":
         """Run the network on the first `order + 1` steps of each stage and then on every `interval`-th.
 
         Raises: UsageError for something else than a plan (`ralu.plan.PRESETS` has the named ones), or an interval below 2.

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.precision import PRECISIONS, rank
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, InferenceError
+
+if TYPE_CHECKING:
+    from typing import Self  # since Python 3.11
 
 Arrays = Mapping[str, np.ndarray]
 DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}  # a dtype's own name is slow to ask for
@@ -83,7 +86,7 @@ class Session(ABC):
     def close(self) -> None:
         """Release the backend's memory; running afterwards is an error."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
