@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -86,6 +86,11 @@ ort-gpu-check: .venv/.base
 gpu-kit: .venv/.base
 	$(INSTALL) --editable '.[torch,ort]'
 	PYTHON=$(BIN)/python bash samples/checks/gpu/pack.sh
+
+# Which wheels the runtime would be installed from on devices that are not here, as the package index has them.
+platforms: .venv/.base
+	$(INSTALL) packaging
+	$(BIN)/python samples/platforms.py
 
 # On a Mac: the sample's package on each compute unit, against the recorded outputs of the original.
 mac-check: .venv/.base

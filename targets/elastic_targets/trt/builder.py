@@ -74,7 +74,7 @@ def choose(name: str, sms: tuple[int, ...]) -> Builder:
     if len(problems) == 1:
         raise problems[0]
     usage = [problem for problem in problems if isinstance(problem, UsageError)]
-    raise (UsageError if usage else MissingError)(" ".join(str(problem) for problem in usage or problems))
+    raise (UsageError if usage else MissingError)(". ".join(str(problem).rstrip(".") for problem in usage or problems))
 
 
 def _list(sms: tuple[int, ...] | list[int]) -> str:
