@@ -10,11 +10,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import tomllib
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +67,8 @@ def versions(platform: Platform) -> dict[str, str]:
         report = Path(folder) / "report.json"
         command = [
             sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run", "--ignore-installed",
-            "--only-binary=:all:", "--implementation", "cp", "--python-version", platform.python, "--target", folder, "--report", str(report),
+            "--only-binary=:all:", "--implementation", "cp", "--python-version", platform.python, "--target", folder,
+            "--report", str(report),
             *(word for tag in platform.tags for word in ("--platform", tag)), *requirements(platform.extra, platform.python),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,6 +1,8 @@
 """doctor, devices, and generate where it chooses the budget."""
 
+import getpass
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +115,30 @@ def test_goals_that_cannot_be_kept_draw_nothing(
     assert done.code == code
     assert message in " ".join(done.err.replace("│", " ").split())
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_report_holds_what_ran_and_nothing_private(run: Run, digits: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = run("doctor", digits, "--report", report)
+    assert done.code == 0, done.err
+    text = report.read_text()
+    told = json.loads(text)
+    assert told["schema"] == "elastic-export/doctor-report/1"
+    ran = [row for row in told["trials"] if not row.get("reason")]
+    assert {row["way"] for row in ran} >= {"onnxruntime"}
+    assert all(row["passed"] and row["milliseconds"] > 0 and row["max_abs"] <= row["tolerance"] for row in ran)
+    assert "what ran here" in done.out
+    for private in (str(digits), str(tmp_path), str(Path.home()), platform.node(), getpass.getuser()):
+        assert private not in text or len(private) < 5, private
+    assert "add --report" in run("doctor", digits).err
+    assert "exists: choose another name" in run("doctor", digits, "--report", report).err
+
+
+def test_a_report_of_an_artifact_that_misses_its_original(run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from elastic_runtime.sessions import ort
+
+    right = ort.OrtSession._run
+    monkeypatch.setattr(ort.OrtSession, "_run", lambda self, feeds: {name: 1.01 * array for name, array in right(self, feeds).items()})
+    done = run("doctor", digits, "--report", tmp_path / "report.json")
+    assert done.code == 1
+    assert "FAILS" in done.out

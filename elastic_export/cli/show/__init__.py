@@ -47,8 +47,12 @@ def line(message: str) -> None:
 
 def as_json(command: str, content: dict[str, Any]) -> None:
     """A result for programs: `schema` names the command and the version of its form."""
-    document = {"schema": f"elastic-export/{command}/{JSON_SCHEMA}"} | _plain(content)
-    sys.stdout.write(json.dumps(msgspec.to_builtins(document), indent=2) + "\n")
+    sys.stdout.write(document(command, content))
+
+
+def document(command: str, content: dict[str, Any]) -> str:
+    facts = {"schema": f"elastic-export/{command}/{JSON_SCHEMA}"} | _plain(content)
+    return json.dumps(msgspec.to_builtins(facts), indent=2) + "\n"
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """What `doctor` and `devices` print."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from elastic_bench.trials import Trial
 from elastic_export.cli.show import line, note, table
 from elastic_runtime.device import Device, Entry, Peak
 
@@ -34,6 +35,17 @@ def device(found: Device, peaks: Mapping[str, Peak], runtimes: Mapping[str, str]
     line(f"calibrations: {calibrations}")
     for each in (*found.notes, *todo):
         note(each)
+
+
+def trials(rows: Sequence[Trial]) -> None:
+    """What ran here, a row a budget, and why the rest did not."""
+    cells = []
+    for row in (row for row in rows if not row.reason):
+        figures = (f"{row.max_abs:.1e}", f"{row.tolerance:.0e}", f"{row.milliseconds:.2f}", "ok" if row.passed else "FAILS")
+        cells.append((row.graph, row.precision, row.where, row.budget, *figures))
+    table("what ran here", ("graph", "precision", "on", "budget", "max abs", "tolerance", "ms a run", ""), cells)
+    for way, reason in dict.fromkeys((row.way, row.reason) for row in rows if row.reason):
+        note(f"not run with {way}: {reason}")
 
 
 def devices(entries: Iterable[Entry], here: str | None, forecasts: Mapping[str, Mapping[str, Any]]) -> None:

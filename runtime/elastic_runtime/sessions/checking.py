@@ -5,10 +5,29 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from elastic_runtime.contract.artifacts import Verification
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import axis_feeds, compare, cut, unpack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.session import Session, batches
+
+Feeds = dict[str, np.ndarray]
+
+
+def recordings(
+    bundle: Bundle, graph: str, session: Session, arrays: Mapping[str, np.ndarray] | None = None
+) -> Iterator[tuple[Budget, Feeds, Feeds]]:
+    """Every recorded budget that `session` offers, what the original was fed there, and what it answered.
+
+    Raises: BundleError if the recording lacks a budget that the session was compiled for.
+    """
+    feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
+    if missing := [budget for budget in session.budgets or () if budget not in outputs]:
+        raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
+    for budget, recorded in outputs.items():
+        if session.budgets is None or budget in session.budgets:
+            axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
+            yield budget, cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget), recorded
 
 
 def check(
@@ -16,17 +35,10 @@ def check(
 ) -> Iterator[Verification]:
     """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts.
 
-    Raises: BundleError if the recording lacks a budget that the session was compiled for.
+    Raises: as `recordings`.
     """
-    feeds, outputs = unpack(graph, arrays if arrays is not None else bundle.reference())
-    if missing := [budget for budget in session.budgets or () if budget not in outputs]:
-        raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
     batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
-    for budget, recorded in outputs.items():
-        if session.budgets is not None and budget not in session.budgets:
-            continue
-        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
-        inputs = cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)
+    for budget, inputs, recorded in recordings(bundle, graph, session, arrays):
         runs = [session.run(inputs | {name: inputs[name][rows] for name in batched}) for rows in batches(session, len(inputs[batched[0]]))]
         got = {name: np.concatenate([run[name] for run in runs]) for name in recorded}
         for name, array in recorded.items():

@@ -1,0 +1,92 @@
+"""Every way that this machine has to run a bundle, proven and timed once: what a device check sends back."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from elastic_runtime.contract.artifacts import Artifact, Verification
+from elastic_runtime.contract.budget import key
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.precision import EXACT, rank, tolerance
+from elastic_runtime.device import Clock
+from elastic_runtime.errors import ElasticError
+from elastic_runtime.sessions.backend import Backend, Way
+from elastic_runtime.sessions.checking import check, recordings
+from elastic_runtime.sessions.opening import backends, open_artifact
+from elastic_runtime.sessions.session import Session
+
+RUNS = 7  # timed ones, after two that a backend may prepare or capture in
+WARM = 2
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One budget of one artifact in one way, or the `reason` why it did not run. `milliseconds` are the median of a run of one sample."""
+
+    graph: str
+    artifact: str
+    precision: str
+    way: str
+    where: str = ""
+    budget: str = ""
+    max_abs: float | None = None
+    tolerance: float | None = None
+    passed: bool | None = None
+    milliseconds: float | None = None
+    reason: str = ""
+
+
+def trials(bundle: Bundle, clock: Clock = time.perf_counter) -> Iterator[Trial]:
+    """A row for each budget that the original recorded, of each artifact, in each way of each backend that opens its kind.
+
+    Paths are the bundle's own; a reason says what the library said.
+    """
+    for name, graph in bundle.manifest.graphs.items():
+        for artifact in graph.artifacts:
+            for record in (record for record in backends() if artifact.target in record.opens):
+                for way, how in record.ways.items():
+                    if how.precision and artifact.rank != rank(EXACT):  # less than float32 is computed of float32's weights alone
+                        continue
+                    yield from _tried(bundle, name, artifact, record, way, how, clock)
+
+
+def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way: str, how: Way, clock: Clock) -> Iterator[Trial]:
+    about: dict[str, Any] = {"graph": graph, "artifact": artifact.path, "precision": how.precision or artifact.precision, "way": way}
+    if reason := record.obstacle(artifact):
+        yield Trial(**about, reason=reason)
+        return
+    limit = tolerance(how.precision) if how.precision else bundle.manifest.graphs[graph].tolerance(artifact)
+    try:
+        with open_artifact(bundle, graph, artifact, record.name, **how.options) as session:
+            rows = list(check(bundle, graph, session, limit))
+            times = dict(_times(bundle, graph, session, clock))
+            yield from (_trial(about, row, times[key(row.budget)]) for row in rows)
+    except ElasticError as error:
+        yield Trial(**about, reason=str(error).replace(str(bundle.folder), "BUNDLE"))
+
+
+def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:
+    facts: dict[str, Any] = {
+        "where": row.where,
+        "budget": key(row.budget),
+        "max_abs": row.max_abs,
+        "tolerance": row.tolerance,
+        "passed": row.passed,
+    }
+    return Trial(**about, **facts, milliseconds=1e3 * seconds)
+
+
+def _times(bundle: Bundle, graph: str, session: Session, clock: Clock) -> Iterator[tuple[str, float]]:
+    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
+    for budget, inputs, _ in recordings(bundle, graph, session):
+        rows = session.batch.min
+        feeds = inputs | {name: np.ascontiguousarray(np.resize(inputs[name], (rows, *inputs[name].shape[1:]))) for name in batched}
+        seconds = []
+        for _ in range(WARM + RUNS):
+            begun = clock()
+            session.run(feeds)
+            seconds.append(clock() - begun)
+        yield key(budget), statistics.median(seconds[WARM:])
