@@ -1,7 +1,8 @@
 """What platforms.py asks the package index for; the index itself is not asked here."""
 
-import platforms
 import pytest
+
+import platforms
 
 pytest.importorskip("packaging", reason="it comes with pytest")
 
