@@ -48,9 +48,7 @@ def test_samplers_visit_them_and_end_in_the_picture(name: str, schedule: Rectifi
 
 def test_the_sde_has_times_of_its_own() -> None:
     assert sampler(model(1), "sde")[0] == "sde"
-    with pytest.raises(
-        UsageError, match="sampler 'sde' does not fit; tiny, .* takes euler, heun, ab2 or ab3"
-    ):
+    with pytest.raises(UsageError, match="sampler 'sde' does not fit; tiny, .* takes euler, heun, ab2 or ab3"):
         sampler(model(1, schedule=SHIFTED[0]), "sde")
 
 
