@@ -43,9 +43,15 @@ class Plain:
     sources: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, dict[str, Any]]]
 
 
+def _uvit(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A U-ViT's own sources, and a place for the latents of each patch."""
+    (where, sizes), *_ = uvit.sources(weights, args).items()
+    return {where: sizes | {"latent_positions": (sizes["img_size"] // sizes["patch_size"]) ** 2}}
+
+
 KINDS = (
     Plain("SiT", "blocks.0.attn.qkv.weight", ("elit-sit", "elit-uvit"), backbone.plain_sources),
-    Plain("U-ViT", "decoder_pred.weight", ("elit-uvit-tokens",), uvit.sources),
+    Plain("U-ViT", "decoder_pred.weight", ("elit-uvit-tokens",), _uvit),
     Plain("HDiT", "patch_in.proj.weight", ("elit-hdit-levels",), hdit.sources),
 )
 
@@ -54,31 +60,32 @@ def elasticize(
     model: Path, output: Path, split: Mapping[str, int], family: str | None, config: Path | None, seed: int, overwrite: bool
 ) -> Path:
     """See `elastic_export.elasticize`; `split` are group_size, head_blocks and tail_blocks."""
-    torch.manual_seed(seed)
     if model.is_dir() and (model / "transformer").is_dir():
         if family not in (None, "elit-qwen-image") or config:
             raise UsageError(f"{model} is a diffusers folder, which becomes elit-qwen-image: leave family and config out")
-        return _folder(model, output, split)
+        return _folder(model, output, split, seed)
     if output.suffix != ".safetensors":
         raise UsageError(f"the output of a checkpoint is a .safetensors file, beside which its config goes as .json; got {output}")
     for path in (output, output.with_suffix(".json")):
         refuse_clobber(path, overwrite, "output")
-    return _checkpoint(read_checkpoint(model), output, split, family, config)
+    return _checkpoint(read_checkpoint(model), output, split, family, config, seed)
 
 
-def new(params: InterfaceParams) -> dict[str, Tensor]:
+def new(params: InterfaceParams, seed: int) -> dict[str, Tensor]:
     """Weights of a Read and Write that change nothing yet: Write adds nothing to the tokens that Read took, and they have no places of
     their own. Their names are the public ELIT's."""
-    read, write = Read(params), Write(params)
-    parts = nn.ModuleDict({"read": read, "write": write})
-    initialize(parts, zero=(read.modulation, write.attention.proj, write.mlp.fc2))
+    with torch.random.fork_rng(devices=[]):  # the caller's own noise goes on as it would
+        torch.manual_seed(seed)
+        read, write = Read(params), Write(params)
+        parts = nn.ModuleDict({"read": read, "write": write})
+        initialize(parts, zero=(read.modulation, write.attention.proj, write.mlp.fc2))
     for places in (read.pos_embed, write.pos_embed):
         if places is not None:
             nn.init.zeros_(places)
     return {interface.public(name): value.contiguous() for name, value in parts.state_dict().items()}
 
 
-def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], name: str | None, config: Path | None) -> Path:
+def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], name: str | None, config: Path | None, seed: int) -> Path:
     """Write the weights with a new interface, and the config that tells the rest."""
     weights = dict(checkpoint.weights)
     if any(interface.renamed(key).startswith(("read.", "write.")) for key in weights):
@@ -95,7 +102,7 @@ def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], 
     params = agree(family, kind.sources(weights, checkpoint.args) | {f"config {config}": told}, split)
     if kind is KINDS[0]:
         weights |= backbone.without_variance(weights, params)
-    weights |= new(params.interface)
+    weights |= new(params.interface, seed)
     for index in getattr(params, "receivers", ()):
         weights |= {f"blocks.{index}.skip_linear.{each}": value for each, value in skip_linear(params.hidden_size).state_dict().items()}
     with torch.device("meta"):
@@ -107,7 +114,7 @@ def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], 
     return output
 
 
-def _folder(path: Path, output: Path, split: Mapping[str, int]) -> Path:
+def _folder(path: Path, output: Path, split: Mapping[str, int], seed: int) -> Path:
     """Write the two files beside a transformer of Qwen-Image, there or in a copy of the folder."""
     folder = Folder.open(path)
     if elit_folder.is_elit(path):
@@ -122,13 +129,13 @@ def _folder(path: Path, output: Path, split: Mapping[str, int]) -> Path:
     side = split["group_size"]
     try:  # of the smallest picture: the weights are those of any
         params = ElitQwenParams(config, side, side, **split)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise ModelError(f"elit-qwen-image: {error}") from None
     if output.resolve() != path.resolve():
         if output.exists():
             raise UsageError(f"{output} exists: give a new folder, which becomes a copy, or {path} itself, which gets two files more")
         shutil.copytree(path, output)
     words = json.dumps(dict(split) | {"write_kv": elit_folder.WRITE_KV}, indent=1).encode()
-    save_file(output / "transformer" / elit_folder.WEIGHTS, save(new(params.interface)))
+    save_file(output / "transformer" / elit_folder.WEIGHTS, save(new(params.interface, seed)))
     save_file(output / "transformer" / elit_folder.CONFIG, words)
     return output

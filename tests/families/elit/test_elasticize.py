@@ -113,6 +113,8 @@ def test_a_u_vit_and_an_hdit_keep_their_tokens(backbone: Any, tmp_path: Path) ->
         assert model.family.name == {"uvit-a": "elit-uvit-tokens", "hdit-a": "elit-hdit-levels"}[name]
         kept, written = read_checkpoint(golden.checkpoint).weights, load_file(output)
         assert all(torch.equal(written[key], value) for key, value in kept.items() if key in written)
+        if name == "uvit-a":
+            assert model.params.latent_positions == model.params.windows.tokens
         for latents in (model.params.windows.count, model.params.windows.tokens):
             given = inputs(model, latents)
             assert passes_tokens_on(model.module, given)
@@ -166,6 +168,9 @@ def test_public_keys_come_back(golden: Path, name: str) -> None:
 
 def test_the_same_seed_gives_the_same_weights(plain: Write, tmp_path: Path) -> None:
     path = plain()
+    torch.manual_seed(5)
+    noise = torch.randn(3)
+    torch.manual_seed(5)
     one, two, three = (
         load_file(elasticize(path, output=tmp_path / f"{i}.safetensors", config=path.with_suffix(".json"), seed=seed, **SPLIT))
         for i, seed in enumerate((0, 0, 1))
@@ -173,6 +178,7 @@ def test_the_same_seed_gives_the_same_weights(plain: Write, tmp_path: Path) -> N
     key = "input_token_editor.adapters.0.learned_query_embed"
     assert torch.equal(one[key], two[key])
     assert not torch.equal(one[key], three[key])
+    assert torch.equal(torch.randn(3), noise), "the caller's own generator is left alone"
 
 
 @pytest.mark.parametrize(

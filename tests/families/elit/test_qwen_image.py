@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import elastic_export
 from elastic_export.capture.capture import Capture
 from elastic_export.capture.folders import capture_folder
+from elastic_export.families.elit.interface import Read, Write
 from elastic_export.families.elit.qwen_image import ElitQwenParams, flops
 from elastic_export.sides import Sides, read_size
 from elastic_runtime import Budget, BudgetError, Bundle, ElasticPipeline, ModelError, Span, UsageError, open_session
@@ -174,6 +175,9 @@ def test_flops_are_torch_s_own_and_the_paper_s(folder: Path) -> None:
             module(**given, latent_ids=torch.arange(kept))
         again = 2 * (96 - 16) * params.width**2
         assert counter.get_total_flops() == flops(params, kept * GROUPS, text) - again
+    with torch.device("meta"):
+        parts = Read(ElitQwenParams(QWEN, 64, 64, 8, 8, 8).interface), Write(ElitQwenParams(QWEN, 64, 64, 8, 8, 8).interface)
+    assert sum(weight.numel() for part in parts for weight in part.parameters()) / 1e6 == pytest.approx(179.8, abs=0.05)
     # Of two branches with CCFG over those of plain guidance (figure 19), texts of 300 and 100 tokens.
     real = ElitQwenParams(QWEN, 64, 64, 8, 8, 8)
     plain = ElitQwenParams(QWEN, 64, 64, 8, 59, 0)  # nearly no core: what the interface costs is taken off
