@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -91,6 +91,10 @@ gpu-kit: .venv/.base
 platforms: .venv/.base
 	$(INSTALL) packaging
 	$(BIN)/python samples/platforms.py
+
+# The wheel under emulation of Linux aarch64: a digit from a bundle made here, and verify.
+aarch64: .venv/.dev
+	PYTHON=$(BIN)/python bash samples/checks/aarch64/run.sh
 
 # On a Mac: the sample's package on each compute unit, against the recorded outputs of the original.
 mac-check: .venv/.base
