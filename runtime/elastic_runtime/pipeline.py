@@ -271,13 +271,15 @@ class ElasticPipeline:
                 return
             replacement = yield progress
 
-    def outlook(self, request: Request) -> Outlook:
+    def outlook(self, request: Request, *, reading: bool = True) -> Outlook:
         """What a policy would know of a request: the ways to draw it, their predicted time and memory, and their quality by the card.
 
-        A request with a policy leaves the plan open, one with a plan leaves its steps open.
+        A request with a policy leaves the plan open, one with a plan leaves its steps open. Without `reading`, prompts are not read, which
+        opens text encoders: they are taken to be of one length.
         """
         drawing = self._drawing(request, None)
-        drawing.prepare(self.session)
+        if reading or request.prompt is None:
+            drawing.prepare(self.session)
         return drawing.outlook(self.gauge, finishes=request.output_type != "latent")
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:

@@ -63,6 +63,7 @@ class PlanDrawing(Drawing):
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
             )
         self._repeats = repeats(request.num_images_per_prompt)
+        self._apart = False  # until prompts are read
         self._conditioning = Conditioning(
             request.prompt,
             request.negative_prompt,

@@ -1,0 +1,249 @@
+"""What runs next, at which budget, and whom to refuse: a pure object that is told the time.
+
+Pictures go by earliest deadline first. Before each step all that is in flight is played through on paper, at one level of the budgets for
+all: the highest at which every deadline is still kept is taken, so budgets fall as work comes in and rise as it is done. What cannot be
+kept even at the lowest level is refused before it begins.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+from elastic_runtime.errors import ElasticError
+from elastic_serve.times import Kind, Times
+
+MARGIN = 0.08  # of a picture's time, kept for what nothing predicts
+EQUAL = 0.1  # seconds between deadlines that count as equal, among which clients take turns
+QUEUE = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to draw a picture: its steps of each kind, in order, and the seconds from its last step to the picture."""
+
+    legs: tuple[tuple[Kind, int], ...]
+    finish: float = 0.0
+
+    def after(self, taken: int) -> list[tuple[Kind, int]]:
+        """What is left after so many steps, the last leg first."""
+        left: list[tuple[Kind, int]] = []
+        for kind, steps in self.legs:
+            done = min(taken, steps)
+            taken -= done
+            if steps > done:
+                left.append((kind, steps - done))
+        return left[::-1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to be drawn, in one of its `ways`, cheapest first.
+
+    due: when it should be done, on the scheduler's clock; `promised` tells a deadline that was asked for, and is kept or refused, from one
+    that is a wish. rows: of the denoiser's batch in each step.
+    """
+
+    id: int
+    client: str
+    arrived: float
+    due: float
+    promised: bool
+    rows: int
+    ways: tuple[Way, ...]
+    taken: int = 0
+
+    def way(self, level: float) -> Way:
+        """The way at a level of the budgets, from 0, the cheapest, to 1."""
+        return self.ways[math.floor(level * (len(self.ways) - 1) + 0.5)]
+
+    @property
+    def started(self) -> bool:
+        return self.taken > 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What runs now: one step of these pictures, all of one kind, in the way of `level`; `predicted` is its seconds."""
+
+    jobs: tuple[int, ...]
+    level: float
+    kind: Kind
+    rows: int
+    predicted: float
+
+
+class RefusedError(ElasticError):
+    """A picture that is not begun.
+
+    wait: seconds after which to ask again; None where waiting does not help. nearest: the shortest deadline that would be kept now, in
+    seconds.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, wait: float | None, nearest: float | None = None):
+        super().__init__(message)
+        self.wait, self.nearest = wait, nearest
+
+
+class Scheduler:
+    """The pictures in flight and waiting, `queue` of them at most. Not for several threads at once."""
+
+    def __init__(self, times: Times, queue: int = QUEUE, margin: float = MARGIN, lowest: float = 0.0, highest: float = 1.0):
+        self.times, self.queue, self.margin = times, queue, margin
+        self._lowest, self._highest = lowest, highest
+        self._jobs: dict[int, Job] = {}
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(self._jobs.values())
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that no step was taken of."""
+        return sum(not job.started for job in self._jobs.values())
+
+    def admit(self, jobs: Sequence[Job], now: float) -> tuple[int, ...]:
+        """Take pictures in, all or none; returns their numbers.
+
+        Raises: RefusedError where the queue is full, or a deadline that was promised, theirs or another's, would not be
+        kept at the lowest level.
+        """
+        jobs = [replace(job, id=next(self._numbers)) for job in jobs]
+        present = [*self._jobs.values()]
+        if len(present) + len(jobs) > self.queue:
+            wait = self._room(len(present) + len(jobs) - self.queue, now)
+            advice = "ask for fewer pictures" if wait is None else f"try again in {wait:.1f} s"
+            raise RefusedError(f"the queue is full: {len(present)} pictures of at most {self.queue} wait or are drawn: {advice}", wait)
+        broken = self._broken([*present, *jobs], now)
+        if broken - self._broken(present, now):
+            last = [replace(job, due=math.inf) for job in jobs]
+            if any(job.promised for job in jobs):
+                self._refuse(jobs, last, now)
+            jobs = last  # they are nobody's promise: what was promised to others goes first
+        self._jobs |= {job.id: job for job in jobs}
+        return tuple(job.id for job in jobs)
+
+    def turn(self, now: float) -> Turn | None:
+        """What to run now; None where there is nothing."""
+        if not self._jobs:
+            return None
+        order = self._order(self._jobs.values())
+        level = self.level(now)
+
+        def kind_of(job: Job) -> Kind:
+            return job.way(level).after(job.taken)[-1][0]
+
+        group = self._group(order, kind_of)
+        kind, rows = kind_of(group[0]), sum(job.rows for job in group)
+        return Turn(tuple(job.id for job in group), level, kind, rows, self.times.seconds(kind, rows))
+
+    def level(self, now: float) -> float:
+        """The highest level of the budgets at which every deadline is kept, by what is predicted; the lowest where none is."""
+        jobs = tuple(self._jobs.values())
+        steps = max((len(job.ways) for job in jobs), default=1) - 1
+        levels = [self._lowest + (self._highest - self._lowest) * step / max(steps, 1) for step in range(steps + 1)]
+        if self._lowest == self._highest or self._kept(jobs, levels[-1], now):
+            return levels[-1]
+        low, high = 0, len(levels) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._kept(jobs, levels[middle], now) else (low, middle)
+        return levels[low]
+
+    def stepped(self, number: int) -> Job:
+        """Note that a picture took a step."""
+        job = self._jobs[number] = replace(self._jobs[number], taken=self._jobs[number].taken + 1)
+        return job
+
+    def settle(self, number: int, level: float) -> None:
+        """Keep a picture to the way that it was begun in."""
+        job = self._jobs[number]
+        self._jobs[number] = replace(job, ways=(job.way(level),))
+
+    def remove(self, number: int) -> None:
+        """A picture is done, or nobody wants it any more."""
+        self._jobs.pop(number, None)
+
+    def finishes(self, jobs: Iterable[Job], level: float, now: float) -> dict[int, float]:
+        """When each picture would be done if all went as predicted and nothing else came."""
+        waiting = self._order(jobs)
+        left = {job.id: job.way(level).after(job.taken) for job in waiting}
+        clock, done = now, {job.id: now for job in waiting if not left[job.id]}
+        waiting = [job for job in waiting if left[job.id]]
+        while waiting:
+            group = self._group(waiting, lambda job: left[job.id][-1][0])
+            kind, rows = left[group[0].id][-1][0], sum(job.rows for job in group)
+            steps = min(left[job.id][-1][1] for job in group)
+            clock += steps * self.times.seconds(kind, rows)
+            for job in group:
+                ahead = left[job.id]
+                same, more = ahead.pop()
+                if more > steps:
+                    ahead.append((same, more - steps))
+                if not ahead:
+                    clock += job.way(level).finish
+                    done[job.id] = clock
+                    waiting.remove(job)
+        return done
+
+    def _target(self, job: Job) -> float:
+        """When it is to be done, with the margin."""
+        return job.due - self.margin * (job.due - job.arrived) if job.due < math.inf else job.due
+
+    def _order(self, jobs: Iterable[Job]) -> list[Job]:
+        """Earliest deadline first; among equal deadlines each client has one picture before any has its second."""
+        order, turns, places = sorted(jobs, key=lambda job: (self._target(job), job.id)), dict[tuple[float, str], int](), {}
+        for job in order:
+            target = self._target(job)
+            bucket = math.floor(target / EQUAL) if target < math.inf else math.inf
+            turn = turns[bucket, job.client] = turns.get((bucket, job.client), -1) + 1
+            places[job.id] = bucket, turn, target, job.id
+        return sorted(order, key=lambda job: places[job.id])
+
+    def _group(self, order: Sequence[Job], kind_of: Callable[[Job], Kind]) -> list[Job]:
+        """The first picture, and those after it that may share its run, as many as pay."""
+        head, *others = order
+        kind, group, rows = kind_of(head), [head], head.rows
+        most = self.times.together(kind)
+        for job in others:
+            if rows + 1 > most:
+                break
+            if rows + job.rows <= most and kind_of(job) == kind:
+                group.append(job)
+                rows += job.rows
+        return group
+
+    def _kept(self, jobs: Sequence[Job], level: float, now: float) -> bool:
+        done = self.finishes(jobs, level, now)
+        return all(done[job.id] <= self._target(job) for job in jobs)
+
+    def _broken(self, jobs: Sequence[Job], now: float) -> set[int]:
+        """Promises that would not be kept at the lowest level."""
+        done = self.finishes(jobs, self._lowest, now)
+        return {job.id for job in jobs if job.promised and done[job.id] > self._target(job)}
+
+    def _refuse(self, jobs: Sequence[Job], last: Sequence[Job], now: float) -> None:
+        def nearest(others: Sequence[Job]) -> float:
+            done = self.finishes([*others, *last], self._lowest, now)
+            return (max(done[job.id] for job in last) - now) / (1 - self.margin)
+
+        asked = max(job.due - job.arrived for job in jobs)
+        alone, behind = nearest(()), nearest(tuple(self._jobs.values()))
+        what = f"{1e3 * asked:.0f} ms cannot be kept, not even at the cheapest budget"
+        if alone > asked:
+            raise RefusedError(f"{what} on an idle machine: the nearest deadline is {1e3 * alone:.0f} ms, allow at least that", None, alone)
+        wait = max(behind - asked, 0.0)
+        raise RefusedError(
+            f"{what}: {len(self._jobs)} pictures are ahead. Allow {1e3 * behind:.0f} ms, or try again in {wait:.1f} s", wait, behind
+        )
+
+    def _room(self, places: int, now: float) -> float | None:
+        """Seconds until so many pictures are done at the lowest level."""
+        done = sorted(self.finishes(self._jobs.values(), self._lowest, now).values())
+        return done[places - 1] - now if 0 < places <= len(done) else None
