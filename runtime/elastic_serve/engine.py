@@ -22,6 +22,7 @@ from elastic_serve.together import Drawing, pause, step
 
 _log = logging.getLogger(__name__)
 WISH = 3.0  # times a picture at its best budget: when one is wished for whose request says nothing
+SOON = 0.25  # seconds that nobody minds
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Engine:
     def _job(self, order: Order, prospect: Prospect, now: float) -> Job:
         best = prospect.ways[-1]
         whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
-        wish = WISH * whole if self._wish is None else self._wish
+        wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = now + (wish if order.deadline is None else order.deadline)
         return Job(0, order.client, now, due, order.deadline is not None, prospect.rows, prospect.ways)
 
@@ -200,6 +201,7 @@ class Engine:
                 flight.taken += 1
                 if number in self._flights and flight.taken < flight.steps:
                     self.scheduler.stepped(number)
+            self._gauges()
         self.metrics.stepped(served.name, budgets, ran.runs, ran.rows, self.times.pace(served.name))
         self.metrics.level.set(turn.level)
         for number, flight in flights.items():

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import NoReturn
 
 from elastic_runtime.errors import ElasticError
 from elastic_serve.times import Kind, Times
@@ -16,6 +17,7 @@ from elastic_serve.times import Kind, Times
 MARGIN = 0.08  # of a picture's time, kept for what nothing predicts
 EQUAL = 0.1  # seconds between deadlines that count as equal, among which clients take turns
 QUEUE = 64
+HALVINGS = 10  # of what lies between a deadline that is refused and one that is kept
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
     rows: int
     ways: tuple[Way, ...]
     taken: int = 0
+    turn: int = 0
 
     def way(self, level: float) -> Way:
         """The way at a level of the budgets, from 0, the cheapest, to 1."""
@@ -114,7 +117,7 @@ class Scheduler:
         Raises: RefusedError where the queue is full, or a deadline that was promised, theirs or another's, would not be
         kept at the lowest level.
         """
-        jobs = [replace(job, id=next(self._numbers)) for job in jobs]
+        jobs = self._turned(jobs)
         present = [*self._jobs.values()]
         if len(present) + len(jobs) > self.queue:
             wait = self._room(len(present) + len(jobs) - self.queue, now)
@@ -122,10 +125,9 @@ class Scheduler:
             raise RefusedError(f"the queue is full: {len(present)} pictures of at most {self.queue} wait or are drawn: {advice}", wait)
         broken = self._broken([*present, *jobs], now)
         if broken - self._broken(present, now):
-            last = [replace(job, due=math.inf) for job in jobs]
             if any(job.promised for job in jobs):
-                self._refuse(jobs, last, now)
-            jobs = last  # they are nobody's promise: what was promised to others goes first
+                self._refuse(jobs, now)
+            jobs = [replace(job, due=math.inf) for job in jobs]  # they are nobody's promise: what was promised to others goes first
         self._jobs |= {job.id: job for job in jobs}
         return tuple(job.id for job in jobs)
 
@@ -197,14 +199,25 @@ class Scheduler:
         return job.due - self.margin * (job.due - job.arrived) if job.due < math.inf else job.due
 
     def _order(self, jobs: Iterable[Job]) -> list[Job]:
-        """Earliest deadline first; among equal deadlines each client has one picture before any has its second."""
-        order, turns, places = sorted(jobs, key=lambda job: (self._target(job), job.id)), dict[tuple[float, str], int](), {}
-        for job in order:
-            target = self._target(job)
-            bucket = math.floor(target / EQUAL) if target < math.inf else math.inf
-            turn = turns[bucket, job.client] = turns.get((bucket, job.client), -1) + 1
-            places[job.id] = bucket, turn, target, job.id
-        return sorted(order, key=lambda job: places[job.id])
+        """Earliest deadline first; among equal deadlines by turn."""
+        keys, begin, number = {}, -math.inf, 0
+        for target, job in sorted(((self._target(job), job) for job in jobs), key=lambda each: (each[0], each[1].id)):
+            if target - begin > EQUAL:
+                begin, number = target, number + 1
+            keys[number, job.turn, target, job.id] = job
+        return [keys[each] for each in sorted(keys)]
+
+    def _turned(self, jobs: Iterable[Job]) -> list[Job]:
+        """New pictures with their turns: each of a client's comes after its others, and none of anybody's before those that wait."""
+        turns, first = dict[str, int](), min((job.turn for job in self._jobs.values()), default=0)
+        for job in self._jobs.values():
+            turns[job.client] = max(turns.get(job.client, 0), job.turn + 1)
+        turned = []
+        for job in jobs:
+            turn = max(turns.get(job.client, 0), first)
+            turns[job.client] = turn + 1
+            turned.append(replace(job, id=next(self._numbers), turn=turn))
+        return turned
 
     def _group(self, order: Sequence[Job], kind_of: Callable[[Job], Kind]) -> list[Job]:
         """The first picture, and those after it that may share its run, as many as pay."""
@@ -228,20 +241,33 @@ class Scheduler:
         done = self.finishes(jobs, self._lowest, now)
         return {job.id for job in jobs if job.promised and done[job.id] > self._target(job)}
 
-    def _refuse(self, jobs: Sequence[Job], last: Sequence[Job], now: float) -> None:
-        def nearest(others: Sequence[Job]) -> float:
-            done = self.finishes([*others, *last], self._lowest, now)
-            return (max(done[job.id] for job in last) - now) / (1 - self.margin)
-
+    def _refuse(self, jobs: Sequence[Job], now: float) -> NoReturn:
+        present = tuple(self._jobs.values())
         asked = max(job.due - job.arrived for job in jobs)
-        alone, behind = nearest(()), nearest(tuple(self._jobs.values()))
         what = f"{1e3 * asked:.0f} ms cannot be kept, not even at the cheapest budget"
+        alone = self._behind((), jobs, now)
         if alone > asked:
             raise RefusedError(f"{what} on an idle machine: the nearest deadline is {1e3 * alone:.0f} ms, allow at least that", None, alone)
-        wait = max(behind - asked, 0.0)
-        raise RefusedError(
-            f"{what}: {len(self._jobs)} pictures are ahead. Allow {1e3 * behind:.0f} ms, or try again in {wait:.1f} s", wait, behind
-        )
+        nearest = self._nearest(present, jobs, asked, now)
+        wait = max(nearest - asked, 0.0)
+        ahead = f"{len(present)} pictures are ahead"
+        raise RefusedError(f"{what}: {ahead}. Allow {1e3 * nearest:.0f} ms, or try again in {wait:.1f} s", wait, nearest)
+
+    def _behind(self, others: Sequence[Job], jobs: Sequence[Job], now: float) -> float:
+        """The deadline that `jobs` would keep behind all `others`."""
+        last = [replace(job, due=math.inf) for job in jobs]
+        done = self.finishes([*others, *last], self._lowest, now)
+        return (max(done[job.id] for job in last) - now) / (1 - self.margin)
+
+    def _nearest(self, others: Sequence[Job], jobs: Sequence[Job], asked: float, now: float) -> float:
+        """The shortest deadline longer than the one that was `asked` with which `jobs` would be taken in."""
+        broken = self._broken(others, now)
+        low, high = asked, max(self._behind(others, jobs, now), asked)
+        for _ in range(HALVINGS):
+            middle = math.sqrt(low * high)
+            later = [replace(job, due=now + middle) for job in jobs]
+            low, high = (middle, high) if self._broken([*others, *later], now) - broken else (low, middle)
+        return high
 
     def _room(self, places: int, now: float) -> float | None:
         """Seconds until so many pictures are done at the lowest level."""

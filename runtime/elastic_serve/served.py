@@ -125,6 +125,9 @@ class Served:
             options = [outlook.fixed(request.budget or outlook.gauge.budgets[-1], request.guidance_budget)]
         else:
             options = list(outlook.frontier(request.guidance_budget))
+            if not isinstance(outlook, BudgetOutlook) and quality in ("auto", "standard"):  # plans go on getting longer, for very little
+                usual = outlook.usual(outlook.options())
+                options = [option for option in options if outlook.whole(option) < outlook.whole(usual)] + [usual]
         options = _of_quality(outlook, options, QUALITIES.get(quality, quality))
         options = _thinned(options)
         rows = {self._rows(outlook, option) for option in options}
@@ -140,7 +143,7 @@ class Served:
     def _warm(self, clock: Clock = time.perf_counter) -> None:
         """Measure before anyone waits, and run each budget once: the first run of a shape plans its memory."""
         budgets, denoiser, manifest = self.pipe.gauge.budgets, evaluator(self.session, self.bundle.manifest), self.bundle.manifest
-        self.pipe.gauge.costs  # noqa: B018  # which measures
+        _ = self.pipe.gauge.costs  # which measures
         begun, batch = clock(), self.session.batch
         for rows in sorted({max(batch.min, 1), min(max(batch.min, 2), batch.max)}):
             for budget in _thinned(budgets):
