@@ -164,6 +164,7 @@ class Engine:
 
     def _run(self) -> None:
         while True:
+            begun = self._clock()
             with self._changed:
                 for flight in self._left:
                     if flight.drawing:
@@ -175,19 +176,19 @@ class Engine:
                         return
                     self._changed.wait()
                     continue
-                turn = self.scheduler.turn(self._clock())
+                turn = self.scheduler.turn(begun)
                 assert turn is not None  # what is in flight, the scheduler knows
                 flights = {number: self._flights[number] for number in turn.jobs}
             try:
-                self._step(turn, flights)
+                self._step(turn, flights, begun)
             except Exception as error:  # a fault of ours: those pictures end with it, and the others go on
                 _log.exception("a step failed")
                 for number in flights:
                     self._end(number, Failed(error))
 
-    def _step(self, turn: Turn, flights: Mapping[int, _Flight]) -> None:
+    def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
         served, session = self.models[turn.kind.model], self.models[turn.kind.model].session
-        begun, fresh = self._clock(), any(flight.drawing is None for flight in flights.values())
+        fresh = any(flight.drawing is None for flight in flights.values())
         for number, flight in flights.items():
             self._steer(number, flight, turn.level)
         drawings = [flight.drawing for flight in flights.values() if flight.drawing]

@@ -1,22 +1,27 @@
 """What runs next, at which budget, and whom to refuse: a pure object that is told the time.
 
 Pictures go by earliest deadline first. Before each step all that is in flight is played through on paper, at one level of the budgets for
-all: the highest at which every deadline is still kept is taken, so budgets fall as work comes in and rise as it is done. What cannot be
-kept even at the lowest level is refused before it begins.
+all: the highest at which every deadline is still kept is taken, and at which arrivals like those of late would find a device that is not
+busy all the time. So budgets fall as work comes in and rise as it is done. What cannot be kept even at the lowest level is refused before
+it begins.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NoReturn
 
 from elastic_runtime.errors import ElasticError
+from elastic_serve.demand import Demand
 from elastic_serve.times import Kind, Times
 
 MARGIN = 0.08  # of a picture's time, kept for what nothing predicts
 EQUAL = 0.1  # seconds between deadlines that count as equal, among which clients take turns
 QUEUE = 64
+BUSY = 0.9  # of the device's time that arrivals may take: beyond it whoever comes next waits ever longer
+LOWEST = 0.0  # of the levels of the budgets; the highest is 1
 HALVINGS = 10  # of what lies between a deadline that is refused and one that is kept
 
 
@@ -93,9 +98,9 @@ class RefusedError(ElasticError):
 class Scheduler:
     """The pictures in flight and waiting, `queue` of them at most. Not for several threads at once."""
 
-    def __init__(self, times: Times, queue: int = QUEUE, margin: float = MARGIN, lowest: float = 0.0, highest: float = 1.0):
+    def __init__(self, times: Times, queue: int = QUEUE, margin: float = MARGIN, busy: float = BUSY):
         self.times, self.queue, self.margin = times, queue, margin
-        self._lowest, self._highest = lowest, highest
+        self._busy, self._demand = busy, Demand()
         self._jobs: dict[int, Job] = {}
         self._numbers = count()
 
@@ -118,6 +123,8 @@ class Scheduler:
         kept at the lowest level.
         """
         jobs = self._turned(jobs)
+        for job in jobs:
+            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
         present = [*self._jobs.values()]
         if len(present) + len(jobs) > self.queue:
             wait = self._room(len(present) + len(jobs) - self.queue, now)
@@ -146,17 +153,18 @@ class Scheduler:
         return Turn(tuple(job.id for job in group), level, kind, rows, self.times.seconds(kind, rows))
 
     def level(self, now: float) -> float:
-        """The highest level of the budgets at which every deadline is kept, by what is predicted; the lowest where none is."""
+        """The highest level of the budgets at which every deadline is kept, by what is predicted, and the device is not too busy; the
+        lowest where there is none."""
         jobs = tuple(self._jobs.values())
         steps = max((len(job.ways) for job in jobs), default=1) - 1
-        levels = [self._lowest + (self._highest - self._lowest) * step / max(steps, 1) for step in range(steps + 1)]
-        if self._lowest == self._highest or self._kept(jobs, levels[-1], now):
-            return levels[-1]
-        low, high = 0, len(levels) - 1
+        levels = [step / max(steps, 1) for step in range(steps + 1)] if steps else [1.0]
+        low, high = -1, bisect_right(levels, self._busy, key=lambda level: self._demand.busy(level, now))
+        if high and self._kept(jobs, levels[high - 1], now):
+            return levels[high - 1]
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self._kept(jobs, levels[middle], now) else (low, middle)
-        return levels[low]
+        return levels[max(low, 0)]
 
     def stepped(self, number: int) -> Job:
         """Note that a picture took a step."""
@@ -193,6 +201,11 @@ class Scheduler:
                     done[job.id] = clock
                     waiting.remove(job)
         return done
+
+    def _seconds(self, way: Way, rows: int) -> float:
+        """What a picture takes in runs as large as pay, of which it has its share."""
+        sizes = {kind: max(self.times.together(kind), rows) for kind, _ in way.legs}
+        return way.finish + math.fsum(steps * self.times.seconds(kind, sizes[kind]) * rows / sizes[kind] for kind, steps in way.legs)
 
     def _target(self, job: Job) -> float:
         """When it is to be done, with the margin."""
@@ -238,7 +251,7 @@ class Scheduler:
 
     def _broken(self, jobs: Sequence[Job], now: float) -> set[int]:
         """Promises that would not be kept at the lowest level."""
-        done = self.finishes(jobs, self._lowest, now)
+        done = self.finishes(jobs, LOWEST, now)
         return {job.id for job in jobs if job.promised and done[job.id] > self._target(job)}
 
     def _refuse(self, jobs: Sequence[Job], now: float) -> NoReturn:
@@ -256,7 +269,7 @@ class Scheduler:
     def _behind(self, others: Sequence[Job], jobs: Sequence[Job], now: float) -> float:
         """The deadline that `jobs` would keep behind all `others`."""
         last = [replace(job, due=math.inf) for job in jobs]
-        done = self.finishes([*others, *last], self._lowest, now)
+        done = self.finishes([*others, *last], LOWEST, now)
         return (max(done[job.id] for job in last) - now) / (1 - self.margin)
 
     def _nearest(self, others: Sequence[Job], jobs: Sequence[Job], asked: float, now: float) -> float:
@@ -271,5 +284,5 @@ class Scheduler:
 
     def _room(self, places: int, now: float) -> float | None:
         """Seconds until so many pictures are done at the lowest level."""
-        done = sorted(self.finishes(self._jobs.values(), self._lowest, now).values())
+        done = sorted(self.finishes(self._jobs.values(), LOWEST, now).values())
         return done[places - 1] - now if 0 < places <= len(done) else None

@@ -35,7 +35,7 @@ class Settings:
 
     queue: pictures that wait or are drawn, at most. margin: the share of a deadline that is kept for what nothing predicts. wish: seconds
     in which a picture is to be done whose request names no deadline; None: three times what it takes at its best. drain: seconds that
-    pictures in flight get when the server ends. levels: of the budgets, 0 the cheapest to 1 the best.
+    pictures in flight get when the server ends.
     """
 
     host: str = "127.0.0.1"
@@ -46,7 +46,6 @@ class Settings:
     margin: float = MARGIN
     wish: float | None = None
     drain: float = 30.0
-    levels: tuple[float, float] = (0.0, 1.0)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -98,8 +97,7 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
 def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
     """A server over open bundles, not yet running, and its engine."""
     metrics = Metrics()
-    low, high = settings.levels
-    scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin, lowest=low, highest=high)
+    scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
     app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain)
     config = uvicorn.Config(

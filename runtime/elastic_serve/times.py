@@ -7,6 +7,8 @@ from typing import Protocol
 from elastic_runtime.choosing.estimates import WEIGHT, clipped
 from elastic_runtime.contract.budget import Budget
 
+# The same for a step that was faster: a slower machine is believed sooner, since late is worse than poor.
+DOUBT = 0.1
 PAYS = 0.05  # of the time a row: what twice the rows must save for a run to be made larger
 
 
@@ -76,8 +78,8 @@ class Learned:
             return
         ratio = clipped(self._base(kind, rows), seconds)
         known, pace = self._ratios.get(key, ratio), self.pace(kind.model)
-        self._ratios[key] = known + WEIGHT * (ratio - known)
-        self._paces[kind.model] = pace + WEIGHT * (ratio - pace)
+        self._ratios[key] = _towards(known, ratio)
+        self._paces[kind.model] = _towards(pace, ratio)
         self._sizes.pop(kind, None)
 
     def _base(self, kind: Kind, rows: int) -> float:
@@ -85,3 +87,7 @@ class Learned:
         if key not in self._predicted:
             self._predicted[key] = self._prior(kind, rows)
         return self._predicted[key]
+
+
+def _towards(known: float, ratio: float) -> float:
+    return known + (WEIGHT if ratio > known else DOUBT) * (ratio - known)

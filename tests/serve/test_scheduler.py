@@ -170,11 +170,19 @@ def test_a_new_picture_joins_at_the_next_step() -> None:
     assert turn.jobs == (first, second)
 
 
-def test_held_at_a_level_it_stays_there() -> None:
-    for level in (0.0, 1.0):
-        scheduler = Scheduler(Exact(), lowest=level, highest=level)
-        scheduler.admit([job(0.0, 5.0)] * 6, 0.0)
-        assert scheduler.level(0.0) == level
+def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    now = 0.0
+    for _ in range(200):  # as fast as three quarters of what the best budget sustains, each drawn at once
+        now += alone(256) / 0.75
+        scheduler.remove(*scheduler.admit([job(now, 3 * alone(256))], now))
+    scheduler.admit([job(now, 100.0)], now)
+    assert scheduler.level(now) == 1.0
+    for _ in range(200):  # and twice as fast
+        now += alone(256) / 1.5
+        scheduler.remove(*scheduler.admit([job(now, 3 * alone(256))], now))
+    assert 0.0 < scheduler.level(now) < 1.0
+    assert scheduler.level(now + 100 * alone(256)) == 1.0
 
 
 def test_settled_ways_are_kept() -> None:
@@ -239,7 +247,7 @@ def test_promises_are_kept_when_steps_take_what_is_predicted(asked: list[tuple[f
 
 @given(arrivals)
 def test_a_level_is_the_highest_that_keeps_everything(asked: list[tuple[float, float, bool, int, str, int]]) -> None:
-    scheduler = Scheduler(Exact(2), queue=100)
+    scheduler = Scheduler(Exact(2), queue=100, busy=math.inf)
     for _, deadline, _, steps, client, rows in asked:
         scheduler.admit([job(0.0, deadline, False, steps, client, rows)], 0.0)
     level = scheduler.level(0.0)

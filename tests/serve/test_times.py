@@ -34,6 +34,15 @@ def test_it_goes_on_learning() -> None:
     assert times.seconds(SMALL, 1) == pytest.approx(0.024, rel=0.01)
 
 
+def test_a_slower_machine_is_believed_sooner_than_a_faster_one() -> None:
+    slower, faster = learned(0.0), learned(0.0)
+    for times, seconds in ((slower, 0.032), (faster, 0.008)):
+        for each in (0.016, 0.016, 0.016, seconds):
+            times.observe(SMALL, 1, each)
+    assert slower.seconds(SMALL, 1) == pytest.approx(0.016 * (1 + 0.3))
+    assert faster.seconds(SMALL, 1) == pytest.approx(0.016 * (1 - 0.1 / 2))
+
+
 def test_runs_grow_as_long_as_that_pays() -> None:
     assert learned(0.0).together(SMALL) == 1
     assert learned(1.0).together(SMALL) == 16
