@@ -120,7 +120,7 @@ def _form(picture: Any, body: Body) -> dict[str, Any]:
 
 def model(served: Served, created: int) -> dict[str, Any]:
     """A model of the list, with what may be asked of it."""
-    manifest, gauge = served.bundle.manifest, served.pipe.gauge
+    manifest = served.bundle.manifest
     height, width = served.size
     return {
         "id": served.name,
@@ -133,7 +133,11 @@ def model(served: Served, created: int) -> dict[str, Any]:
             "num_classes": manifest.model.num_classes or None,
             "size": f"{width}x{height}",
             "axes": {axis.name: str(axis.span) for axis in manifest.axes},
-            "budgets": [{"budget": key(each), "step_ms": round(1e3 * gauge.costs.seconds(each, 1), 2)} for each in gauge.budgets],
+            "budgets": [
+                {"budget": key(row.budget), "point": dict(row.budget), "step_ms": round(1e3 * row.seconds, 2), "quality": row.quality}
+                for row in served.rows
+            ],
+            "held": served.elastic,
             "chosen": "before each step" if served.elastic else "a plan, before the first step",
             "where": served.session.where,
             "rows": served.most,

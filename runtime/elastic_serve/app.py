@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from elastic_serve import answers, openapi
+from elastic_serve import answers, openapi, page
 from elastic_serve.body import Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
@@ -41,6 +41,7 @@ class App:
             Route("/metrics", self._keyed(self._measured)),
             Route("/health", self._health),
             Route("/openapi.json", self._openapi),
+            Route("/", self._page),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http, Exception: _crash}
         self.asgi = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
@@ -60,6 +61,9 @@ class App:
             return await endpoint(request)
 
         return checked
+
+    async def _page(self, request: Request) -> Response:
+        return Response(page.html(), headers=page.headers(), media_type="text/html")
 
     async def _health(self, request: Request) -> Response:
         alive = self._engine.alive

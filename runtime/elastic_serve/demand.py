@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SPANS = 4.0  # times a picture's own time to its deadline, over which it counts as news
+SPANS = 2.0  # times a picture's own time to its deadline, over which it counts as news
 FORGOTTEN = 5.0  # of such spans: what is older weighs less than a hundredth
 MOST = 1024  # arrivals that are remembered
 

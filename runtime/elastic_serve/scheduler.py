@@ -20,7 +20,7 @@ from elastic_serve.times import Kind, Times
 MARGIN = 0.08  # of a picture's time, kept for what nothing predicts
 EQUAL = 0.1  # seconds between deadlines that count as equal, among which clients take turns
 QUEUE = 64
-BUSY = 0.9  # of the device's time that arrivals may take: beyond it whoever comes next waits ever longer
+BUSY = 0.8  # of the device's time that arrivals may take: beyond it whoever comes next waits ever longer
 LOWEST = 0.0  # of the levels of the budgets; the highest is 1
 HALVINGS = 10  # of what lies between a deadline that is refused and one that is kept
 

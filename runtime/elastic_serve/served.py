@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -17,8 +18,10 @@ from elastic_runtime.choosing.calibration import middle
 from elastic_runtime.choosing.estimates import Outlook
 from elastic_runtime.choosing.goals import Auto
 from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.evaluator import evaluator
+from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.device import Clock
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import ElasticPipeline
@@ -43,6 +46,15 @@ class Prospect:
     ways: tuple[Way, ...]
     rows: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a budget takes, in seconds of one step of one row, and is worth by the card, as a share of the best; None without a card."""
+
+    budget: Budget
+    seconds: float
+    quality: float | None
 
 
 class Steered:
@@ -102,6 +114,17 @@ class Served:
     def most(self) -> int:
         """Rows of the largest run."""
         return self.session.batch.max
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The budgets, cheapest first."""
+        gauge = self.pipe.gauge
+        graded = BudgetOutlook(gauge, 1, Guidance(), 1, "") if self.elastic else None
+        worth = graded.quality if graded and graded.graded else None
+        return [
+            Row(budget, gauge.costs.seconds(budget, 1), worth(Option("", (budget,), (budget,), (1,))) if worth else None)
+            for budget in gauge.budgets
+        ]
 
     def batching(self) -> str | None:
         """Why pictures take turns here, where they do; None where they may share runs."""
