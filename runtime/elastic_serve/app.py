@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -26,6 +27,8 @@ _log = logging.getLogger("elastic_serve")
 GONE = 499  # what logs call a client that went away
 EVENTS = "text/event-stream"
 Events = asyncio.Queue[tuple[int, Event]]
+# tell(place, event): what became of the picture at a place of a request
+Tell = Callable[[int, Event], None]
 
 
 class App:
@@ -102,10 +105,11 @@ class App:
         status, drawn, streaming = 500, list[Drawn](), False
         try:
             text = await self._text(request)
+            received = self._engine.now()
             body = read(text, self._limits)
             served = self._served(body.model)
             events: Events = asyncio.Queue()
-            tickets = await run_in_threadpool(self._submit, body, served, _client(request, body), events, asyncio.get_running_loop())
+            tickets = await run_in_threadpool(self._submit, body, served, received, _client(request, body), _teller(events))
             told = _told(request, events)
             if body.stream:
                 status, streaming = 200, True
@@ -139,20 +143,15 @@ class App:
             parts.append(part)
         return b"".join(parts)
 
-    def _submit(self, body: Body, served: Served, client: str, events: Events, loop: asyncio.AbstractEventLoop) -> tuple[int, ...]:
-        def tell(place: int) -> Callable[[Event], None]:
-            def told(event: Event) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
-                    loop.call_soon_threadsafe(events.put_nowait, (place, event))
-
-            return told
-
+    def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
-        orders = [
-            Order(served, each, tell(place), client, deadline, body.quality, body.partial_images)
-            for place, each in enumerate(requests(body, served, self._limits))
-        ]
-        return self._engine.submit(orders)
+        asked = requests(body, served, self._limits)
+        return self._engine.submit(
+            [
+                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images)
+                for place, each in enumerate(asked)
+            ]
+        )
 
     async def _wait(self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]]) -> list[Drawn]:
         """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
@@ -210,6 +209,17 @@ class App:
 def _client(request: Request, body: Body) -> str:
     """Who asks, for turns among equals: the user that is named, or the address."""
     return body.user or (request.client.host if request.client else "")
+
+
+def _teller(events: Events) -> Tell:
+    """What the engine's thread tells, put into the queue of this loop's thread."""
+    loop = asyncio.get_running_loop()
+
+    def tell(place: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            loop.call_soon_threadsafe(events.put_nowait, (place, event))
+
+    return tell
 
 
 async def _told(request: Request, events: Events) -> AsyncIterator[tuple[int, Event]]:

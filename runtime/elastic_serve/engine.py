@@ -55,11 +55,15 @@ Event = Stepped | Drawn | Failed
 
 @dataclass(frozen=True)
 class Order:
-    """One picture as it is asked for; `tell` is called from the engine's thread. deadline: seconds from now, or None."""
+    """One picture as it is asked for; `tell` is called from the engine's thread.
+
+    deadline: seconds, from when it was `received` on the engine's clock, or None.
+    """
 
     served: Served
     request: Request
     tell: Callable[[Event], None]
+    received: float
     client: str = ""
     deadline: float | None = None
     quality: str = "auto"
@@ -115,7 +119,7 @@ class Engine:
                 self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
                 raise RefusedError("the server is closing: ask another, or later", 1.0)
             now = self._clock()
-            jobs = [self._job(order, prospect, now) for order, prospect in zip(orders, prospects, strict=True)]
+            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
             try:
                 numbers = self.scheduler.admit(jobs, now)
             except RefusedError as refusal:
@@ -151,16 +155,20 @@ class Engine:
         self.cancel(tuple(self._flights))
         self._thread.join()
 
+    def now(self) -> float:
+        """The time on the engine's clock."""
+        return self._clock()
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def _job(self, order: Order, prospect: Prospect, now: float) -> Job:
+    def _job(self, order: Order, prospect: Prospect) -> Job:
         best = prospect.ways[-1]
         whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
-        due = now + (wish if order.deadline is None else order.deadline)
-        return Job(0, order.client, now, due, order.deadline is not None, prospect.rows, prospect.ways)
+        due = order.received + (wish if order.deadline is None else order.deadline)
+        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways)
 
     def _run(self) -> None:
         while True:

@@ -173,12 +173,12 @@ def test_a_new_picture_joins_at_the_next_step() -> None:
 def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None:
     scheduler = Scheduler(Exact(most=1))
     now = 0.0
-    for _ in range(200):  # as fast as three quarters of what the best budget sustains, each drawn at once
-        now += alone(256) / 0.75
+    for _ in range(200):  # half of what the best budget sustains, each drawn at once
+        now += alone(256) / 0.5
         scheduler.remove(*scheduler.admit([job(now, 3 * alone(256))], now))
     scheduler.admit([job(now, 100.0)], now)
     assert scheduler.level(now) == 1.0
-    for _ in range(200):  # and twice as fast
+    for _ in range(200):  # and three times as much
         now += alone(256) / 1.5
         scheduler.remove(*scheduler.admit([job(now, 3 * alone(256))], now))
     assert 0.0 < scheduler.level(now) < 1.0
