@@ -35,6 +35,7 @@ from record import machine, versions
 CREATE = "/v1/images/generations"
 DEADLINE = 3.0  # times a picture alone at the best budget
 LOADS = (0.5, 1.0, 2.0, 4.0)
+EVEN = 2.0  # loads below it last longer, for as many requests
 ALONE = 7  # pictures
 TOGETHER = 4  # in flight, where what a budget sustains is measured
 # what is asked for, by way; `promised` sends the deadline
@@ -149,7 +150,7 @@ async def measure(given: argparse.Namespace, address: str, worth: Mapping[str, f
             for name, way in WAYS.items():
                 words = common | {"quality": way["quality"]} | ({"deadline_ms": 1e3 * deadline} if way["promised"] else {})
                 begun = time.perf_counter()
-                asked = await load(client, words, times * rate, given.seconds, number)
+                asked = await load(client, words, times * rate, given.seconds * max(1.0, EVEN / times), number)
                 rows.append(row(name, times, asked, deadline, time.perf_counter() - begun, worth))
                 Console(stderr=True).print(rows[-1], highlight=False)
     said = (
@@ -166,7 +167,7 @@ def main(given: argparse.Namespace) -> None:
     head = "| load | way | on time | refused | of those drawn | p50 ms | p95 ms | p99 ms | on time a second | quality |"
     table = "\n".join([head, "|---:|---|" + "---:|" * 8, *rows])
     backends = ", ".join(f"{name} {version}" for name, version in versions().items())
-    how = f"{given.seconds:g} s of each, {given.steps} steps, guidance {given.guidance:g}; {machine()}; {backends}."
+    how = f"{given.seconds:g} s of each, and longer below load {EVEN:g}; {given.steps} steps, guidance {given.guidance:g}; {machine()}; {backends}."
     text = f"{table}\n\n{said} {how}"
     if given.page:
         save(given.page, filled(given.page.read_text(encoding="utf-8"), "serve", text, str(given.page)).encode())
@@ -177,7 +178,7 @@ def main(given: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each load and way")
+    parser.add_argument("--seconds", type=float, default=10.0, help=f"of each way at loads from {EVEN:g}; smaller loads last longer")
     parser.add_argument("--loads", type=lambda text: [float(each) for each in text.split(",")], default=list(LOADS))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)

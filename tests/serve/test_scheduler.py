@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
-from elastic_serve.scheduler import Job, RefusedError, Scheduler, Way
+from elastic_serve.scheduler import MARGIN, Job, RefusedError, Scheduler, Way
 from elastic_serve.times import Kind
 
 LATENTS = (16, 64, 128, 256)
@@ -100,13 +100,15 @@ def test_what_cannot_be_kept_is_refused_with_the_nearest_that_can() -> None:
     for _ in range(3):
         scheduler.admit([job(0.0, 10.0)], 0.0)
     for _ in range(6):
-        scheduler.admit([job(0.0, 0.2)], 0.0)
+        scheduler.admit([job(0.0, 0.22)], 0.0)
     with pytest.raises(RefusedError, match="cannot be kept, not even at the cheapest budget: 9 pictures are ahead") as refusal:
         scheduler.admit([job(0.0, 0.1)], 0.0)
     nearest = refusal.value.nearest
     assert nearest is not None
     assert refusal.value.wait == pytest.approx(nearest - 0.1)
-    assert 7 * alone(16) / 0.92 <= nearest < 7.1 * alone(16) / 0.92, "before those that have time, after those that have not"
+    assert 7 * alone(16) / (1 - MARGIN) <= nearest < 7.1 * alone(16) / (1 - MARGIN), (
+        "before those that have time, after those that have not"
+    )
     assert len(scheduler) == 9
     scheduler.admit([job(0.0, nearest + 1e-6)], 0.0)
 
@@ -115,7 +117,7 @@ def test_what_an_idle_machine_cannot_keep_is_not_to_be_asked_again() -> None:
     with pytest.raises(RefusedError, match="on an idle machine: the nearest deadline is") as refusal:
         Scheduler(Exact()).admit([job(0.0, alone(16) / 2)], 0.0)
     assert refusal.value.wait is None
-    assert refusal.value.nearest == pytest.approx(alone(16) / 0.92)
+    assert refusal.value.nearest == pytest.approx(alone(16) / (1 - MARGIN))
 
 
 def test_a_full_queue_says_when_there_is_room() -> None:
@@ -254,7 +256,7 @@ def test_a_level_is_the_highest_that_keeps_everything(asked: list[tuple[float, f
 
     def kept(at: float) -> bool:
         done = scheduler.finishes(scheduler.jobs, at, 0.0)
-        return all(done[each.id] <= each.due * 0.92 + 1e-12 for each in scheduler.jobs)
+        return all(done[each.id] <= each.due * (1 - MARGIN) + 1e-12 for each in scheduler.jobs)
 
     levels = [step / (len(LATENTS) - 1) for step in range(len(LATENTS))]
     assert level in levels
