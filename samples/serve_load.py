@@ -167,8 +167,8 @@ def main(given: argparse.Namespace) -> None:
     head = "| load | way | on time | refused | of those drawn | p50 ms | p95 ms | p99 ms | on time a second | quality |"
     table = "\n".join([head, "|---:|---|" + "---:|" * 8, *rows])
     backends = ", ".join(f"{name} {version}" for name, version in versions().items())
-    how = f"{given.seconds:g} s of each, and longer below load {EVEN:g}; {given.steps} steps, guidance {given.guidance:g}; {machine()}; {backends}."
-    text = f"{table}\n\n{said} {how}"
+    how = f"{given.seconds:g} s of each, longer below load {EVEN:g}; {given.steps} steps, guidance {given.guidance:g}"
+    text = f"{table}\n\n{said} {how}; {machine()}; {backends}."
     if given.page:
         save(given.page, filled(given.page.read_text(encoding="utf-8"), "serve", text, str(given.page)).encode())
     else:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from elastic_runtime.contract.budget import key
 from elastic_runtime.errors import BudgetError, ElasticError, InferenceError, MissingError, UnreachableError, UsageError
 from elastic_serve.body import Body, BodyError, NoModelError
-from elastic_serve.engine import Drawn
+from elastic_serve.engine import ClosingError, Drawn
 from elastic_serve.scheduler import RefusedError
 from elastic_serve.served import Served
 
@@ -42,6 +42,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, UsageError | UnreachableError):
         code = "budget_not_offered" if isinstance(error, BudgetError) else "invalid_value"
         return 400, _error(str(error), "invalid_request_error", code), {}
+    if isinstance(error, ClosingError):
+        return 503, _error(str(error), "server_error", "closing"), {"retry-after": "1"}
     if isinstance(error, MissingError):
         return 503, _error(str(error), "server_error", "missing"), {}
     if isinstance(error, InferenceError | ElasticError):

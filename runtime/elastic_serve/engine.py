@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime.device import Clock
-from elastic_runtime.errors import ElasticError, InferenceError
+from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
 from elastic_serve.metrics import Metrics
@@ -23,6 +23,12 @@ from elastic_serve.together import Drawing, pause, step
 _log = logging.getLogger(__name__)
 WISH = 3.0  # times a picture at its best budget: when one is wished for whose request says nothing
 SOON = 0.25  # seconds that nobody minds
+
+
+class ClosingError(ElasticError):
+    """A picture that is not drawn since the server ends."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,13 @@ class Engine:
     def submit(self, orders: Sequence[Order]) -> tuple[int, ...]:
         """Take pictures in, all or none; returns their numbers.
 
-        Raises: RefusedError, and what the bundle says of a request that it does not take.
+        Raises: RefusedError, ClosingError, and what the bundle says of a request that it does not take.
         """
         prospects = [order.served.prospect(order.request, order.quality) for order in orders]
         with self._changed:
             if self._closing:
                 self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
-                raise RefusedError("the server is closing: ask another, or later", 1.0)
+                raise ClosingError("the server is closing: ask another, or later")
             now = self._clock()
             jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
             try:
@@ -151,7 +157,7 @@ class Engine:
             self._changed.wait_for(lambda: not self._flights, timeout=drain)
             rest = tuple(self._flights.values())
         for flight in rest:
-            flight.order.tell(Failed(InferenceError("the server closed before this picture was done: ask another, or later")))
+            flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
         self.cancel(tuple(self._flights))
         self._thread.join()
 

@@ -8,7 +8,7 @@ it begins.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NoReturn
@@ -157,7 +157,9 @@ class Scheduler:
         lowest where there is none."""
         jobs = tuple(self._jobs.values())
         steps = max((len(job.ways) for job in jobs), default=1) - 1
-        levels = [step / max(steps, 1) for step in range(steps + 1)] if steps else [1.0]
+        if not steps:
+            return 1.0
+        levels = [step / steps for step in range(steps + 1)]
         low, high = -1, bisect_right(levels, self._busy, key=lambda level: self._demand.busy(level, now))
         if high and self._kept(jobs, levels[high - 1], now):
             return levels[high - 1]
@@ -182,10 +184,12 @@ class Scheduler:
 
     def finishes(self, jobs: Iterable[Job], level: float, now: float) -> dict[int, float]:
         """When each picture would be done if all went as predicted and nothing else came."""
-        waiting = self._order(jobs)
+        return {job.id: time for job, time in self._played(jobs, level, now)}
+
+    def _played(self, jobs: Iterable[Job], level: float, now: float) -> Iterator[tuple[Job, float]]:
+        """Pictures with the time when each would be done, the first one first."""
+        waiting, clock = self._order(jobs), now
         left = {job.id: job.way(level).after(job.taken) for job in waiting}
-        clock, done = now, {job.id: now for job in waiting if not left[job.id]}
-        waiting = [job for job in waiting if left[job.id]]
         while waiting:
             group = self._group(waiting, lambda job: left[job.id][-1][0])
             kind, rows = left[group[0].id][-1][0], sum(job.rows for job in group)
@@ -198,9 +202,8 @@ class Scheduler:
                     ahead.append((same, more - steps))
                 if not ahead:
                     clock += job.way(level).finish
-                    done[job.id] = clock
                     waiting.remove(job)
-        return done
+                    yield job, clock
 
     def _seconds(self, way: Way, rows: int) -> float:
         """What a picture takes in runs as large as pay, of which it has its share."""
@@ -246,8 +249,7 @@ class Scheduler:
         return group
 
     def _kept(self, jobs: Sequence[Job], level: float, now: float) -> bool:
-        done = self.finishes(jobs, level, now)
-        return all(done[job.id] <= self._target(job) for job in jobs)
+        return all(time <= self._target(job) for job, time in self._played(jobs, level, now))
 
     def _broken(self, jobs: Sequence[Job], now: float) -> set[int]:
         """Promises that would not be kept at the lowest level."""

@@ -144,11 +144,12 @@ class Served:
             request, budget=None, guidance_budget=None, policy=None if asked else Auto(guidance_budget=request.guidance_budget)
         )
         outlook = self.pipe.outlook(fitted, reading=False)
-        if isinstance(outlook, BudgetOutlook) and asked:
-            options = [outlook.fixed(request.budget or outlook.gauge.budgets[-1], request.guidance_budget)]
+        if asked:
+            budget = request.budget or (outlook.gauge.budgets[-1] if self.elastic else Budget())
+            options = [outlook.fixed(budget, request.guidance_budget)]
         else:
             options = list(outlook.frontier(request.guidance_budget))
-            if not isinstance(outlook, BudgetOutlook) and quality in ("auto", "standard"):  # plans go on getting longer, for very little
+            if not self.elastic and quality in ("auto", "standard"):  # plans go on getting longer, for very little
                 usual = outlook.usual(outlook.options())
                 options = [option for option in options if outlook.whole(option) < outlook.whole(usual)] + [usual]
         options = _of_quality(outlook, options, QUALITIES.get(quality, quality))

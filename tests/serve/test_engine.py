@@ -96,6 +96,13 @@ def test_the_plan_is_chosen_before_the_first_step_and_kept(plans: Served) -> Non
     assert len(ended.result.steps) == ended.result.plan.total
 
 
+def test_a_plan_that_is_named_is_held(plans: Served) -> None:
+    (option,) = plans.prospect(Request(class_labels=1, plan="7x")).options
+    assert option.plan is not None
+    assert option.plan.steps == option.steps
+    assert option.name.startswith("7x")
+
+
 def test_two_models_take_turns(tmp_path: Path) -> None:
     models = [served(tmp_path / name, name) for name in ("one", "two")]
     with Asking(*models) as asking:

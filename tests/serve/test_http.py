@@ -303,5 +303,5 @@ def test_a_server_that_ends_draws_what_it_has_begun(serving: Serving) -> None:
         thread.join()
         closing.join()
     assert answers[0].status_code == 200
-    assert late.status_code == 429
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "closing")
     assert "closing" in late.json()["error"]["message"]
