@@ -72,7 +72,7 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "generate",
                     "summary": "Draw pictures.",
                     "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-                    "responses": drawn | failing(400, 401, 413, 429, 500, 503),
+                    "responses": drawn | failing(400, 401, 404, 413, 429, 500, 503),
                 }
             },
             "/v1/models": {

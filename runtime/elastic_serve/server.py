@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,6 +72,8 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
     if not _local(settings.host) and not os.environ.get(KEY):
         _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
         models = []
         for folder in folders:
             begun = time.perf_counter()

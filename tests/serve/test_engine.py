@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_flux import SCHNELL, Opener, manifest, to_zero
+from fake_prompts import flux
 from fakes import write_manifest
 from msgspec.structs import replace
 
@@ -101,6 +102,25 @@ def test_a_plan_that_is_named_is_held(plans: Served) -> None:
     assert option.plan is not None
     assert option.plan.steps == option.steps
     assert option.name.startswith("7x")
+
+
+def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    whole = opener.bundle.manifest
+    opener.bundle = Bundle(tmp_path, replace(whole, cost=COST))
+    model = Served("prompts", ElasticPipeline(opener.bundle, opener))
+    encoders = [graph for graph, _ in opener.opened if graph.startswith("text")]
+    assert model.prospect(Request(prompt="a cat")).options
+    assert encoders == []
+    requests = [Request(prompt=prompt, seeds=(seed,), plan="4x") for seed, prompt in enumerate(("a red cat", "a blue dog"))]
+    with Asking(model) as asking:
+        asking.ask(*((model, request) for request in requests))
+        ended = asking.ends(2)
+    for place, request in enumerate(requests):
+        drawn = ended[place]
+        assert isinstance(drawn, Drawn), drawn
+        assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(model.pipe.draw(request).images[0]))
+    model.close()
 
 
 def test_two_models_take_turns(tmp_path: Path) -> None:
