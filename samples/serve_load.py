@@ -74,6 +74,7 @@ def server(bundle: Path, backend: str | None) -> Iterator[str]:
     finally:
         running.terminate()
         running.wait()
+        running.stdout.close()
 
 
 async def ask(client: httpx2.AsyncClient, body: Mapping[str, Any]) -> Asked:
@@ -113,9 +114,9 @@ async def load(client: httpx2.AsyncClient, body: Mapping[str, Any], rate: float,
     return list(await asyncio.gather(*asked))
 
 
-def quality(bundle: Path, guidance: float) -> dict[str, float]:
+def quality(bundle: Path, backend: str | None, guidance: float) -> dict[str, float]:
     """By the card: what each budget is worth."""
-    with ElasticPipeline.from_pretrained(bundle) as pipe:
+    with ElasticPipeline.from_pretrained(bundle, backend) as pipe:
         outlook = pipe.outlook(Request(class_labels=0, guidance_scale=guidance, policy=Auto()))
         return {key(option.budget): outlook.quality(option) for option in outlook.options()}
 
@@ -161,7 +162,7 @@ async def measure(given: argparse.Namespace, address: str, worth: Mapping[str, f
 
 
 def main(given: argparse.Namespace) -> None:
-    worth = quality(given.bundle, given.guidance)
+    worth = quality(given.bundle, given.backend, given.guidance)
     with server(given.bundle, given.backend) as address:
         rows, said = asyncio.run(measure(given, address, worth))
     head = "| load | way | on time | refused | of those drawn | p50 ms | p95 ms | p99 ms | on time a second | quality |"

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import itertools
 import logging
 import time
@@ -32,10 +33,23 @@ Tell = Callable[[int, Event], None]
 
 
 class App:
-    """The server over an engine. `key` is what a client must know, where it is given; `asgi` is the application."""
+    """The server over an engine; `asgi` is the application.
 
-    def __init__(self, engine: Engine, metrics: Metrics, key: str | None = None, limits: Limits | None = None, drain: float = 30.0):
+    key: what a client must know, where it is given. drain: seconds that pictures get when the server ends. local: whether it answers to
+    the names of this machine alone, so that no page from elsewhere reaches it under a name of its own (DNS rebinding).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        key: str | None = None,
+        limits: Limits | None = None,
+        drain: float = 30.0,
+        local: bool = False,
+    ):
         self._engine, self._metrics, self._key, self._limits, self._drain = engine, metrics, key, limits or Limits(), drain
+        self._local = local
         self._begun, self._numbers = int(time.time()), itertools.count(1)
         routes = [
             Route("/v1/images/generations", self._keyed(self._generate), methods=["POST"]),
@@ -56,6 +70,9 @@ class App:
 
     def _keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:
+            if self._local and not is_local(request.url.hostname or ""):
+                words = "this server answers to localhost alone: ask it there, or start it with the --host that it is to have"
+                return answers.failure(403, words, "wrong_host")
             if self._key is not None:
                 scheme, _, given = request.headers.get("authorization", "").partition(" ")
                 if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._key.encode()):
@@ -204,6 +221,14 @@ class App:
         if drawn:
             facts["pictures"] = [answers.facts(each) for each in drawn]
         _log.info("request", extra={"facts": facts})
+
+
+def is_local(host: str) -> bool:
+    """Whether an address or a name is this machine's own, which no other reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _client(request: Request, body: Body) -> str:

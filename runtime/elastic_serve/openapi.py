@@ -48,6 +48,7 @@ def document(limits: Limits) -> dict[str, Any]:
     def failing(*codes: int) -> dict[str, Any]:
         words = {
             400: "A field is unknown or wrong, or the deadline cannot be kept even on an idle machine.",
+            403: "The server was asked under a name that is not this machine's own, to which alone it listens.",
             401: "The API key is missing or wrong.",
             404: "There is no such model.",
             413: f"The body is larger than {limits.body} bytes.",
@@ -72,14 +73,14 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "generate",
                     "summary": "Draw pictures.",
                     "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-                    "responses": drawn | failing(400, 401, 404, 413, 429, 500, 503),
+                    "responses": drawn | failing(400, 401, 403, 404, 413, 429, 500, 503),
                 }
             },
             "/v1/models": {
                 "get": {
                     "operationId": "models",
                     "summary": "The bundles that are served.",
-                    "responses": answering("Models.") | failing(401),
+                    "responses": answering("Models.") | failing(401, 403),
                 }
             },
             "/v1/models/{name}": {
@@ -87,7 +88,7 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "model",
                     "summary": "One of them.",
                     "parameters": [name],
-                    "responses": answering("A model.") | failing(401, 404),
+                    "responses": answering("A model.") | failing(401, 403, 404),
                 }
             },
             "/health": {
@@ -97,7 +98,7 @@ def document(limits: Limits) -> dict[str, Any]:
                 "get": {
                     "operationId": "metrics",
                     "summary": "What Prometheus reads.",
-                    "responses": answering("Metrics.", "text/plain", {"type": "string"}) | failing(401),
+                    "responses": answering("Metrics.", "text/plain", {"type": "string"}) | failing(401, 403),
                 }
             },
         },

@@ -1,7 +1,6 @@
 """The process: opens bundles, listens, and drains when it is told to end."""
 
 import contextlib
-import ipaddress
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ import msgspec
 import uvicorn
 
 from elastic_runtime.errors import UsageError
-from elastic_serve.app import App
+from elastic_serve.app import App, is_local
 from elastic_serve.body import Limits
 from elastic_serve.engine import Engine
 from elastic_serve.metrics import Metrics
@@ -69,7 +68,7 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
     settings = settings or Settings()
     named(folders)
     _logging()
-    if not _local(settings.host) and not os.environ.get(KEY):
+    if not is_local(settings.host) and not os.environ.get(KEY):
         _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -102,7 +101,7 @@ def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain)
+    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain, is_local(settings.host))
     config = uvicorn.Config(
         app.asgi,
         host=settings.host,
@@ -134,14 +133,6 @@ class Server(uvicorn.Server):
             _log.info("listening", extra={"facts": {"address": address}})
             if self._ready:
                 self._ready(address)
-
-
-def _local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _logging() -> None:

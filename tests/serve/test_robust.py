@@ -48,20 +48,20 @@ def test_what_is_no_http_is_refused(server: Running) -> None:
 
 def test_a_flood_of_headers_is_refused(server: Running) -> None:
     flood = (b"x-header-%d: " % number + b"a" * 1000 + b"\r\n" for number in range(2000))
-    assert answered(server, b"GET /health HTTP/1.1\r\nhost: a\r\n", *flood)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
+    assert answered(server, b"GET /health HTTP/1.1\r\nhost: localhost\r\n", *flood)[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
     draws(server)
 
 
 def test_a_body_that_says_it_is_small_and_is_not_is_cut_off(server: Running) -> None:
     chunk = b"10000\r\n" + b"7" * 0x10000 + b"\r\n"
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
     assert answered(server, head, *[chunk] * 64).startswith(b"HTTP/1.1 413")
     draws(server)
 
 
 def test_a_client_that_stops_in_the_middle_holds_nobody_up(server: Running) -> None:
     with connected(server) as line:
-        line.sendall(b'POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{"class_labels"')
+        line.sendall(b'POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"class_labels"')
         draws(server)
     draws(server)
 
@@ -76,14 +76,25 @@ def test_a_thousand_idle_connections_hold_nobody_up(server: Running) -> None:
 def test_a_client_that_reads_nothing_of_its_stream_holds_nobody_up(server: Running) -> None:
     body = b'{"class_labels": 1, "steps": 200, "stream": true, "partial_images": 16}'
     with connected(server) as line:
-        line.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        line.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
         with server.http() as http:
             assert http.post(CREATE, json={"class_labels": 1, "steps": 2}).status_code == 200
 
 
+HOSTS = {"localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200, "evil.example": 403, "127.0.0.1.evil.example:80": 403}
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS.items())
+def test_a_name_from_elsewhere_is_not_answered_to(server: Running, host: str, status: int) -> None:
+    with server.http() as http:
+        assert http.get("/v1/models", headers={"host": host}).status_code == status
+
+
 def test_paths_lead_nowhere(server: Running) -> None:
     for path in (b"/../../etc/passwd", b"/v1/models/../../../etc/passwd", b"//etc/passwd", b"/%2e%2e/%2e%2e/etc/passwd", b"/v1/models/%00"):
-        assert answered(server, b"GET " + path + b" HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").startswith(b"HTTP/1.1 404"), path
+        assert answered(server, b"GET " + path + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").startswith(
+            b"HTTP/1.1 404"
+        ), path
 
 
 json = st.recursive(
