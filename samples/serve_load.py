@@ -13,6 +13,7 @@ holds the best and refuses nothing. A picture that is refused is not on time. Th
 import argparse
 import asyncio
 import contextlib
+import itertools
 import re
 import subprocess
 import sys
@@ -35,7 +36,8 @@ from record import machine, versions
 CREATE = "/v1/images/generations"
 DEADLINE = 3.0  # times a picture alone at the best budget
 LOADS = (0.5, 1.0, 2.0, 4.0)
-EVEN = 2.0  # loads below it last longer, for as many requests
+EVEN = 1.0  # loads below it last longer, for as many requests
+ROUNDS = 2  # in which the ways take turns, so that what else the machine does slows all of them
 ALONE = 7  # pictures
 TOGETHER = 4  # in flight, where what a budget sustains is measured
 # what is asked for, by way; `promised` sends the deadline
@@ -146,14 +148,18 @@ async def measure(given: argparse.Namespace, address: str, worth: Mapping[str, f
         alone = float(np.median([(await ask(client, best)).seconds for _ in range(ALONE)]))
         rate, cheap = [await sustained(client, best | {"quality": each}, 6 * TOGETHER) for each in ("high", "low")]
         deadline = DEADLINE * alone
-        rows = []
-        for number, times in enumerate(given.loads):
-            for name, way in WAYS.items():
-                words = common | {"quality": way["quality"]} | ({"deadline_ms": 1e3 * deadline} if way["promised"] else {})
+        rows: list[str] = []
+        for times in given.loads:
+            seconds = given.seconds * max(1.0, EVEN / times) / ROUNDS
+            asked: dict[str, list[Asked]] = {name: [] for name in WAYS}
+            spent = dict.fromkeys(WAYS, 0.0)
+            for number, name in itertools.product(range(ROUNDS), WAYS):
+                words = common | {"quality": WAYS[name]["quality"]} | ({"deadline_ms": 1e3 * deadline} if WAYS[name]["promised"] else {})
                 begun = time.perf_counter()
-                asked = await load(client, words, times * rate, given.seconds * max(1.0, EVEN / times), number)
-                rows.append(row(name, times, asked, deadline, time.perf_counter() - begun, worth))
-                Console(stderr=True).print(rows[-1], highlight=False)
+                asked[name] += await load(client, words, times * rate, seconds, number)
+                spent[name] += time.perf_counter() - begun
+            rows += [row(name, times, asked[name], deadline, spent[name], worth) for name in WAYS]
+            Console(stderr=True, width=200).print("\n".join(rows[-len(WAYS) :]), highlight=False)
     said = (
         f"One picture alone takes {1e3 * alone:.0f} ms at the best budget, so the deadline is {1e3 * deadline:.0f} ms; load 1 is "
         f"{rate:.1f} pictures a second, what the best budget sustains, and the cheapest sustains {cheap:.1f}."
@@ -168,7 +174,7 @@ def main(given: argparse.Namespace) -> None:
     head = "| load | way | on time | refused | of those drawn | p50 ms | p95 ms | p99 ms | on time a second | quality |"
     table = "\n".join([head, "|---:|---|" + "---:|" * 8, *rows])
     backends = ", ".join(f"{name} {version}" for name, version in versions().items())
-    how = f"{given.seconds:g} s of each, longer below load {EVEN:g}; {given.steps} steps, guidance {given.guidance:g}"
+    how = f"{given.seconds:g} s of each in {ROUNDS} rounds, longer below load {EVEN:g}; {given.steps} steps, guidance {given.guidance:g}"
     text = f"{table}\n\n{said} {how}; {machine()}; {backends}."
     if given.page:
         save(given.page, filled(given.page.read_text(encoding="utf-8"), "serve", text, str(given.page)).encode())
