@@ -1,9 +1,9 @@
 """What runs next, at which budget, and whom to refuse: a pure object that is told the time.
 
 Pictures go by earliest deadline first. Before each step all that is in flight is played through on paper, at one level of the budgets for
-all: the highest at which every deadline is still kept is taken, and at which arrivals like those of late would find a device that is not
-busy all the time. So budgets fall as work comes in and rise as it is done. What cannot be kept even at the lowest level is refused before
-it begins.
+all: the highest is taken at which every deadline is kept with some time left, and at which arrivals like those of late would find a device
+that is not busy all the time. So budgets fall as work comes in and rise as it is done. What cannot be kept even at the lowest level is
+refused before it begins.
 """
 
 import math
@@ -18,6 +18,7 @@ from elastic_serve.demand import Demand
 from elastic_serve.times import Kind, Times
 
 MARGIN = 0.15  # of a picture's time, kept for what nothing predicts; of a queue that is never empty it takes nothing
+RESERVE = 0.3  # of a picture's time, that budgets leave to who comes next: what is in flight could not be made cheaper afterwards
 EQUAL = 0.1  # seconds between deadlines that count as equal, among which clients take turns
 QUEUE = 64
 BUSY = 0.8  # of the device's time that arrivals may take: beyond it whoever comes next waits ever longer
@@ -131,10 +132,10 @@ class Scheduler:
             advice = "ask for fewer pictures" if wait is None else f"try again in {wait:.2g} s"
             raise RefusedError(f"the queue is full: {len(present)} pictures of at most {self.queue} wait or are drawn: {advice}", wait)
         broken = self._broken([*present, *jobs], now)
-        if broken - self._broken(present, now):
+        if broken and broken - self._broken(present, now):
             if any(job.promised for job in jobs):
                 self._refuse(jobs, now)
-            jobs = [replace(job, due=math.inf) for job in jobs]  # they are nobody's promise: what was promised to others goes first
+            jobs = self._yielding(jobs, now)
         self._jobs |= {job.id: job for job in jobs}
         return tuple(job.id for job in jobs)
 
@@ -210,9 +211,10 @@ class Scheduler:
         sizes = {kind: max(self.times.together(kind), rows) for kind, _ in way.legs}
         return way.finish + math.fsum(steps * self.times.seconds(kind, sizes[kind]) * rows / sizes[kind] for kind, steps in way.legs)
 
-    def _target(self, job: Job) -> float:
-        """When it is to be done, with the margin."""
-        return job.due - self.margin * (job.due - job.arrived) if job.due < math.inf else job.due
+    def _target(self, job: Job, share: float | None = None) -> float:
+        """When it is to be done, with the margin or another share of its time left over."""
+        share = self.margin if share is None else share
+        return job.due - share * (job.due - job.arrived) if job.due < math.inf else job.due
 
     def _order(self, jobs: Iterable[Job]) -> list[Job]:
         """Earliest deadline first; among equal deadlines by turn."""
@@ -249,7 +251,9 @@ class Scheduler:
         return group
 
     def _kept(self, jobs: Sequence[Job], level: float, now: float) -> bool:
-        return all(time <= self._target(job) for job, time in self._played(jobs, level, now))
+        """Whether all would be done in time, with something left for who comes next."""
+        share = max(self.margin, RESERVE)
+        return all(time <= self._target(job, share) for job, time in self._played(jobs, level, now))
 
     def _broken(self, jobs: Sequence[Job], now: float) -> set[int]:
         """Promises that would not be kept at the lowest level."""
@@ -267,6 +271,15 @@ class Scheduler:
         wait = max(nearest - asked, 0.0)
         ahead = f"{len(present)} pictures are ahead"
         raise RefusedError(f"{what}: {ahead}. Allow {1e3 * nearest:.0f} ms, or try again in {wait:.2g} s", wait, nearest)
+
+    def _yielding(self, jobs: Sequence[Job], now: float) -> list[Job]:
+        """Pictures that were promised to nobody, as early as no promise is broken for them."""
+        present = tuple(self._jobs.values())
+        asked = max(job.due - job.arrived for job in jobs)
+        later = [replace(job, due=now + self._nearest(present, jobs, asked, now)) for job in jobs]
+        if self._broken([*present, *later], now) - self._broken(present, now):
+            return [replace(job, due=math.inf) for job in jobs]
+        return later
 
     def _behind(self, others: Sequence[Job], jobs: Sequence[Job], now: float) -> float:
         """The deadline that `jobs` would keep behind all `others`."""

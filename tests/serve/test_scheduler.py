@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
-from elastic_serve.scheduler import MARGIN, Job, RefusedError, Scheduler, Way
+from elastic_serve.scheduler import MARGIN, RESERVE, Job, RefusedError, Scheduler, Way
 from elastic_serve.times import Kind
 
 LATENTS = (16, 64, 128, 256)
@@ -140,6 +140,15 @@ def test_a_wish_is_never_refused_and_gives_way_to_promises() -> None:
     assert played.done[first] <= 1.2 * alone(16)
 
 
+def test_a_wish_that_gave_way_goes_before_promises_that_come_later() -> None:
+    played = Played(Scheduler(Exact(most=1)))
+    (first,) = played.scheduler.admit([job(0.0, 1.2 * alone(16))], 0.0)
+    (wish,) = played.scheduler.admit([job(0.0, 0.01, promised=False)], 0.0)
+    later = [played.scheduler.admit([job(0.0, 10.0)], 0.0)[0] for _ in range(3)]
+    played.rest()
+    assert played.order == [first, wish, *later]
+
+
 def test_clients_take_turns_among_equal_deadlines() -> None:
     played = Played(Scheduler(Exact(most=1)))
     many = played.scheduler.admit([job(0.0, 5.0, client="a")] * 4, 0.0)
@@ -256,7 +265,7 @@ def test_a_level_is_the_highest_that_keeps_everything(asked: list[tuple[float, f
 
     def kept(at: float) -> bool:
         done = scheduler.finishes(scheduler.jobs, at, 0.0)
-        return all(done[each.id] <= each.due * (1 - MARGIN) + 1e-12 for each in scheduler.jobs)
+        return all(done[each.id] <= each.due * (1 - RESERVE) + 1e-12 for each in scheduler.jobs)
 
     levels = [step / (len(LATENTS) - 1) for step in range(len(LATENTS))]
     assert level in levels
