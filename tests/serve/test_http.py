@@ -34,7 +34,7 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
 def metric(server: Running, name: str) -> float:
     with server.http() as http:
         text = http.get("/metrics").text
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{re.escape(name)}(\{{| )", line))
 
 
 def events(lines: Any) -> list[dict[str, Any]]:
@@ -216,6 +216,17 @@ def test_a_full_queue_says_when_to_ask_again(serving: Serving) -> None:
         assert refused.json()["error"]["code"] == "queue_full"
         assert "the queue is full: 3 pictures" in refused.json()["error"]["message"]
         assert metric(server, "elastic_refused_total") == 1
+
+
+def test_the_official_client_waits_as_long_as_it_is_told_and_asks_again(serving: Serving) -> None:
+    with serving(queue=1) as server:
+        thread = threading.Thread(target=server.client().images.generate, kwargs={"prompt": "1", "extra_body": {"steps": 250}})
+        thread.start()
+        until(lambda: len(server.engine.scheduler) == 1)
+        drawn = server.client(max_retries=20).images.generate(prompt="2", extra_body={"steps": 2})
+        thread.join()
+        assert drawn.data[0].b64_json
+        assert 1 <= metric(server, 'elastic_refused_total{model="digits",reason="full"}') <= 20
 
 
 def test_pictures_of_several_clients_share_runs(serving: Serving) -> None:
