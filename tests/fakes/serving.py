@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -12,12 +12,14 @@ class Running:
 
     url: str
     engine: Any
+    clients: list[Any] = field(default_factory=list)
 
     def client(self, key: str = "none", **options: Any) -> Any:
-        """The official client of the OpenAI API."""
+        """The official client of the OpenAI API, closed when the server ends."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
+        return self.clients[-1]
 
     def http(self, **options: Any) -> Any:
         """A plain client, as curl is one."""

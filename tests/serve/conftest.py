@@ -34,7 +34,10 @@ def serving(digits: Path) -> Serving:
         thread.start()
         try:
             assert listens.wait(20), "the server did not listen"
-            yield Running(addresses[0], engine)
+            running = Running(addresses[0], engine)
+            yield running
+            for client in running.clients:
+                client.close()
         finally:
             server.should_exit = True
             thread.join(30)
