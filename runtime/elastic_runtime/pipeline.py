@@ -10,27 +10,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec.structs import replace
 
-from elastic_runtime.choosing.calibration import chosen, fastest
+from elastic_runtime.choosing.artifacts import ArtifactOpener
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
-from elastic_runtime.choosing.precisions import allowed
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
-from elastic_runtime.device import Clock, peak_bytes, probe
+from elastic_runtime.device import Clock, peak_bytes
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, finite
 from elastic_runtime.drawing.plans import PlanDrawing
-from elastic_runtime.errors import BundleError, MissingError, UsageError
+from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import edge_scores
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, Result
 from elastic_runtime.sampling.flow import after
 from elastic_runtime.sampling.noise import Generators
-from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
 from elastic_runtime.sessions.session import Session
 
 if TYPE_CHECKING:
@@ -77,28 +75,11 @@ class ElasticPipeline:
         which it has none.
         """
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        graphs = opened.manifest.graphs
-        if "denoiser" not in graphs:
-            raise BundleError(
-                f"{opened.folder} has no graph 'denoiser', it has {', '.join(graphs)}: export the model again with --components "
-                "transformer,vae"
-            )
-        checks = [obstacles(artifact, backend) for artifact in graphs["denoiser"].artifacts]
-        if not any(room for room, _ in checks):
-            why = " ".join(dict.fromkeys(reason for _, reasons in checks for reason in reasons))
-            raise MissingError(f"nothing here can run 'denoiser' of {opened.folder}. {why}")
-        precisions = allowed(opened.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
-        able, reasons = candidates(opened, "denoiser", backend) if precisions else ([], [])
-        if precisions and not {candidate.precision for candidate in able} & set(precisions):
-            has, asked = dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts), ", ".join(precisions)
-            if has.keys() & set(precisions):
-                raise MissingError(f"nothing here can run 'denoiser' of {opened.folder} in {asked}. {' '.join(reasons)}")
-            raise UsageError(f"{opened.folder} has its denoiser in {', '.join(has)}, and none in {asked}: export it so, too")
-        pipe = cls(opened, _Opener(opened, backend, precisions, options))
+        pipe = cls(opened, ArtifactOpener(opened, backend, precisions, floor, options))
         if not (opened.manifest.model.text and opened.manifest.model.text.encoders):  # which are read before the denoiser takes its memory
             try:
                 for name in ("denoiser", "decoder"):
-                    if name in graphs:
+                    if name in opened.manifest.graphs:
                         pipe.session(name)
             except BaseException:
                 pipe.close()
@@ -274,13 +255,15 @@ class ElasticPipeline:
                 return
             replacement = yield progress
 
-    def outlook(self, request: Request) -> Outlook:
+    def outlook(self, request: Request, *, reading: bool = True) -> Outlook:
         """What a policy would know of a request: the ways to draw it, their predicted time and memory, and their quality by the card.
 
-        A request with a policy leaves the plan open, one with a plan leaves its steps open.
+        A request with a policy leaves the plan open, one with a plan leaves its steps open. Without `reading`, prompts are not read, which
+        opens text encoders: they are taken to be of one length.
         """
         drawing = self._drawing(request, None)
-        drawing.prepare(self.session)
+        if reading or request.prompt is None:
+            drawing.prepare(self.session)
         return drawing.outlook(self.gauge, finishes=request.output_type != "latent")
 
     def images(self, latents: np.ndarray, output_type: OutputType = "pil") -> Any:
@@ -361,31 +344,6 @@ def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
     """Fields of a request that a bundle's kind of model does not take, and how it draws, in words."""
     drawing = PlanDrawing if bundle.manifest.model.patches else BudgetDrawing
     return drawing.unfit(bundle.manifest.model), drawing.kind
-
-
-class _Opener:
-    """Opens a bundle's graphs with one backend, the fastest where none is named, of some precisions or the most exact."""
-
-    def __init__(self, bundle: Bundle, backend: str | None, precisions: Sequence[str], options: Mapping[str, Any]):
-        self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
-
-    def __call__(self, graph: str) -> Session:
-        if self._backend or self._options:
-            able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
-            able = [each for each in able if not each.options or "precision" not in self._options]  # which says it already
-            if not able:
-                return open_session(self._bundle, graph, self._backend, **self._options)
-            best = chosen(able, self._precisions)[0]
-            return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
-        graphs = self._bundle.manifest.graphs
-        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
-        if choice is None:
-            return open_session(self._bundle, graph)
-        if graph == "denoiser":
-            return open_origin(self._bundle, graph, choice)
-        # What runs the denoiser runs the other graphs too, where it opens them.
-        able = [each for each in candidates(self._bundle, graph)[0] if each.backend == choice.backend]
-        return open_origin(self._bundle, graph, chosen(able, self._precisions)[0]) if able else open_session(self._bundle, graph)
 
 
 def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:

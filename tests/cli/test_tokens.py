@@ -30,8 +30,8 @@ def routed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def opened(bundle: Bundle, *_: Any, **__: Any) -> FakeSession:
         return FakeSession(graph, answer(lambda t, label: round(LENGTH * (0.5 - 0.3 * t / 999)), 1))
 
-    monkeypatch.setattr("elastic_runtime.pipeline.fastest", lambda *_: None)
-    monkeypatch.setattr("elastic_runtime.pipeline.open_session", opened)
+    monkeypatch.setattr("elastic_runtime.choosing.artifacts.fastest", lambda *_: None)
+    monkeypatch.setattr("elastic_runtime.choosing.artifacts.open_session", opened)
     return bundle.folder
 
 
@@ -126,9 +126,10 @@ def test_two_pictures_have_two_names(run: Run, routed: Path, tmp_path: Path) -> 
 
 def test_a_bundle_without_a_router_shows_no_tokens(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_bundle(tmp_path / "plain", channels=1)
-    monkeypatch.setattr("elastic_runtime.pipeline.fastest", lambda *_: None)
+    monkeypatch.setattr("elastic_runtime.choosing.artifacts.fastest", lambda *_: None)
     monkeypatch.setattr(
-        "elastic_runtime.pipeline.open_session", lambda *_, **__: FakeSession(bundle.manifest.graphs["denoiser"], lambda feeds: {})
+        "elastic_runtime.choosing.artifacts.open_session",
+        lambda *_, **__: FakeSession(bundle.manifest.graphs["denoiser"], lambda feeds: {}),
     )
     for options, message in ((["--show-tokens", tmp_path / "b.png"], "is for models with a router"), (["--drop", "0.3"], "has no router")):
         done = run("generate", bundle.folder, "-o", tmp_path / "a.png", "-q", *options)

@@ -65,6 +65,7 @@ class PlanDrawing(Drawing):
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
             )
         self._repeats = repeats(request.num_images_per_prompt)
+        self._apart = False  # until prompts are read
         self._conditioning = conditioning(request)
         self._count = self._conditioning.check(bundle, self.guidance.scale > 1) * self._repeats
         self._noise = self._source()

@@ -10,7 +10,7 @@ import pytest
 from fake_flux import FLUX, SD3, Opener, encoder, encoder_graph, manifest, to_zero
 from fake_prompts import WORDS, flux, hidden, write_tokenizer
 
-from elastic_runtime import Bundle, BundleError, MissingError, UsageError
+from elastic_runtime import Bundle, BundleError, ElasticPipeline, MissingError, Request, UsageError
 from elastic_runtime.contract.manifest import Text
 from elastic_runtime.denoising.prompts import encode
 
@@ -26,6 +26,15 @@ def test_flux_takes_the_pooled_of_one_and_the_tokens_of_the_other(tmp_path: Path
     assert found.pooled.tolist() == [[2, 5, 3, 1, 1], [2, 4, 1, 1, 1]], "padded with its own mark"
     assert found.hidden[:, :, 0].tolist() == [[2, 5, 3, 1, 0, 0, 0, 0], [2, 4, 1, 0, 0, 0, 0, 0]]
     assert (found.hidden.dtype, found.hidden.shape) == (np.float32, (2, 8, 6))
+
+
+def test_an_outlook_need_not_read_the_prompts(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    pipe = ElasticPipeline(opener.bundle, opener)
+    assert [option.plan for option in pipe.outlook(Request(prompt="a cat", plan="4x"), reading=False).options()]
+    assert all(not graph.startswith("text_encoder") for graph, _ in opener.opened)
+    pipe.outlook(Request(prompt="a cat", plan="4x"))
+    assert any(graph.startswith("text_encoder") for graph, _ in opener.opened)
 
 
 def test_encoders_are_open_one_at_a_time_and_read_each_prompt_once(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""`elastic-export serve`: pictures over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine reach it on 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any that is free.")] = 8000,
+    backend: Annotated[
+        str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Artifacts that may draw, as for generate [dim](default: the most exact)[/dim].", show_default=False
+        ),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Pictures that wait or are drawn, at most.")] = 64,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="In what time a picture is to be done whose request names no deadline [dim](default: three times what it takes at its "
+            "best)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a deadline kept for what nothing predicts.")] = 0.15,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request, at most.")] = 10,
+    max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one picture, at most.")] = 250,
+    drain_seconds: Annotated[float, typer.Option(min=0.0, help="Time that pictures in flight get when the server ends.")] = 30.0,
+) -> None:
+    """Serve bundles in the form of the OpenAI Images API: many people, one device, budgets that keep the deadline.
+
+    Where more is asked for than the best budget can draw in time, all pictures in flight go on with smaller ones, and with larger ones
+    when the rush is over. A deadline that nothing keeps is refused at once. Set ELASTIC_EXPORT_API_KEY to ask clients for a key.
+
+    [bold]Examples[/bold]
+
+      elastic-export serve digits
+      elastic-export serve digits flux --host 0.0.0.0 --port 8080 --queue 200
+      elastic-export serve digits --target-ms 500 --precision auto
+    """
+    from elastic_export import api
+    from elastic_export.cli import show
+    from elastic_runtime.errors import MissingError
+
+    try:
+        from elastic_serve.body import Limits
+        from elastic_serve.server import Settings, serve
+    except ModuleNotFoundError as error:
+        raise MissingError(f"serving needs {error.name}, which is not installed: pip install 'elastic-export[serve]'") from None
+    settings = Settings(
+        host=host,
+        port=port,
+        backend=backend,
+        precisions=tuple(api.read_words(precision) or ()),
+        queue=queue,
+        margin=margin,
+        wish=None if target_ms is None else target_ms / 1000,
+        drain=drain_seconds,
+        limits=Limits(pictures=max_pictures, steps=max_steps),
+    )
+    serve(bundles, settings, ready=lambda address: show.line(f"serving {', '.join(map(str, bundles))} at {address}"))

@@ -1,0 +1,58 @@
+"""Which artifact a graph is opened from, and with which backend: the fastest of those that are exact enough."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from elastic_runtime.choosing.calibration import chosen, fastest
+from elastic_runtime.choosing.precisions import allowed
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.device import probe
+from elastic_runtime.errors import BundleError, MissingError, UsageError
+from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
+from elastic_runtime.sessions.session import Session
+
+
+class ArtifactOpener:
+    """Opens a bundle's graphs with one backend, or the fastest where none is named; of some precisions, or the most exact.
+
+    `options` are the backend's session's. See `ElasticPipeline.from_pretrained`, also for what is raised.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str | None, precisions: Sequence[str] | str, floor: float, options: Mapping[str, Any]):
+        graphs = bundle.manifest.graphs
+        if "denoiser" not in graphs:
+            raise BundleError(
+                f"{bundle.folder} has no graph 'denoiser', it has {', '.join(graphs)}: export the model again with --components "
+                "transformer,vae"
+            )
+        checks = [obstacles(artifact, backend) for artifact in graphs["denoiser"].artifacts]
+        if not any(room for room, _ in checks):
+            why = " ".join(dict.fromkeys(reason for _, reasons in checks for reason in reasons))
+            raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder}. {why}")
+        precisions = allowed(bundle.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
+        able, reasons = candidates(bundle, "denoiser", backend) if precisions else ([], [])
+        if precisions and not {candidate.precision for candidate in able} & set(precisions):
+            has, asked = dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts), ", ".join(precisions)
+            if has.keys() & set(precisions):
+                raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder} in {asked}. {' '.join(reasons)}")
+            raise UsageError(f"{bundle.folder} has its denoiser in {', '.join(has)}, and none in {asked}: export it so, too")
+        self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
+
+    def __call__(self, graph: str) -> Session:
+        if self._backend or self._options:
+            able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
+            able = [each for each in able if not each.options or "precision" not in self._options]  # which says it already
+            if not able:
+                return open_session(self._bundle, graph, self._backend, **self._options)
+            best = chosen(able, self._precisions)[0]
+            return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
+        graphs = self._bundle.manifest.graphs
+        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
+        if choice is None:
+            return open_session(self._bundle, graph)
+        if graph == "denoiser":
+            return open_origin(self._bundle, graph, choice)
+        # What runs the denoiser runs the other graphs too, where it opens them.
+        able = [each for each in candidates(self._bundle, graph)[0] if each.backend == choice.backend]
+        return open_origin(self._bundle, graph, chosen(able, self._precisions)[0]) if able else open_session(self._bundle, graph)

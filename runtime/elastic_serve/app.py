@@ -1,0 +1,280 @@
+"""The HTTP of it: routes, limits, keys, streams; everything else is the engine's."""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from elastic_serve import answers, openapi, page
+from elastic_serve.body import Body, Limits, NoModelError, read, requests
+from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
+from elastic_serve.metrics import Metrics
+from elastic_serve.served import Served
+
+_log = logging.getLogger("elastic_serve")
+GONE = 499  # what logs call a client that went away
+EVENTS = "text/event-stream"
+Events = asyncio.Queue[tuple[int, Event]]
+# tell(place, event): what became of the picture at a place of a request
+Tell = Callable[[int, Event], None]
+
+
+class App:
+    """The server over an engine; `asgi` is the application.
+
+    key: what a client must know, where it is given. drain: seconds that pictures get when the server ends. local: whether it answers to
+    the names of this machine alone, so that no page from elsewhere reaches it under a name of its own (DNS rebinding).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        key: str | None = None,
+        limits: Limits | None = None,
+        drain: float = 30.0,
+        local: bool = False,
+    ):
+        self._engine, self._metrics, self._key, self._limits, self._drain = engine, metrics, key, limits or Limits(), drain
+        self._local = local
+        self._begun, self._numbers = int(time.time()), itertools.count(1)
+        routes = [
+            Route("/v1/images/generations", self._keyed(self._generate), methods=["POST"]),
+            Route("/v1/models", self._keyed(self._models)),
+            Route("/v1/models/{name}", self._keyed(self._model)),
+            Route("/metrics", self._keyed(self._measured)),
+            Route("/health", self._health),
+            Route("/openapi.json", self._openapi),
+            Route("/", self._page),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: _http, Exception: _crash}
+        self.asgi = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(self._engine.close, self._drain)
+
+    def _keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def checked(request: Request) -> Response:
+            if self._local and not is_local(request.url.hostname or ""):
+                words = "this server answers to localhost alone: ask it there, or start it with the --host that it is to have"
+                return answers.failure(403, words, "wrong_host")
+            if self._key is not None:
+                scheme, _, given = request.headers.get("authorization", "").partition(" ")
+                if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._key.encode()):
+                    words = "this server asks for its API key: send the header 'Authorization: Bearer KEY'"
+                    return answers.failure(401, words, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+            return await endpoint(request)
+
+        return checked
+
+    async def _page(self, request: Request) -> Response:
+        return Response(page.html(), headers=page.headers(), media_type="text/html")
+
+    async def _health(self, request: Request) -> Response:
+        alive = self._engine.alive
+        return answers.json(
+            200 if alive else 503, {"status": "ok" if alive else "the engine has ended", "models": list(self._engine.models)}
+        )
+
+    async def _measured(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _openapi(self, request: Request) -> Response:
+        return answers.json(200, openapi.document(self._limits))
+
+    async def _models(self, request: Request) -> Response:
+        models = [answers.model(served, self._begun) for served in self._engine.models.values()]
+        return answers.json(200, {"object": "list", "data": models})
+
+    async def _model(self, request: Request) -> Response:
+        try:
+            return answers.json(200, answers.model(self._served(request.path_params["name"]), self._begun))
+        except NoModelError as error:
+            return answers.json(*answers.error_of(error))
+
+    def _served(self, name: str | None) -> Served:
+        models = self._engine.models
+        if name is None:
+            return next(iter(models.values()))
+        if name not in models:
+            raise NoModelError(f"there is no model {name!r}; there are {', '.join(models)}", "model")
+        return models[name]
+
+    async def _generate(self, request: Request) -> Response:
+        begun, number = time.monotonic(), next(self._numbers)
+        served: Served | None = None
+        body: Body | None = None
+        status, drawn, streaming = 500, list[Drawn](), False
+        try:
+            text = await self._text(request)
+            received = self._engine.now()
+            body = read(text, self._limits)
+            served = self._served(body.model)
+            events: Events = asyncio.Queue()
+            tickets = await run_in_threadpool(self._submit, body, served, received, _client(request, body), _teller(events))
+            told = _told(request, events)
+            if body.stream:
+                status, streaming = 200, True
+                stream = self._stream(tickets, told, body, served, begun, number)
+                return StreamingResponse(stream, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
+            drawn = await self._wait(tickets, told)
+            status = 200
+            return answers.json(200, await run_in_threadpool(answers.generation, drawn, body))
+        except ClientDisconnect:
+            status = GONE
+            return Response(status_code=GONE)
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        except Exception as error:
+            status, content, headers = answers.error_of(error)
+            if status == 500:
+                _log.error("a picture failed: %s", error)
+            return answers.json(status, content, headers)
+        finally:
+            if not streaming:
+                self._note(number, served, body, status, begun, drawn)
+
+    async def _text(self, request: Request) -> bytes:
+        """The body, as long as it is no larger than allowed."""
+        limit, parts, size = self._limits.body, list[bytes](), 0
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise HTTPException(413, f"a request is at most {limit} bytes here: send less")
+            parts.append(part)
+        return b"".join(parts)
+
+    def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
+        deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
+        asked = requests(body, served, self._limits)
+        return self._engine.submit(
+            [
+                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images)
+                for place, each in enumerate(asked)
+            ]
+        )
+
+    async def _wait(self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]]) -> list[Drawn]:
+        """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
+        drawn: dict[int, Drawn] = {}
+        try:
+            async for place, event in told:
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Drawn):
+                    drawn[place] = event
+                if len(drawn) == len(tickets):
+                    break
+        finally:
+            if len(drawn) < len(tickets):
+                self._engine.cancel(tickets)
+        return [drawn[place] for place in range(len(tickets))]
+
+    async def _stream(
+        self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]], body: Body, served: Served, begun: float, number: int
+    ) -> AsyncIterator[bytes]:
+        """Events up to the picture."""
+        status, drawn, previews = GONE, list[Drawn](), 0
+        try:
+            async for _, event in told:
+                if isinstance(event, Stepped) and event.preview is not None:
+                    yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
+                    previews += 1
+                elif isinstance(event, Drawn):
+                    drawn, status = [event], 200
+                    yield await run_in_threadpool(answers.completed, event, body)
+                    return
+                elif isinstance(event, Failed):
+                    status, content, _ = answers.error_of(event.error)
+                    yield answers.event("error", content)
+                    return
+        except ClientDisconnect:
+            return
+        finally:
+            if not drawn:
+                self._engine.cancel(tickets)
+            self._note(number, served, body, status, begun, drawn)
+
+    def _note(self, number: int, served: Served | None, body: Body | None, status: int, begun: float, drawn: Sequence[Drawn]) -> None:
+        """One line of the log and the counters; what was asked for in words is in neither."""
+        name = served.name if served else ""
+        self._metrics.requests.labels(name, str(status)).inc()
+        facts: dict[str, Any] = {"request": number, "model": name, "status": status, "seconds": round(time.monotonic() - begun, 4)}
+        if body is not None:
+            facts |= {"n": body.n, "stream": body.stream, "quality": body.quality, "steps": body.steps, "deadline_ms": body.deadline_ms}
+        if drawn:
+            facts["pictures"] = [answers.facts(each) for each in drawn]
+        _log.info("request", extra={"facts": facts})
+
+
+def is_local(host: str) -> bool:
+    """Whether an address or a name is this machine's own, which no other reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _client(request: Request, body: Body) -> str:
+    """Who asks, for turns among equals: the user that is named, or the address."""
+    return body.user or (request.client.host if request.client else "")
+
+
+def _teller(events: Events) -> Tell:
+    """What the engine's thread tells, put into the queue of this loop's thread."""
+    loop = asyncio.get_running_loop()
+
+    def tell(place: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+            loop.call_soon_threadsafe(events.put_nowait, (place, event))
+
+    return tell
+
+
+async def _told(request: Request, events: Events) -> AsyncIterator[tuple[int, Event]]:
+    """What the engine tells, as it comes; raises ClientDisconnect when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.ensure_future(gone())
+    try:
+        while True:
+            event = asyncio.ensure_future(events.get())
+            await asyncio.wait({leaving, event}, return_when=asyncio.FIRST_COMPLETED)
+            if not event.done():
+                event.cancel()
+                raise ClientDisconnect
+            yield event.result()
+    finally:
+        leaving.cancel()
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"there is nothing at {request.url.path}: see /openapi.json", 405: f"{request.url.path} does not take {request.method}"}
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    message = words.get(error.status_code, error.detail)
+    return answers.failure(error.status_code, message, codes.get(error.status_code, "http_error"), headers=error.headers)
+
+
+async def _crash(request: Request, error: Exception) -> Response:
+    status, content, headers = answers.error_of(error)
+    return answers.json(status, content, headers)

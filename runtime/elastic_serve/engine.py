@@ -1,0 +1,299 @@
+"""The thread that draws: it asks the scheduler what is next, and takes the step."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from elastic_runtime.device import Clock
+from elastic_runtime.errors import ElasticError
+from elastic_runtime.pipeline import ElasticPipeline
+from elastic_runtime.request import Request, Result
+from elastic_serve.metrics import Metrics
+from elastic_serve.previews import Seen
+from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
+from elastic_serve.served import Prospect, Served, Steered
+from elastic_serve.times import Learned
+from elastic_serve.together import Drawing, pause, step
+
+_log = logging.getLogger(__name__)
+WISH = 3.0  # times a picture at its best budget: when one is wished for whose request says nothing
+SOON = 0.25  # seconds that nobody minds
+
+
+class ClosingError(ElasticError):
+    """A picture that is not drawn since the server ends."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A picture took step `index` of `steps`; `preview` is what it looks like by now, where that was asked for."""
+
+    index: int
+    steps: int
+    preview: Any = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture is done: after `seconds`, `late` by so many where a deadline was promised and missed."""
+
+    result: Result
+    seconds: float
+    late: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A picture could not be drawn."""
+
+    error: Exception
+
+
+Event = Stepped | Drawn | Failed
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture as it is asked for; `tell` is called from the engine's thread.
+
+    deadline: seconds, from when it was `received` on the engine's clock, or None.
+    """
+
+    served: Served
+    request: Request
+    tell: Callable[[Event], None]
+    received: float
+    client: str = ""
+    deadline: float | None = None
+    quality: str = "auto"
+    previews: int = 0
+
+
+@dataclass
+class _Flight:
+    """A picture that was taken in."""
+
+    order: Order
+    prospect: Prospect
+    job: Job
+    drawing: Drawing | None = None
+    policy: Steered | None = None
+    previews: frozenset[int] = frozenset()
+    seen: Seen = field(default_factory=Seen)
+    steps: int = 0
+    taken: int = 0
+
+
+class Engine:
+    """Draws what it is given, on one thread, until it is closed. Any thread may `submit` and `cancel`."""
+
+    def __init__(
+        self,
+        models: Sequence[Served],
+        metrics: Metrics,
+        scheduler: Callable[[Learned], Scheduler] = Scheduler,
+        clock: Clock = time.monotonic,
+        wish: float | None = None,
+    ):
+        self.models: Mapping[str, Served] = {served.name: served for served in models}
+        self.metrics = metrics
+        self.times = Learned(lambda kind, rows: self.models[kind.model].prior(kind, rows), lambda model: self.models[model].most)
+        self.scheduler = scheduler(self.times)
+        self._clock, self._wish = clock, wish
+        self._flights: dict[int, _Flight] = {}
+        self._left: list[_Flight] = []  # cancelled, with a coroutine that only its own thread may end
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, orders: Sequence[Order]) -> tuple[int, ...]:
+        """Take pictures in, all or none; returns their numbers.
+
+        Raises: RefusedError, ClosingError, and what the bundle says of a request that it does not take.
+        """
+        prospects = [order.served.prospect(order.request, order.quality) for order in orders]
+        with self._changed:
+            if self._closing:
+                self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
+                raise ClosingError("the server is closing: ask another, or later")
+            now = self._clock()
+            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
+            try:
+                numbers = self.scheduler.admit(jobs, now)
+            except RefusedError as refusal:
+                reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
+                self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
+                raise
+            for number, order, prospect, job in zip(numbers, orders, prospects, jobs, strict=True):
+                self._flights[number] = _Flight(order, prospect, job)
+            self._gauges()
+            self._changed.notify()
+        return numbers
+
+    def cancel(self, numbers: Sequence[int]) -> None:
+        """Nobody waits for these pictures any more; those that are done stay done."""
+        with self._changed:
+            for number in numbers:
+                self.scheduler.remove(number)
+                if flight := self._flights.pop(number, None):
+                    self._left.append(flight)
+                    self.metrics.pictures.labels(flight.order.served.name, "cancelled").inc()
+            self._gauges()
+            self._changed.notify()
+
+    def close(self, drain: float = 0.0) -> None:
+        """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+            self._changed.wait_for(lambda: not self._flights, timeout=drain)
+            rest = tuple(self._flights.values())
+        for flight in rest:
+            flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
+        self.cancel(tuple(self._flights))
+        self._thread.join()
+
+    def now(self) -> float:
+        """The time on the engine's clock."""
+        return self._clock()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _job(self, order: Order, prospect: Prospect) -> Job:
+        best = prospect.ways[-1]
+        whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
+        wish = max(WISH * whole, SOON) if self._wish is None else self._wish
+        due = order.received + (wish if order.deadline is None else order.deadline)
+        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways)
+
+    def _run(self) -> None:
+        while True:
+            begun = self._clock()
+            with self._changed:
+                for flight in self._left:
+                    if flight.drawing:
+                        flight.drawing.cancel()
+                self._left.clear()
+                if not self._flights:
+                    self._changed.notify_all()
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                    continue
+                turn = self.scheduler.turn(begun)
+                assert turn is not None  # what is in flight, the scheduler knows
+                flights = {number: self._flights[number] for number in turn.jobs}
+            try:
+                self._step(turn, flights, begun)
+            except Exception as error:  # a fault of ours: those pictures end with it, and the others go on
+                _log.exception("a step failed")
+                for number in flights:
+                    self._end(number, Failed(error))
+
+    def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
+        served, session = self.models[turn.kind.model], self.models[turn.kind.model].session
+        fresh = any(flight.drawing is None for flight in flights.values())
+        for number, flight in flights.items():
+            self._steer(number, flight, turn.level)
+        drawings = [flight.drawing for flight in flights.values() if flight.drawing]
+        ran = step(drawings, session)
+        seconds = self._clock() - begun
+        budgets = [flight.policy.option.budget for flight in flights.values() if flight.policy]
+        with self._changed:
+            if not (fresh and self.models[turn.kind.model].bundle.manifest.model.text):  # which read their prompts, too
+                self.times.observe(turn.kind, turn.rows, seconds)
+            for number, flight in flights.items():
+                flight.taken += 1
+                if number in self._flights and flight.taken < flight.steps:
+                    self.scheduler.stepped(number)
+            self._gauges()
+        self.metrics.stepped(served.name, budgets, ran.runs, ran.rows, self.times.pace(served.name))
+        self.metrics.level.set(turn.level)
+        for number, flight in flights.items():
+            self._after(number, flight, session)
+
+    def _steer(self, number: int, flight: _Flight, level: float) -> None:
+        """Choose a picture's budgets for its next step; begin it where it is new."""
+        prospect, served = flight.prospect, flight.order.served
+        option = prospect.options[prospect.ways.index(flight.job.way(level))]
+        if flight.policy is not None:
+            if served.elastic:
+                flight.policy.option = option
+            return
+        request, flight.policy = served.steered(flight.order.request, option)
+        flight.steps = sum(option.steps)
+        flight.previews = _spread(flight.order.previews, flight.steps)
+        flight.drawing = Drawing(lambda: served.pipe.draw(request, callback_on_step_end=self._between(flight)))
+        if not served.elastic:
+            with self._changed:
+                if number in self._flights:
+                    self.scheduler.settle(number, level)
+
+    def _between(self, flight: _Flight) -> Callable[[ElasticPipeline, int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        def between(pipe: ElasticPipeline, index: int, moment: float, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            flight.seen.see(moment, arrays)
+            pause()
+            return {}
+
+        return between
+
+    def _after(self, number: int, flight: _Flight, session: Any) -> None:
+        """Tell of a step, and finish a picture after its last."""
+        drawing = flight.drawing
+        assert drawing is not None
+        if number not in self._flights:
+            return
+        if not drawing.done:
+            index = flight.taken - 1
+            preview = self._preview(flight) if index in flight.previews else None
+            flight.order.tell(Stepped(index, flight.steps, preview))
+            if flight.taken < flight.steps:
+                return
+            step([drawing], session)  # to the picture
+        if drawing.error is not None:
+            self._end(number, Failed(drawing.error))
+        elif drawing.done:
+            seconds = self._clock() - flight.job.arrived
+            late = max(self._clock() - flight.job.due, 0.0) if flight.job.promised else 0.0
+            self.metrics.drawn(flight.order.served.name, seconds, late == 0.0 if flight.job.promised else None)
+            self._end(number, Drawn(drawing.result, seconds, late))
+
+    def _preview(self, flight: _Flight) -> Any:
+        try:
+            return flight.seen.picture(flight.order.served.pipe)
+        except ElasticError as error:
+            _log.warning("no preview: %s", error)
+            return None
+
+    def _end(self, number: int, event: Event) -> None:
+        with self._changed:
+            self.scheduler.remove(number)
+            flight = self._flights.pop(number, None)
+            self._gauges()
+            if not self._flights:
+                self._changed.notify_all()
+        if flight is None:
+            return
+        if isinstance(event, Failed):
+            self.metrics.pictures.labels(flight.order.served.name, "failed").inc()
+        flight.order.tell(event)
+
+    def _gauges(self) -> None:
+        waiting = self.scheduler.waiting
+        self.metrics.waiting.set(waiting)
+        self.metrics.drawing.set(len(self.scheduler) - waiting)
+
+
+def _spread(count: int, steps: int) -> frozenset[int]:
+    """The steps after which there is a preview: evenly, and never the last."""
+    return frozenset(int(index) for index in np.linspace(0, steps - 1, count + 2)[1:-1].round()) if steps > 1 else frozenset()

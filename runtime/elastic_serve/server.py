@@ -1,0 +1,145 @@
+"""The process: opens bundles, listens, and drains when it is told to end."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from elastic_runtime.errors import UsageError
+from elastic_serve.app import App, is_local
+from elastic_serve.body import Limits
+from elastic_serve.engine import Engine
+from elastic_serve.metrics import Metrics
+from elastic_serve.scheduler import MARGIN, QUEUE, Scheduler
+from elastic_serve.served import Served, named
+
+KEY = "ELASTIC_EXPORT_API_KEY"
+HEADERS = 1 << 14  # bytes of a request's head
+CONNECTIONS = 2048
+_log = logging.getLogger("elastic_serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    queue: pictures that wait or are drawn, at most. margin: the share of a deadline that is kept for what nothing predicts. wish: seconds
+    in which a picture is to be done whose request names no deadline; None: three times what it takes at its best. drain: seconds that
+    pictures in flight get when the server ends.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str | None = None
+    precisions: tuple[str, ...] = ()
+    queue: int = QUEUE
+    margin: float = MARGIN
+    wish: float | None = None
+    drain: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+
+class Lines(logging.Formatter):
+    """A line of JSON for each thing that happened."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": round(record.created, 3), "level": record.levelname.lower(), "what": record.getMessage()}
+        line |= getattr(record, "facts", {})
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Callable[[str], None] | None = None) -> None:
+    """Serve bundles until the process is told to end; `ready(address)` is called when it listens.
+
+    Raises: what opening a bundle raises; UsageError for two bundles of one name, and an address that cannot be had.
+    """
+    settings = settings or Settings()
+    named(folders)
+    _logging()
+    if not is_local(settings.host) and not os.environ.get(KEY):
+        _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
+        models = []
+        for folder in folders:
+            begun = time.perf_counter()
+            served = Served.open(folder, settings.backend, settings.precisions)
+            stack.callback(served.close)
+            models.append(served)
+            facts = {"model": served.name, "where": served.session.where, "seconds": round(time.perf_counter() - begun, 2)}
+            _log.info("opened", extra={"facts": facts})
+            if turns := served.batching():
+                _log.info("pictures of %s take turns: %s", served.name, turns)
+        server, engine = listening(models, settings, ready)
+        try:
+            server.run()
+        except (KeyboardInterrupt, SystemExit):  # uvicorn hands the signal on when it is done
+            if not server.started:
+                raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it") from None
+        finally:
+            engine.close()
+        if not server.started:
+            raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it")
+        _log.info("closed")
+
+
+def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
+    """A server over open bundles, not yet running, and its engine."""
+    metrics = Metrics()
+    scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
+    engine = Engine(models, metrics, scheduler, wish=settings.wish)
+    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain, is_local(settings.host))
+    config = uvicorn.Config(
+        app.asgi,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=HEADERS,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=max(int(settings.drain), 1),
+        ws="none",
+    )
+    return Server(config, ready), engine
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which tells when it listens, and where."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None] | None = None):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.servers:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            _log.info("listening", extra={"facts": {"address": address}})
+            if self._ready:
+                self._ready(address)
+
+
+def _logging() -> None:
+    """Lines of JSON on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines())
+    for name in ("elastic_serve", "elastic_runtime", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING if name == "uvicorn.error" else logging.INFO)

@@ -1,0 +1,174 @@
+"""The engine without HTTP: bundles that are drawn along plans, several at once, and what goes wrong in the middle."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_flux import SCHNELL, Opener, manifest, to_zero
+from fake_prompts import flux
+from fakes import write_manifest
+from msgspec.structs import replace
+
+from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request
+from elastic_runtime.contract.manifest import Cost
+from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
+from elastic_serve.metrics import Metrics
+from elastic_serve.served import Served
+
+COST = tuple(
+    Cost(budget={"tokens": count}, flops=count**2 + 100 * count, weight_bytes=1000, activation_bytes=10 * count) for count in (1, 512, 1024)
+)
+
+
+def served(folder: Path, name: str = "plans", field: Callable[[Any], np.ndarray] = to_zero) -> Served:
+    """A model of five classes that is drawn along plans, over sessions that need no backend."""
+    opener = Opener(replace(manifest(SCHNELL, classes=5), cost=COST), field)
+    folder.mkdir(exist_ok=True)
+    write_manifest(folder, opener.bundle.manifest)
+    opener.bundle = Bundle.open(folder)
+    return Served(name, ElasticPipeline(opener.bundle, opener))
+
+
+@pytest.fixture
+def plans(tmp_path: Path) -> Iterator[Served]:
+    opened = served(tmp_path / "plans")
+    yield opened
+    opened.close()
+
+
+class Asking:
+    """An engine over some bundles, and what it tells."""
+
+    def __init__(self, *models: Served):
+        self.engine = Engine(models, Metrics())
+        self.told: queue.Queue[tuple[int, Event]] = queue.Queue()
+
+    def __enter__(self) -> "Asking":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def ask(self, *requests: tuple[Served, Request], **words: Any) -> tuple[int, ...]:
+        def tell(place: int) -> Callable[[Event], None]:
+            return lambda event: self.told.put((place, event))
+
+        orders = [Order(model, request, tell(place), self.engine.now(), **words) for place, (model, request) in enumerate(requests)]
+        return self.engine.submit(orders)
+
+    def ends(self, count: int) -> dict[int, Drawn | Failed]:
+        """How `count` pictures ended, by their places."""
+        ended: dict[int, Drawn | Failed] = {}
+        while len(ended) < count:
+            place, event = self.told.get(timeout=30)
+            if not isinstance(event, Stepped):
+                ended[place] = event
+        return ended
+
+
+def test_along_a_plan_a_picture_is_what_the_pipeline_draws(plans: Served) -> None:
+    requests = [Request(class_labels=label, seeds=(label,), plan="4x", guidance_scale=2.0) for label in range(3)]
+    with Asking(plans) as asking:
+        asking.ask(*((plans, request) for request in requests))
+        ended = asking.ends(3)
+    for place, request in enumerate(requests):
+        drawn = ended[place]
+        assert isinstance(drawn, Drawn), drawn
+        alone = plans.pipe.draw(request)
+        assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(alone.images[0]))
+        assert drawn.result.facts["plan"].startswith("4x")
+
+
+def test_the_plan_is_chosen_before_the_first_step_and_kept(plans: Served) -> None:
+    prospect = plans.prospect(Request(class_labels=1))
+    assert len(prospect.options) > 1
+    assert prospect.options[-1].name.startswith("4x"), "the usual plan is the best that nobody asked for"
+    times = [sum(plans.prior(kind, 1) * steps for kind, steps in way.legs) + way.finish for way in prospect.ways]
+    assert times == sorted(times)
+    with Asking(plans) as asking:
+        asking.ask((plans, Request(class_labels=1, seeds=(0,))), deadline=60.0)
+        ended = asking.ends(1)[0]
+    assert isinstance(ended, Drawn), ended
+    assert ended.result.plan is not None
+    assert len(ended.result.steps) == ended.result.plan.total
+
+
+def test_a_plan_that_is_named_is_held(plans: Served) -> None:
+    (option,) = plans.prospect(Request(class_labels=1, plan="7x")).options
+    assert option.plan is not None
+    assert option.plan.steps == option.steps
+    assert option.name.startswith("7x")
+
+
+def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    whole = opener.bundle.manifest
+    opener.bundle = Bundle(tmp_path, replace(whole, cost=COST))
+    model = Served("prompts", ElasticPipeline(opener.bundle, opener))
+    encoders = [graph for graph, _ in opener.opened if graph.startswith("text")]
+    assert model.prospect(Request(prompt="a cat")).options
+    assert encoders == []
+    requests = [Request(prompt=prompt, seeds=(seed,), plan="4x") for seed, prompt in enumerate(("a red cat", "a blue dog"))]
+    with Asking(model) as asking:
+        asking.ask(*((model, request) for request in requests))
+        ended = asking.ends(2)
+    for place, request in enumerate(requests):
+        drawn = ended[place]
+        assert isinstance(drawn, Drawn), drawn
+        assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(model.pipe.draw(request).images[0]))
+    model.close()
+
+
+def test_two_models_take_turns(tmp_path: Path) -> None:
+    models = [served(tmp_path / name, name) for name in ("one", "two")]
+    with Asking(*models) as asking:
+        asking.ask(*((model, Request(class_labels=1, seeds=(0,), plan="7x")) for model in models))
+        assert all(isinstance(ended, Drawn) for ended in asking.ends(2).values())
+    for model in models:
+        model.close()
+
+
+def test_a_backend_that_fails_ends_one_picture_and_not_the_engine(tmp_path: Path) -> None:
+    broken = threading.Event()
+
+    def field(feeds: Any) -> np.ndarray:
+        if broken.is_set():
+            raise InferenceError("the device is gone")
+        return to_zero(feeds)
+
+    model = served(tmp_path / "plans", field=field)
+    with Asking(model) as asking:
+        broken.set()
+        asking.ask((model, Request(class_labels=1, plan="4x")))
+        ended = asking.ends(1)[0]
+        assert isinstance(ended, Failed)
+        assert str(ended.error) == "the device is gone"
+        broken.clear()
+        asking.ask((model, Request(class_labels=1, plan="4x")))
+        assert isinstance(asking.ends(1)[0], Drawn)
+    model.close()
+
+
+def test_what_is_not_finite_fails_that_picture(tmp_path: Path) -> None:
+    model = served(tmp_path / "plans", field=lambda feeds: np.full_like(feeds["hidden_states"], np.nan))
+    with Asking(model) as asking:
+        asking.ask((model, Request(class_labels=1, plan="4x")))
+        ended = asking.ends(1)[0]
+    assert isinstance(ended, Failed)
+    assert "not finite" in str(ended.error)
+    model.close()
+
+
+def test_an_engine_that_closes_tells_those_it_has_not_drawn(plans: Served) -> None:
+    asking = Asking(plans)
+    asking.ask(*[(plans, Request(class_labels=1, plan="4x", guidance_scale=3.0))] * 40)
+    asking.engine.close(drain=0.0)
+    ended = asking.ends(40)
+    closed = [each for each in ended.values() if isinstance(each, Failed)]
+    assert closed
+    assert all("the server closed before" in str(each.error) for each in closed)
+    assert not asking.engine.alive

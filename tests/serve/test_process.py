@@ -1,0 +1,120 @@
+"""`elastic-export serve` as a process: it says where it listens, logs without prompts, and ends cleanly."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="serving needs uvicorn")
+httpx2 = pytest.importorskip("httpx2", reason="what talks to the server")
+
+PROGRAM = "from elastic_export.cli import main; main()"
+
+
+@contextlib.contextmanager
+def process(folder: Path, *options: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
+    """The command over a bundle, on a free port: the process, its address, and its lines on stderr."""
+    command = [sys.executable, "-c", PROGRAM, "serve", str(folder), "--backend", "ort", "--port", "0", *options]
+    running = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert running.stdout is not None
+    assert running.stderr is not None
+    lines: list[str] = []
+    reading = threading.Thread(target=lambda: lines.extend(running.stderr or ()))
+    reading.start()
+    try:
+        first = running.stdout.readline()
+        address = re.search(r"http://\S+", first)
+        assert address, "\n".join([first, *lines])
+        yield running, address[0], lines
+    finally:
+        if running.poll() is None:
+            running.kill()
+        running.wait()
+        reading.join()
+        running.stdout.close()
+        running.stderr.close()
+
+
+def test_it_draws_logs_no_prompts_and_ends_when_told(digits: Path) -> None:
+    with process(digits) as (running, address, lines):
+        drawn = httpx2.post(f"{address}/v1/images/generations", json={"prompt": "  7", "steps": 2, "user": "someone"}, timeout=60)
+        refused = httpx2.post(f"{address}/v1/images/generations", json={"prompt": "something private"}, timeout=60)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+    assert (drawn.status_code, refused.status_code) == (200, 400)
+    told = [json.loads(line) for line in lines]
+    asked = [line for line in told if line["what"] == "request"]
+    assert [line["status"] for line in asked] == [200, 400]
+    assert asked[0]["pictures"][0]["seconds"] > 0
+    assert told[-1]["what"] == "closed"
+    text = "".join(lines) + refused.text
+    assert "private" not in text
+    assert "someone" not in text
+
+
+def test_what_is_in_flight_when_it_ends_is_drawn(digits: Path) -> None:
+    with process(digits, "--drain-seconds", "20") as (running, address, _):
+        answers: list[Any] = []
+
+        def ask() -> None:
+            answers.append(httpx2.post(f"{address}/v1/images/generations", json={"class_labels": 1, "steps": 250, "n": 4}, timeout=60))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        end = time.monotonic() + 20
+        while "elastic_pictures_drawing 0.0" in httpx2.get(f"{address}/metrics").text:
+            assert time.monotonic() < end
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(30) == 0
+        asking.join()
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["data"]) == 4
+
+
+def test_listening_to_others_without_a_key_is_warned_of(digits: Path) -> None:
+    with process(digits, "--host", "0.0.0.0") as (running, _, lines):
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 0
+    assert any("without an API key" in line for line in lines)
+    with process(digits, "--host", "0.0.0.0", ELASTIC_EXPORT_API_KEY="secret") as (running, _, lines):
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+    assert not any("without an API key" in line for line in lines)
+
+
+def test_a_port_that_is_taken_is_one_line(digits: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--backend", "ort", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}: take another --port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_bundles_of_one_name_are_refused(digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(digits), str(tmp_path / digits.name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"two bundles are called '{digits.name}'" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "greenlet", "prometheus_client"])
+def test_a_package_that_is_missing_is_advice(package: str, digits: Path) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None\n{PROGRAM}"
+    done = subprocess.run([sys.executable, "-c", program, "serve", str(digits)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 3
+    assert "pip install 'elastic-export[serve]'" in done.stderr
