@@ -1,6 +1,7 @@
 """ELIT put into a plain checkpoint: new Read and Write beside weights that stay as they are, for training to go on from."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -131,11 +132,24 @@ def _folder(path: Path, output: Path, split: Mapping[str, int], seed: int) -> Pa
         params = ElitQwenParams(config, side, side, **split)
     except ValueError as error:
         raise ModelError(f"elit-qwen-image: {error}") from None
-    if output.resolve() != path.resolve():
-        if output.exists():
-            raise UsageError(f"{output} exists: give a new folder, which becomes a copy, or {path} itself, which gets two files more")
-        shutil.copytree(path, output)
     words = json.dumps(dict(split) | {"write_kv": elit_folder.WRITE_KV}, indent=1).encode()
-    save_file(output / "transformer" / elit_folder.WEIGHTS, save(new(params.interface, seed)))
-    save_file(output / "transformer" / elit_folder.CONFIG, words)
+    weights = save(new(params.interface, seed))
+
+    def put(place: Path) -> None:
+        save_file(place / "transformer" / elit_folder.WEIGHTS, weights)
+        save_file(place / "transformer" / elit_folder.CONFIG, words)  # last: it is what makes the folder an ELIT's
+
+    if output.resolve() == path.resolve():
+        put(path)
+        return output
+    if output.exists():
+        raise UsageError(f"{output} exists: give a new folder, which becomes a copy, or {path} itself, which gets two files more")
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(8)}")
+    try:  # a copy of gigabytes that was cut off is no folder to find later
+        shutil.copytree(path, partial)
+        put(partial)
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return output

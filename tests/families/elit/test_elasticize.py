@@ -1,6 +1,8 @@
 """ELIT put into plain checkpoints: what the outputs are at first, that training reaches the new weights, and what is refused."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -236,3 +238,13 @@ def test_folders_that_will_not_do_are_named(golden: Path, tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="is a FluxTransformer2DModel; of diffusers folders ELIT is put into QwenImageTransformer2DModel"):
         elasticize(flux, output=tmp_path / "a", **SPLIT)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_copy_that_is_cut_off_leaves_no_folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("elastic_export.elasticizing.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        elasticize(golden / "qwen-image-a", output=tmp_path / "elit", group_size=4, head_blocks=1, tail_blocks=0)
+    assert list(tmp_path.iterdir()) == []
