@@ -222,7 +222,10 @@ def _providers(providers: Sequence[Provider] | None, device: str | None, availab
 
 
 def _preload(onnxruntime: Any) -> None:
-    """Load the CUDA libraries that pip installed, which the provider finds in no other way."""
+    """Load the CUDA libraries that pip installed, which the provider finds in no other way; and keep the library from warning of what is
+    no fault: 1.31 does at each session, of a provider that is no plugin.
+    """
+    onnxruntime.set_default_logger_severity(3)
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):  # it prints what it does not find; results go there

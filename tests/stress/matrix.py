@@ -1,0 +1,142 @@
+"""Every family on every target, small models through the public API: how far each artifact is from its original, for the README's table.
+
+    python tests/stress/matrix.py --page README.md        (or: make matrix; some 20 minutes)
+    python tests/stress/matrix.py elit-sit flux
+
+ONNX artifacts run in ONNX Runtime on this machine's CPU, Core ML packages are evaluated operator by operator, engines of TensorRT-RTX are
+built. A cell is the largest difference over all recorded budgets, in units of the tolerance's scale (1, or the largest value), or why there
+is none.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "samples"), str(ROOT / "tests" / "fakes")]
+
+import folders  # noqa: E402
+
+import elastic_export  # noqa: E402
+from card import filled  # noqa: E402
+from elastic_runtime import Bundle, ElasticError  # noqa: E402
+from elastic_runtime.contract.artifacts import Artifact, TrtArtifact  # noqa: E402
+from elastic_runtime.files.atomic import save  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden"
+# name of the column -> target and its options
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ONNX, opset 23": ("onnx", {"precision": "fp32", "opset": 23}),
+    "ONNX, opset 20": ("onnx", {"precision": "fp32", "opset": 20}),
+    "ONNX, fp16": ("onnx", {"precision": "fp16", "opset": 23}),
+    "ONNX, int8w": ("onnx", {"precision": "int8w", "opset": 23}),
+    "Core ML, functions, fp32": ("coreml", {"precision": "fp32"}),
+    "Core ML, functions, fp16": ("coreml", {"precision": "fp16"}),
+    "TensorRT-RTX": ("trt", {"builder": "rtx"}),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A small model of a family: what `elastic_export.export` is given. `write` makes its folder first."""
+
+    family: str
+    model: str | Path
+    source: dict[str, Any] = field(default_factory=dict)
+    write: Callable[[Path], Any] | None = None
+
+
+def recorded(family: str, name: str) -> Subject:
+    """A checkpoint of the tests' recordings."""
+    return Subject(family, family, {"checkpoint": GOLDEN / f"{name}.pt", "config": GOLDEN / f"{name}.json"})
+
+
+SUBJECTS = (
+    Subject("elit-sit", "elit-mnist"),
+    recorded("elit-uvit", "elit-uvit-b"),
+    recorded("elit-hdit", "elit-hdit-b"),
+    recorded("elit-uvit-tokens", "elit-uvit-tokens-a"),
+    recorded("elit-hdit-levels", "elit-hdit-levels-a"),
+    Subject("elit-qwen-image", GOLDEN / "elit-qwen-image-a", {"size": "128x192"}),
+    recorded("uvit", "uvit-b"),
+    recorded("hdit", "hdit-a"),
+    Subject("dc-dit", "dcdit-mnist"),
+    Subject("elt", "elt-mnist"),
+    Subject("elt-masked", "elt-mnist-masked"),
+    Subject("flux", "ralu-digits", {"components": "transformer"}),
+    Subject("sd3", "sd3", {"components": "transformer"}, lambda folder: folders.write(folder, folders.sd3())),
+    Subject("qwen-image", GOLDEN / "qwen-image-a", {"components": "transformer"}),
+)
+
+
+def cells(subject: Subject, folder: Path) -> list[str]:
+    """A cell for each target, in the order of TARGETS."""
+    model: str | Path = subject.model
+    if subject.write:
+        model = folder / subject.family
+        subject.write(model)
+    row = []
+    for name, (target, options) in TARGETS.items():
+        print(f"{subject.family}: {name}", file=sys.stderr, flush=True)
+        source, given = subject.source, model
+        output = (
+            folder / "bundles" / (f"{subject.family}-{options.get('opset', target)}" if target == "onnx" else f"{subject.family}-{target}")
+        )
+        if target == "trt":  # from the ONNX file that is there
+            given = output = folder / "bundles" / f"{subject.family}-23"
+            source = {}
+        try:
+            bundle = elastic_export.export(given, output=output, target=target, **source, **options)
+        except ElasticError as error:
+            row.append(f"refused: {str(error).split('. ')[0].split(': ')[-1][:70]}")
+            continue
+        row.append(cell(bundle, target, options.get("precision")))
+    return row
+
+
+def cell(bundle: Bundle, target: str, precision: str | None) -> str:
+    """What the manifest says of the denoiser's artifact."""
+    made = [
+        artifact
+        for artifact in bundle.manifest.graphs["denoiser"].artifacts
+        if artifact.target == target and precision in (None, artifact.precision)
+    ]
+    artifact: Artifact = made[-1]
+    if isinstance(artifact, TrtArtifact):
+        return f"built, {artifact.files[0].bytes / 1e6:.1f} MB"
+    if not artifact.verified:
+        return f"made, not evaluated: {artifact.unverified}"
+    return f"{max(row.max_abs for row in artifact.verified):.1e}{'' if all(row.passed for row in artifact.verified) else ' FAILS'}"
+
+
+def table(rows: Sequence[tuple[str, list[str]]]) -> str:
+    lines = [f"| family | {' | '.join(TARGETS)} |", f"|---|{'---|' * len(TARGETS)}"]
+    return "\n".join(lines + [f"| {family} | {' | '.join(row)} |" for family, row in rows]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="all where none is named")
+    parser.add_argument("--page", type=Path, help="a page that holds the table between its markers")
+    options = parser.parse_args(arguments)
+    known = [subject.family for subject in SUBJECTS]
+    if unknown := set(options.families) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            (subject.family, cells(subject, Path(folder)))
+            for subject in SUBJECTS
+            if not options.families or subject.family in options.families
+        ]
+    print(table(rows))
+    if options.page:
+        page = options.page.read_text(encoding="utf-8")
+        save(options.page, filled(page, "families", table(rows), str(options.page)).encode())
+
+
+if __name__ == "__main__":
+    main()
