@@ -162,6 +162,20 @@ class _Context:
         return True
 
 
+class RuntimeCache:
+    """Kernels of this GPU: what was compiled on another is refused."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def serialize(self) -> bytes:
+        return f"kernels of sm {self.gpu.sm}".encode()
+
+    def deserialize(self, content: bytes) -> bool:
+        self.gpu.note("deserialize_kernels", content)
+        return content == self.serialize()
+
+
 class _Engine:
     device_memory_size_v2 = 4096
 
@@ -175,7 +189,11 @@ class _Engine:
 
     def create_runtime_config(self) -> Any:
         self.gpu.note("create_runtime_config")
-        return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: self.gpu.note("strategy", strategy))
+        return types.SimpleNamespace(
+            set_execution_context_allocation_strategy=lambda strategy: self.gpu.note("strategy", strategy),
+            create_runtime_cache=lambda: RuntimeCache(self.gpu),
+            set_runtime_cache=lambda cache: self.gpu.note("set_runtime_cache", id(cache)),
+        )
 
     def create_execution_context(self, how: Any) -> _Context:
         self.gpu.note("create_context", how if isinstance(how, str) else how.dynamic_shapes_kernel_specialization_strategy)

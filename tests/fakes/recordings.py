@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from elastic_runtime.device import Reading, Recording
+from elastic_runtime.device import Reading, Recording, windows
 
 GIB = 1 << 30
 NO_LIMIT = str(9223372036854771712)
@@ -163,5 +163,10 @@ MACHINES: dict[str, Recording] = {
     ),
     "unlimited-v1": linux(XEON | {"/sys/fs/cgroup/memory/memory.limit_in_bytes": NO_LIMIT + "\n"}, cpu_count=16),
     "bare": Recording(system="Linux", machine="riscv64", cpu_count=3),
-    "windows": Recording(system="Windows", machine="AMD64", processor="Intel64 Family 6 Model 165", cpu_count=12, packages=ONNX),
+    "windows": Recording(
+        system="Windows", machine="AMD64", processor="Intel64 Family 6 Model 165", cpu_count=12, packages=ONNX,
+        kernel=windows.Reading(
+            memory_total=17_000_000_000, memory_available=9_000_000_000, vector="AVX2", model="Intel(R) Core(TM) i5-10500", mhz=3096.0
+        ),
+    ),
 }  # fmt: skip

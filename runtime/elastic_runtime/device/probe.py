@@ -21,13 +21,16 @@ def probe(sources: Sources | None = None) -> Device:
     elif sources.system == "Darwin":
         memory = apple.memory(sources)
         board, power_mode = apple.chip(sources), apple.power_mode(sources)
+    elif sources.system == "Windows":
+        told = sources.windows()
+        memory = Memory(total=told.memory_total, available=told.memory_available)
     else:
         memory = Memory(total=None, available=None)
         notes.append(f"on {sources.system} neither memory nor the processor's vector units are read; figures of the CPU are guesses")
     gpus, why = _gpus(sources, board)
     if why and not (board or "").startswith("Apple"):
         notes.append(why)
-    if memory.total is None and sources.system in ("Linux", "Darwin"):
+    if memory.total is None and sources.system in ("Linux", "Darwin", "Windows"):
         notes.append("the system does not tell how much memory there is")
     versions = {name: package.version(sources) for name, package in PACKAGES.items()}
     return Device(

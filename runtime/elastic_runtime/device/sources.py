@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from elastic_runtime.device import windows
 from elastic_runtime.device.nvml import Reading, read_gpus
 
 Clock = Callable[[], float]  # seconds since some moment
@@ -46,6 +47,9 @@ class Sources(Protocol):
 
     def nvml(self) -> tuple[Reading, ...] | str:
         """What the NVIDIA driver says of each GPU, or why it says nothing."""
+
+    def windows(self) -> windows.Reading:
+        """What Windows says of memory and processor."""
 
 
 class System:
@@ -87,6 +91,9 @@ class System:
     def nvml(self) -> tuple[Reading, ...] | str:
         return read_gpus()
 
+    def windows(self) -> windows.Reading:
+        return windows.read()
+
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
     """Another machine, replayed: what its files, commands and packages said. `commands` are keyed by their words."""
@@ -99,6 +106,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str] = {}
     cpu_count: int | None = None
     gpus: tuple[Reading, ...] | str = "there is no NVIDIA driver"
+    kernel: windows.Reading = windows.Reading()
 
     def text(self, path: str) -> str | None:
         return self.files.get(path)
@@ -114,3 +122,6 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
 
     def nvml(self) -> tuple[Reading, ...] | str:
         return self.gpus
+
+    def windows(self) -> windows.Reading:
+        return self.kernel

@@ -22,6 +22,7 @@ from elastic_runtime.device import PACKAGES, Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda import Cuda
+from elastic_runtime.sessions.kernels import KernelCache
 from elastic_runtime.sessions.session import Arrays, Session
 
 # GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it
@@ -114,6 +115,7 @@ class TrtSession(Session):
         self._library = importlib.import_module(artifact.builder)
         self._graphs = cuda_graphs
         self._slots: dict[int, _Slot] = {}
+        self._kernels = KernelCache(next(file.sha256 for file in artifact.files if file.path == artifact.path))
         self._cuda = Cuda()
         self._lock = threading.Lock()
         self._device = self._cuda.current()
@@ -217,6 +219,7 @@ class TrtSession(Session):
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             config.dynamic_shapes_kernel_specialization_strategy = self._library.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._kernels.attach(config)
             context = self._engine.create_execution_context(config)
         else:
             context = self._engine.create_execution_context(strategy)
@@ -294,6 +297,7 @@ class TrtSession(Session):
             if self._resources is None:
                 return
             resources, self._resources = self._resources, None
+            self._kernels.keep()
             try:
                 self._cuda.select(self._device)
                 self._cuda.synchronize(self._stream)

@@ -31,7 +31,7 @@ def found(name: str) -> Device:
         ("m1", "Apple M1", 4, "Neon", 32),
         ("intel-mac", "Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz", 6, "AVX2", 32),
         ("bare", "unknown", 3, None, 2),
-        ("windows", "Intel64 Family 6 Model 165", 12, None, 1),
+        ("windows", "Intel(R) Core(TM) i5-10500", 12, "AVX2", 32),
     ],
 )
 def test_processors(name: str, model: str, cores: int, vector: str | None, flops_per_clock: int) -> None:

@@ -300,3 +300,37 @@ def test_on_this_machine_the_real_bindings_say_whether_there_is_a_gpu(tmp_path: 
         pytest.skip(f"there is a GPU here: {name}")
     with pytest.raises(MissingError, match=f"the engine is for sm 86, 89 and tensorrt_rtx {VERSION}, and there is no CUDA device here"):
         open_session(trt_bundle(tmp_path), name="trt")
+
+
+def test_compiled_kernels_are_kept_for_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = trt_bundle(tmp_path / "b")
+
+    def used(sm: int) -> list[tuple[Any, ...]]:
+        gpu = fake_gpu.install(monkeypatch, sm=sm)
+        with open_session(bundle) as session:
+            session.run(feeds(3))
+            session.run(feeds(16))
+        assert len({call[1] for call in gpu.named("set_runtime_cache")}) == 1, "its contexts share one"
+        return gpu.named("deserialize_kernels")
+
+    assert used(89) == [], "nothing is there yet"
+    assert used(89) == [("deserialize_kernels", b"kernels of sm 89")]
+    with caplog.at_level("INFO"):
+        assert len(used(86)) == 1
+    assert "compiled anew" in caplog.text
+    (kept,) = (tmp_path / "cache" / "elastic-export" / "trt").iterdir()
+    assert kept.read_bytes() == b"kernels of sm 86"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fake_gpu.install(monkeypatch)
+    with caplog.at_level("INFO"), open_session(trt_bundle(tmp_path / "b")) as session:
+        session.run(feeds(3))
+    assert "compiled kernels are not kept" in caplog.text

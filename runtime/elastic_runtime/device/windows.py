@@ -1,0 +1,65 @@
+"""What Windows tells of memory and processor: two calls of its kernel and one key of its registry, no package and no command.
+
+Not run on a Windows yet: the calls are those of its documentation, and run against stand-ins.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+import msgspec
+
+# IsProcessorFeaturePresent's numbers, widest first.
+FEATURES = ((41, "AVX-512"), (40, "AVX2"), (39, "AVX"), (19, "Neon"))
+PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes, MHz, and the widest vector unit that the system lets programs use. None is what it did not tell."""
+
+    memory_total: int | None = None
+    memory_available: int | None = None
+    vector: str | None = None
+    model: str | None = None
+    mhz: float | None = None
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX."""
+
+    _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
+        (name, ctypes.c_uint64)
+        for name in ("total", "available", "page_total", "page_available", "virtual_total", "virtual_available", "extended")
+    ]
+
+
+def read(kernel: Any = None, registry: Any = None) -> Reading:
+    """This machine's reading; `kernel` and `registry` stand in for kernel32 and winreg."""
+    if kernel is None:
+        kernel = ctypes.WinDLL("kernel32") if sys.platform == "win32" else None
+    memory = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    told = kernel is not None and bool(kernel.GlobalMemoryStatusEx(ctypes.byref(memory)))
+    vector = next((name for number, name in FEATURES if kernel is not None and kernel.IsProcessorFeaturePresent(number)), None)
+    model, mhz = _processor(registry)
+    return Reading(
+        memory_total=memory.total if told else None,
+        memory_available=memory.available if told else None,
+        vector=vector,
+        model=model,
+        mhz=mhz,
+    )
+
+
+def _processor(registry: Any) -> tuple[str | None, float | None]:
+    """The processor's name and its clock in MHz."""
+    if registry is None:
+        try:
+            import winreg as registry
+        except ModuleNotFoundError:
+            return None, None
+    try:
+        with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, PROCESSOR) as key:
+            name, mhz = (registry.QueryValueEx(key, value)[0] for value in ("ProcessorNameString", "~MHz"))
+    except OSError:
+        return None, None
+    return str(name).strip(), float(mhz)
