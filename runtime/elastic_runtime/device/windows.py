@@ -36,7 +36,7 @@ class _MemoryStatus(ctypes.Structure):
 def read(kernel: Any = None, registry: Any = None) -> Reading:
     """This machine's reading; `kernel` and `registry` stand in for kernel32 and winreg."""
     if kernel is None:
-        kernel = ctypes.WinDLL("kernel32") if sys.platform == "win32" else None
+        kernel = ctypes.CDLL("kernel32") if sys.platform == "win32" else None
     memory = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     told = kernel is not None and bool(kernel.GlobalMemoryStatusEx(ctypes.byref(memory)))
     vector = next((name for number, name in FEATURES if kernel is not None and kernel.IsProcessorFeaturePresent(number)), None)

@@ -17,7 +17,9 @@ class KernelCache:
     """
 
     def __init__(self, digest: str):
-        self._name, self._cache, self._read = f"kernels-{digest[:32]}", None, b""
+        self._name = f"kernels-{digest[:32]}"
+        self._cache: Any = None  # made with the first configuration
+        self._read = b""
 
     def attach(self, config: Any) -> None:
         """Let the contexts that are made with this runtime configuration use it."""
