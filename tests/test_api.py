@@ -14,7 +14,7 @@ from elastic_runtime import Bundle, Span, UsageError
 def test_importing_it_imports_nothing_and_names_what_it_offers() -> None:
     script = (
         "import sys, elastic_export\n"
-        "assert dir(elastic_export) == ['__version__', 'export', 'models', 'verify'], dir(elastic_export)\n"
+        "assert dir(elastic_export) == ['__version__', 'elasticize', 'export', 'models', 'verify'], dir(elastic_export)\n"
         "heavy = {'torch', 'numpy', 'typer', 'msgspec'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "from elastic_export import export, models, verify\n"
