@@ -66,7 +66,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     guidance_budget: dict[str, int] | None = None
     drop_fraction: float = 0.0
     guidance_drop_fraction: float | None = None
-    deadline_ms: Annotated[float, msgspec.Meta(gt=0, le=86_400_000)] | None = None
+    deadline_ms: Annotated[float, msgspec.Meta(ge=1, le=86_400_000)] | None = None
 
 
 @dataclass(frozen=True)

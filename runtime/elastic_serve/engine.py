@@ -121,7 +121,7 @@ class Engine:
         """
         prospects = [order.served.prospect(order.request, order.quality) for order in orders]
         with self._changed:
-            if self._closing:
+            if self._closing or not self.alive:
                 self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
                 raise ClosingError("the server is closing: ask another, or later")
             now = self._clock()
@@ -178,27 +178,35 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            begun = self._clock()
-            with self._changed:
-                for flight in self._left:
-                    if flight.drawing:
-                        flight.drawing.cancel()
-                self._left.clear()
-                if not self._flights:
-                    self._changed.notify_all()
-                    if self._closing:
-                        return
-                    self._changed.wait()
-                    continue
-                turn = self.scheduler.turn(begun)
-                assert turn is not None  # what is in flight, the scheduler knows
-                flights = {number: self._flights[number] for number in turn.jobs}
+            begun, flights = self._clock(), dict[int, _Flight]()
             try:
+                with self._changed:
+                    self._leave()
+                    if not self._flights:
+                        self._changed.notify_all()
+                        if self._closing:
+                            return
+                        self._changed.wait()
+                        continue
+                    flights = dict(self._flights)  # which a fault of the scheduler ends, all of them
+                    turn = self.scheduler.turn(begun)
+                    assert turn is not None  # what is in flight, the scheduler knows
+                    flights = {number: self._flights[number] for number in turn.jobs}
                 self._step(turn, flights, begun)
             except Exception as error:  # a fault of ours: those pictures end with it, and the others go on
                 _log.exception("a step failed")
                 for number in flights:
                     self._end(number, Failed(error))
+
+    def _leave(self) -> None:
+        """End what was cancelled."""
+        while self._left:
+            drawing = self._left.pop().drawing
+            try:
+                if drawing:
+                    drawing.cancel()
+            except Exception:
+                _log.exception("a picture that was cancelled did not end well")
 
     def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
         served, session = self.models[turn.kind.model], self.models[turn.kind.model].session

@@ -15,8 +15,9 @@ from msgspec.structs import replace
 
 from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request
 from elastic_runtime.contract.manifest import Cost
-from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
+from elastic_serve.engine import ClosingError, Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
+from elastic_serve.scheduler import RefusedError, Scheduler, Turn
 from elastic_serve.served import Served
 
 COST = tuple(
@@ -43,8 +44,8 @@ def plans(tmp_path: Path) -> Iterator[Served]:
 class Asking:
     """An engine over some bundles, and what it tells."""
 
-    def __init__(self, *models: Served):
-        self.engine = Engine(models, Metrics())
+    def __init__(self, *models: Served, **words: Any):
+        self.engine = Engine(models, Metrics(), **words)
         self.told: queue.Queue[tuple[int, Event]] = queue.Queue()
 
     def __enter__(self) -> "Asking":
@@ -151,6 +152,41 @@ def test_a_backend_that_fails_ends_one_picture_and_not_the_engine(tmp_path: Path
         asking.ask((model, Request(class_labels=1, plan="4x")))
         assert isinstance(asking.ends(1)[0], Drawn)
     model.close()
+
+
+def test_a_fault_of_the_scheduler_ends_the_pictures_in_flight_and_not_the_engine(plans: Served) -> None:
+    class Faulty(Scheduler):
+        faults = 1
+
+        def turn(self, now: float) -> Turn | None:
+            if self.faults:
+                self.faults -= 1
+                raise ZeroDivisionError("a fault of ours")
+            return super().turn(now)
+
+    with Asking(plans, scheduler=Faulty) as asking:
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        ended = asking.ends(1)[0]
+        assert isinstance(ended, Failed)
+        assert isinstance(ended.error, ZeroDivisionError)
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        assert isinstance(asking.ends(1)[0], Drawn)
+
+
+@pytest.mark.parametrize("deadline", [1e-12, 1e-300])
+def test_the_shortest_deadline_is_refused_and_leaves_nothing_behind(plans: Served, deadline: float) -> None:
+    with Asking(plans) as asking:
+        with pytest.raises(RefusedError, match="on an idle machine"):
+            asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=deadline)
+        asking.ask((plans, Request(class_labels=1)))
+        assert isinstance(asking.ends(1)[0], Drawn)
+
+
+def test_an_engine_that_has_ended_takes_nothing(plans: Served) -> None:
+    asking = Asking(plans)
+    asking.engine.close()
+    with pytest.raises(ClosingError, match="the server is closing"):
+        asking.ask((plans, Request(class_labels=1)))
 
 
 def test_what_is_not_finite_fails_that_picture(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ WRONG = {
     "guidance below one": ({"class_labels": 1, "guidance_scale": 0.5}, None, "guidance_scale must be 1"),
     "no sampler": ({"class_labels": 1, "sampler": "magic"}, None, "there is no sampler 'magic'"),
     "a plan": ({"class_labels": 1, "plan": "4x"}, None, "plan does not fit"),
-    "no time": ({"class_labels": 1, "deadline_ms": 0}, "deadline_ms", "> 0"),
+    "no time": ({"class_labels": 1, "deadline_ms": 0}, "deadline_ms", ">= 1"),
+    "hardly any time": ({"class_labels": 1, "deadline_ms": 1e-9}, "deadline_ms", ">= 1"),
     "a huge seed": ({"class_labels": 1, "seed": 2**63}, None, "seed"),
     "a seed that is none": ({"class_labels": 1, "seed": -1}, "seed", ">= 0"),
 }
