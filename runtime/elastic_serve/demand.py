@@ -33,6 +33,7 @@ class Demand:
         while self._arrivals and now - self._arrivals[0].time > FORGOTTEN * self._arrivals[0].span:
             self._arrivals.popleft()
         return math.fsum(
-            each.seconds[math.floor(level * (len(each.seconds) - 1) + 0.5)] / each.span * math.exp(min(each.time - now, 0.0) / each.span)
+            min(each.seconds[math.floor(level * (len(each.seconds) - 1) + 0.5)] / each.span, 1.0)  # one picture keeps a device busy at most
+            * math.exp(min(each.time - now, 0.0) / each.span)
             for each in self._arrivals
         )

@@ -123,9 +123,7 @@ class Scheduler:
         Raises: RefusedError where the queue is full, or a deadline that was promised, theirs or another's, would not be
         kept at the lowest level.
         """
-        jobs = self._turned(jobs)
-        for job in jobs:
-            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
+        jobs = asked = self._turned(jobs)
         present = [*self._jobs.values()]
         if len(present) + len(jobs) > self.queue:
             wait = self._room(len(present) + len(jobs) - self.queue, now)
@@ -136,6 +134,8 @@ class Scheduler:
             if any(job.promised for job in jobs):
                 self._refuse(jobs, now)
             jobs = self._yielding(jobs, now)
+        for job in asked:  # what is refused will not be drawn, and says nothing of how busy the device will be
+            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
         self._jobs |= {job.id: job for job in jobs}
         return tuple(job.id for job in jobs)
 

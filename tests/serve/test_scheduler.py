@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
+from elastic_serve.demand import Demand
 from elastic_serve.scheduler import MARGIN, RESERVE, Job, RefusedError, Scheduler, Way
 from elastic_serve.times import Kind
 
@@ -194,6 +195,24 @@ def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None
         scheduler.remove(*scheduler.admit([job(now, 3 * alone(256))], now))
     assert 0.0 < scheduler.level(now) < 1.0
     assert scheduler.level(now + 100 * alone(256)) == 1.0
+
+
+def test_what_is_refused_lowers_nobodys_budgets() -> None:
+    scheduler = Scheduler(Exact(most=1), queue=2)
+    scheduler.admit([job(0.0, 10.0), job(0.0, 10.0)], 0.0)
+    before = scheduler.level(0.0)
+    for deadline, promised in ((1e-3, True), (10.0, True), (0.3, False)):
+        for _ in range(100):
+            with pytest.raises(RefusedError):
+                scheduler.admit([job(0.0, deadline, promised)] * 3, 0.0)
+    assert scheduler.level(0.0) == before == 1.0
+
+
+def test_one_arrival_is_a_busy_device_at_most() -> None:
+    demand = Demand()
+    demand.arrived(0.0, 1e-9, [10.0, 100.0])
+    assert demand.busy(1.0, 0.0) == 1.0
+    assert demand.busy(1.0, -1e6) == 1.0, "a clock that goes back"
 
 
 def test_settled_ways_are_kept() -> None:
