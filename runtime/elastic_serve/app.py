@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import itertools
 import logging
 import time
@@ -19,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from elastic_serve import answers, openapi, page
+from elastic_serve.address import asked_locally, same_origin
 from elastic_serve.body import Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
@@ -70,9 +70,15 @@ class App:
 
     def _keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:
-            if self._local and not is_local(request.url.hostname or ""):
+            # Not `request.url`, which stands in the server's own address for a header that it cannot read.
+            host, origin = request.headers.get("host"), request.headers.get("origin")
+            if self._local and host is not None and not asked_locally(host):
                 words = "this server answers to localhost alone: ask it there, or start it with the --host that it is to have"
                 return answers.failure(403, words, "wrong_host")
+            # A page from elsewhere may send a form without asking first, and would draw with the visitor's rights.
+            if origin is not None and not same_origin(origin, host or ""):
+                words = "a page from elsewhere asks, and only this server's own may: ask without a browser, or have the proxy hand on Host"
+                return answers.failure(403, words, "wrong_origin")
             if self._key is not None:
                 scheme, _, given = request.headers.get("authorization", "").partition(" ")
                 if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._key.encode()):
@@ -221,14 +227,6 @@ class App:
         if drawn:
             facts["pictures"] = [answers.facts(each) for each in drawn]
         _log.info("request", extra={"facts": facts})
-
-
-def is_local(host: str) -> bool:
-    """Whether an address or a name is this machine's own, which no other reaches."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _client(request: Request, body: Body) -> str:

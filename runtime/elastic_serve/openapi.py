@@ -48,7 +48,7 @@ def document(limits: Limits) -> dict[str, Any]:
     def failing(*codes: int) -> dict[str, Any]:
         words = {
             400: "A field is unknown or wrong, or the deadline cannot be kept even on an idle machine.",
-            403: "The server was asked under a name that is not this machine's own, to which alone it listens.",
+            403: "A page from elsewhere asks, or the name is not this machine's own where the server listens to it alone.",
             401: "The API key is missing or wrong.",
             404: "There is no such model.",
             413: f"The body is larger than {limits.body} bytes.",

@@ -16,7 +16,8 @@ import msgspec
 import uvicorn
 
 from elastic_runtime.errors import UsageError
-from elastic_serve.app import App, is_local
+from elastic_serve.address import is_local
+from elastic_serve.app import App
 from elastic_serve.body import Limits
 from elastic_serve.engine import Engine
 from elastic_serve.metrics import Metrics

@@ -82,13 +82,33 @@ def test_a_client_that_reads_nothing_of_its_stream_holds_nobody_up(server: Runni
             assert http.post(CREATE, json={"class_labels": 1, "steps": 2}).status_code == 200
 
 
-HOSTS = {"localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200, "evil.example": 403, "127.0.0.1.evil.example:80": 403}
+HOSTS = {name: 200 for name in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80")}
+HOSTS |= {name: 403 for name in ("evil.example", "127.0.0.1.evil.example:80", "evil.example:99999", "localhost:99999")}
+HOSTS |= {name: 403 for name in ("evil.example@localhost", "[::1", "")}
 
 
 @pytest.mark.parametrize(("host", "status"), HOSTS.items())
 def test_a_name_from_elsewhere_is_not_answered_to(server: Running, host: str, status: int) -> None:
     with server.http() as http:
         assert http.get("/v1/models", headers={"host": host}).status_code == status
+
+
+ORIGINS = {"http://evil.example": 403, "null": 403, "": 403, "http://[": 403, "http://localhost:1": 403, None: 200}
+
+
+@pytest.mark.parametrize(("origin", "status"), ORIGINS.items())
+def test_a_page_from_elsewhere_draws_nothing(server: Running, origin: str | None, status: int) -> None:
+    headers = {"content-type": "text/plain"} | ({} if origin is None else {"origin": origin})
+    with server.http() as http:
+        answer = http.post(CREATE, content=b'{"class_labels": 1, "steps": 2}', headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "wrong_origin"
+
+
+def test_the_servers_own_page_draws(server: Running) -> None:
+    with server.http() as http:
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2}, headers={"origin": server.url}).status_code == 200
 
 
 def test_paths_lead_nowhere(server: Running) -> None:
