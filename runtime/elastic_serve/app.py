@@ -35,8 +35,8 @@ Tell = Callable[[int, Event], None]
 class App:
     """The server over an engine; `asgi` is the application.
 
-    key: what a client must know, where it is given. drain: seconds that pictures get when the server ends. local: whether it answers to
-    the names of this machine alone, so that no page from elsewhere reaches it under a name of its own (DNS rebinding).
+    key: what a client must know, where it is given. local: whether it answers to the names of this machine alone, so that no page from
+    elsewhere reaches it under a name of its own (DNS rebinding).
     """
 
     def __init__(
@@ -45,10 +45,9 @@ class App:
         metrics: Metrics,
         key: str | None = None,
         limits: Limits | None = None,
-        drain: float = 30.0,
         local: bool = False,
     ):
-        self._engine, self._metrics, self._key, self._limits, self._drain = engine, metrics, key, limits or Limits(), drain
+        self._engine, self._metrics, self._key, self._limits = engine, metrics, key, limits or Limits()
         self._local = local
         self._begun, self._numbers = int(time.time()), itertools.count(1)
         routes = [
@@ -61,12 +60,7 @@ class App:
             Route("/", self._page),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http, Exception: _crash}
-        self.asgi = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(self._engine.close, self._drain)
+        self.asgi = Starlette(routes=routes, exception_handlers=handlers)
 
     def _keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:

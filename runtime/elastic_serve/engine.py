@@ -147,7 +147,7 @@ class Engine:
                     self._left.append(flight)
                     self.metrics.pictures.labels(flight.order.served.name, "cancelled").inc()
             self._gauges()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self, drain: float = 0.0) -> None:
         """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""

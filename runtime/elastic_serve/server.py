@@ -1,7 +1,9 @@
 """The process: opens bundles, listens, and drains when it is told to end."""
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -27,6 +29,8 @@ from elastic_serve.served import Served, named
 KEY = "ELASTIC_EXPORT_API_KEY"
 HEADERS = 1 << 14  # bytes of a request's head
 CONNECTIONS = 2048
+LONGEST = 3600.0  # seconds that pictures in flight may get when the server ends
+ANSWERING = 5  # seconds for the answers, after that
 _log = logging.getLogger("elastic_serve")
 
 
@@ -48,6 +52,10 @@ class Settings:
     wish: float | None = None
     drain: float = 30.0
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain <= LONGEST:
+            raise UsageError(f"--drain-seconds is 0 to {LONGEST:.0f}, got {self.drain}: take a time in which the process may end")
 
 
 class Lines(logging.Formatter):
@@ -102,7 +110,7 @@ def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain, is_local(settings.host))
+    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, is_local(settings.host))
     config = uvicorn.Config(
         app.asgi,
         host=settings.host,
@@ -113,18 +121,18 @@ def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str
         h11_max_incomplete_event_size=HEADERS,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=10,
-        timeout_graceful_shutdown=max(int(settings.drain), 1),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + ANSWERING,
         ws="none",
     )
-    return Server(config, ready), engine
+    return Server(config, engine, settings.drain, ready), engine
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells when it listens, and where."""
+    """uvicorn's, which tells when it listens, and where, and closes the engine when it ends."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None] | None = None):
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain: float, ready: Callable[[str], None] | None = None):
         super().__init__(config)
-        self._ready = ready
+        self._engine, self._drain, self._ready = engine, drain, ready
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -134,6 +142,14 @@ class Server(uvicorn.Server):
             _log.info("listening", extra={"facts": {"address": address}})
             if self._ready:
                 self._ready(address)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        # The engine first: uvicorn waits for answers, and those whose time is over are the engine's to give.
+        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, self._drain))
+        await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C: nothing more is drawn
+            await asyncio.to_thread(self._engine.close)
+        await closing
 
 
 def _logging() -> None:
