@@ -6,7 +6,7 @@ import hmac
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from elastic_serve import answers, openapi, page
 from elastic_serve.address import asked_locally, same_origin
@@ -131,7 +132,7 @@ class App:
             if body.stream:
                 status, streaming = 200, True
                 stream = self._stream(tickets, told, body, served, begun, number)
-                return StreamingResponse(stream, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
+                return _Streaming(stream, partial(self._engine.cancel, tickets))
             drawn = await self._wait(tickets, told)
             status = 200
             return answers.json(200, await run_in_threadpool(answers.generation, drawn, body))
@@ -170,40 +171,42 @@ class App:
             ]
         )
 
-    async def _wait(self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]]) -> list[Drawn]:
+    async def _wait(self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
         """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
         drawn: dict[int, Drawn] = {}
         try:
-            async for place, event in told:
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Drawn):
-                    drawn[place] = event
-                if len(drawn) == len(tickets):
-                    break
+            async with contextlib.aclosing(told):
+                async for place, event in told:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if isinstance(event, Drawn):
+                        drawn[place] = event
+                    if len(drawn) == len(tickets):
+                        break
         finally:
             if len(drawn) < len(tickets):
                 self._engine.cancel(tickets)
         return [drawn[place] for place in range(len(tickets))]
 
     async def _stream(
-        self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]], body: Body, served: Served, begun: float, number: int
-    ) -> AsyncIterator[bytes]:
+        self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None], body: Body, served: Served, begun: float, number: int
+    ) -> AsyncGenerator[bytes, None]:
         """Events up to the picture."""
         status, drawn, previews = GONE, list[Drawn](), 0
         try:
-            async for _, event in told:
-                if isinstance(event, Stepped) and event.preview is not None:
-                    yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
-                    previews += 1
-                elif isinstance(event, Drawn):
-                    drawn, status = [event], 200
-                    yield await run_in_threadpool(answers.completed, event, body)
-                    return
-                elif isinstance(event, Failed):
-                    status, content, _ = answers.error_of(event.error)
-                    yield answers.event("error", content)
-                    return
+            async with contextlib.aclosing(told):
+                async for _, event in told:
+                    if isinstance(event, Stepped) and event.preview is not None:
+                        yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
+                        previews += 1
+                    elif isinstance(event, Drawn):
+                        drawn, status = [event], 200
+                        yield await run_in_threadpool(answers.completed, event, body)
+                        return
+                    elif isinstance(event, Failed):
+                        status, content, _ = answers.error_of(event.error)
+                        yield answers.event("error", content)
+                        return
         except ClientDisconnect:
             return
         finally:
@@ -223,6 +226,21 @@ class App:
         _log.info("request", extra={"facts": facts})
 
 
+class _Streaming(StreamingResponse):
+    """Server-sent events. Starlette leaves a source that is cut off, or was never begun, to the garbage collector; here it ends at once."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None], cancel: Callable[[], None]):
+        super().__init__(source, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
+        self._source, self._cancel = source, cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()
+            await self._source.aclose()
+
+
 def _client(request: Request, body: Body) -> str:
     """Who asks, for turns among equals: the user that is named, or the address."""
     return body.user or (request.client.host if request.client else "")
@@ -239,7 +257,7 @@ def _teller(events: Events) -> Tell:
     return tell
 
 
-async def _told(request: Request, events: Events) -> AsyncIterator[tuple[int, Event]]:
+async def _told(request: Request, events: Events) -> AsyncGenerator[tuple[int, Event], None]:
     """What the engine tells, as it comes; raises ClientDisconnect when the client goes away."""
 
     async def gone() -> None:

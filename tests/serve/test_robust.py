@@ -82,9 +82,9 @@ def test_a_client_that_reads_nothing_of_its_stream_holds_nobody_up(server: Runni
             assert http.post(CREATE, json={"class_labels": 1, "steps": 2}).status_code == 200
 
 
-HOSTS = {name: 200 for name in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80")}
-HOSTS |= {name: 403 for name in ("evil.example", "127.0.0.1.evil.example:80", "evil.example:99999", "localhost:99999")}
-HOSTS |= {name: 403 for name in ("evil.example@localhost", "[::1", "")}
+HOSTS = dict.fromkeys(("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80"), 200)
+HOSTS |= dict.fromkeys(("evil.example", "127.0.0.1.evil.example:80", "evil.example:99999", "localhost:99999"), 403)
+HOSTS |= dict.fromkeys(("evil.example@localhost", "[::1", ""), 403)
 
 
 @pytest.mark.parametrize(("host", "status"), HOSTS.items())
