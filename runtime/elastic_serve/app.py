@@ -166,7 +166,7 @@ class App:
         asked = requests(body, served, self._limits)
         return self._engine.submit(
             [
-                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images)
+                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images, self._limits.steps)
                 for place, each in enumerate(asked)
             ]
         )

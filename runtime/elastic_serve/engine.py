@@ -13,6 +13,7 @@ from elastic_runtime.device import Clock
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
+from elastic_serve.body import BodyError
 from elastic_serve.metrics import Metrics
 from elastic_serve.previews import Seen
 from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
@@ -63,7 +64,7 @@ Event = Stepped | Drawn | Failed
 class Order:
     """One picture as it is asked for; `tell` is called from the engine's thread.
 
-    deadline: seconds, from when it was `received` on the engine's clock, or None.
+    deadline: seconds, from when it was `received` on the engine's clock, or None. most: steps that it may have, whoever chose them.
     """
 
     served: Served
@@ -74,6 +75,7 @@ class Order:
     deadline: float | None = None
     quality: str = "auto"
     previews: int = 0
+    most: int | None = None
 
 
 @dataclass
@@ -120,6 +122,12 @@ class Engine:
         Raises: RefusedError, ClosingError, and what the bundle says of a request that it does not take.
         """
         prospects = [order.served.prospect(order.request, order.quality) for order in orders]
+        for order, prospect in zip(orders, prospects, strict=True):
+            if order.most is not None and prospect.steps > order.most:
+                words = (
+                    f"steps are at most {order.most} here, and without other words they are {prospect.steps}: give steps, or a shorter plan"
+                )
+                raise BodyError(words, "steps")
         with self._changed:
             if self._closing or not self.alive:
                 self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))

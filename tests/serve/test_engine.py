@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request
 from elastic_runtime.contract.manifest import Cost
+from elastic_serve.body import BodyError
 from elastic_serve.engine import ClosingError, Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
 from elastic_serve.scheduler import RefusedError, Scheduler, Turn
@@ -103,6 +104,16 @@ def test_a_plan_that_is_named_is_held(plans: Served) -> None:
     assert option.plan is not None
     assert option.plan.steps == option.steps
     assert option.name.startswith("7x")
+
+
+def test_a_plan_of_more_steps_than_are_allowed_is_refused(plans: Served) -> None:
+    request = Request(class_labels=1, plan="7x")
+    steps = plans.prospect(request).steps
+    with Asking(plans) as asking:
+        with pytest.raises(BodyError, match=f"at most {steps - 1} here, and without other words they are {steps}"):
+            asking.ask((plans, request), most=steps - 1)
+        asking.ask((plans, request), most=steps)
+        assert isinstance(asking.ends(1)[0], Drawn)
 
 
 def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Path) -> None:

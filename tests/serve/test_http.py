@@ -156,6 +156,16 @@ def test_what_is_wrong_is_named(server: Running, name: str) -> None:
     assert len(server.engine.scheduler) == 0
 
 
+def test_the_limit_of_steps_holds_where_a_request_names_none(serving: Serving) -> None:
+    from elastic_serve.body import Limits
+
+    with serving(limits=Limits(steps=4)) as server, server.http() as http:
+        answer = http.post(CREATE, json={"class_labels": 1})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "steps")
+        assert "at most 4 here" in answer.json()["error"]["message"]
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 4}).status_code == 200
+
+
 def test_the_official_client_raises_its_own_errors(server: Running) -> None:
     import openai
 
