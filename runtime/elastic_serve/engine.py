@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -219,14 +220,16 @@ class Engine:
     def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
         served, session = self.models[turn.kind.model], self.models[turn.kind.model].session
         fresh = any(flight.drawing is None for flight in flights.values())
-        for number, flight in flights.items():
-            self._steer(number, flight, turn.level)
+        flights = {each: flight for each, flight in flights.items() if self._tried(each, partial(self._steer, each, flight, turn.level))}
+        if not flights:
+            return
         drawings = [flight.drawing for flight in flights.values() if flight.drawing]
         ran = step(drawings, session)
         seconds = self._clock() - begun
         budgets = [flight.policy.option.budget for flight in flights.values() if flight.policy]
         with self._changed:
-            if not (fresh and self.models[turn.kind.model].bundle.manifest.model.text):  # which read their prompts, too
+            reading = fresh and served.bundle.manifest.model.text  # new ones read their prompts, too
+            if not reading and len(flights) == len(turn.jobs):
                 self.times.observe(turn.kind, turn.rows, seconds)
             for number, flight in flights.items():
                 flight.taken += 1
@@ -236,7 +239,17 @@ class Engine:
         self.metrics.stepped(served.name, budgets, ran.runs, ran.rows, self.times.pace(served.name))
         self.metrics.level.set(turn.level)
         for number, flight in flights.items():
-            self._after(number, flight, session)
+            self._tried(number, partial(self._after, number, flight, session))
+
+    def _tried(self, number: int, do: Callable[[], None]) -> bool:
+        """Whether it went well; where not, the picture that it is about ends, and those that share its step go on."""
+        try:
+            do()
+        except Exception as error:
+            _log.exception("a picture failed")
+            self._end(number, Failed(error))
+            return False
+        return True
 
     def _steer(self, number: int, flight: _Flight, level: float) -> None:
         """Choose a picture's budgets for its next step; begin it where it is new."""
@@ -287,14 +300,16 @@ class Engine:
     def _preview(self, flight: _Flight) -> Any:
         try:
             return flight.seen.picture(flight.order.served.pipe)
-        except ElasticError as error:
-            _log.warning("no preview: %s", error)
+        except Exception as error:  # without which the picture is as good
+            _log.warning("no preview: %s", error, exc_info=not isinstance(error, ElasticError))
             return None
 
     def _end(self, number: int, event: Event) -> None:
         with self._changed:
             self.scheduler.remove(number)
             flight = self._flights.pop(number, None)
+            if flight and isinstance(event, Failed):
+                self._left.append(flight)
             self._gauges()
             if not self._flights:
                 self._changed.notify_all()
@@ -302,7 +317,10 @@ class Engine:
             return
         if isinstance(event, Failed):
             self.metrics.pictures.labels(flight.order.served.name, "failed").inc()
-        flight.order.tell(event)
+        try:
+            flight.order.tell(event)
+        except Exception:
+            _log.exception("a client could not be told how its picture ended")
 
     def _gauges(self) -> None:
         waiting = self.scheduler.waiting

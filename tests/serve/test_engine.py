@@ -193,6 +193,25 @@ def test_the_shortest_deadline_is_refused_and_leaves_nothing_behind(plans: Serve
         assert isinstance(asking.ends(1)[0], Drawn)
 
 
+def test_one_pictures_fault_ends_it_alone(plans: Served) -> None:
+    with Asking(plans) as asking:
+        asking.engine.times.together = lambda kind: 4  # type: ignore[method-assign]  # whatever this machine says of larger runs
+        ended: queue.Queue[Event] = queue.Queue()
+
+        def deaf(event: Event) -> None:
+            ended.put(event)
+            raise KeyError("somebody's own fault")
+
+        requests = [Request(class_labels=label, seeds=(label,), plan="4x") for label in range(3)]
+        tells = [lambda event: asking.told.put((0, event)), deaf, lambda event: asking.told.put((2, event))]
+        asking.engine.submit([Order(plans, request, tell, asking.engine.now()) for request, tell in zip(requests, tells, strict=True)])
+        others = asking.ends(2)
+        assert isinstance(ended.get(timeout=30), Stepped)
+        assert isinstance(ended.get(timeout=30), Failed)
+    assert sorted(others) == [0, 2]
+    assert all(isinstance(each, Drawn) for each in others.values())
+
+
 def test_an_engine_that_has_ended_takes_nothing(plans: Served) -> None:
     asking = Asking(plans)
     asking.engine.close()
