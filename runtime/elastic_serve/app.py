@@ -18,9 +18,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from elastic_runtime.errors import ElasticError
 from elastic_serve import answers, openapi, page
 from elastic_serve.address import asked_locally, same_origin
-from elastic_serve.body import Body, Limits, NoModelError, read, requests
+from elastic_serve.body import ECHOED, Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
 from elastic_serve.served import Served
@@ -113,7 +114,7 @@ class App:
         if name is None:
             return next(iter(models.values()))
         if name not in models:
-            raise NoModelError(f"there is no model {name!r}; there are {', '.join(models)}", "model")
+            raise NoModelError(f"there is no model {name[:ECHOED]!r}; there are {', '.join(models)}", "model")
         return models[name]
 
     async def _generate(self, request: Request) -> Response:
@@ -145,7 +146,7 @@ class App:
         except Exception as error:
             status, content, headers = answers.error_of(error)
             if status == 500:
-                _log.error("a picture failed: %s", error)
+                _failed(error)
             return answers.json(status, content, headers)
         finally:
             if not streaming:
@@ -205,6 +206,8 @@ class App:
                         return
                     elif isinstance(event, Failed):
                         status, content, _ = answers.error_of(event.error)
+                        if status == 500:
+                            _failed(event.error)
                         yield answers.event("error", content)
                         return
         except ClientDisconnect:
@@ -224,6 +227,11 @@ class App:
         if drawn:
             facts["pictures"] = [answers.facts(each) for each in drawn]
         _log.info("request", extra={"facts": facts})
+
+
+def _failed(error: Exception) -> None:
+    """Into the log, and with its place in the code where nobody foresaw it."""
+    _log.error("a picture failed: %s", error, exc_info=None if isinstance(error, ElasticError) else error)
 
 
 class _Streaming(StreamingResponse):

@@ -15,6 +15,10 @@ def document(limits: Limits) -> dict[str, Any]:
     fields["steps"]["anyOf"] = [
         each | ({"maximum": limits.steps} if each.get("type") == "integer" else {}) for each in fields["steps"]["anyOf"]
     ]
+    for name, field in fields.items():  # which is to leave it out
+        if not any(each.get("type") == "null" for each in field.get("anyOf", ())):
+            fields[name] = {"anyOf": [{key: value for key, value in field.items() if key != "default"}, {"type": "null"}]}
+            fields[name] |= {"default": field["default"]} if "default" in field else {}
     error = {
         "type": "object",
         "required": ["error"],

@@ -132,15 +132,23 @@ WRONG = {
     "a url": ({"class_labels": 1, "response_format": "url"}, "response_format", "invalid enum value 'url'"),
     "previews of no stream": ({"class_labels": 1, "partial_images": 2}, "partial_images", "give stream"),
     "a stream of two": ({"class_labels": 1, "n": 2, "stream": True}, "n", "one picture, got 2"),
-    "a budget off the axis": ({"class_labels": 1, "budget": {"latents": 1}}, None, "latents"),
-    "a budget on no axis": ({"class_labels": 1, "budget": {"loops": 2}}, None, "loops"),
+    "a budget off the axis": ({"class_labels": 1, "budget": {"latents": 1}}, "budget", "latents"),
+    "a budget on no axis": ({"class_labels": 1, "budget": {"loops": 2}}, "budget", "no axis 'loops'"),
+    "a budget with a name of Python's": ({"class_labels": 1, "budget": {"self": 1}}, "budget", "no axis 'self'"),
+    "a budget that is no number": ({"class_labels": 1, "budget": {"latents": "16"}}, "budget", "expected `int`"),
+    "a weak budget on no axis": ({"class_labels": 1, "guidance_budget": {"loops": 2}}, "guidance_budget", "no axis 'loops'"),
+    "a long name": ({"class_labels": 1, "x" * 5000: 1}, "x" * 80, f"there is no field '{'x' * 80}'; there"),
+    "an unknown field of nothing": ({"class_labels": 1, "nonsense": None}, "nonsense", "there is no field"),
+    "guidance beyond all bounds": ({"class_labels": 1, "guidance_scale": 1e308}, "guidance_scale", "<= 1000"),
+    "temperature beyond all bounds": ({"class_labels": 1, "temperature": 1e308}, "temperature", "<= 1000"),
+    "scale beyond all bounds": ({"class_labels": 1, "true_cfg_scale": -1}, "true_cfg_scale", ">= 0"),
     "two ways to say the same": ({"class_labels": 1, "quality": "low", "budget": {"latents": 16}}, "quality", "give one"),
     "guidance below one": ({"class_labels": 1, "guidance_scale": 0.5}, None, "guidance_scale must be 1"),
     "no sampler": ({"class_labels": 1, "sampler": "magic"}, None, "there is no sampler 'magic'"),
     "a plan": ({"class_labels": 1, "plan": "4x"}, None, "plan does not fit"),
     "no time": ({"class_labels": 1, "deadline_ms": 0}, "deadline_ms", ">= 1"),
     "hardly any time": ({"class_labels": 1, "deadline_ms": 1e-9}, "deadline_ms", ">= 1"),
-    "a huge seed": ({"class_labels": 1, "seed": 2**63}, None, "seed"),
+    "a huge seed": ({"class_labels": 1, "seed": 2**63}, "seed", "seed"),
     "a seed that is none": ({"class_labels": 1, "seed": -1}, "seed", ">= 0"),
 }
 
@@ -154,6 +162,25 @@ def test_what_is_wrong_is_named(server: Running, name: str) -> None:
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert words in error["message"]
     assert len(server.engine.scheduler) == 0
+
+
+def test_null_is_what_was_left_out(server: Running) -> None:
+    from elastic_serve.body import Body
+
+    with server.http() as http:
+        answer = http.post(CREATE, json=dict.fromkeys(Body.__struct_fields__) | {"class_labels": 1, "steps": 2})
+    assert answer.status_code == 200, answer.text
+    words = dict.fromkeys(("n", "quality", "response_format", "partial_images", "output_format", "background", "moderation"))
+    assert server.client().images.generate(prompt="1", extra_body={"steps": 2}, **words).data
+
+
+def test_more_pictures_than_the_queue_holds_are_too_many(serving: Serving) -> None:
+    with serving(queue=2) as server, server.http() as http:
+        answer = http.post(CREATE, json={"class_labels": 1, "n": 3})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "too_many", "n")
+        long = http.post(CREATE, json={"class_labels": 1, "model": "m" * 5000}).json()["error"]["message"]
+    assert long == f"there is no model '{'m' * 80}'; there are digits"
 
 
 def test_the_limit_of_steps_holds_where_a_request_names_none(serving: Serving) -> None:
