@@ -49,7 +49,12 @@ class App:
         limits: Limits | None = None,
         local: bool = False,
     ):
-        self._engine, self._metrics, self._key, self._limits = engine, metrics, key, limits or Limits()
+        self._engine, self._metrics, self._key, self._limits = (
+            engine,
+            metrics,
+            None if key is None else key.encode(errors="surrogateescape"),
+            limits or Limits(),
+        )
         self._local = local
         self._begun, self._numbers = int(time.time()), itertools.count(1)
         routes = [
@@ -77,7 +82,7 @@ class App:
                 return answers.failure(403, words, "wrong_origin")
             if self._key is not None:
                 scheme, _, given = request.headers.get("authorization", "").partition(" ")
-                if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._key.encode()):
+                if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._key):
                     words = "this server asks for its API key: send the header 'Authorization: Bearer KEY'"
                     return answers.failure(401, words, "invalid_api_key", headers={"www-authenticate": "Bearer"})
             return await endpoint(request)
@@ -123,7 +128,11 @@ class App:
         body: Body | None = None
         status, drawn, streaming = 500, list[Drawn](), False
         try:
-            text = await self._text(request)
+            try:
+                text = await asyncio.wait_for(self._text(request), self._limits.reading)
+            except asyncio.TimeoutError:
+                words = f"the body did not come within {self._limits.reading:g} s: send it with the request"
+                raise HTTPException(408, words, {"connection": "close"}) from None
             received = self._engine.now()
             body = read(text, self._limits)
             served = self._served(body.model)
@@ -288,7 +297,7 @@ async def _told(request: Request, events: Events) -> AsyncGenerator[tuple[int, E
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: f"there is nothing at {request.url.path}: see /openapi.json", 405: f"{request.url.path} does not take {request.method}"}
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    codes = {404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
     message = words.get(error.status_code, error.detail)
     return answers.failure(error.status_code, message, codes.get(error.status_code, "http_error"), headers=error.headers)
 

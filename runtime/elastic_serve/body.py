@@ -78,6 +78,7 @@ class Limits:
     body: int = 1 << 20  # bytes
     pictures: int = 10  # as the API has it
     steps: int = 250
+    reading: float = 30.0  # seconds in which a body must have come
 
 
 def read(text: bytes, limits: Limits) -> Body:

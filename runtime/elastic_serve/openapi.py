@@ -55,6 +55,7 @@ def document(limits: Limits) -> dict[str, Any]:
             403: "A page from elsewhere asks, or the name is not this machine's own where the server listens to it alone.",
             401: "The API key is missing or wrong.",
             404: "There is no such model.",
+            408: f"The body did not come within {limits.reading:g} s.",
             413: f"The body is larger than {limits.body} bytes.",
             429: "The deadline cannot be kept now, or the queue is full: Retry-After says when to ask again.",
             500: "The picture could not be drawn.",
@@ -77,7 +78,7 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "generate",
                     "summary": "Draw pictures.",
                     "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-                    "responses": drawn | failing(400, 401, 403, 404, 413, 429, 500, 503),
+                    "responses": drawn | failing(400, 401, 403, 404, 408, 413, 429, 500, 503),
                 }
             },
             "/v1/models": {

@@ -18,7 +18,7 @@ import msgspec
 import uvicorn
 
 from elastic_runtime.errors import UsageError
-from elastic_serve.address import is_local
+from elastic_serve.address import bound, is_local
 from elastic_serve.app import App
 from elastic_serve.body import Limits
 from elastic_serve.engine import Engine
@@ -72,14 +72,19 @@ class Lines(logging.Formatter):
 def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Callable[[str], None] | None = None) -> None:
     """Serve bundles until the process is told to end; `ready(address)` is called when it listens.
 
-    Raises: what opening a bundle raises; UsageError for two bundles of one name, and an address that cannot be had.
+    Raises: what opening a bundle raises; UsageError for two bundles of one name, a key that no client could send, and an address that
+    cannot be had.
     """
     settings = settings or Settings()
     named(folders)
+    secret = key()
     _logging()
-    if not is_local(settings.host) and not os.environ.get(KEY):
+    if not is_local(settings.host) and not secret:
         _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
     with contextlib.ExitStack() as stack:
+        sockets = bound(settings.host, settings.port)  # before the bundles, whose opening takes long
+        for each in sockets:
+            stack.callback(each.close)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
         models = []
@@ -94,15 +99,23 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
                 _log.info("pictures of %s take turns: %s", served.name, turns)
         server, engine = listening(models, settings, ready)
         try:
-            server.run()
+            server.run(sockets)
         except (KeyboardInterrupt, SystemExit):  # uvicorn hands the signal on when it is done
-            if not server.started:
-                raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it") from None
+            pass
         finally:
             engine.close()
-        if not server.started:
-            raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it")
         _log.info("closed")
+
+
+def key() -> str | None:
+    """The key that clients must know, where there is one.
+
+    Raises: UsageError for one that no header carries.
+    """
+    given = os.environ.get(KEY) or None
+    if given and given != given.strip():
+        raise UsageError(f"{KEY} begins or ends with white space, which no header carries: take it away")
+    return given
 
 
 def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
@@ -110,11 +123,12 @@ def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, is_local(settings.host))
+    app = App(engine, metrics, key(), settings.limits, is_local(settings.host))
     config = uvicorn.Config(
         app.asgi,
         host=settings.host,
         port=settings.port,
+        http="h11",  # whatever else is installed: the limit of a head is its own
         log_config=None,
         access_log=False,
         server_header=False,

@@ -13,7 +13,7 @@ from fake_prompts import flux
 from fakes import write_manifest
 from msgspec.structs import replace
 
-from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request
+from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
 from elastic_serve.body import BodyError
 from elastic_serve.engine import ClosingError, Drawn, Engine, Event, Failed, Order, Stepped
@@ -133,6 +133,13 @@ def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Pat
         assert isinstance(drawn, Drawn), drawn
         assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(model.pipe.draw(request).images[0]))
     model.close()
+
+
+def test_a_bundle_that_makes_no_pictures_is_not_opened(tmp_path: Path) -> None:
+    whole = manifest(SCHNELL, classes=5)
+    write_manifest(tmp_path, replace(whole, graphs={name: graph for name, graph in whole.graphs.items() if name != "decoder"}))
+    with pytest.raises(UsageError, match="cannot be served, since pictures alone are: this bundle holds no decoder.*export it again"):
+        Served.open(tmp_path)
 
 
 def test_two_models_take_turns(tmp_path: Path) -> None:

@@ -313,6 +313,13 @@ def test_a_key_is_asked_for_where_there_is_one(serving: Serving, monkeypatch: py
             assert http.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
+def test_a_key_is_compared_as_it_is_sent(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_EXPORT_API_KEY", "schlüssel-鍵")
+    with serving() as server, server.http() as http:
+        for given, status in (("schlüssel-鍵", 200), ("schlüssel", 401), ("schl\xff", 401)):
+            assert http.get("/v1/models", headers={"Authorization": b"Bearer " + given.encode()}).status_code == status
+
+
 def test_metrics_count_what_happened(serving: Serving) -> None:
     with serving() as server:
         with server.http() as http:

@@ -131,8 +131,27 @@ def test_a_port_that_is_taken_is_one_line(digits: Path) -> None:
         command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--backend", "ort", "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}: take another --port" in done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use: take another --port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "x" * 300])
+def test_a_host_that_is_not_here_is_one_line_before_anything_is_opened(tmp_path: Path, host: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(tmp_path), "--host", host]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"cannot listen on {host}:8000: " in done.stderr.replace("\n", "")
+    assert "take another --host" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_that_no_header_carries_is_refused(digits: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(digits)]
+    environment = os.environ | {"ELASTIC_EXPORT_API_KEY": "secret\n"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "ELASTIC_EXPORT_API_KEY begins or ends with white space" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_two_bundles_of_one_name_are_refused(digits: Path, tmp_path: Path) -> None:

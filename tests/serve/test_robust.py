@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import Running
+from serving import Running, Serving
 
 from elastic_runtime import UsageError
 
@@ -65,6 +65,21 @@ def test_a_client_that_stops_in_the_middle_holds_nobody_up(server: Running) -> N
         line.sendall(b'POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"class_labels"')
         draws(server)
     draws(server)
+
+
+def test_a_body_that_never_comes_is_not_waited_for(serving: Serving) -> None:
+    from elastic_serve.body import Limits
+
+    with serving(limits=Limits(reading=0.3)) as server:
+        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"
+        with connected(server) as line:
+            line.sendall(head)
+            told = b""
+            while part := line.recv(4096):  # until it hangs up
+                told += part
+        assert told.startswith(b"HTTP/1.1 408")
+        assert b'"too_slow"' in told
+        draws(server)
 
 
 def test_a_thousand_idle_connections_hold_nobody_up(server: Running) -> None:
