@@ -298,6 +298,10 @@ class Engine:
             self._end(number, Drawn(drawing.result, seconds, late))
 
     def _preview(self, flight: _Flight) -> Any:
+        """What it looks like by now. No promise has time for previews: one that would break a promise is left out."""
+        with self._changed:
+            if self.scheduler.spare(self._clock()) < flight.job.way(0.0).finish:  # which decodes a picture, too
+                return None
         try:
             return flight.seen.picture(flight.order.served.pipe)
         except Exception as error:  # without which the picture is as good
@@ -329,5 +333,6 @@ class Engine:
 
 
 def _spread(count: int, steps: int) -> frozenset[int]:
-    """The steps after which there is a preview: evenly, and never the last."""
-    return frozenset(int(index) for index in np.linspace(0, steps - 1, count + 2)[1:-1].round()) if steps > 1 else frozenset()
+    """The steps after which there is a preview: evenly, each of its own, never the last; so there are fewer where steps are few."""
+    count = min(count, steps - 1)
+    return frozenset((place + 1) * steps // (count + 1) - 1 for place in range(count))

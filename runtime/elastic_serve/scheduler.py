@@ -187,6 +187,14 @@ class Scheduler:
         """When each picture would be done if all went as predicted and nothing else came."""
         return {job.id: time for job, time in self._played(jobs, level, now)}
 
+    def spare(self, now: float) -> float:
+        """Seconds that may pass without a step before a promise could not be kept at the lowest level."""
+        promised = [job for job in self._jobs.values() if job.promised]
+        if not promised:
+            return math.inf
+        done = self.finishes(self._jobs.values(), LOWEST, now)
+        return min(self._target(job) - done[job.id] for job in promised)
+
     def _played(self, jobs: Iterable[Job], level: float, now: float) -> Iterator[tuple[Job, float]]:
         """Pictures with the time when each would be done, the first one first."""
         waiting, clock = self._order(jobs), now

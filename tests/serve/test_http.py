@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from serving import Running, Serving
 
@@ -81,6 +83,24 @@ def test_a_preview_of_a_straight_flow_is_what_the_model_saw() -> None:
     for began, ended in ((1.0, 0.8), (0.8, 0.6)):
         seen.see(began, {"latents": (1 - ended) * picture + ended * noise})
     assert np.allclose(seen.picture(Flow()), picture)  # type: ignore[arg-type]
+
+
+def test_previews_give_way_to_promises(serving: Serving) -> None:
+    with serving() as server, server.http() as http:
+        body = {"class_labels": 1, "steps": 6, "stream": True, "partial_images": 2, "deadline_ms": 60_000}
+        assert len(events(http.post(CREATE, json=body).text.splitlines())) == 3
+        server.engine.scheduler.spare = lambda now: 0.0  # as where a promise has no time left
+        (done,) = events(http.post(CREATE, json=body).text.splitlines())
+    assert done["type"] == "image_generation.completed"
+
+
+@given(st.integers(0, 16), st.integers(1, 300))
+def test_previews_are_of_steps_of_their_own_and_never_the_last(count: int, steps: int) -> None:
+    from elastic_serve.engine import _spread
+
+    chosen = _spread(count, steps)
+    assert len(chosen) == min(count, steps - 1)
+    assert all(0 <= index < steps - 1 for index in chosen)
 
 
 def test_class_labels_stand_for_the_prompt_in_every_form(server: Running) -> None:

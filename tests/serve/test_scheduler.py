@@ -208,6 +208,15 @@ def test_what_is_refused_lowers_nobodys_budgets() -> None:
     assert scheduler.level(0.0) == before == 1.0
 
 
+def test_what_promises_can_spare() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    scheduler.admit([job(0.0, 0.01, promised=False)], 0.0)
+    assert scheduler.spare(0.0) == math.inf
+    scheduler.admit([job(0.0, 1.0)], 0.0)
+    assert scheduler.spare(0.0) == pytest.approx((1 - MARGIN) - 2 * alone(16))
+    assert scheduler.spare(0.5) == pytest.approx((1 - MARGIN) - 2 * alone(16) - 0.5)
+
+
 def test_one_arrival_is_a_busy_device_at_most() -> None:
     demand = Demand()
     demand.arrived(0.0, 1e-9, [10.0, 100.0])
