@@ -29,6 +29,15 @@ def asked_locally(host: str) -> bool:
     return match is not None and int(match[2] or 0) <= 65535 and is_local(match[1].lower())
 
 
+def client_of(address: str) -> str:
+    """Who an address stands for, where each is to have its share: of IPv6 the network, in which one host has all addresses it likes."""
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((known, 64), strict=False)) if known.version == 6 else address
+
+
 def same_origin(origin: str, host: str) -> bool:
     """Whether the page that an Origin header names is of the server that a Host header names; `null` is of none."""
     try:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from elastic_runtime.errors import ElasticError
 from elastic_serve import answers, openapi, page
-from elastic_serve.address import asked_locally, same_origin
+from elastic_serve.address import asked_locally, client_of, same_origin
 from elastic_serve.body import ECHOED, Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
@@ -137,7 +137,9 @@ class App:
             body = read(text, self._limits)
             served = self._served(body.model)
             events: Events = asyncio.Queue()
-            tickets = await run_in_threadpool(self._submit, body, served, received, _client(request, body), _teller(events))
+            tickets = await run_in_threadpool(
+                self._submit, body, served, received, client_of(request.client.host if request.client else ""), _teller(events)
+            )
             told = _told(request, events)
             if body.stream:
                 status, streaming = 200, True
@@ -174,11 +176,9 @@ class App:
     def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
         asked = requests(body, served, self._limits)
+        held = {"quality": body.quality, "previews": body.partial_images, "most": self._limits.steps, "user": body.user or ""}
         return self._engine.submit(
-            [
-                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images, self._limits.steps)
-                for place, each in enumerate(asked)
-            ]
+            [Order(served, each, partial(tell, place), received, client, deadline, **held) for place, each in enumerate(asked)]
         )
 
     async def _wait(self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
@@ -256,11 +256,6 @@ class _Streaming(StreamingResponse):
         finally:
             self._cancel()
             await self._source.aclose()
-
-
-def _client(request: Request, body: Body) -> str:
-    """Who asks, for turns among equals: the user that is named, or the address."""
-    return body.user or (request.client.host if request.client else "")
 
 
 def _teller(events: Events) -> Tell:

@@ -77,6 +77,7 @@ class Order:
     quality: str = "auto"
     previews: int = 0
     most: int | None = None
+    user: str = ""
 
 
 @dataclass
@@ -183,7 +184,7 @@ class Engine:
         whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
-        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways)
+        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways, user=order.user)
 
     def _run(self) -> None:
         while True:

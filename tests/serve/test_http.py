@@ -276,6 +276,21 @@ def test_a_full_queue_says_when_to_ask_again(serving: Serving) -> None:
         assert metric(server, "elastic_refused_total") == 1
 
 
+def test_one_client_leaves_room_in_the_queue_under_whatever_names(serving: Serving) -> None:
+    with serving(queue=4) as server:
+        slow = {"class_labels": 1, "steps": 250, "n": 3, "user": "one"}
+        with server.http() as http:
+            thread = threading.Thread(target=http.post, args=(CREATE,), kwargs={"json": slow})
+            thread.start()
+            until(lambda: len(server.engine.scheduler) == 3)
+            with server.http() as second:
+                refused = second.post(CREATE, json={"class_labels": 1, "user": "two"})
+                other = second.post(CREATE, json={"class_labels": 1, "steps": 2}, headers={"x-forwarded-for": "192.0.2.1"})
+            thread.join()
+        assert (refused.status_code, refused.json()["error"]["code"], other.status_code) == (429, "queue_full", 200)
+        assert "of this client" in refused.json()["error"]["message"]
+
+
 def test_the_official_client_waits_as_long_as_it_is_told_and_asks_again(serving: Serving) -> None:
     with serving(queue=1) as server:
         thread = threading.Thread(target=server.client().images.generate, kwargs={"prompt": "1", "extra_body": {"steps": 250}})
