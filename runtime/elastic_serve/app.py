@@ -176,7 +176,12 @@ class App:
     def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
         asked = requests(body, served, self._limits)
-        held = {"quality": body.quality, "previews": body.partial_images, "most": self._limits.steps, "user": body.user or ""}
+        held: dict[str, Any] = {
+            "quality": body.quality,
+            "previews": body.partial_images,
+            "most": self._limits.steps,
+            "user": body.user or "",
+        }
         return self._engine.submit(
             [Order(served, each, partial(tell, place), received, client, deadline, **held) for place, each in enumerate(asked)]
         )
