@@ -196,3 +196,15 @@ def test_memory_stays_flat(server: Running) -> None:
     before = resident()
     everyone(150)
     assert resident() - before < 16e6, "600 pictures leave nothing behind"
+
+
+HUGE = ("drop_fraction", "guidance_drop_fraction", "guidance_scale", "true_cfg_scale", "temperature", "deadline_ms")
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-308])
+@pytest.mark.parametrize("name", HUGE)
+def test_no_number_is_the_servers_fault(server: Running, name: str, value: float) -> None:
+    with server.http() as http:
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2, name: value}).status_code in (200, 400)
+        pair = {"guidance_scale": 2, "guidance_interval": [0, value]}
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2} | pair).status_code in (200, 400)
