@@ -32,7 +32,9 @@ def serve(
     margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a deadline kept for what nothing predicts.")] = 0.15,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request, at most.")] = 10,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one picture, at most.")] = 250,
-    drain_seconds: Annotated[float, typer.Option(min=0.0, help="Time that pictures in flight get when the server ends.")] = 30.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.0, max=3600.0, help="Time that pictures in flight get when the server ends.")
+    ] = 30.0,
 ) -> None:
     """Serve bundles in the form of the OpenAI Images API: many people, one device, budgets that keep the deadline.
 

@@ -29,7 +29,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, RefusedError):
         if error.wait is None:
             ours = {"nearest_deadline_ms": math.ceil(1e3 * error.nearest)} if error.nearest else {}
-            return 400, _error(str(error), "invalid_request_error", "deadline_unreachable" if ours else "too_many", "deadline_ms", ours), {}
+            code, param = ("deadline_unreachable", "deadline_ms") if ours else ("too_many", "n")
+            return 400, _error(str(error), "invalid_request_error", code, param, ours), {}
         ours = {"retry_after_ms": math.ceil(1e3 * error.wait)}
         ours |= {"nearest_deadline_ms": math.ceil(1e3 * error.nearest)} if error.nearest is not None else {}
         headers = {"retry-after": str(max(math.ceil(error.wait), 1)), "retry-after-ms": str(max(ours["retry_after_ms"], 1))}
@@ -38,7 +39,7 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, NoModelError):
         return 404, _error(str(error), "invalid_request_error", "model_not_found", error.param), {}
     if isinstance(error, BodyError):
-        return 400, _error(str(error), "invalid_request_error", "invalid_value", error.param), {}
+        return 400, _error(str(error), "invalid_request_error", error.code, error.param), {}
     if isinstance(error, UsageError | UnreachableError):
         code = "budget_not_offered" if isinstance(error, BudgetError) else "invalid_value"
         return 400, _error(str(error), "invalid_request_error", code), {}

@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from elastic_runtime.errors import ElasticError
 from elastic_serve import answers, openapi, page
-from elastic_serve.body import Body, Limits, NoModelError, read, requests
+from elastic_serve.address import asked_locally, client_of, same_origin
+from elastic_serve.body import ECHOED, Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
 from elastic_serve.served import Served
@@ -35,8 +37,8 @@ Tell = Callable[[int, Event], None]
 class App:
     """The server over an engine; `asgi` is the application.
 
-    key: what a client must know, where it is given. drain: seconds that pictures get when the server ends. local: whether it answers to
-    the names of this machine alone, so that no page from elsewhere reaches it under a name of its own (DNS rebinding).
+    key: what a client must know, where it is given. local: whether it answers to the names of this machine alone, so that no page from
+    elsewhere reaches it under a name of its own (DNS rebinding).
     """
 
     def __init__(
@@ -45,10 +47,14 @@ class App:
         metrics: Metrics,
         key: str | None = None,
         limits: Limits | None = None,
-        drain: float = 30.0,
         local: bool = False,
     ):
-        self._engine, self._metrics, self._key, self._limits, self._drain = engine, metrics, key, limits or Limits(), drain
+        self._engine, self._metrics, self._key, self._limits = (
+            engine,
+            metrics,
+            None if key is None else key.encode(errors="surrogateescape"),
+            limits or Limits(),
+        )
         self._local = local
         self._begun, self._numbers = int(time.time()), itertools.count(1)
         routes = [
@@ -61,21 +67,22 @@ class App:
             Route("/", self._page),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http, Exception: _crash}
-        self.asgi = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-
-    @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(self._engine.close, self._drain)
+        self.asgi = Starlette(routes=routes, exception_handlers=handlers)
 
     def _keyed(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:
-            if self._local and not is_local(request.url.hostname or ""):
+            # Not `request.url`, which stands in the server's own address for a header that it cannot read.
+            host, origin = request.headers.get("host"), request.headers.get("origin")
+            if self._local and host is not None and not asked_locally(host):
                 words = "this server answers to localhost alone: ask it there, or start it with the --host that it is to have"
                 return answers.failure(403, words, "wrong_host")
+            # A page from elsewhere may send a form without asking first, and would draw with the visitor's rights.
+            if origin is not None and not same_origin(origin, host or ""):
+                words = "a page from elsewhere asks, and only this server's own may: ask without a browser, or have the proxy hand on Host"
+                return answers.failure(403, words, "wrong_origin")
             if self._key is not None:
                 scheme, _, given = request.headers.get("authorization", "").partition(" ")
-                if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self._key.encode()):
+                if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), self._key):
                     words = "this server asks for its API key: send the header 'Authorization: Bearer KEY'"
                     return answers.failure(401, words, "invalid_api_key", headers={"www-authenticate": "Bearer"})
             return await endpoint(request)
@@ -112,7 +119,7 @@ class App:
         if name is None:
             return next(iter(models.values()))
         if name not in models:
-            raise NoModelError(f"there is no model {name!r}; there are {', '.join(models)}", "model")
+            raise NoModelError(f"there is no model {name[:ECHOED]!r}; there are {', '.join(models)}", "model")
         return models[name]
 
     async def _generate(self, request: Request) -> Response:
@@ -121,17 +128,23 @@ class App:
         body: Body | None = None
         status, drawn, streaming = 500, list[Drawn](), False
         try:
-            text = await self._text(request)
+            try:
+                text = await asyncio.wait_for(self._text(request), self._limits.reading)
+            except asyncio.TimeoutError:
+                words = f"the body did not come within {self._limits.reading:g} s: send it with the request"
+                raise HTTPException(408, words, {"connection": "close"}) from None
             received = self._engine.now()
             body = read(text, self._limits)
             served = self._served(body.model)
             events: Events = asyncio.Queue()
-            tickets = await run_in_threadpool(self._submit, body, served, received, _client(request, body), _teller(events))
+            tickets = await run_in_threadpool(
+                self._submit, body, served, received, client_of(request.client.host if request.client else ""), _teller(events)
+            )
             told = _told(request, events)
             if body.stream:
                 status, streaming = 200, True
                 stream = self._stream(tickets, told, body, served, begun, number)
-                return StreamingResponse(stream, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
+                return _Streaming(stream, partial(self._engine.cancel, tickets))
             drawn = await self._wait(tickets, told)
             status = 200
             return answers.json(200, await run_in_threadpool(answers.generation, drawn, body))
@@ -144,7 +157,7 @@ class App:
         except Exception as error:
             status, content, headers = answers.error_of(error)
             if status == 500:
-                _log.error("a picture failed: %s", error)
+                _failed(error)
             return answers.json(status, content, headers)
         finally:
             if not streaming:
@@ -163,47 +176,54 @@ class App:
     def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
         asked = requests(body, served, self._limits)
+        held: dict[str, Any] = {
+            "quality": body.quality,
+            "previews": body.partial_images,
+            "most": self._limits.steps,
+            "user": body.user or "",
+        }
         return self._engine.submit(
-            [
-                Order(served, each, partial(tell, place), received, client, deadline, body.quality, body.partial_images)
-                for place, each in enumerate(asked)
-            ]
+            [Order(served, each, partial(tell, place), received, client, deadline, **held) for place, each in enumerate(asked)]
         )
 
-    async def _wait(self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]]) -> list[Drawn]:
+    async def _wait(self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
         """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
         drawn: dict[int, Drawn] = {}
         try:
-            async for place, event in told:
-                if isinstance(event, Failed):
-                    raise event.error
-                if isinstance(event, Drawn):
-                    drawn[place] = event
-                if len(drawn) == len(tickets):
-                    break
+            async with contextlib.aclosing(told):
+                async for place, event in told:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if isinstance(event, Drawn):
+                        drawn[place] = event
+                    if len(drawn) == len(tickets):
+                        break
         finally:
             if len(drawn) < len(tickets):
                 self._engine.cancel(tickets)
         return [drawn[place] for place in range(len(tickets))]
 
     async def _stream(
-        self, tickets: Sequence[int], told: AsyncIterator[tuple[int, Event]], body: Body, served: Served, begun: float, number: int
-    ) -> AsyncIterator[bytes]:
+        self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None], body: Body, served: Served, begun: float, number: int
+    ) -> AsyncGenerator[bytes, None]:
         """Events up to the picture."""
         status, drawn, previews = GONE, list[Drawn](), 0
         try:
-            async for _, event in told:
-                if isinstance(event, Stepped) and event.preview is not None:
-                    yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
-                    previews += 1
-                elif isinstance(event, Drawn):
-                    drawn, status = [event], 200
-                    yield await run_in_threadpool(answers.completed, event, body)
-                    return
-                elif isinstance(event, Failed):
-                    status, content, _ = answers.error_of(event.error)
-                    yield answers.event("error", content)
-                    return
+            async with contextlib.aclosing(told):
+                async for _, event in told:
+                    if isinstance(event, Stepped) and event.preview is not None:
+                        yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
+                        previews += 1
+                    elif isinstance(event, Drawn):
+                        drawn, status = [event], 200
+                        yield await run_in_threadpool(answers.completed, event, body)
+                        return
+                    elif isinstance(event, Failed):
+                        status, content, _ = answers.error_of(event.error)
+                        if status == 500:
+                            _failed(event.error)
+                        yield answers.event("error", content)
+                        return
         except ClientDisconnect:
             return
         finally:
@@ -223,17 +243,24 @@ class App:
         _log.info("request", extra={"facts": facts})
 
 
-def is_local(host: str) -> bool:
-    """Whether an address or a name is this machine's own, which no other reaches."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+def _failed(error: Exception) -> None:
+    """Into the log, and with its place in the code where nobody foresaw it."""
+    _log.error("a picture failed: %s", error, exc_info=None if isinstance(error, ElasticError) else error)
 
 
-def _client(request: Request, body: Body) -> str:
-    """Who asks, for turns among equals: the user that is named, or the address."""
-    return body.user or (request.client.host if request.client else "")
+class _Streaming(StreamingResponse):
+    """Server-sent events. Starlette leaves a source that is cut off, or was never begun, to the garbage collector; here it ends at once."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None], cancel: Callable[[], None]):
+        super().__init__(source, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
+        self._source, self._cancel = source, cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()
+            await self._source.aclose()
 
 
 def _teller(events: Events) -> Tell:
@@ -247,7 +274,7 @@ def _teller(events: Events) -> Tell:
     return tell
 
 
-async def _told(request: Request, events: Events) -> AsyncIterator[tuple[int, Event]]:
+async def _told(request: Request, events: Events) -> AsyncGenerator[tuple[int, Event], None]:
     """What the engine tells, as it comes; raises ClientDisconnect when the client goes away."""
 
     async def gone() -> None:
@@ -270,7 +297,7 @@ async def _told(request: Request, events: Events) -> AsyncIterator[tuple[int, Ev
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: f"there is nothing at {request.url.path}: see /openapi.json", 405: f"{request.url.path} does not take {request.method}"}
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    codes = {404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
     message = words.get(error.status_code, error.detail)
     return answers.failure(error.status_code, message, codes.get(error.status_code, "http_error"), headers=error.headers)
 

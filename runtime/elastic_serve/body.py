@@ -8,26 +8,28 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.request import Request
 from elastic_runtime.sampling.noise import seeds
 from elastic_serve.served import Served
 
 PREVIEWS = 16
+ECHOED = 80  # letters of a name that an error repeats
 LONGEST = 32_000  # letters of a prompt, as the API has it
 AT = re.compile(r" - at `\$\.?(.*)`$")
 UNKNOWN = re.compile(r"unknown field `(.*)`")
 
 Whole = Annotated[int, msgspec.Meta(ge=0)]
+Scale = Annotated[float, msgspec.Meta(ge=0, le=1000)]  # beyond it a float32 overflows, and nothing is drawn
 Text = Annotated[str, msgspec.Meta(max_length=LONGEST)]
 
 
 class BodyError(UsageError):
-    """A field of a request that is unknown or wrong; `param` names it."""
+    """A field of a request that is unknown or wrong; `param` names it, and `code` says what is wrong with it."""
 
-    def __init__(self, message: str, param: str | None = None):
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value"):
         super().__init__(message)
-        self.param = param
+        self.param, self.code = param, code
 
 
 class NoModelError(BodyError):
@@ -55,18 +57,18 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     negative_prompt: Text | None = None
     seed: Whole | None = None
     steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
+    guidance_scale: Scale | None = None
+    true_cfg_scale: Scale | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     autoguidance: bool = False
     sampler: str | None = None
-    temperature: float | None = None
+    temperature: Scale | None = None
     plan: Literal["4x", "7x", "full"] | None = None
     budget: dict[str, int] | None = None
     guidance_budget: dict[str, int] | None = None
     drop_fraction: float = 0.0
     guidance_drop_fraction: float | None = None
-    deadline_ms: Annotated[float, msgspec.Meta(gt=0, le=86_400_000)] | None = None
+    deadline_ms: Annotated[float, msgspec.Meta(ge=1, le=86_400_000)] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Limits:
     body: int = 1 << 20  # bytes
     pictures: int = 10  # as the API has it
     steps: int = 250
+    reading: float = 30.0  # seconds in which a body must have come
 
 
 def read(text: bytes, limits: Limits) -> Body:
@@ -84,7 +87,10 @@ def read(text: bytes, limits: Limits) -> Body:
     Raises: BodyError naming the field that is unknown, wrong, or beyond the limits.
     """
     try:
-        body = msgspec.json.decode(text, type=Body)
+        given = msgspec.json.decode(text)
+        if isinstance(given, dict):  # the official client sends null for what its caller left out
+            given = {name: value for name, value in given.items() if value is not None or name not in Body.__struct_fields__}
+        body = msgspec.convert(given, Body)
     except msgspec.ValidationError as error:
         raise _named(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -116,9 +122,9 @@ def requests(body: Body, served: Served, limits: Limits) -> list[Request]:
         raise BodyError("quality, budget and plan say the same in three ways: give one", "quality")
     try:
         numbers = seeds(body.seed, many)
-        budget, weak = (None if each is None else Budget(**each) for each in (body.budget, body.guidance_budget))
     except UsageError as error:
-        raise BodyError(str(error)) from None
+        raise BodyError(str(error), "seed") from None
+    budget, weak = _budget(body.budget, served, "budget"), _budget(body.guidance_budget, served, "guidance_budget")
     common: dict[str, Any] = {
         "prompt": prompt,
         "negative_prompt": body.negative_prompt,
@@ -170,6 +176,18 @@ def _subject(body: Body, served: Served) -> tuple[tuple[int, ...] | None, str | 
     return labels, None
 
 
+def _budget(given: dict[str, int] | None, served: Served, field: str) -> Budget | None:
+    """A point on the bundle's axes, as it was given."""
+    if given is None:
+        return None
+    budget = Budget(**{name[:ECHOED]: value for name, value in given.items()})
+    try:
+        budget.on(served.bundle.manifest.axes)
+    except BudgetError as error:
+        raise BodyError(f"{field}: {error}", field, "budget_not_offered") from None
+    return budget
+
+
 def _size(body: Body, served: Served) -> tuple[int | None, int | None]:
     """Height and width, where another than the model's own is asked for."""
     if body.size in (None, "auto"):
@@ -188,9 +206,9 @@ def _size(body: Body, served: Served) -> tuple[int | None, int | None]:
 def _named(message: str) -> BodyError:
     """The error with the field that it is about, and with those that there are where it is unknown."""
     if unknown := UNKNOWN.search(message):
-        name = unknown[1]
+        name = unknown[1][:ECHOED]
         return BodyError(f"there is no field {name!r}; there are {', '.join(Body.__struct_fields__)}", name)
     place = AT.search(message)
-    param = place[1] if place else None
+    param = re.sub(r"[.\[].*", "", place[1]) if place else None  # a field, not a place in it
     what = AT.sub("", message)
     return BodyError(f"{param}: {what[:1].lower()}{what[1:]}" if param else f"the body is not a request: {what}", param)

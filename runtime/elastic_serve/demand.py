@@ -8,6 +8,7 @@ from dataclasses import dataclass
 SPANS = 2.0  # times a picture's own time to its deadline, over which it counts as news
 FORGOTTEN = 5.0  # of such spans: what is older weighs less than a hundredth
 MOST = 1024  # arrivals that are remembered
+SHORTEST = 1e-3  # seconds of a span: what is over sooner is over at once
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Demand:
 
     def arrived(self, now: float, window: float, seconds: Sequence[float]) -> None:
         """A picture came that has `window` seconds to its deadline and would take so many at each of its levels, the cheapest first."""
-        self._arrivals.append(_Arrival(now, SPANS * window, tuple(seconds)))
+        self._arrivals.append(_Arrival(now, max(SPANS * window, SHORTEST), tuple(seconds)))
 
     def busy(self, level: float, now: float) -> float:
         """The share of the device's time that arrivals like those of late take at a level, from 0, the cheapest, to 1."""
         while self._arrivals and now - self._arrivals[0].time > FORGOTTEN * self._arrivals[0].span:
             self._arrivals.popleft()
         return math.fsum(
-            each.seconds[math.floor(level * (len(each.seconds) - 1) + 0.5)] / each.span * math.exp((each.time - now) / each.span)
+            min(each.seconds[math.floor(level * (len(each.seconds) - 1) + 0.5)] / each.span, 1.0)  # one picture keeps a device busy at most
+            * math.exp(min(each.time - now, 0.0) / each.span)
             for each in self._arrivals
         )

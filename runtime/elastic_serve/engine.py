@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from elastic_runtime.device import Clock
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
+from elastic_serve.body import BodyError
 from elastic_serve.metrics import Metrics
 from elastic_serve.previews import Seen
 from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
@@ -63,7 +65,7 @@ Event = Stepped | Drawn | Failed
 class Order:
     """One picture as it is asked for; `tell` is called from the engine's thread.
 
-    deadline: seconds, from when it was `received` on the engine's clock, or None.
+    deadline: seconds, from when it was `received` on the engine's clock, or None. most: steps that it may have, whoever chose them.
     """
 
     served: Served
@@ -74,6 +76,8 @@ class Order:
     deadline: float | None = None
     quality: str = "auto"
     previews: int = 0
+    most: int | None = None
+    user: str = ""
 
 
 @dataclass
@@ -120,8 +124,14 @@ class Engine:
         Raises: RefusedError, ClosingError, and what the bundle says of a request that it does not take.
         """
         prospects = [order.served.prospect(order.request, order.quality) for order in orders]
+        for order, prospect in zip(orders, prospects, strict=True):
+            if order.most is not None and prospect.steps > order.most:
+                words = (
+                    f"steps are at most {order.most} here, and without other words they are {prospect.steps}: give steps, or a shorter plan"
+                )
+                raise BodyError(words, "steps")
         with self._changed:
-            if self._closing:
+            if self._closing or not self.alive:
                 self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
                 raise ClosingError("the server is closing: ask another, or later")
             now = self._clock()
@@ -147,7 +157,7 @@ class Engine:
                     self._left.append(flight)
                     self.metrics.pictures.labels(flight.order.served.name, "cancelled").inc()
             self._gauges()
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self, drain: float = 0.0) -> None:
         """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""
@@ -174,43 +184,53 @@ class Engine:
         whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
-        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways)
+        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways, user=order.user)
 
     def _run(self) -> None:
         while True:
-            begun = self._clock()
-            with self._changed:
-                for flight in self._left:
-                    if flight.drawing:
-                        flight.drawing.cancel()
-                self._left.clear()
-                if not self._flights:
-                    self._changed.notify_all()
-                    if self._closing:
-                        return
-                    self._changed.wait()
-                    continue
-                turn = self.scheduler.turn(begun)
-                assert turn is not None  # what is in flight, the scheduler knows
-                flights = {number: self._flights[number] for number in turn.jobs}
+            begun, flights = self._clock(), dict[int, _Flight]()
             try:
+                with self._changed:
+                    self._leave()
+                    if not self._flights:
+                        self._changed.notify_all()
+                        if self._closing:
+                            return
+                        self._changed.wait()
+                        continue
+                    flights = dict(self._flights)  # which a fault of the scheduler ends, all of them
+                    turn = self.scheduler.turn(begun)
+                    assert turn is not None  # what is in flight, the scheduler knows
+                    flights = {number: self._flights[number] for number in turn.jobs}
                 self._step(turn, flights, begun)
             except Exception as error:  # a fault of ours: those pictures end with it, and the others go on
                 _log.exception("a step failed")
                 for number in flights:
                     self._end(number, Failed(error))
 
+    def _leave(self) -> None:
+        """End what was cancelled."""
+        while self._left:
+            drawing = self._left.pop().drawing
+            try:
+                if drawing:
+                    drawing.cancel()
+            except Exception:
+                _log.exception("a picture that was cancelled did not end well")
+
     def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
         served, session = self.models[turn.kind.model], self.models[turn.kind.model].session
         fresh = any(flight.drawing is None for flight in flights.values())
-        for number, flight in flights.items():
-            self._steer(number, flight, turn.level)
+        flights = {each: flight for each, flight in flights.items() if self._tried(each, partial(self._steer, each, flight, turn.level))}
+        if not flights:
+            return
         drawings = [flight.drawing for flight in flights.values() if flight.drawing]
         ran = step(drawings, session)
         seconds = self._clock() - begun
         budgets = [flight.policy.option.budget for flight in flights.values() if flight.policy]
         with self._changed:
-            if not (fresh and self.models[turn.kind.model].bundle.manifest.model.text):  # which read their prompts, too
+            reading = fresh and served.bundle.manifest.model.text  # new ones read their prompts, too
+            if not reading and len(flights) == len(turn.jobs):
                 self.times.observe(turn.kind, turn.rows, seconds)
             for number, flight in flights.items():
                 flight.taken += 1
@@ -220,7 +240,17 @@ class Engine:
         self.metrics.stepped(served.name, budgets, ran.runs, ran.rows, self.times.pace(served.name))
         self.metrics.level.set(turn.level)
         for number, flight in flights.items():
-            self._after(number, flight, session)
+            self._tried(number, partial(self._after, number, flight, session))
+
+    def _tried(self, number: int, do: Callable[[], None]) -> bool:
+        """Whether it went well; where not, the picture that it is about ends, and those that share its step go on."""
+        try:
+            do()
+        except Exception as error:
+            _log.exception("a picture failed")
+            self._end(number, Failed(error))
+            return False
+        return True
 
     def _steer(self, number: int, flight: _Flight, level: float) -> None:
         """Choose a picture's budgets for its next step; begin it where it is new."""
@@ -269,16 +299,22 @@ class Engine:
             self._end(number, Drawn(drawing.result, seconds, late))
 
     def _preview(self, flight: _Flight) -> Any:
+        """What it looks like by now. No promise has time for previews: one that would break a promise is left out."""
+        with self._changed:
+            if self.scheduler.spare(self._clock()) < flight.job.way(0.0).finish:  # which decodes a picture, too
+                return None
         try:
             return flight.seen.picture(flight.order.served.pipe)
-        except ElasticError as error:
-            _log.warning("no preview: %s", error)
+        except Exception as error:  # without which the picture is as good
+            _log.warning("no preview: %s", error, exc_info=not isinstance(error, ElasticError))
             return None
 
     def _end(self, number: int, event: Event) -> None:
         with self._changed:
             self.scheduler.remove(number)
             flight = self._flights.pop(number, None)
+            if flight and isinstance(event, Failed):
+                self._left.append(flight)
             self._gauges()
             if not self._flights:
                 self._changed.notify_all()
@@ -286,7 +322,10 @@ class Engine:
             return
         if isinstance(event, Failed):
             self.metrics.pictures.labels(flight.order.served.name, "failed").inc()
-        flight.order.tell(event)
+        try:
+            flight.order.tell(event)
+        except Exception:
+            _log.exception("a client could not be told how its picture ended")
 
     def _gauges(self) -> None:
         waiting = self.scheduler.waiting
@@ -295,5 +334,6 @@ class Engine:
 
 
 def _spread(count: int, steps: int) -> frozenset[int]:
-    """The steps after which there is a preview: evenly, and never the last."""
-    return frozenset(int(index) for index in np.linspace(0, steps - 1, count + 2)[1:-1].round()) if steps > 1 else frozenset()
+    """The steps after which there is a preview: evenly, each of its own, never the last; so there are fewer where steps are few."""
+    count = min(count, steps - 1)
+    return frozenset((place + 1) * steps // (count + 1) - 1 for place in range(count))

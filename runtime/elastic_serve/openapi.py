@@ -15,6 +15,10 @@ def document(limits: Limits) -> dict[str, Any]:
     fields["steps"]["anyOf"] = [
         each | ({"maximum": limits.steps} if each.get("type") == "integer" else {}) for each in fields["steps"]["anyOf"]
     ]
+    for name, field in fields.items():  # which is to leave it out
+        if not any(each.get("type") == "null" for each in field.get("anyOf", ())):
+            fields[name] = {"anyOf": [{key: value for key, value in field.items() if key != "default"}, {"type": "null"}]}
+            fields[name] |= {"default": field["default"]} if "default" in field else {}
     error = {
         "type": "object",
         "required": ["error"],
@@ -48,9 +52,10 @@ def document(limits: Limits) -> dict[str, Any]:
     def failing(*codes: int) -> dict[str, Any]:
         words = {
             400: "A field is unknown or wrong, or the deadline cannot be kept even on an idle machine.",
-            403: "The server was asked under a name that is not this machine's own, to which alone it listens.",
+            403: "A page from elsewhere asks, or the name is not this machine's own where the server listens to it alone.",
             401: "The API key is missing or wrong.",
             404: "There is no such model.",
+            408: f"The body did not come within {limits.reading:g} s.",
             413: f"The body is larger than {limits.body} bytes.",
             429: "The deadline cannot be kept now, or the queue is full: Retry-After says when to ask again.",
             500: "The picture could not be drawn.",
@@ -73,7 +78,7 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "generate",
                     "summary": "Draw pictures.",
                     "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
-                    "responses": drawn | failing(400, 401, 403, 404, 413, 429, 500, 503),
+                    "responses": drawn | failing(400, 401, 403, 404, 408, 413, 429, 500, 503),
                 }
             },
             "/v1/models": {

@@ -35,7 +35,7 @@ def headers() -> dict[str, str]:
     return {
         "content-security-policy": "; ".join(policy),
         "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
+        "referrer-policy": "same-origin",
         "cache-control": "no-cache",
     }
 

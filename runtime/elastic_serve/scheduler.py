@@ -49,7 +49,8 @@ class Job:
     """A picture to be drawn, in one of its `ways`, cheapest first.
 
     due: when it should be done, on the scheduler's clock; `promised` tells a deadline that was asked for, and is kept or refused, from one
-    that is a wish. rows: of the denoiser's batch in each step.
+    that is a wish. rows: of the denoiser's batch in each step. client: whose turns it takes; user: who among that client's. turn and own
+    count the turns of both.
     """
 
     id: int
@@ -61,6 +62,8 @@ class Job:
     ways: tuple[Way, ...]
     taken: int = 0
     turn: int = 0
+    user: str = ""
+    own: int = 0
 
     def way(self, level: float) -> Way:
         """The way at a level of the budgets, from 0, the cheapest, to 1."""
@@ -123,19 +126,20 @@ class Scheduler:
         Raises: RefusedError where the queue is full, or a deadline that was promised, theirs or another's, would not be
         kept at the lowest level.
         """
-        jobs = self._turned(jobs)
-        for job in jobs:
-            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
+        jobs = asked = self._turned(jobs)
         present = [*self._jobs.values()]
         if len(present) + len(jobs) > self.queue:
-            wait = self._room(len(present) + len(jobs) - self.queue, now)
+            wait = self._room(present, len(present) + len(jobs) - self.queue, now)
             advice = "ask for fewer pictures" if wait is None else f"try again in {wait:.2g} s"
             raise RefusedError(f"the queue is full: {len(present)} pictures of at most {self.queue} wait or are drawn: {advice}", wait)
+        self._leave_room([job for job in present if job.client == jobs[0].client], now)
         broken = self._broken([*present, *jobs], now)
         if broken and broken - self._broken(present, now):
             if any(job.promised for job in jobs):
                 self._refuse(jobs, now)
             jobs = self._yielding(jobs, now)
+        for job in asked:  # what is refused will not be drawn, and says nothing of how busy the device will be
+            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
         self._jobs |= {job.id: job for job in jobs}
         return tuple(job.id for job in jobs)
 
@@ -187,6 +191,14 @@ class Scheduler:
         """When each picture would be done if all went as predicted and nothing else came."""
         return {job.id: time for job, time in self._played(jobs, level, now)}
 
+    def spare(self, now: float) -> float:
+        """Seconds that may pass without a step before a promise could not be kept at the lowest level."""
+        promised = [job for job in self._jobs.values() if job.promised]
+        if not promised:
+            return math.inf
+        done = self.finishes(self._jobs.values(), LOWEST, now)
+        return min(self._target(job) - done[job.id] for job in promised)
+
     def _played(self, jobs: Iterable[Job], level: float, now: float) -> Iterator[tuple[Job, float]]:
         """Pictures with the time when each would be done, the first one first."""
         waiting, clock = self._order(jobs), now
@@ -218,23 +230,29 @@ class Scheduler:
 
     def _order(self, jobs: Iterable[Job]) -> list[Job]:
         """Earliest deadline first; among equal deadlines by turn."""
-        keys, begin, number = {}, -math.inf, 0
+        groups, begin = list[list[Job]](), -math.inf
         for target, job in sorted(((self._target(job), job) for job in jobs), key=lambda each: (each[0], each[1].id)):
             if target - begin > EQUAL:
-                begin, number = target, number + 1
-            keys[number, job.turn, target, job.id] = job
-        return [keys[each] for each in sorted(keys)]
+                begin = target
+                groups.append([])
+            groups[-1].append(job)
+        return [job for group in groups for job in _in_turn(group)]
 
     def _turned(self, jobs: Iterable[Job]) -> list[Job]:
-        """New pictures with their turns: each of a client's comes after its others, and none of anybody's before those that wait."""
+        """New pictures with their turns: each of a client's comes after its others, and none of anybody's before those that wait; so do
+        those of a user among the client's."""
         turns, first = dict[str, int](), min((job.turn for job in self._jobs.values()), default=0)
+        owns, firsts = dict[tuple[str, str], int](), dict[str, int]()
         for job in self._jobs.values():
             turns[job.client] = max(turns.get(job.client, 0), job.turn + 1)
+            owns[job.client, job.user] = max(owns.get((job.client, job.user), 0), job.own + 1)
+            firsts[job.client] = min(firsts.get(job.client, job.own), job.own)
         turned = []
         for job in jobs:
             turn = max(turns.get(job.client, 0), first)
-            turns[job.client] = turn + 1
-            turned.append(replace(job, id=next(self._numbers), turn=turn))
+            own = max(owns.get((job.client, job.user), 0), firsts.get(job.client, 0))
+            turns[job.client], owns[job.client, job.user] = turn + 1, own + 1
+            turned.append(replace(job, id=next(self._numbers), turn=turn, own=own))
         return turned
 
     def _group(self, order: Sequence[Job], kind_of: Callable[[Job], Kind]) -> list[Job]:
@@ -297,7 +315,28 @@ class Scheduler:
             low, high = (middle, high) if self._broken([*others, *later], now) - broken else (low, middle)
         return high
 
-    def _room(self, places: int, now: float) -> float | None:
-        """Seconds until so many pictures are done at the lowest level."""
-        done = sorted(self.finishes(self._jobs.values(), LOWEST, now).values())
+    def _leave_room(self, theirs: Sequence[Job], now: float) -> None:
+        """Raise RefusedError for a client whose pictures are more than half of what the queue holds."""
+        if len(theirs) <= self.queue / 2:
+            return
+        wait = self._room(theirs, len(theirs) - self.queue // 2, now)
+        words = f"{len(theirs)} pictures of this client wait or are drawn, of {self.queue} at most, and half of those are for others"
+        raise RefusedError(f"{words}: try again in {wait:.2g} s", wait)
+
+    def _room(self, jobs: Sequence[Job], places: int, now: float) -> float | None:
+        """Seconds until so many of these pictures are done at the lowest level."""
+        finishes = self.finishes(self._jobs.values(), LOWEST, now)
+        done = sorted(finishes[job.id] for job in jobs)
         return done[places - 1] - now if 0 < places <= len(done) else None
+
+
+def _in_turn(jobs: Sequence[Job]) -> list[Job]:
+    """Pictures with deadlines that count as equal, in order of these: clients take turns, and the turns of a client its users."""
+    clients: dict[str, list[tuple[int, Job]]] = {}
+    for place, job in enumerate(jobs):
+        clients.setdefault(job.client, []).append((place, job))
+    keyed = []
+    for theirs in clients.values():
+        turns = sorted(job.turn for _, job in theirs)
+        keyed += [(turn, place, job) for turn, (place, job) in zip(turns, sorted(theirs, key=lambda each: each[1].own), strict=True)]
+    return [job for _, _, job in sorted(keyed, key=lambda each: each[:2])]

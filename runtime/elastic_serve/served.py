@@ -22,6 +22,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.denoising.pictures import drawable, obstacle
 from elastic_runtime.device import Clock
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import ElasticPipeline
@@ -84,9 +85,14 @@ class Served:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], backend: str | None = None, precisions: Sequence[str] = ()) -> "Served":
-        """Open a bundle's folder under the folder's name; raises as `ElasticPipeline.from_pretrained`."""
+        """Open a bundle's folder under the folder's name.
+
+        Raises: as `ElasticPipeline.from_pretrained`, and UsageError for a bundle that makes no pictures.
+        """
         bundle = Bundle.open(folder)
         name = Path(folder).resolve().name
+        if not drawable(bundle.manifest):  # before what takes long: every answer would be an error
+            raise UsageError(f"{name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
         return cls(name, ElasticPipeline.from_pretrained(bundle, backend, precisions))
 
     def close(self) -> None:

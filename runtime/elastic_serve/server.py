@@ -1,7 +1,9 @@
 """The process: opens bundles, listens, and drains when it is told to end."""
 
+import asyncio
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -16,7 +18,8 @@ import msgspec
 import uvicorn
 
 from elastic_runtime.errors import UsageError
-from elastic_serve.app import App, is_local
+from elastic_serve.address import bound, is_local
+from elastic_serve.app import App
 from elastic_serve.body import Limits
 from elastic_serve.engine import Engine
 from elastic_serve.metrics import Metrics
@@ -26,6 +29,8 @@ from elastic_serve.served import Served, named
 KEY = "ELASTIC_EXPORT_API_KEY"
 HEADERS = 1 << 14  # bytes of a request's head
 CONNECTIONS = 2048
+LONGEST = 3600.0  # seconds that pictures in flight may get when the server ends
+ANSWERING = 5  # seconds for the answers, after that
 _log = logging.getLogger("elastic_serve")
 
 
@@ -48,6 +53,10 @@ class Settings:
     drain: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain <= LONGEST:
+            raise UsageError(f"--drain-seconds is 0 to {LONGEST:.0f}, got {self.drain}: take a time in which the process may end")
+
 
 class Lines(logging.Formatter):
     """A line of JSON for each thing that happened."""
@@ -63,14 +72,19 @@ class Lines(logging.Formatter):
 def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Callable[[str], None] | None = None) -> None:
     """Serve bundles until the process is told to end; `ready(address)` is called when it listens.
 
-    Raises: what opening a bundle raises; UsageError for two bundles of one name, and an address that cannot be had.
+    Raises: what opening a bundle raises; UsageError for two bundles of one name, a key that no client could send, and an address that
+    cannot be had.
     """
     settings = settings or Settings()
     named(folders)
+    secret = key()
     _logging()
-    if not is_local(settings.host) and not os.environ.get(KEY):
+    if not is_local(settings.host) and not secret:
         _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
     with contextlib.ExitStack() as stack:
+        sockets = bound(settings.host, settings.port)  # before the bundles, whose opening takes long
+        for each in sockets:
+            stack.callback(each.close)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
         models = []
@@ -85,15 +99,23 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
                 _log.info("pictures of %s take turns: %s", served.name, turns)
         server, engine = listening(models, settings, ready)
         try:
-            server.run()
+            server.run(sockets)
         except (KeyboardInterrupt, SystemExit):  # uvicorn hands the signal on when it is done
-            if not server.started:
-                raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it") from None
+            pass
         finally:
             engine.close()
-        if not server.started:
-            raise UsageError(f"cannot listen on {settings.host}:{settings.port}: take another --port, or end what uses it")
         _log.info("closed")
+
+
+def key() -> str | None:
+    """The key that clients must know, where there is one.
+
+    Raises: UsageError for one that no header carries.
+    """
+    given = os.environ.get(KEY) or None
+    if given and given != given.strip():
+        raise UsageError(f"{KEY} begins or ends with white space, which no header carries: take it away")
+    return given
 
 
 def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
@@ -101,29 +123,30 @@ def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    app = App(engine, metrics, os.environ.get(KEY) or None, settings.limits, settings.drain, is_local(settings.host))
+    app = App(engine, metrics, key(), settings.limits, is_local(settings.host))
     config = uvicorn.Config(
         app.asgi,
         host=settings.host,
         port=settings.port,
+        http="h11",  # whatever else is installed: the limit of a head is its own
         log_config=None,
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=HEADERS,
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=10,
-        timeout_graceful_shutdown=max(int(settings.drain), 1),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + ANSWERING,
         ws="none",
     )
-    return Server(config, ready), engine
+    return Server(config, engine, settings.drain, ready), engine
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells when it listens, and where."""
+    """uvicorn's, which tells when it listens, and where, and closes the engine when it ends."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[str], None] | None = None):
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain: float, ready: Callable[[str], None] | None = None):
         super().__init__(config)
-        self._ready = ready
+        self._engine, self._drain, self._ready = engine, drain, ready
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -133,6 +156,14 @@ class Server(uvicorn.Server):
             _log.info("listening", extra={"facts": {"address": address}})
             if self._ready:
                 self._ready(address)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        # The engine first: uvicorn waits for answers, and those whose time is over are the engine's to give.
+        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, self._drain))
+        await super().shutdown(sockets)
+        if self.force_exit:  # a second Ctrl-C: nothing more is drawn
+            await asyncio.to_thread(self._engine.close)
+        await closing
 
 
 def _logging() -> None:

@@ -13,10 +13,12 @@ from fake_prompts import flux
 from fakes import write_manifest
 from msgspec.structs import replace
 
-from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request
+from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
-from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
+from elastic_serve.body import BodyError
+from elastic_serve.engine import ClosingError, Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
+from elastic_serve.scheduler import RefusedError, Scheduler, Turn
 from elastic_serve.served import Served
 
 COST = tuple(
@@ -43,8 +45,8 @@ def plans(tmp_path: Path) -> Iterator[Served]:
 class Asking:
     """An engine over some bundles, and what it tells."""
 
-    def __init__(self, *models: Served):
-        self.engine = Engine(models, Metrics())
+    def __init__(self, *models: Served, **words: Any):
+        self.engine = Engine(models, Metrics(), **words)
         self.told: queue.Queue[tuple[int, Event]] = queue.Queue()
 
     def __enter__(self) -> "Asking":
@@ -104,6 +106,16 @@ def test_a_plan_that_is_named_is_held(plans: Served) -> None:
     assert option.name.startswith("7x")
 
 
+def test_a_plan_of_more_steps_than_are_allowed_is_refused(plans: Served) -> None:
+    request = Request(class_labels=1, plan="7x")
+    steps = plans.prospect(request).steps
+    with Asking(plans) as asking:
+        with pytest.raises(BodyError, match=f"at most {steps - 1} here, and without other words they are {steps}"):
+            asking.ask((plans, request), most=steps - 1)
+        asking.ask((plans, request), most=steps)
+        assert isinstance(asking.ends(1)[0], Drawn)
+
+
 def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Path) -> None:
     opener = flux(tmp_path)
     whole = opener.bundle.manifest
@@ -121,6 +133,13 @@ def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Pat
         assert isinstance(drawn, Drawn), drawn
         assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(model.pipe.draw(request).images[0]))
     model.close()
+
+
+def test_a_bundle_that_makes_no_pictures_is_not_opened(tmp_path: Path) -> None:
+    whole = manifest(SCHNELL, classes=5)
+    write_manifest(tmp_path, replace(whole, graphs={name: graph for name, graph in whole.graphs.items() if name != "decoder"}))
+    with pytest.raises(UsageError, match="cannot be served, since pictures alone are: this bundle holds no decoder.*export it again"):
+        Served.open(tmp_path)
 
 
 def test_two_models_take_turns(tmp_path: Path) -> None:
@@ -151,6 +170,60 @@ def test_a_backend_that_fails_ends_one_picture_and_not_the_engine(tmp_path: Path
         asking.ask((model, Request(class_labels=1, plan="4x")))
         assert isinstance(asking.ends(1)[0], Drawn)
     model.close()
+
+
+def test_a_fault_of_the_scheduler_ends_the_pictures_in_flight_and_not_the_engine(plans: Served) -> None:
+    class Faulty(Scheduler):
+        faults = 1
+
+        def turn(self, now: float) -> Turn | None:
+            if self.faults:
+                self.faults -= 1
+                raise ZeroDivisionError("a fault of ours")
+            return super().turn(now)
+
+    with Asking(plans, scheduler=Faulty) as asking:
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        ended = asking.ends(1)[0]
+        assert isinstance(ended, Failed)
+        assert isinstance(ended.error, ZeroDivisionError)
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        assert isinstance(asking.ends(1)[0], Drawn)
+
+
+@pytest.mark.parametrize("deadline", [1e-12, 1e-300])
+def test_the_shortest_deadline_is_refused_and_leaves_nothing_behind(plans: Served, deadline: float) -> None:
+    with Asking(plans) as asking:
+        with pytest.raises(RefusedError, match="on an idle machine"):
+            asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=deadline)
+        asking.ask((plans, Request(class_labels=1)))
+        assert isinstance(asking.ends(1)[0], Drawn)
+
+
+def test_one_pictures_fault_ends_it_alone(plans: Served) -> None:
+    with Asking(plans) as asking:
+        asking.engine.times.together = lambda kind: 4  # type: ignore[method-assign]  # whatever this machine says of larger runs
+        ended: queue.Queue[Event] = queue.Queue()
+
+        def deaf(event: Event) -> None:
+            ended.put(event)
+            raise KeyError("somebody's own fault")
+
+        requests = [Request(class_labels=label, seeds=(label,), plan="4x") for label in range(3)]
+        tells = [lambda event: asking.told.put((0, event)), deaf, lambda event: asking.told.put((2, event))]
+        asking.engine.submit([Order(plans, request, tell, asking.engine.now()) for request, tell in zip(requests, tells, strict=True)])
+        others = asking.ends(2)
+        assert isinstance(ended.get(timeout=30), Stepped)
+        assert isinstance(ended.get(timeout=30), Failed)
+    assert sorted(others) == [0, 2]
+    assert all(isinstance(each, Drawn) for each in others.values())
+
+
+def test_an_engine_that_has_ended_takes_nothing(plans: Served) -> None:
+    asking = Asking(plans)
+    asking.engine.close()
+    with pytest.raises(ClosingError, match="the server is closing"):
+        asking.ask((plans, Request(class_labels=1)))
 
 
 def test_what_is_not_finite_fails_that_picture(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from serving import Running, Serving
 
@@ -83,6 +85,24 @@ def test_a_preview_of_a_straight_flow_is_what_the_model_saw() -> None:
     assert np.allclose(seen.picture(Flow()), picture)  # type: ignore[arg-type]
 
 
+def test_previews_give_way_to_promises(serving: Serving) -> None:
+    with serving() as server, server.http() as http:
+        body = {"class_labels": 1, "steps": 6, "stream": True, "partial_images": 2, "deadline_ms": 60_000}
+        assert len(events(http.post(CREATE, json=body).text.splitlines())) == 3
+        server.engine.scheduler.spare = lambda now: 0.0  # as where a promise has no time left
+        (done,) = events(http.post(CREATE, json=body).text.splitlines())
+    assert done["type"] == "image_generation.completed"
+
+
+@given(st.integers(0, 16), st.integers(1, 300))
+def test_previews_are_of_steps_of_their_own_and_never_the_last(count: int, steps: int) -> None:
+    from elastic_serve.engine import _spread
+
+    chosen = _spread(count, steps)
+    assert len(chosen) == min(count, steps - 1)
+    assert all(0 <= index < steps - 1 for index in chosen)
+
+
 def test_class_labels_stand_for_the_prompt_in_every_form(server: Running) -> None:
     with server.http() as http:
         one = http.post(CREATE, json={"class_labels": 2, "seed": 1, "steps": 3}).json()
@@ -132,14 +152,23 @@ WRONG = {
     "a url": ({"class_labels": 1, "response_format": "url"}, "response_format", "invalid enum value 'url'"),
     "previews of no stream": ({"class_labels": 1, "partial_images": 2}, "partial_images", "give stream"),
     "a stream of two": ({"class_labels": 1, "n": 2, "stream": True}, "n", "one picture, got 2"),
-    "a budget off the axis": ({"class_labels": 1, "budget": {"latents": 1}}, None, "latents"),
-    "a budget on no axis": ({"class_labels": 1, "budget": {"loops": 2}}, None, "loops"),
+    "a budget off the axis": ({"class_labels": 1, "budget": {"latents": 1}}, "budget", "latents"),
+    "a budget on no axis": ({"class_labels": 1, "budget": {"loops": 2}}, "budget", "no axis 'loops'"),
+    "a budget with a name of Python's": ({"class_labels": 1, "budget": {"self": 1}}, "budget", "no axis 'self'"),
+    "a budget that is no number": ({"class_labels": 1, "budget": {"latents": "16"}}, "budget", "expected `int`"),
+    "a weak budget on no axis": ({"class_labels": 1, "guidance_budget": {"loops": 2}}, "guidance_budget", "no axis 'loops'"),
+    "a long name": ({"class_labels": 1, "x" * 5000: 1}, "x" * 80, f"there is no field '{'x' * 80}'; there"),
+    "an unknown field of nothing": ({"class_labels": 1, "nonsense": None}, "nonsense", "there is no field"),
+    "guidance beyond all bounds": ({"class_labels": 1, "guidance_scale": 1e308}, "guidance_scale", "<= 1000"),
+    "temperature beyond all bounds": ({"class_labels": 1, "temperature": 1e308}, "temperature", "<= 1000"),
+    "scale beyond all bounds": ({"class_labels": 1, "true_cfg_scale": -1}, "true_cfg_scale", ">= 0"),
     "two ways to say the same": ({"class_labels": 1, "quality": "low", "budget": {"latents": 16}}, "quality", "give one"),
     "guidance below one": ({"class_labels": 1, "guidance_scale": 0.5}, None, "guidance_scale must be 1"),
     "no sampler": ({"class_labels": 1, "sampler": "magic"}, None, "there is no sampler 'magic'"),
     "a plan": ({"class_labels": 1, "plan": "4x"}, None, "plan does not fit"),
-    "no time": ({"class_labels": 1, "deadline_ms": 0}, "deadline_ms", "> 0"),
-    "a huge seed": ({"class_labels": 1, "seed": 2**63}, None, "seed"),
+    "no time": ({"class_labels": 1, "deadline_ms": 0}, "deadline_ms", ">= 1"),
+    "hardly any time": ({"class_labels": 1, "deadline_ms": 1e-9}, "deadline_ms", ">= 1"),
+    "a huge seed": ({"class_labels": 1, "seed": 2**63}, "seed", "seed"),
     "a seed that is none": ({"class_labels": 1, "seed": -1}, "seed", ">= 0"),
 }
 
@@ -153,6 +182,35 @@ def test_what_is_wrong_is_named(server: Running, name: str) -> None:
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert words in error["message"]
     assert len(server.engine.scheduler) == 0
+
+
+def test_null_is_what_was_left_out(server: Running) -> None:
+    from elastic_serve.body import Body
+
+    with server.http() as http:
+        answer = http.post(CREATE, json=dict.fromkeys(Body.__struct_fields__) | {"class_labels": 1, "steps": 2})
+    assert answer.status_code == 200, answer.text
+    words = dict.fromkeys(("n", "quality", "response_format", "partial_images", "output_format", "background", "moderation"))
+    assert server.client().images.generate(prompt="1", extra_body={"steps": 2}, **words).data
+
+
+def test_more_pictures_than_the_queue_holds_are_too_many(serving: Serving) -> None:
+    with serving(queue=2) as server, server.http() as http:
+        answer = http.post(CREATE, json={"class_labels": 1, "n": 3})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "too_many", "n")
+        long = http.post(CREATE, json={"class_labels": 1, "model": "m" * 5000}).json()["error"]["message"]
+    assert long == f"there is no model '{'m' * 80}'; there are digits"
+
+
+def test_the_limit_of_steps_holds_where_a_request_names_none(serving: Serving) -> None:
+    from elastic_serve.body import Limits
+
+    with serving(limits=Limits(steps=4)) as server, server.http() as http:
+        answer = http.post(CREATE, json={"class_labels": 1})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "steps")
+        assert "at most 4 here" in answer.json()["error"]["message"]
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 4}).status_code == 200
 
 
 def test_the_official_client_raises_its_own_errors(server: Running) -> None:
@@ -218,6 +276,21 @@ def test_a_full_queue_says_when_to_ask_again(serving: Serving) -> None:
         assert metric(server, "elastic_refused_total") == 1
 
 
+def test_one_client_leaves_room_in_the_queue_under_whatever_names(serving: Serving) -> None:
+    with serving(queue=4) as server:
+        slow = {"class_labels": 1, "steps": 250, "n": 3, "user": "one"}
+        with server.http() as http:
+            thread = threading.Thread(target=http.post, args=(CREATE,), kwargs={"json": slow})
+            thread.start()
+            until(lambda: len(server.engine.scheduler) == 3)
+            with server.http() as second:
+                refused = second.post(CREATE, json={"class_labels": 1, "user": "two"})
+                other = second.post(CREATE, json={"class_labels": 1, "steps": 2}, headers={"x-forwarded-for": "192.0.2.1"})
+            thread.join()
+        assert (refused.status_code, refused.json()["error"]["code"], other.status_code) == (429, "queue_full", 200)
+        assert "of this client" in refused.json()["error"]["message"]
+
+
 def test_the_official_client_waits_as_long_as_it_is_told_and_asks_again(serving: Serving) -> None:
     with serving(queue=1) as server:
         thread = threading.Thread(target=server.client().images.generate, kwargs={"prompt": "1", "extra_body": {"steps": 250}})
@@ -273,6 +346,13 @@ def test_a_key_is_asked_for_where_there_is_one(serving: Serving, monkeypatch: py
         with server.http() as http:
             assert [http.get(path).status_code for path in ("/health", "/v1/models", "/metrics")] == [200, 401, 401]
             assert http.get("/metrics", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_a_key_is_compared_as_it_is_sent(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_EXPORT_API_KEY", "schlüssel-鍵")
+    with serving() as server, server.http() as http:
+        for given, status in (("schlüssel-鍵", 200), ("schlüssel", 401), ("schl\xff", 401)):
+            assert http.get("/v1/models", headers={"Authorization": b"Bearer " + given.encode()}).status_code == status
 
 
 def test_metrics_count_what_happened(serving: Serving) -> None:

@@ -65,23 +65,53 @@ def test_it_draws_logs_no_prompts_and_ends_when_told(digits: Path) -> None:
     assert "someone" not in text
 
 
+def until_it_draws(address: str) -> None:
+    end = time.monotonic() + 20
+    with httpx2.Client() as http:
+        while "elastic_pictures_drawing 0.0" in http.get(f"{address}/metrics").text:
+            assert time.monotonic() < end, "nothing is drawn"
+
+
 def test_what_is_in_flight_when_it_ends_is_drawn(digits: Path) -> None:
-    with process(digits, "--drain-seconds", "20") as (running, address, _):
+    with process(digits, "--drain-seconds", "60") as (running, address, _):
         answers: list[Any] = []
 
         def ask() -> None:
-            answers.append(httpx2.post(f"{address}/v1/images/generations", json={"class_labels": 1, "steps": 250, "n": 4}, timeout=60))
+            answers.append(httpx2.post(f"{address}/v1/images/generations", json={"class_labels": 1, "steps": 250, "n": 10}, timeout=60))
 
         asking = threading.Thread(target=ask)
         asking.start()
-        end = time.monotonic() + 20
-        while "elastic_pictures_drawing 0.0" in httpx2.get(f"{address}/metrics").text:
-            assert time.monotonic() < end
+        until_it_draws(address)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(70) == 0
+        asking.join()
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["data"]) == 10
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_not_drawn_when_the_time_is_over_is_told_so(digits: Path, stream: bool) -> None:
+    with process(digits, "--drain-seconds", "0.5", "--max-steps", "100000") as (running, address, lines):
+        answers: list[Any] = []
+        body = {"class_labels": 1, "steps": 100_000, "stream": stream}
+        asking = threading.Thread(target=lambda: answers.append(httpx2.post(f"{address}/v1/images/generations", json=body, timeout=60)))
+        asking.start()
+        until_it_draws(address)
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0
         asking.join()
-    assert answers[0].status_code == 200
-    assert len(answers[0].json()["data"]) == 4
+    assert answers[0].status_code == (200 if stream else 503)
+    assert '"code":"closing"' in answers[0].text
+    assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "3601"])
+def test_a_time_to_drain_that_is_none_is_refused(digits: Path, seconds: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--drain-seconds", seconds]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "--drain-seconds" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_listening_to_others_without_a_key_is_warned_of(digits: Path) -> None:
@@ -101,8 +131,27 @@ def test_a_port_that_is_taken_is_one_line(digits: Path) -> None:
         command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--backend", "ort", "--port", port]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}: take another --port" in done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use: take another --port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1", "x" * 300])
+def test_a_host_that_is_not_here_is_one_line_before_anything_is_opened(tmp_path: Path, host: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(tmp_path), "--host", host]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"cannot listen on {host}:8000: " in done.stderr.replace("\n", "")
+    assert "take another --host" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_key_that_no_header_carries_is_refused(digits: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(digits)]
+    environment = os.environ | {"ELASTIC_EXPORT_API_KEY": "secret\n"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "ELASTIC_EXPORT_API_KEY begins or ends with white space" in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_two_bundles_of_one_name_are_refused(digits: Path, tmp_path: Path) -> None:

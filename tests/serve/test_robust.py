@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import Running
+from serving import Running, Serving
 
 from elastic_runtime import UsageError
 
@@ -67,6 +67,21 @@ def test_a_client_that_stops_in_the_middle_holds_nobody_up(server: Running) -> N
     draws(server)
 
 
+def test_a_body_that_never_comes_is_not_waited_for(serving: Serving) -> None:
+    from elastic_serve.body import Limits
+
+    with serving(limits=Limits(reading=0.3)) as server:
+        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"
+        with connected(server) as line:
+            line.sendall(head)
+            told = b""
+            while part := line.recv(4096):  # until it hangs up
+                told += part
+        assert told.startswith(b"HTTP/1.1 408")
+        assert b'"too_slow"' in told
+        draws(server)
+
+
 def test_a_thousand_idle_connections_hold_nobody_up(server: Running) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
@@ -82,13 +97,33 @@ def test_a_client_that_reads_nothing_of_its_stream_holds_nobody_up(server: Runni
             assert http.post(CREATE, json={"class_labels": 1, "steps": 2}).status_code == 200
 
 
-HOSTS = {"localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200, "evil.example": 403, "127.0.0.1.evil.example:80": 403}
+HOSTS = dict.fromkeys(("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80"), 200)
+HOSTS |= dict.fromkeys(("evil.example", "127.0.0.1.evil.example:80", "evil.example:99999", "localhost:99999"), 403)
+HOSTS |= dict.fromkeys(("evil.example@localhost", "[::1", ""), 403)
 
 
 @pytest.mark.parametrize(("host", "status"), HOSTS.items())
 def test_a_name_from_elsewhere_is_not_answered_to(server: Running, host: str, status: int) -> None:
     with server.http() as http:
         assert http.get("/v1/models", headers={"host": host}).status_code == status
+
+
+ORIGINS = {"http://evil.example": 403, "null": 403, "": 403, "http://[": 403, "http://localhost:1": 403, None: 200}
+
+
+@pytest.mark.parametrize(("origin", "status"), ORIGINS.items())
+def test_a_page_from_elsewhere_draws_nothing(server: Running, origin: str | None, status: int) -> None:
+    headers = {"content-type": "text/plain"} | ({} if origin is None else {"origin": origin})
+    with server.http() as http:
+        answer = http.post(CREATE, content=b'{"class_labels": 1, "steps": 2}', headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert answer.json()["error"]["code"] == "wrong_origin"
+
+
+def test_the_servers_own_page_draws(server: Running) -> None:
+    with server.http() as http:
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2}, headers={"origin": server.url}).status_code == 200
 
 
 def test_paths_lead_nowhere(server: Running) -> None:
@@ -161,3 +196,15 @@ def test_memory_stays_flat(server: Running) -> None:
     before = resident()
     everyone(150)
     assert resident() - before < 16e6, "600 pictures leave nothing behind"
+
+
+HUGE = ("drop_fraction", "guidance_drop_fraction", "guidance_scale", "true_cfg_scale", "temperature", "deadline_ms")
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e-308])
+@pytest.mark.parametrize("name", HUGE)
+def test_no_number_is_the_servers_fault(server: Running, name: str, value: float) -> None:
+    with server.http() as http:
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2, name: value}).status_code in (200, 400)
+        pair = {"guidance_scale": 2, "guidance_interval": [0, value]}
+        assert http.post(CREATE, json={"class_labels": 1, "steps": 2} | pair).status_code in (200, 400)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
+from elastic_serve.demand import Demand
 from elastic_serve.scheduler import MARGIN, RESERVE, Job, RefusedError, Scheduler, Way
 from elastic_serve.times import Kind
 
@@ -158,6 +159,35 @@ def test_clients_take_turns_among_equal_deadlines() -> None:
     assert [number for number in played.order if number != one] == list(many)
 
 
+def test_a_new_name_for_each_picture_gains_nothing() -> None:
+    played = Played(Scheduler(Exact(most=1)))
+    for number in range(6):
+        played.scheduler.admit([replace(job(0.0, 5.0, client="a"), user=str(number))], 0.0)
+    others = [played.scheduler.admit([job(0.0, 5.0, client="b")], 0.0)[0] for _ in range(3)]
+    played.rest()
+    assert [played.order.index(number) for number in others] == [1, 3, 5]
+
+
+def test_users_of_one_client_take_its_turns_in_turn() -> None:
+    played = Played(Scheduler(Exact(most=1)))
+    many = played.scheduler.admit([replace(job(0.0, 5.0, client="a"), user="u")] * 4, 0.0)
+    (other,) = played.scheduler.admit([job(0.0, 5.0, client="b")], 0.0)
+    (one,) = played.scheduler.admit([replace(job(0.0, 5.0, client="a"), user="v")], 0.0)
+    played.rest()
+    assert played.order == [many[0], other, one, *many[1:]]
+
+
+def test_one_client_leaves_room_for_others() -> None:
+    scheduler = Scheduler(Exact(most=1), queue=8)
+    scheduler.admit([job(0.0, 10.0, client="a")] * 4, 0.0)
+    scheduler.admit([job(0.0, 10.0, client="a")], 0.0)
+    with pytest.raises(RefusedError, match="5 pictures of this client wait or are drawn, of 8 at most") as refusal:
+        scheduler.admit([job(0.0, 10.0, client="a")], 0.0)
+    assert refusal.value.wait == pytest.approx(alone(16))
+    assert refusal.value.nearest is None
+    scheduler.admit([job(0.0, 10.0, client="b")] * 3, 0.0)
+
+
 def test_pictures_of_one_kind_share_a_run_as_long_as_that_pays() -> None:
     scheduler = Scheduler(Exact(most=4))
     scheduler.admit([job(0.0, 10.0, rows=2)] * 3, 0.0)
@@ -196,6 +226,33 @@ def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None
     assert scheduler.level(now + 100 * alone(256)) == 1.0
 
 
+def test_what_is_refused_lowers_nobodys_budgets() -> None:
+    scheduler = Scheduler(Exact(most=1), queue=2)
+    scheduler.admit([job(0.0, 10.0), job(0.0, 10.0)], 0.0)
+    before = scheduler.level(0.0)
+    for deadline, promised in ((1e-3, True), (10.0, True), (0.3, False)):
+        for _ in range(100):
+            with pytest.raises(RefusedError):
+                scheduler.admit([job(0.0, deadline, promised)] * 3, 0.0)
+    assert scheduler.level(0.0) == before == 1.0
+
+
+def test_what_promises_can_spare() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    scheduler.admit([job(0.0, 0.01, promised=False)], 0.0)
+    assert scheduler.spare(0.0) == math.inf
+    scheduler.admit([job(0.0, 1.0)], 0.0)
+    assert scheduler.spare(0.0) == pytest.approx((1 - MARGIN) - 2 * alone(16))
+    assert scheduler.spare(0.5) == pytest.approx((1 - MARGIN) - 2 * alone(16) - 0.5)
+
+
+def test_one_arrival_is_a_busy_device_at_most() -> None:
+    demand = Demand()
+    demand.arrived(0.0, 1e-9, [10.0, 100.0])
+    assert demand.busy(1.0, 0.0) == 1.0
+    assert demand.busy(1.0, -1e6) == 1.0, "a clock that goes back"
+
+
 def test_settled_ways_are_kept() -> None:
     scheduler = Scheduler(Exact())
     (number,) = scheduler.admit([job(0.0, 5.0)], 0.0)
@@ -216,7 +273,8 @@ def test_legs_are_taken_in_order() -> None:
 
 def taken(played: Played, new: Job) -> int | None:
     """The number of a picture that is taken in; None for one that is refused, with good reason."""
-    full = len(played.scheduler) == played.scheduler.queue
+    theirs = sum(job.client == new.client for job in played.scheduler.jobs)
+    full = len(played.scheduler) == played.scheduler.queue or theirs > played.scheduler.queue / 2
     try:
         return played.scheduler.admit([new], played.now)[0]
     except RefusedError as error:

@@ -11,7 +11,7 @@ class Budget(Mapping[str, int]):
 
     __slots__ = ("_values",)
 
-    def __init__(self, **values: int):
+    def __init__(self, /, **values: int):
         self._values = dict(sorted(values.items()))
 
     def __getitem__(self, axis: str) -> int:
