@@ -34,18 +34,8 @@ def generate(
     show_tokens: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A picture, .png, of what the router kept at some of the steps.", show_default=False)
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Artifacts that may draw, [bold]fp32,int8[/bold]: the fastest of them; [bold]auto[/bold]: of those whose pictures the "
-            "card found as good [dim](default: the most exact)[/dim].",
-            show_default=False,
-        ),
-    ] = None,
+    backend: options.Backend = None,
+    precision: options.Precisions = None,
 ) -> None:
     """Draw pictures with a bundle; no torch is needed. Where no budget or plan is given, it is chosen to suit this machine.
 

@@ -113,5 +113,15 @@ BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")]
+Backend = Annotated[str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)]
+Precisions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Artifacts that may draw, [bold]fp32,int8[/bold]: the fastest of them; [bold]auto[/bold]: of those whose pictures the "
+        "card found as good [dim](default: the most exact)[/dim].",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]

@@ -5,20 +5,15 @@ from typing import Annotated
 
 import typer
 
+from elastic_export.cli import options
+
 
 def serve(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine reach it on 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any that is free.")] = 8000,
-    backend: Annotated[
-        str | None, typer.Option(help="Runtime to use [dim](default: the fastest of those here)[/dim].", show_default=False)
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST", help="Artifacts that may draw, as for generate [dim](default: the most exact)[/dim].", show_default=False
-        ),
-    ] = None,
+    backend: options.Backend = None,
+    precision: options.Precisions = None,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that wait or are drawn, at most.")] = 64,
     target_ms: Annotated[
         float | None,
