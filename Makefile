@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash clean
+.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -110,6 +110,10 @@ soak: .venv/.dev
 	$(BIN)/python tests/stress/soak.py --pictures 10000
 crash: .venv/.dev
 	$(BIN)/python tests/stress/crash.py --kills 200
+
+# Every family on every target: how far each artifact is from its original (half an hour).
+matrix: .venv/.dev
+	$(BIN)/python tests/stress/matrix.py
 
 clean:
 	rm -rf .venv build dist demo

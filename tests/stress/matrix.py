@@ -1,6 +1,6 @@
-"""Every family on every target, small models through the public API: how far each artifact is from its original, for the README's table.
+"""Every family on every target, small models through the public API: how far each artifact is from its original.
 
-    python tests/stress/matrix.py --page README.md        (or: make matrix; some 20 minutes)
+    python tests/stress/matrix.py --page PAGE.md        (half an hour)
     python tests/stress/matrix.py elit-sit flux
 
 ONNX artifacts run in ONNX Runtime on this machine's CPU, Core ML packages are evaluated operator by operator, engines of TensorRT-RTX are
@@ -127,12 +127,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.families) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            (subject.family, cells(subject, Path(folder)))
-            for subject in SUBJECTS
-            if not options.families or subject.family in options.families
-        ]
-    print(table(rows))
+        rows: list[tuple[str, list[str]]] = []
+        for subject in (subject for subject in SUBJECTS if not options.families or subject.family in options.families):
+            rows.append((subject.family, cells(subject, Path(folder))))
+            print(table(rows).splitlines()[-1], flush=True)  # a run that is cut off has lost nothing
     if options.page:
         page = options.page.read_text(encoding="utf-8")
         save(options.page, filled(page, "families", table(rows), str(options.page)).encode())
