@@ -58,7 +58,7 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
         print(f"# {artifact.package} on {units}: opened in {time.perf_counter() - begun:.2f} s (compiled at the first opening)")
         plans = where(session.compiled, units)
         shared, outputs = unpack(name, arrays)
-        batched = [spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"]
+        batched = graph.batched
         for budget in session.budgets or tuple(outputs):
             axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
             feeds = cut(graph.inputs, shared, budget, axes) | axis_feeds(axes, budget)

@@ -88,7 +88,7 @@ class Subject:
     def step(self, budget: Budget) -> tuple[float, dict[str, np.ndarray]]:
         """One step: seconds of a forward pass of the batch, in as few runs as the session takes, and its outputs."""
         session, feeds = self._open.denoiser, self._step_feeds(budget)
-        batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
+        batched = session.graph.batched
         parts = [feeds | {name: feeds[name][rows] for name in batched} for rows in batches(session, self._settings.batch)]
         begun = self._clock()
         outputs = [session.run(part) for part in parts]
@@ -178,7 +178,7 @@ class Subject:
         """The recorded feeds, their samples repeated to the batch, at `budget`."""
         rows = np.arange(self._settings.batch)
         graph = self._bundle.manifest.graphs[GRAPH]
-        batched = {spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"}
+        batched = graph.batched
         feeds = {name: array[rows % len(array)] if name in batched else array for name, array in self._feeds.items()}
         axes = self._bundle.manifest.axes
         return cut(graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget)

@@ -15,7 +15,7 @@ from elastic_runtime.contract.precision import EXACT, rank, tolerance
 from elastic_runtime.device import Clock
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.checking import check, recordings
+from elastic_runtime.sessions.checking import Feeds, check, recordings
 from elastic_runtime.sessions.opening import backends, open_artifact
 from elastic_runtime.sessions.session import Session
 
@@ -61,8 +61,9 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
     limit = tolerance(how.precision) if how.precision else bundle.manifest.graphs[graph].tolerance(artifact)
     try:
         with open_artifact(bundle, graph, artifact, record.name, **how.options) as session:
-            rows = list(check(bundle, graph, session, limit))
-            times = dict(_times(bundle, graph, session, clock))
+            arrays = bundle.reference()
+            rows = list(check(bundle, graph, session, limit, arrays))
+            times = dict(_times(bundle, arrays, graph, session, clock))
             yield from (_trial(about, row, times[key(row.budget)]) for row in rows)
     except ElasticError as error:
         yield Trial(**about, reason=str(error).replace(str(bundle.folder), "BUNDLE"))
@@ -79,9 +80,9 @@ def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:
     return Trial(**about, **facts, milliseconds=1e3 * seconds)
 
 
-def _times(bundle: Bundle, graph: str, session: Session, clock: Clock) -> Iterator[tuple[str, float]]:
-    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
-    for budget, inputs, _ in recordings(bundle, graph, session):
+def _times(bundle: Bundle, arrays: Feeds, graph: str, session: Session, clock: Clock) -> Iterator[tuple[str, float]]:
+    batched = session.graph.batched
+    for budget, inputs, _ in recordings(bundle, graph, session, arrays):
         rows = session.batch.min
         feeds = inputs | {name: np.ascontiguousarray(np.resize(inputs[name], (rows, *inputs[name].shape[1:]))) for name in batched}
         seconds = []

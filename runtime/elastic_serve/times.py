@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from elastic_runtime.choosing.estimates import WEIGHT, clipped
@@ -9,6 +10,7 @@ from elastic_runtime.contract.budget import Budget
 
 # The same for a step that was faster: a slower machine is believed sooner, since late is worse than poor.
 DOUBT = 0.1
+MOST = 4096  # predictions that are remembered: requests that are refused ask for some, too
 PAYS = 0.05  # of the time a row: what twice the rows must save for a run to be made larger
 
 
@@ -46,8 +48,7 @@ class Learned:
     """
 
     def __init__(self, prior: Prior, most: Callable[[str], int]):
-        self._prior, self._most = prior, most
-        self._predicted: dict[tuple[Kind, int], float] = {}
+        self._prior, self._most = lru_cache(MOST)(prior), most
         self._ratios: dict[tuple[Kind, int], float] = {}
         self._paces: dict[str, float] = {}
         self._seen: set[tuple[Kind, int]] = set()
@@ -55,7 +56,7 @@ class Learned:
 
     def seconds(self, kind: Kind, rows: int) -> float:
         ratio = self._ratios.get((kind, rows))
-        return self._base(kind, rows) * (self.pace(kind.model) if ratio is None else ratio)
+        return self._prior(kind, rows) * (self.pace(kind.model) if ratio is None else ratio)
 
     def pace(self, model: str) -> float:
         """Seconds of late steps over what was predicted for them."""
@@ -64,6 +65,8 @@ class Learned:
     def together(self, kind: Kind) -> int:
         """Rows double as long as that saves time on each of them."""
         if kind not in self._sizes:
+            if len(self._sizes) == MOST:
+                self._sizes.clear()
             rows, most = 1, self._most(kind.model)
             while 2 * rows <= most and self.seconds(kind, 2 * rows) / 2 <= self.seconds(kind, rows) * (1 - PAYS):
                 rows *= 2
@@ -76,17 +79,11 @@ class Learned:
         if key not in self._seen:
             self._seen.add(key)
             return
-        ratio = clipped(self._base(kind, rows), seconds)
+        ratio = clipped(self._prior(kind, rows), seconds)
         known, pace = self._ratios.get(key, ratio), self.pace(kind.model)
         self._ratios[key] = _towards(known, ratio)
         self._paces[kind.model] = _towards(pace, ratio)
         self._sizes.pop(kind, None)
-
-    def _base(self, kind: Kind, rows: int) -> float:
-        key = kind, rows
-        if key not in self._predicted:
-            self._predicted[key] = self._prior(kind, rows)
-        return self._predicted[key]
 
 
 def _towards(known: float, ratio: float) -> float:

@@ -74,19 +74,21 @@ class Drawing:
 
     def resume(self, answer: dict[str, np.ndarray] | None = None) -> None:
         """Go on, with the answer to `feeds` where some were wanted."""
-        given = self._coroutine.switch() if answer is None else self._coroutine.switch(answer)
-        self.feeds = None if given is None or isinstance(given, Paused) else given
+        self._took(self._coroutine.switch() if answer is None else self._coroutine.switch(answer))
 
     def fail(self, error: Exception) -> None:
         """Go on with an error in place of the answer."""
-        given = self._coroutine.throw(error)
-        self.feeds = None if given is None or isinstance(given, Paused) else given
+        self._took(self._coroutine.throw(error))
 
     def cancel(self) -> None:
         """End it where it stands."""
         if self._coroutine and not self.done:
             self._coroutine.throw()
         self.feeds = None
+
+    def _took(self, handed: Any) -> None:
+        """Take what the coroutine handed out: feeds, a pause, or nothing at its end."""
+        self.feeds = None if handed is None or isinstance(handed, Paused) else handed
 
     def _run(self) -> None:
         try:
@@ -122,7 +124,7 @@ def step(drawings: Sequence[Drawing], session: Session) -> Ran:
 
 def alike(session: Session, drawings: Sequence[Drawing]) -> list[list[Drawing]]:
     """Drawings whose feeds may share a run: rows of the same shape, and everything else the same."""
-    batched = names(session)
+    batched = session.graph.batched
     groups: dict[tuple[Any, ...], list[Drawing]] = {}
     for drawing in drawings:
         feeds = drawing.feeds or {}
@@ -136,7 +138,7 @@ def answer(session: Session, feeds: Sequence[Arrays]) -> tuple[list[dict[str, np
     sizes = [_rows(session, each) for each in feeds]
     if len(feeds) > 1 and not all(spec.shape[:1] == ("B",) for spec in session.graph.outputs):
         return [_alone(session, each) for each in feeds], len(feeds), max(sizes)
-    batched, whole = names(session), sum(sizes)
+    batched, whole = session.graph.batched, sum(sizes)
     together = {name: np.concatenate([each[name] for each in feeds]) if name in batched else feeds[0][name] for name in feeds[0]}
     try:
         parts = batches(session, whole)
@@ -152,13 +154,8 @@ def answer(session: Session, feeds: Sequence[Arrays]) -> tuple[list[dict[str, np
     return answers, len(parts), max(part.stop - part.start for part in parts)
 
 
-def names(session: Session) -> set[str]:
-    """Inputs that have a row for each picture."""
-    return {spec.name for spec in session.graph.inputs if spec.shape[:1] == ("B",)}
-
-
 def _rows(session: Session, feeds: Arrays) -> int:
-    return next(len(feeds[name]) for name in sorted(names(session)))
+    return len(feeds[session.graph.batched[0]])
 
 
 def _alone(session: Session, feeds: Arrays) -> dict[str, np.ndarray] | Exception:

@@ -3,6 +3,7 @@
 import pytest
 
 from elastic_runtime import Budget
+from elastic_serve import times as serve_times
 from elastic_serve.times import Kind, Learned
 
 SMALL, LARGE, OTHER = (Kind("m", Budget(latents=16)), Kind("m", Budget(latents=64)), Kind("n", Budget(latents=16)))
@@ -48,3 +49,23 @@ def test_runs_grow_as_long_as_that_pays() -> None:
     assert learned(1.0).together(SMALL) == 16
     assert learned(1.0, most=5).together(SMALL) == 4
     assert learned(0.0128).together(SMALL) == 8, "16 rows would save less than a twentieth on each"
+
+
+def test_what_refused_requests_asked_for_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Kind] = []
+
+    def prior(kind: Kind, rows: int) -> float:
+        asked.append(kind)
+        return 1.0
+
+    monkeypatch.setattr(serve_times, "MOST", 4)
+    learned = Learned(prior, lambda model: 1)
+    kinds = [Kind("m", Budget(latents=latents)) for latents in range(1, 11)]
+    for kind in kinds:
+        assert learned.seconds(kind, 1) == 1.0
+        assert learned.together(kind) == 1
+    assert len(asked) == len(kinds)
+    learned.seconds(kinds[-1], 1)
+    assert len(asked) == len(kinds), "the last are known"
+    learned.seconds(kinds[0], 1)
+    assert len(asked) == len(kinds) + 1, "and the first no more"

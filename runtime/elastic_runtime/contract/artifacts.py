@@ -222,3 +222,8 @@ class Graph(Record, frozen=True, kw_only=True):
     def batch(self) -> Span:
         """Batches that one run takes."""
         return self.dimensions["B"]
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """Inputs that have a row for each sample."""
+        return tuple(spec.name for spec in self.inputs if spec.shape[:1] == ("B",))

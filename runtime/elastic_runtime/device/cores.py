@@ -4,9 +4,6 @@ from elastic_runtime.device import apple, linux
 from elastic_runtime.device.record import Cpu
 from elastic_runtime.device.sources import Sources, System
 
-# Float32 operations a clock by vector unit, with the two multiply-add units that such cores mostly have; 8 is SSE2's.
-FLOPS_PER_CLOCK: dict[str | None, int] = {"AVX-512": 64, "AVX2": 32, "AVX": 16, "Neon": 16}
-
 
 def processor(sources: Sources | None = None) -> Cpu:
     """The processor that `sources` describe, by default this machine's. It never fails: what is not found out is None."""
@@ -18,7 +15,7 @@ def processor(sources: Sources | None = None) -> Cpu:
     count = sources.cpus() or 1
     if sources.system == "Windows":
         told = sources.windows()
-        model, flops = told.model or sources.processor or "unknown", FLOPS_PER_CLOCK.get(told.vector, 8)
+        model, flops = told.model or sources.processor or "unknown", linux.FLOPS_PER_CLOCK.get(told.vector or "", linux.SSE2)
         return Cpu(model=model, cores=count, usable=count, vector=told.vector, flops_per_clock=flops, mhz=told.mhz)
     return Cpu(model=sources.processor or "unknown", cores=count, usable=count, vector=None, flops_per_clock=1)
 

@@ -15,6 +15,9 @@ ARM = {
     ("0x41", "0xd42"): "Cortex-A78AE", ("0x41", "0xd49"): "Neoverse-N2", ("0x41", "0xd4f"): "Neoverse-V2",
     ("0x41", "0xd83"): "Neoverse-V3AE", ("0x41", "0xd85"): "Cortex-X925",
 }  # fmt: skip
+# Float32 operations a clock by vector unit, with the two multiply-add units that such cores mostly have.
+FLOPS_PER_CLOCK = {"AVX-512": 64, "AVX2": 32, "Neon": 16, "AVX": 16}
+SSE2 = 8  # of x86-64 without any of them
 ZEN4 = 25  # AMD's family of Zen 3 and Zen 4, whose AVX-512 runs in two halves
 
 
@@ -42,18 +45,13 @@ def _fields(block: str) -> dict[str, str]:
 
 
 def _vector(fields: dict[str, str]) -> tuple[str | None, int]:
-    """The widest vector unit, and float32 operations a clock with the two multiply-add units that such cores mostly have."""
+    """The widest vector unit, and float32 operations a clock."""
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     if "avx512f" in flags:
         halves = fields.get("vendor_id") == "AuthenticAMD" and fields.get("cpu family") == str(ZEN4)
-        return "AVX-512", 32 if halves else 64
-    if {"avx2", "fma"} <= flags:
-        return "AVX2", 32
-    if "asimd" in flags:
-        return "Neon", 16
-    if "avx" in flags:
-        return "AVX", 16
-    return None, 8 if "sse2" in flags else 2
+        return "AVX-512", FLOPS_PER_CLOCK["AVX-512"] // (2 if halves else 1)
+    name = "AVX2" if {"avx2", "fma"} <= flags else "Neon" if "asimd" in flags else "AVX" if "avx" in flags else None
+    return name, FLOPS_PER_CLOCK[name] if name else SSE2 if "sse2" in flags else 2
 
 
 def _mhz(sources: Sources, fields: dict[str, str]) -> float | None:

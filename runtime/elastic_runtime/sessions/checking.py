@@ -37,7 +37,7 @@ def check(
 
     Raises: as `recordings`.
     """
-    batched = [spec.name for spec in session.graph.inputs if spec.shape and spec.shape[0] == "B"]
+    batched = session.graph.batched
     for budget, inputs, recorded in recordings(bundle, graph, session, arrays):
         runs = [session.run(inputs | {name: inputs[name][rows] for name in batched}) for rows in batches(session, len(inputs[batched[0]]))]
         got = {name: np.concatenate([run[name] for run in runs]) for name in recorded}

@@ -33,7 +33,7 @@ class Lanes:
 
     def __init__(self, graph: Graph, whole: Run, lane: Run, count: int, alone: bool = False):
         self._whole, self._lane, self._alone = whole, lane, alone
-        self._batched = [spec.name for spec in graph.inputs if spec.shape and spec.shape[0] == "B"]
+        self._batched = graph.batched
         self._pool = ThreadPoolExecutor(max(count - 1, 1), thread_name_prefix="lane")  # threads start when they are first needed
         self._count = count
         self.beside = False  # until it is measured

@@ -1,8 +1,6 @@
 """ONNX Runtime on the GPU, as the product opens it: numerics at each recorded budget, plain, captured and replayed, and step times.
 
-    python sessions.py BUNDLE...
-
-`times` false leaves out the times between the recorded budgets. CHECK_DEVICE=cpu tries all of it without a GPU.
+python sessions.py BUNDLE...        (RECORDED=1: no times between the recorded budgets; CHECK_DEVICE=cpu tries it without a GPU)
 """
 
 import logging
@@ -103,7 +101,7 @@ def feeds(bundle: Bundle, graph: str, budget: Budget, batch: int, turn: int = 0)
     axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
     arrays: Arrays = cut(described.inputs, recorded, budget, axes) | axis_feeds(axes, budget)
     random = np.random.default_rng(turn)
-    for name in (spec.name for spec in described.inputs if spec.shape and spec.shape[0] == "B"):
+    for name in described.batched:
         array = np.ascontiguousarray(np.resize(arrays[name], (batch, *arrays[name].shape[1:])))
         if turn and array.ndim > 1:
             array = np.roll(array, turn, -1)
