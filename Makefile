@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
+.PHONY: demo bench goals serve-load test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -34,6 +34,13 @@ goals: .venv/.base
 		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 4 --overwrite \
 			--json $(G)/$$name-$$batch.json || exit 1; done; done
 	$(BIN)/python samples/goals.py $(G)/*.json --bundles $(G) --page docs/performance.md
+
+# A server under load, as docs/serve.md has it: five minutes, in which nothing else should run.
+serve-load: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,serve,report]'
+	$(BIN)/elastic-export onnx elit-mnist -o build/digits --overwrite
+	$(BIN)/elastic-export bench build/digits --serve --json build/load.json --html build/load.html --overwrite
+	$(BIN)/python samples/serve_load.py build/load.json docs/serve.md --plot docs/serve-load.svg
 
 test: lint check wheel
 
