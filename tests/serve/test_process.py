@@ -176,5 +176,5 @@ def test_pictures_take_turns_where_the_command_says_so(digits: Path) -> None:
         metrics = httpx2.get(f"{address}/metrics").text
     assert drawn.status_code == 200
     assert (model["elastic"]["rows"], model["elastic"]["takes_turns"]) == (1, "the server was told so, by --batch 1")
-    assert 'elastic_run_rows_bucket{le="1.0",model="digits"} 9.0' in metrics
-    assert 'elastic_run_rows_count{model="digits"} 9.0' in metrics
+    assert f'elastic_run_rows_bucket{{le="1.0",model="{model["id"]}"}} 9.0' in metrics
+    assert f'elastic_run_rows_count{{model="{model["id"]}"}} 9.0' in metrics
