@@ -153,6 +153,8 @@ def capture_folder(
             vae=vae,
             text=text,
             guidance_rescale=family.rescale,
+            guidance_off=family.off,
+            distilled=not folder.labels and family.distilled(config, folder.distilled),
             **facts,
         ),
         axes=(drawn.axis,) if "transformer" in chosen else (),

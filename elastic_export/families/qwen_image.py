@@ -14,6 +14,7 @@ from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import Patches
 
+THETA = 10000.0  # of the angles
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of editing and of layered pictures
 
 
@@ -55,7 +56,7 @@ class QwenImage(nn.Module):
     def __init__(self, transformer: Any):
         super().__init__()
         self.transformer = transformer
-        self.rope = Rope(transformer.config.axes_dims_rope)
+        self.rope = Rope(transformer.config.axes_dims_rope, THETA)
         transformer.pos_embed = nn.Identity()  # whose tables are complex
         transformer.time_text_embed.time_proj = Sinusoids(scale=1000)  # diffusers' own values, as constants
         for block in transformer.transformer_blocks:
@@ -97,7 +98,7 @@ def refusal(config: Config) -> str | None:
 
 
 def patches(config: Config) -> Patches:
-    return Patches(size=config["patch_size"], positions="img_ids", centred=True)
+    return Patches(size=config["patch_size"], positions="img_ids", layout="centred")
 
 
 def ends_flops(config: Config, image: int, text: int) -> int:

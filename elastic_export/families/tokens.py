@@ -17,20 +17,19 @@ from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
-from elastic_runtime.denoising.tokens import text_places
+from elastic_runtime.denoising.tokens import place, text_places
 
 Config = Mapping[str, Any]
 AXIS = "tokens"  # the elastic dimension: S is its budget
-THETA = 10000.0
 
 
 class Rope(Constants):
-    """Rotary angles from positions (N, 3), in float32: diffusers' own puts float64 into FLUX's graph, for a difference of 6e-7, and
-    complex numbers into Qwen-Image's."""
+    """Rotary angles from positions (N, columns), in float32: diffusers' own puts float64 into FLUX's graph, for a difference of 6e-7, and
+    complex numbers into Qwen-Image's. `widths` are those of a head's values that turn with each column."""
 
-    def __init__(self, widths: tuple[int, ...]):
+    def __init__(self, widths: tuple[int, ...], theta: float):
         super().__init__()
-        self.frequencies = [(1.0 / THETA ** (torch.arange(0, width, 2, dtype=torch.float64) / width)).float() for width in widths]
+        self.frequencies = [(1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)).float() for width in widths]
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = [ids[:, axis, None].float() * frequencies for axis, frequencies in enumerate(self.frequencies)]
@@ -48,7 +47,8 @@ class TokenFamily:
     takes from its last encoder. beside: those of CLIP that come before them.
     spaced: whether its pipeline gives the sigmas, evenly, before the shift; else they are the scheduler's own, down to its least.
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add.
-    rescale: see `manifest.Model.guidance_rescale`.
+    rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
+    `stated` is what the folder says.
     """
 
     name: str
@@ -63,6 +63,8 @@ class TokenFamily:
     spaced: bool
     flops: Callable[[Config, int, int], int]
     rescale: Literal["norm"] | None = None
+    off: Literal[0, 1] = 1
+    distilled: Callable[[Config, bool], bool] = lambda config, stated: False
 
 
 def draws_over(takes: int, gives: int) -> str | None:
@@ -92,7 +94,9 @@ def inputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
     }
     if not pooled(config):
         del shapes["pooled_projections"]
-    shapes |= {"img_ids": ("S", 3), "txt_ids": ("T", 3)} if patches.positions == "img_ids" else {"pos_ids": ("S", 2)}
+    shapes[patches.positions] = ("S", patches.columns)
+    if patches.positions == "img_ids":
+        shapes["txt_ids"] = ("T", patches.columns)
     if patches.guidance_embeds:
         shapes["guidance"] = ("B",)
     return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
@@ -130,8 +134,8 @@ def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, S
         if spec.name == "txt_ids":
             arrays[spec.name] = text_places(sizes["T"], (side, side), patches)
         elif spec.name in ("img_ids", "pos_ids"):
-            places = generator.integers(0, 2 * side - 1, (spans["S"].max, 2)) / 2 - (-(-side // 2) if patches.centred else 0)
-            arrays[spec.name] = np.pad(places, ((0, 0), (spec.shape[1] - 2, 0)))[: sizes["S"]].astype(np.float32)  # type: ignore[operator]
+            places = generator.integers(0, 2 * side - 1, (spans["S"].max, 2)) / 2
+            arrays[spec.name] = place(places, (side, side), sizes["T"], patches)[: sizes["S"]]
         elif spec.name in ranges:
             arrays[spec.name] = generator.uniform(*ranges[spec.name], batch).astype(np.float32)
         else:

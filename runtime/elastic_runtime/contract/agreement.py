@@ -5,6 +5,7 @@ that meets a size that cannot be, a name that is not there, or a graph that does
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import msgspec
 
@@ -26,17 +27,34 @@ def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
 
     One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
-    axis.
+    axis. Version 2 says of `img_ids` only whether they are centred, and leaves it to the family whether a model is
+    distilled.
     """
     again = "export the bundle again"
-    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
-    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+    older = {1: _as_it_is, 2: _laid_out}
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older)
+    if manifest.schema_version == 1 and manifest.model.patches:
         raise BundleError(
             f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
         )
     for complaint in _complaints(manifest):
         raise BundleError(f"{where} is not a valid manifest: {complaint}. {again[0].upper()}{again[1:]}.")
     return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
+
+
+def _as_it_is(content: dict[str, Any]) -> dict[str, Any]:
+    return content
+
+
+def _laid_out(content: dict[str, Any]) -> dict[str, Any]:
+    model = content.get("model")
+    patches = model.get("patches") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(patches, dict):
+        return content
+    if isinstance(patches.get("centred"), bool):
+        patches["layout"] = "centred" if patches.pop("centred") else "origin"
+    schnell = model.get("family") == "flux" and patches.get("guidance_embeds") is False and model.get("num_classes") == 0
+    return content | {"model": model | ({"distilled": True} if schnell else {})}
 
 
 def _complaints(manifest: Manifest) -> Iterator[str]:
@@ -126,6 +144,11 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
                 yield f"its {name} have shape {has}, and a packed sample has (B, {wanted_shape[1]}, {wanted_shape[2]})"
     if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
         yield "it draws from patches, and no axis is their number, S"
+    if model.patches:
+        columns = model.patches.columns
+        for name in {model.patches.positions, "txt_ids"} & inputs.keys():
+            if inputs[name].shape[-1] != columns:
+                yield f"its {name} have shape {_shown(inputs[name])}, and the model's have {columns} columns"
     for axis in axes:
         if axis.dimension is None:
             continue

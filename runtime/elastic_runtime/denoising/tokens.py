@@ -125,7 +125,7 @@ class TokenDenoiser:
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
         """It takes as few runs as the session's batch span allows."""
-        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
+        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, conditions.length, self._patches)}
         if self._patches.positions == "img_ids":
             shared["txt_ids"] = text_places(conditions.length, size, self._patches)
         parts = []
@@ -139,26 +139,34 @@ class TokenDenoiser:
         return np.concatenate(parts).astype(np.float64)
 
 
-def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns), float32.
+def place(positions: np.ndarray, size: tuple[int, int], length: int, patches: Patches) -> np.ndarray:
+    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns) beside a text of
+    `length` tokens, float32: (S, columns).
 
-    `img_ids` are (0, row, column), counted from the middle where the model has them `centred`. `pos_ids` add where the
-    picture lies in the middle of the table. In every stage that is a picture of the stage's own size, so that the first
-    stage is what the model knows as a small picture, as it is for FLUX.
+    `img_ids` are laid out as `Patches` says. `pos_ids` add where the picture lies in the middle of the table. In every
+    stage that is a picture of the stage's own size, so that the first stage is what the model knows as a small picture,
+    as it is for FLUX.
 
     Raises: UsageError for a picture larger than the table.
     """
     if patches.table is None:
-        middle = [-(-side // 2) if patches.centred else 0 for side in size]
-        return np.pad(positions - middle, ((0, 0), (1, 0))).astype(np.float32)
+        ids = np.zeros((len(positions), patches.columns), np.float32)
+        ids[:, 0] = length + 1 if patches.layout == "after_text" else 0
+        ids[:, 1:3] = positions - [-(-side // 2) if patches.layout == "centred" else 0 for side in size]
+        return ids
     if max(size) > patches.table:
         raise UsageError(f"this model has {patches.table} x {patches.table} places for patches, the picture has {size[0]} x {size[1]}")
     return (positions + [(patches.table - side) // 2 for side in size]).astype(np.float32)
 
 
 def text_places(length: int, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """`txt_ids` (T, 3) of `length` tokens beside a picture of `size` (rows, columns), float32: nowhere or, where the picture
-    is centred, one after the other from its edge on, on all axes alike."""
-    first = max(size) // 2
-    along = np.arange(first, first + length) if patches.centred else np.zeros(length)
-    return np.repeat(along[:, None], 3, axis=1).astype(np.float32)
+    """`txt_ids` (T, columns) of `length` tokens beside a picture of `size` (rows, columns), float32, laid out as `Patches`
+    says."""
+    ids, along = np.zeros((length, patches.columns), np.float32), np.arange(length)
+    if patches.layout == "centred":
+        ids += max(size) // 2 + along[:, None]
+    elif patches.layout == "sequence":
+        ids[:, 3] = along
+    elif patches.layout == "after_text":
+        ids[:, 0] = 1 + along
+    return ids

@@ -144,7 +144,7 @@ class PlanDrawing(Drawing):
             "size": self.size,
             "tokens": self.plan.tokens(*self.size),
             "embedded_guidance": self._embedded,
-            "guidance": self.guidance.scale,
+            "guidance": self.model.guidance_scale(self.guidance.scale),
         }
 
     def name_of(self, plan: Plan) -> str:
@@ -302,5 +302,5 @@ def takes(bundle: Bundle, name: str) -> tuple[tuple[int, int], Plan]:
     Raises: UsageError where the bundle does not take it.
     """
     subject = {"class_labels": (0,)} if bundle.manifest.model.num_classes else {"prompt": ("",)}
-    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=1.0))
+    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=0.0))
     return size, plans[name]
