@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
-from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
+from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over, rotate
 from elastic_runtime.contract.manifest import Patches
 
 THETA = 10000.0  # of the angles
@@ -41,13 +41,6 @@ class JointAttention:
         attended = merge_heads(F.scaled_dot_product_attention(query, key, torch.cat(v, dim=2)))  # (B, N, W)
         length = text.shape[1]
         return attn.to_out[0](attended[:, length:]), attn.to_add_out(attended[:, :length])
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring values of `x` (B, H, N, W/H) turned as pairs by the angles of these cosines and sines (N, W/H), in float32."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x.float() * cos + across.float() * sin).to(x.dtype)
 
 
 class QwenImage(nn.Module):

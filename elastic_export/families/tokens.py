@@ -37,6 +37,13 @@ class Rope(Constants):
         return angle.cos(), angle.sin()
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring values of `x` (B, H, N, W/H) turned as pairs by the angles of these cosines and sines (N, W/H), in float32."""
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cos + across.float() * sin).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class TokenFamily:
     """One kind of transformer over tokens, as a diffusers folder has it.
