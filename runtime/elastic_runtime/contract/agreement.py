@@ -11,7 +11,7 @@ import msgspec
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.errors import BundleError
 
@@ -149,12 +149,27 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
         for name in {model.patches.positions, "txt_ids"} & inputs.keys():
             if inputs[name].shape[-1] != columns:
                 yield f"its {name} have shape {_shown(inputs[name])}, and the model's have {columns} columns"
+        yield from _filled(graph, model.patches, axes)
     for axis in axes:
         if axis.dimension is None:
             continue
         span = Span(axis.length(axis.min), axis.length(axis.max))
         if graph.dimensions.get(axis.dimension, span) != span:
             yield f"axis {axis.name} makes {axis.dimension} {span}, and it says {graph.dimensions[axis.dimension]}"
+
+
+def _filled(graph: Graph, patches: Patches, axes: Iterable[Axis]) -> Iterator[str]:
+    """What there is to say of tokens that come in multiples."""
+    pads = {"img_pad", "txt_pad"} & {spec.name for spec in graph.inputs}
+    if len(pads) != (0 if patches.multiple is None else 2):
+        yield f"it takes {' and '.join(sorted(pads)) or 'no img_pad and txt_pad'}, and the model's `multiple` is {patches.multiple}"
+    if patches.multiple is None:
+        return
+    sizes = {axis.name: (axis.min, axis.max, axis.step) for axis in axes}
+    sizes |= {name: (span.min, span.max) for name, span in graph.dimensions.items() if name == "T"}
+    for name, counts in sizes.items():
+        if any(count % patches.multiple for count in counts):
+            yield f"{name} spans {counts[0]}-{counts[1]}, and the model's tokens come in multiples of {patches.multiple}"
 
 
 def _decoder(graph: Graph, model: Model) -> Iterator[str]:

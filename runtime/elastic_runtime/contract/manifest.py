@@ -53,7 +53,9 @@ class Patches(Record, frozen=True, kw_only=True):
         sequence: image (0, row, column, 0), text (0, 0, 0, k). FLUX.2.
         after_text: text (1 + k, 0, 0), image (T + 1, row, column). Z-Image.
     A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
-    that the model was distilled with.
+    that the model was distilled with. With `multiple` the graph takes that many tokens or a multiple of it, of the image
+    and of the text alike, and inputs `img_pad` (B, S) and `txt_pad` (B, T): 1 where a row fills up, which come last and,
+    of the image, at place 0.
     """
 
     size: int
@@ -61,6 +63,7 @@ class Patches(Record, frozen=True, kw_only=True):
     table: Count | None = None
     guidance_embeds: bool = False
     layout: Layout = "origin"
+    multiple: Count | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MOST_UPSCALE:
@@ -69,11 +72,21 @@ class Patches(Record, frozen=True, kw_only=True):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
         if self.layout != "origin" and self.table is not None:
             raise ValueError(f"a `layout` is of `img_ids`, got {self.layout} of {self.positions}")
+        if self.multiple is not None and self.table is not None:
+            raise ValueError(f"a `multiple` is of `img_ids`, got {self.multiple} of {self.positions}")
 
     @property
     def columns(self) -> int:
         """How many numbers place a token."""
         return COLUMNS[self.layout] if self.table is None else 2
+
+    def filled(self, count: int) -> int:
+        """How many tokens the graph takes for so many of the image or of the text."""
+        return count if self.multiple is None else -(-count // self.multiple) * self.multiple
+
+    def filled_all(self, counts: Iterable[int]) -> tuple[int, ...]:
+        """The same of each of `counts`."""
+        return tuple(self.filled(int(count)) for count in counts)
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
