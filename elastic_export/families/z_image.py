@@ -143,3 +143,22 @@ def flops(config: Config, image: int, text: int) -> int:
     macs += TIME_FEATURES * TIME_WIDTH + TIME_WIDTH * condition
     refined = block_flops(config, image) + block_flops(config, text, modulated=False)
     return config["n_layers"] * block_flops(config, image + text) + config["n_refiner_layers"] * refined + 2 * macs
+
+
+FAMILY = TokenFamily(
+    name="z-image",
+    class_name="ZImageTransformer2DModel",
+    wrap=ZImage,
+    patches=patches,
+    channels=lambda config: config["in_channels"],
+    refusal=refusal,
+    side=lambda config: None,
+    text_length=lambda config: 512,
+    beside=0,
+    spaced=True,
+    flops=flops,
+    off=0,
+    width=lambda config: config["dim"],
+    heads=lambda config: config["n_heads"],
+    text_width=lambda config: config["cap_feat_dim"],
+)

@@ -18,7 +18,7 @@ from elastic_runtime.sessions.session import Session
 POOLED = "pooled_projections"  # an input of the denoiser, where it has one
 # `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX.1-dev, classifier-free in others.
 # Families that are not here have none.
-USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0}
+USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-image": 5.0}
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,7 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
         wanted = " and ".join(f"({rest}, {size})" for rest, size in zip(("B, T", "B"), widths, strict=False))
         raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
     spans = bundle.manifest.graphs["denoiser"].dimensions
-    if "T" in spans and arrays[0].shape[1] not in spans["T"]:
-        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {arrays[0].shape[1]}: cut or pad it")
+    patches, length = bundle.manifest.model.patches, arrays[0].shape[1]
+    if "T" in spans and (patches.filled(length) if patches else length) not in spans["T"]:
+        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {length}: cut or pad it")
     return Conditions(*arrays)
