@@ -11,7 +11,7 @@ from elastic_export.capture import elit
 from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.transformer import Drawn, Transformer
 from elastic_export.capture.zoo import precisions, quality
-from elastic_export.families import flux, qwen_image, sd3, tokens
+from elastic_export.families import flux, qwen_image, sd3, tokens, z_image
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
@@ -26,13 +26,14 @@ from elastic_runtime.contract import manifest
 from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import BudgetError, ModelError, UsageError
 from elastic_runtime.ralu.plan import check_scheduler
 from elastic_targets.capture import GraphCapture
 
-FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY)}
-PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline")
+FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY)}
+PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
@@ -60,10 +61,11 @@ class Sizes:
         return Span((self.latent.min // self.patch) ** 2, (self.latent.max // self.patch) ** 2)
 
 
-def stages(axis: Axis) -> list[int]:
-    """Token counts of RALU's stages for the largest picture, those that `axis` offers: a quarter, that with some patches grown, all."""
-    low = axis.max // 4
-    counts = [low, *(low + 3 * int(low * share) for share in GROWN), axis.max]
+def stages(axis: Axis, patches: Patches, most: int) -> list[int]:
+    """Token counts of RALU's stages for the largest picture, of `most` tokens, those that `axis` offers: a quarter, that with some patches
+    grown, all."""
+    low = most // 4
+    counts = patches.filled_all([low, *(low + 3 * int(low * share) for share in GROWN), most])
     return [count for count in dict.fromkeys(counts) if count in axis.values]
 
 
@@ -153,6 +155,8 @@ def capture_folder(
             vae=vae,
             text=text,
             guidance_rescale=family.rescale,
+            guidance_off=family.off,
+            distilled=not folder.labels and family.distilled(config, folder.distilled),
             **facts,
         ),
         axes=(drawn.axis,) if "transformer" in chosen else (),
@@ -177,8 +181,10 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
         raise BudgetError(f"--size {size} is one size, and {transformer.name} draws any: give a side, or a span of them as 512-1024")
     folder, family, config, length = transformer.folder, transformer.family, transformer.config, transformer.length
     sizes = picture_sizes(folder, family, config, transformer.vae, size)
-    axis = _axis(sizes, spans, transformer.name)
-    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
+    patches = family.patches(config)
+    axis = _axis(sizes, spans, transformer.name, patches)
+    most, width, heads = min(sizes.tokens.max, axis.max), family.width(config), family.heads(config)
+    length = patches.filled(length)
 
     def costs(parameters: int) -> tuple[manifest.Cost, ...]:
         # FLOPs are exactly quadratic in the tokens: three rows give every other.
@@ -186,9 +192,9 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
         rows = ((count, family.flops(config, count, length), dit_activation_values(count + length, width, heads)) for count in counts)
         return tuple(priced(Budget(**{axis.name: count}), flops, parameters, values) for count, flops, values in rows)
 
-    side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
-    facts = {"sample_shape": (family.channels(config), side, side), "patches": family.patches(config)}
-    return Drawn(axis, lambda: _denoiser(transformer, axis), costs, sizes.latent, sizes.latent, facts)
+    side = math.isqrt(most) * sizes.patch  # of the largest square picture
+    facts = {"sample_shape": (family.channels(config), side, side), "patches": patches}
+    return Drawn(axis, lambda: _denoiser(transformer, axis, most), costs, sizes.latent, sizes.latent, facts)
 
 
 def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
@@ -249,17 +255,17 @@ def _side(size: Any, usual: int) -> int:
     return max((side for side in sides if isinstance(side, int) and side > 0), default=usual)
 
 
-def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
+def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str, patches: Patches) -> Axis:
     """The axis `tokens` of these sizes, narrowed to what was asked for.
 
     Raises: BudgetError for another axis, or tokens that no picture of these sizes has.
     """
-    axis = tokens.axis(sizes.tokens)
+    axis = tokens.axis(sizes.tokens, patches)
     if others := [other for other in spans if other != axis.name]:
         raise BudgetError(f"{name} has no axis {others[0]!r}; it has {axis.name}")
     if (span := spans.get(axis.name)) is None:
         return axis
-    least = (sizes.pixels.min // sizes.upscale // sizes.patch) ** 2
+    least = patches.filled((sizes.pixels.min // sizes.upscale // sizes.patch) ** 2)
     if not axis.min <= span.min <= span.max <= axis.max or span.max < least:
         raise BudgetError(
             f"--{axis.name} {span} does not go with sides of {sizes.pixels} pixels: their pictures have {least} to {axis.max} tokens, and "
@@ -268,11 +274,11 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
     return axis.narrow(span)
 
 
-def _denoiser(transformer: Transformer, axis: Axis) -> GraphCapture:
+def _denoiser(transformer: Transformer, axis: Axis, most: int) -> GraphCapture:
     folder, family, config, built = transformer.folder, transformer.family, transformer.config, transformer.built
-    component, length = folder.component("transformer"), transformer.length
-    inputs, patches = tokens.inputs(family, config), family.patches(config)
-    spans = {"S": axis.span, "T": Span(1, length)}
+    component, patches = folder.component("transformer"), family.patches(config)
+    inputs, length = tokens.inputs(family, config), patches.filled(transformer.length)
+    spans = {"S": axis.span, "T": Span(patches.filled(1), length)}
     text = {"T": spans["T"]} if length > 1 else {}
     return GraphCapture(
         name="denoiser",
@@ -283,7 +289,7 @@ def _denoiser(transformer: Transformer, axis: Axis) -> GraphCapture:
         batch=transformer.batch,
         feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
         open_dimensions=text,
-        stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis)),
+        stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis, patches, most)),
     )
 
 
@@ -304,10 +310,10 @@ def _text(
         if "last_hidden_state" in gives:
             most = min(longest, tokenizer.max_length)
             after += most
-            if widths["hidden"] != config["joint_attention_dim"]:
+            if widths["hidden"] != family.text_width(config):
                 raise ModelError(
                     f"{folder.path / component} gives {widths['hidden']} values a token where the transformer takes "
-                    f"{config['joint_attention_dim']}: is it another model's?"
+                    f"{family.text_width(config)}: is it another model's?"
                 )
         else:
             most = min(int(folder.component(component).config.get("max_position_embeddings", 77)), tokenizer.max_length)
@@ -327,7 +333,7 @@ def _text(
         )
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
     length = (beside if encoders else family.beside) + (after or longest)
-    width = config["joint_attention_dim"]
+    width = family.text_width(config)
     return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=tokens.pooled(config)), files
 
 

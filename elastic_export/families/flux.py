@@ -13,6 +13,7 @@ from elastic_export.families.layers import Sinusoids
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import Patches
 
+THETA = 10000.0  # of the angles
 PACKED = 2  # a token is 2 x 2 latent pixels; `patch_size` in the config counts packed ones and is 1
 
 
@@ -22,7 +23,7 @@ class Flux(nn.Module):
     def __init__(self, transformer: Any):
         super().__init__()
         self.transformer = transformer
-        self.rope = Rope(transformer.config.axes_dims_rope)
+        self.rope = Rope(transformer.config.axes_dims_rope, THETA)
         transformer.time_text_embed.time_proj = Sinusoids()  # diffusers' own values, as constants
 
     def forward(
@@ -74,4 +75,5 @@ FAMILY = TokenFamily(
     beside=0,
     spaced=True,
     flops=flops,
+    distilled=lambda config, stated: not config["guidance_embeds"],  # schnell
 )

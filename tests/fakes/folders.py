@@ -12,6 +12,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -55,6 +56,18 @@ def qwen_image(**changes: Any) -> QwenImageTransformer2DModel:
         "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
     }  # fmt: skip
     return QwenImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+def z_image(**changes: Any) -> ZImageTransformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 4, "dim": 48, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": WIDTH,
+        "axes_dims": [4, 6, 6],
+    }  # fmt: skip
+    model = ZImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+    for token in (model.x_pad_token, model.cap_pad_token):  # which start as zeros
+        torch.nn.init.normal_(token)
+    return model
 
 
 SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
@@ -115,7 +128,10 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     """A folder of `transformer` (`saving` goes to its save_pretrained), a VAE, and the encoders that its pipeline has."""
     logging.disable_progress_bar()
     is_flux = isinstance(transformer, FluxTransformer2DModel)
-    pipelines = {"FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline"}
+    pipelines = {
+        "FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline",
+        "ZImageTransformer2DModel": "ZImagePipeline",
+    }  # fmt: skip
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
     framed = isinstance(transformer, QwenImageTransformer2DModel)
     parts |= {"vae": frame_vae() if framed else vae()} if decoder else {}

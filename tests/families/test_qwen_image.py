@@ -30,7 +30,7 @@ from elastic_runtime.denoising.tokens import place, text_places
 from elastic_runtime.ralu.patches import pack, raster, unpack
 
 ONE = Span(1, 1)
-PATCHES = Patches(size=2, positions="img_ids", centred=True)
+PATCHES = Patches(size=2, positions="img_ids", layout="centred")
 SIZE = (8, 8)  # of the recorded picture, in tokens
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +50,7 @@ def placed(arrays: Arrays, size: tuple[int, int]) -> Arrays:
     """Those of the recorded inputs that the contract has, with the places of a picture of `size`."""
     feeds = {name: arrays[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
     text = feeds["encoder_hidden_states"].shape[1]
-    return feeds | {"img_ids": place(raster(1, *size)[0], size, PATCHES), "txt_ids": text_places(text, size, PATCHES)}
+    return feeds | {"img_ids": place(raster(1, *size)[0], size, text, PATCHES), "txt_ids": text_places(text, size, PATCHES)}
 
 
 def forward(module: Any, feeds: Arrays) -> np.ndarray:

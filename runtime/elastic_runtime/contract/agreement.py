@@ -5,12 +5,13 @@ that meets a size that cannot be, a name that is not there, or a graph that does
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import msgspec
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.errors import BundleError
 
@@ -26,17 +27,34 @@ def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
 
     One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
-    axis.
+    axis. Version 2 says of `img_ids` only whether they are centred, and leaves it to the family whether a model is
+    distilled.
     """
     again = "export the bundle again"
-    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
-    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+    older = {1: _as_it_is, 2: _laid_out}
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older)
+    if manifest.schema_version == 1 and manifest.model.patches:
         raise BundleError(
             f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
         )
     for complaint in _complaints(manifest):
         raise BundleError(f"{where} is not a valid manifest: {complaint}. {again[0].upper()}{again[1:]}.")
     return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
+
+
+def _as_it_is(content: dict[str, Any]) -> dict[str, Any]:
+    return content
+
+
+def _laid_out(content: dict[str, Any]) -> dict[str, Any]:
+    model = content.get("model")
+    patches = model.get("patches") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(patches, dict):
+        return content
+    if isinstance(patches.get("centred"), bool):
+        patches["layout"] = "centred" if patches.pop("centred") else "origin"
+    schnell = model.get("family") == "flux" and patches.get("guidance_embeds") is False and model.get("num_classes") == 0
+    return content | {"model": model | ({"distilled": True} if schnell else {})}
 
 
 def _complaints(manifest: Manifest) -> Iterator[str]:
@@ -126,12 +144,32 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
                 yield f"its {name} have shape {has}, and a packed sample has (B, {wanted_shape[1]}, {wanted_shape[2]})"
     if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
         yield "it draws from patches, and no axis is their number, S"
+    if model.patches:
+        columns = model.patches.columns
+        for name in {model.patches.positions, "txt_ids"} & inputs.keys():
+            if inputs[name].shape[-1] != columns:
+                yield f"its {name} have shape {_shown(inputs[name])}, and the model's have {columns} columns"
+        yield from _filled(graph, model.patches, axes)
     for axis in axes:
         if axis.dimension is None:
             continue
         span = Span(axis.length(axis.min), axis.length(axis.max))
         if graph.dimensions.get(axis.dimension, span) != span:
             yield f"axis {axis.name} makes {axis.dimension} {span}, and it says {graph.dimensions[axis.dimension]}"
+
+
+def _filled(graph: Graph, patches: Patches, axes: Iterable[Axis]) -> Iterator[str]:
+    """What there is to say of tokens that come in multiples."""
+    pads = {"img_pad", "txt_pad"} & {spec.name for spec in graph.inputs}
+    if len(pads) != (0 if patches.multiple is None else 2):
+        yield f"it takes {' and '.join(sorted(pads)) or 'no img_pad and txt_pad'}, and the model's `multiple` is {patches.multiple}"
+    if patches.multiple is None:
+        return
+    sizes = {axis.name: (axis.min, axis.max, axis.step) for axis in axes}
+    sizes |= {name: (span.min, span.max) for name, span in graph.dimensions.items() if name == "T"}
+    for name, counts in sizes.items():
+        if any(count % patches.multiple for count in counts):
+            yield f"{name} spans {counts[0]}-{counts[1]}, and the model's tokens come in multiples of {patches.multiple}"
 
 
 def _decoder(graph: Graph, model: Model) -> Iterator[str]:

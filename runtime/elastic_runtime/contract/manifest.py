@@ -16,11 +16,14 @@ from elastic_runtime.contract.records import Count, Finite, Large, Natural, Reco
 from elastic_runtime.contract.schedule import Ancestral, Edm, Schedule
 from elastic_runtime.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MOST_UPSCALE = 1024  # pixels a side of a latent pixel, or latent pixels of a patch
 LEAST_SCALE = 1e-12
 # Steps by stage that a plan of this name has where none are said: the presets'.
 OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
+# Where `img_ids` and `txt_ids` put tokens (see `Patches`), and how many columns they have.
+Layout = Literal["origin", "centred", "sequence", "after_text"]
+COLUMNS = {"origin": 3, "centred": 3, "sequence": 4, "after_text": 3}
 
 
 class Vae(Record, frozen=True, kw_only=True):
@@ -41,26 +44,49 @@ class Patches(Record, frozen=True, kw_only=True):
     """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and
     out alike.
 
-    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are;
-    `pos_ids` (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred.
-    A row or a column is one patch, halves are allowed. With `centred`, the rows and columns of `img_ids` count from the
-    middle of the stage's picture, and text goes on beyond them on all axes: `txt_ids` (k, k, k); without it text has no
-    place, (0, 0, 0). With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
+    `positions` is the input that places each token: `pos_ids` (row, column) in the coordinates of a table of `table` x
+    `table` places, in which a picture lies centred; or `img_ids`, beside `txt_ids` for the text, by `layout`, for token
+    k of a text of T tokens:
+        origin: image (0, row, column), text (0, 0, 0). FLUX.1, Krea 2.
+        centred: image (0, row, column) counted from the middle of the stage's picture, text (k', k', k') going on beyond
+        its edge. Qwen-Image.
+        sequence: image (0, row, column, 0), text (0, 0, 0, k). FLUX.2.
+        after_text: text (1 + k, 0, 0), image (T + 1, row, column). Z-Image.
+    A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
+    that the model was distilled with. With `multiple` the graph takes that many tokens or a multiple of it, of the image
+    and of the text alike, and inputs `img_pad` (B, S) and `txt_pad` (B, T): 1 where a row fills up, which come last and,
+    of the image, at place 0.
     """
 
     size: int
     positions: Literal["img_ids", "pos_ids"]
     table: Count | None = None
     guidance_embeds: bool = False
-    centred: bool = False
+    layout: Layout = "origin"
+    multiple: Count | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MOST_UPSCALE:
             raise ValueError(f"a patch has a `size` of 1 to {MOST_UPSCALE}, got {self.size}")
         if (self.positions == "pos_ids") != (self.table is not None):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
-        if self.centred and self.table is not None:
-            raise ValueError(f"`centred` is of `img_ids`, got {self.positions}")
+        if self.layout != "origin" and self.table is not None:
+            raise ValueError(f"a `layout` is of `img_ids`, got {self.layout} of {self.positions}")
+        if self.multiple is not None and self.table is not None:
+            raise ValueError(f"a `multiple` is of `img_ids`, got {self.multiple} of {self.positions}")
+
+    @property
+    def columns(self) -> int:
+        """How many numbers place a token."""
+        return COLUMNS[self.layout] if self.table is None else 2
+
+    def filled(self, count: int) -> int:
+        """How many tokens the graph takes for so many of the image or of the text."""
+        return count if self.multiple is None else -(-count // self.multiple) * self.multiple
+
+    def filled_all(self, counts: Iterable[int]) -> tuple[int, ...]:
+        """The same of each of `counts`."""
+        return tuple(self.filled(int(count)) for count in counts)
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
@@ -97,9 +123,13 @@ class Model(Record, frozen=True, kw_only=True):
 
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
     take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
-    white, or codes of a decoder that is not here. With `guidance_rescale` "norm" a prediction that guidance led has,
-    token by token, the length of the one without. Where `packed` is set, the graph takes and gives a sample as tokens,
+    white, or codes of a decoder that is not here. Where `packed` is set, the graph takes and gives a sample as tokens,
     row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one.
+
+    Of guidance: with `guidance_rescale` "norm" a prediction that it led has, token by token, the length of the one
+    without. `guidance_off` is the largest `guidance_scale` that is none, in the words of the model's pipeline: 1 where a
+    scale g gives `weak + g (strong - weak)`, 0 where it gives `strong + g (strong - weak)`. A `distilled` one draws
+    without guidance of its own.
     """
 
     name: str
@@ -118,6 +148,8 @@ class Model(Record, frozen=True, kw_only=True):
     learned_variance: bool = False
     guided_channels: int | None = None
     guidance_rescale: Literal["norm"] | None = None
+    guidance_off: Literal[0, 1] = 1
+    distilled: bool = False
     packed: Count | None = None
 
     def __post_init__(self) -> None:
@@ -127,6 +159,10 @@ class Model(Record, frozen=True, kw_only=True):
             raise ValueError(f"the prediction and the schedule are both edm or neither, got {self.prediction} and {self.schedule}")
         if self.guided_channels is not None and not 1 <= self.guided_channels <= self.sample_shape[0]:
             raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
+
+    def guidance_scale(self, scale: float) -> float:
+        """What its pipeline calls the scale s of `weak + s (strong - weak)`."""
+        return scale - (1 - self.guidance_off)
 
     @property
     def unconditional(self) -> bool:

@@ -16,11 +16,9 @@ from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.sessions.session import Session
 
 POOLED = "pooled_projections"  # an input of the denoiser, where it has one
-# What FLUX.1-dev is drawn with where nothing else is asked for.
-EMBEDDED = 3.5
-# Classifier-free guidance where nothing else is asked for, as diffusers' pipelines have it; other families have none.
-USUAL = {"sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0}
-DISTILLED = "flux"  # the family whose guidance_scale is a distilled one, or none
+# `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX.1-dev, classifier-free in others.
+# Families that are not here have none.
+USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-image": 5.0}
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,7 @@ class Conditioning:
             instead = f"give {alike[0]}" if alike else "leave it out"
             raise UsageError(f"{strange[0]} does not go with {given[0]}: {instead}")
         if meant and not guided:
-            patches = bundle.manifest.model.patches
-            scale = "true_cfg_scale" if patches and patches.guidance_embeds else "guidance_scale"
-            raise UsageError(f"{meant[0]} acts through classifier-free guidance, which is off: give {scale} above 1")
+            raise UsageError(f"{meant[0]} acts through classifier-free guidance, which is off: give {led_by(bundle.manifest.model)}")
         if self.class_labels is not None:
             return len(whole_labels(bundle.manifest.model, self.class_labels))
         if self.negative_prompt is not None:
@@ -118,7 +114,7 @@ def guidance_of(
     model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float | None, Guidance]:
     """The distilled scale that goes into the model, if it takes one, and classifier-free guidance, in diffusers' words: of FLUX
-    `true_cfg_scale`, of other models `guidance_scale`. A scale from 0 to 1 is off.
+    `true_cfg_scale`, of other models `guidance_scale`. Scales from 0 to what `Model.guidance_off` says are off, and 1 is of the first.
 
     Raises: UsageError for a scale that the model does not take.
     """
@@ -133,8 +129,8 @@ def guidance_of(
 
     true = guidance(_on(true_cfg_scale))
     if model.patches and model.patches.guidance_embeds:
-        return EMBEDDED if guidance_scale is None else guidance_scale, true
-    if model.family == DISTILLED and not model.num_classes:
+        return USUAL.get(model.family, 1.0) if guidance_scale is None else guidance_scale, true
+    if model.distilled:
         if _on(guidance_scale) > 1:
             raise UsageError(
                 f"{model.name} was distilled to draw without guidance, and diffusers leaves guidance_scale aside: leave it out, or lead "
@@ -145,13 +141,19 @@ def guidance_of(
         raise UsageError("true_cfg_scale is for models with distilled guidance; in this one guidance_scale is classifier-free guidance")
     if model.patches is None and model.text is None:  # where 0 has a meaning of its own, which is not offered
         return None, guidance(1.0 if guidance_scale is None else guidance_scale)
-    usual = 1.0 if model.num_classes else USUAL.get(model.family, 1.0)
-    return None, guidance(usual if guidance_scale is None else _on(guidance_scale))
+    usual = None if model.num_classes else USUAL.get(model.family)
+    return None, guidance(_on(usual if guidance_scale is None else guidance_scale, model.guidance_off))
 
 
-def _on(scale: float | None) -> float:
-    """A scale of guidance, 1 where it is off."""
-    return 1.0 if scale is None else max(scale, 1.0)
+def _on(scale: float | None, off: int = 1) -> float:
+    """The scale of `weak + s (strong - weak)` that a scale which is none up to `off` stands for; 1 where it is off."""
+    return 1.0 if scale is None else max(scale + (1 - off), 1.0)
+
+
+def led_by(model: Model) -> str:
+    """What turns classifier-free guidance on, in the words of an error."""
+    embedded = model.distilled or (model.patches is not None and model.patches.guidance_embeds)
+    return "true_cfg_scale above 1" if embedded else f"guidance_scale above {model.guidance_off}"
 
 
 def whole_labels(model: Model, class_labels: Any) -> np.ndarray:
@@ -219,6 +221,7 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
         wanted = " and ".join(f"({rest}, {size})" for rest, size in zip(("B, T", "B"), widths, strict=False))
         raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
     spans = bundle.manifest.graphs["denoiser"].dimensions
-    if "T" in spans and arrays[0].shape[1] not in spans["T"]:
-        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {arrays[0].shape[1]}: cut or pad it")
+    patches, length = bundle.manifest.model.patches, arrays[0].shape[1]
+    if "T" in spans and (patches.filled(length) if patches else length) not in spans["T"]:
+        raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {length}: cut or pad it")
     return Conditions(*arrays)

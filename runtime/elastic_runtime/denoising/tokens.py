@@ -1,8 +1,10 @@
 """From a session to a guided prediction over tokens with positions: FLUX, SD3 and Qwen-Image in diffusers' words."""
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,11 +21,13 @@ NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of in
 @dataclass(frozen=True)
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
-    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64."""
+    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64. `lengths` (B,) are the rows of each text that are
+    its own, from the first on; None where all are."""
 
     hidden: np.ndarray | None = None
     pooled: np.ndarray | None = None
     labels: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     @classmethod
     def blank(cls, graph: Graph, batch: int) -> "Conditions":
@@ -36,12 +40,17 @@ class Conditions:
     @property
     def feeds(self) -> dict[str, np.ndarray]:
         """The denoiser's inputs."""
-        return {name: array for name, array in zip(NAMES, self._arrays, strict=True) if array is not None}
+        return {name: array for name, array in zip(NAMES, self._arrays, strict=False) if array is not None}
 
     @property
     def length(self) -> int:
-        """T, text tokens; 0 without a text."""
+        """T, text tokens of the longest; 0 without a text."""
         return 0 if self.hidden is None else self.hidden.shape[1]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Text tokens of each (B,), int64."""
+        return np.full(len(self), self.length) if self.lengths is None else self.lengths
 
     def __len__(self) -> int:
         return len(next(array for array in self._arrays if array is not None))
@@ -58,13 +67,24 @@ class Conditions:
         return self.length == other.length
 
     def joined(self, *others: "Conditions") -> "Conditions":
-        """These, then those of `others`, as rows of one run."""
-        columns = zip(self._arrays, *(other._arrays for other in others), strict=True)
+        """These, then those of `others`, one after the other."""
+        every = (self, *others)
+        if any(each.lengths is not None or each.length != self.length for each in every):
+            longest = max(each.length for each in every)
+            every = tuple(replace(each.fitted(longest), lengths=each.counts) for each in every)
+        columns = zip(*(each._arrays for each in every), strict=True)
         return Conditions(*(None if column[0] is None else np.concatenate(column) for column in columns))
 
+    def fitted(self, length: int) -> "Conditions":
+        """The same with texts of `length` tokens: the rest cut, or zeros after them."""
+        if self.hidden is None or self.length == length:
+            return replace(self, lengths=None)
+        hidden = self.hidden[:, :length]
+        return replace(self, hidden=np.pad(hidden, ((0, 0), (0, length - hidden.shape[1]), (0, 0))), lengths=None)
+
     @property
-    def _arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        return self.hidden, self.pooled, self.labels
+    def _arrays(self) -> tuple[np.ndarray | None, ...]:
+        return self.hidden, self.pooled, self.labels, self.lengths
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
         return Conditions(*(None if array is None else change(array) for array in self._arrays))
@@ -94,23 +114,30 @@ class TokenDenoiser:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
         Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
-        both of its branches together. Branches whose texts differ in length run apart.
+        both of its branches together. Texts that differ in length run apart, unless pad tokens make them equal.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
         predicted = []
         for part in parts:
-            where, own = (positions[part.start], size, sigma), strong.rows(part)
-            if weak is None or not guidance.active(sigma):
-                predicted.append(self._predict(x[part], *where, own))
-                continue
-            other = weak.rows(part)
-            if own.beside(other):
-                halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(other)), 2)
-            else:
-                halves = [self._predict(x[part], *where, each) for each in (own, other)]
-            predicted.append(guidance.lead(*halves))
+            branches = [strong.rows(part)]
+            if weak is not None and guidance.active(sigma):
+                branches.append(weak.rows(part))
+            predictions = self._branches(x[part], positions[part.start], size, sigma, branches)
+            predicted.append(guidance.lead(*predictions) if len(predictions) > 1 else predictions[0])
         return np.concatenate(predicted)
+
+    def _branches(
+        self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, branches: Sequence[Conditions]
+    ) -> list[np.ndarray]:
+        """The prediction of each branch for the same `x` (B, S, C) at one place (S, 2)."""
+        conditions = branches[0].joined(*branches[1:])
+        rows, lengths = np.concatenate([x] * len(branches)), self._patches.filled_all(conditions.counts)
+        predicted = np.empty(rows.shape)
+        for length in dict.fromkeys(lengths):
+            run = np.flatnonzero(np.equal(lengths, length))
+            predicted[run] = self._predict(rows[run], positions, size, sigma, conditions.rows(run))
+        return np.split(predicted, len(branches))
 
     def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
         """Run once on `batch` samples of noise with as many tokens as `budget` says and the longest text, as an
@@ -124,10 +151,15 @@ class TokenDenoiser:
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
-        """It takes as few runs as the session's batch span allows."""
-        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
+        """Of texts that have, or fill up to, one length; it takes as few runs as the session's batch span allows."""
+        counts, tokens = conditions.counts, x.shape[1]
+        image, text = self._patches.filled(tokens), self._patches.filled(int(counts.max()))
+        conditions = conditions.fitted(text)
+        x = np.pad(x, ((0, 0), (0, image - tokens), (0, 0)))
+        places = place(positions, size, text, self._patches)
+        shared: dict[str, np.ndarray] = {self._patches.positions: np.pad(places, ((0, image - tokens), (0, 0)))}
         if self._patches.positions == "img_ids":
-            shared["txt_ids"] = text_places(conditions.length, size, self._patches)
+            shared["txt_ids"] = text_places(text, size, self._patches)
         parts = []
         for rows in batches(self._session, len(x)):
             count = len(x[rows])
@@ -135,30 +167,55 @@ class TokenDenoiser:
             feeds |= {"hidden_states": x[rows].astype(np.float32), "timestep": np.full(count, sigma, dtype=np.float32)}
             if self._patches.guidance_embeds:
                 feeds["guidance"] = np.full(count, self._embedded, dtype=np.float32)
+            if self._patches.multiple is not None:
+                feeds |= {"img_pad": pads(np.full(count, tokens), image), "txt_pad": pads(counts[rows], text)}
             parts.append(self._session.run(feeds)["prediction"])
-        return np.concatenate(parts).astype(np.float64)
+        return np.concatenate(parts)[:, :tokens].astype(np.float64)
 
 
-def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns), float32.
+def samples(lengths: Sequence[Sequence[int]], guided: bool, alone: bool) -> list[int]:
+    """How many samples each run of a step has, before the session's batch span parts them: texts of one length share a run.
 
-    `img_ids` are (0, row, column), counted from the middle where the model has them `centred`. `pos_ids` add where the
-    picture lies in the middle of the table. In every stage that is a picture of the stage's own size, so that the first
-    stage is what the model knows as a small picture, as it is for FLUX.
+    `lengths` are those of the texts, pad tokens among them, by branch and picture. `alone`: each picture by itself.
+    """
+    pictures = list(zip(*lengths[: 1 + guided], strict=True))
+    parts = [[picture] for picture in pictures] if alone else [pictures]
+    return [count for part in parts for count in Counter(itertools.chain.from_iterable(part)).values()]
+
+
+def pads(counts: np.ndarray, length: int) -> np.ndarray:
+    """1 in the rows, of `length`, that fill up what has so many of its own (B,), else 0: (B, length), float32."""
+    return (np.arange(length) >= counts[:, None]).astype(np.float32)
+
+
+def place(positions: np.ndarray, size: tuple[int, int], length: int, patches: Patches) -> np.ndarray:
+    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns) beside a text of
+    `length` tokens, float32: (S, columns).
+
+    `img_ids` are laid out as `Patches` says. `pos_ids` add where the picture lies in the middle of the table. In every
+    stage that is a picture of the stage's own size, so that the first stage is what the model knows as a small picture,
+    as it is for FLUX.
 
     Raises: UsageError for a picture larger than the table.
     """
     if patches.table is None:
-        middle = [-(-side // 2) if patches.centred else 0 for side in size]
-        return np.pad(positions - middle, ((0, 0), (1, 0))).astype(np.float32)
+        ids = np.zeros((len(positions), patches.columns), np.float32)
+        ids[:, 0] = length + 1 if patches.layout == "after_text" else 0
+        ids[:, 1:3] = positions - [-(-side // 2) if patches.layout == "centred" else 0 for side in size]
+        return ids
     if max(size) > patches.table:
         raise UsageError(f"this model has {patches.table} x {patches.table} places for patches, the picture has {size[0]} x {size[1]}")
     return (positions + [(patches.table - side) // 2 for side in size]).astype(np.float32)
 
 
 def text_places(length: int, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """`txt_ids` (T, 3) of `length` tokens beside a picture of `size` (rows, columns), float32: nowhere or, where the picture
-    is centred, one after the other from its edge on, on all axes alike."""
-    first = max(size) // 2
-    along = np.arange(first, first + length) if patches.centred else np.zeros(length)
-    return np.repeat(along[:, None], 3, axis=1).astype(np.float32)
+    """`txt_ids` (T, columns) of `length` tokens beside a picture of `size` (rows, columns), float32, laid out as `Patches`
+    says."""
+    ids, along = np.zeros((length, patches.columns), np.float32), np.arange(length)
+    if patches.layout == "centred":
+        ids += max(size) // 2 + along[:, None]
+    elif patches.layout == "sequence":
+        ids[:, 3] = along
+    elif patches.layout == "after_text":
+        ids[:, 0] = 1 + along
+    return ids
