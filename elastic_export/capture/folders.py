@@ -11,7 +11,7 @@ from elastic_export.capture import elit
 from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.transformer import Drawn, Transformer
 from elastic_export.capture.zoo import precisions, quality
-from elastic_export.families import flux, qwen_image, sd3, tokens, z_image
+from elastic_export.families import flux, flux2, qwen_image, sd3, tokens, z_image
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
@@ -32,8 +32,8 @@ from elastic_runtime.errors import BudgetError, ModelError, UsageError
 from elastic_runtime.ralu.plan import check_scheduler
 from elastic_targets.capture import GraphCapture
 
-FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY)}
-PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
+FAMILIES = {family.class_name: family for family in (flux.FAMILY, flux2.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY)}
+PIPELINES = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
@@ -80,7 +80,7 @@ def capture_folder(
     spans: Mapping[str, Span] | None = None,
     max_sequence_length: int | None = None,
 ) -> Capture:
-    """Capture a diffusers folder of FLUX, SD3 or Qwen-Image; weights are read when something computes with them.
+    """Capture a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image; weights are read when something computes with them.
 
     Args:
         components: of transformer, vae and text; None for all that the folder lists.
@@ -352,8 +352,10 @@ def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
         return {}
     config = read_json(path)
     if (name := config.get("_class_name", SCHEDULER)) != SCHEDULER:
-        raise ModelError(f"{path} is of a {name}; FLUX, SD3 and Qwen-Image are drawn along a flow in Euler's steps, by {SCHEDULER}")
+        raise ModelError(f"{path} is of a {name}; {family.name} is drawn along a flow in Euler's steps, by {SCHEDULER}")
     scheduler = {key: value for key, value in config.items() if not key.startswith("_")}
+    if (mu := family.mu(folder.distilled)) is not None and scheduler.get("use_dynamic_shifting"):
+        scheduler["mu"] = mu
     try:
         check_scheduler(scheduler)
     except UsageError as error:

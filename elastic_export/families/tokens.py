@@ -1,4 +1,4 @@
-"""What FLUX, SD3 and Qwen-Image share as graphs: transformers over packed patches with positions, in diffusers' words.
+"""What FLUX, FLUX.2, SD3 and Qwen-Image share as graphs: transformers over packed patches with positions, in diffusers' words.
 
 Legend: B batch, S image tokens, T text tokens, C values of a token, D the text's width.
 """
@@ -57,7 +57,8 @@ class TokenFamily:
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add. width(config), heads(config) and
     text_width(config): of the model, and of a text token that it takes.
     rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
-    `stated` is what the folder says.
+    `stated` is what the folder says. mu(stated): where its pipeline has a rule of its own for the scheduler's dynamic shift, see
+    `ralu.plan.full`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TokenFamily:
     width: Callable[[Config], int] = lambda config: config["attention_head_dim"] * config["num_attention_heads"]
     heads: Callable[[Config], int] = lambda config: config["num_attention_heads"]
     text_width: Callable[[Config], int] = lambda config: config["joint_attention_dim"]
+    mu: Callable[[bool], float | Literal["empirical"] | None] = lambda stated: None
 
 
 def draws_over(takes: int, gives: int) -> str | None:
@@ -95,7 +97,7 @@ def pooled(config: Config) -> int:
 
 
 def inputs(family: TokenFamily, config: Config) -> tuple[TensorSpec, ...]:
-    """The contract's inputs: Qwen-Image takes no pooled text; FLUX has `txt_ids` and perhaps `guidance`, SD3 has neither."""
+    """The contract's inputs: FLUX.2 and Qwen-Image take no pooled text; FLUX has `txt_ids` and perhaps `guidance`, SD3 has neither."""
     patches = family.patches(config)
     values = family.channels(config) * patches.size**2
     shapes: dict[str, tuple[int | str, ...]] = {

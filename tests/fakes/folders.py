@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -37,6 +39,15 @@ def flux(**changes: Any) -> FluxTransformer2DModel:
         "joint_attention_dim": WIDTH, "pooled_projection_dim": POOLED, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True,
     }  # fmt: skip
     return FluxTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+def flux2(**changes: Any) -> Flux2Transformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 3 * WIDTH, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
+    }  # fmt: skip
+    return Flux2Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
 
 
 def sd3(**changes: Any) -> SD3Transformer2DModel:
@@ -79,6 +90,19 @@ def vae() -> AutoencoderKL:
         block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIDE, scaling_factor=0.5,
         shift_factor=0.1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
+
+
+def packed_vae(**changes: Any) -> AutoencoderKLFlux2:
+    """FLUX.2's: latents of 4 channels and half the side, which it packs into 16 and a quarter; its batch norm has seen something."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1, "sample_size": SIDE,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    vae = AutoencoderKLFlux2(**sizes | changes).eval()
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae.requires_grad_(False)
 
 
 def frame_vae() -> AutoencoderKLQwenImage:
@@ -130,11 +154,12 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     is_flux = isinstance(transformer, FluxTransformer2DModel)
     pipelines = {
         "FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline",
+        "Flux2Transformer2DModel": "Flux2Pipeline" if transformer.config.get("guidance_embeds") else "Flux2KleinPipeline",
         "ZImageTransformer2DModel": "ZImagePipeline",
     }  # fmt: skip
+    vaes = {QwenImageTransformer2DModel: frame_vae, Flux2Transformer2DModel: packed_vae}
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    framed = isinstance(transformer, QwenImageTransformer2DModel)
-    parts |= {"vae": frame_vae() if framed else vae()} if decoder else {}
+    parts |= {"vae": vaes.get(type(transformer), vae)()} if decoder else {}
     if text and is_flux:
         parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
     elif text:

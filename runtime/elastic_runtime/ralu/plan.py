@@ -17,6 +17,23 @@ from elastic_runtime.errors import UsageError
 STAGES = 3
 # Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.
 LEAST_Z = 2.0
+EMPIRICAL = "empirical"  # what a scheduler's `mu` is where it is FLUX.2's rule
+
+
+def empirical_shift(tokens: int, steps: int) -> float:
+    """FLUX.2's shift of plain sampling, `e^mu`: mu lies on two lines over the image tokens, for 10 and for 200 steps, and between them
+    in proportion to the steps; above 4,300 tokens on the second (`compute_empirical_mu` of diffusers' pipelines).
+
+    Raises: UsageError for so many steps that the line has left all use.
+    """
+    dense = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return math.exp(dense)
+    sparse = 8.73809524e-05 * tokens + 1.89833333
+    mu = dense + (sparse - dense) * (200 - steps) / 190
+    if abs(mu) > MOST_EXPONENT:
+        raise UsageError(f"FLUX.2's rule spaces {steps:,} steps as no model was drawn: take 200 or fewer")
+    return math.exp(mu)
 
 
 @dataclass(frozen=True)
@@ -24,7 +41,7 @@ class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
     On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
-    nothing. `shift` says how its steps are spaced.
+    nothing. `shift` says how its steps are spaced; `empirical` as in `Plan`.
     """
 
     start: float
@@ -35,6 +52,7 @@ class Stage:
     shift: float = 1.0
     least: float | None = None
     terminal: float | None = None
+    empirical: int | None = None
 
     @property
     def steps(self) -> int:
@@ -43,7 +61,8 @@ class Stage:
     def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
         if sigma is None:
-            return sigmas(self.start, self.end, steps, self.shift, self.least, self.terminal)
+            shift = self.shift if self.empirical is None else empirical_shift(self.empirical, steps)
+            return sigmas(self.start, self.end, steps, shift, self.least, self.terminal)
         return tuple(float(s) for s in onward(sigma, 1 - self.end, steps, self.shift, self.least, self.terminal))
 
 
@@ -62,6 +81,8 @@ class Plan:
         least: of plain sampling, the sigma before the shift that the last step starts from, where the scheduler names
         one (SD3); None spaces all steps alike (FLUX).
         terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to.
+        empirical: of plain sampling, the image tokens that FLUX.2's shift is of, which depends on the steps too (see
+        `empirical_shift`) and takes the place of `shifts`.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -74,6 +95,7 @@ class Plan:
     renoise: bool = True
     least: float | None = None
     terminal: float | None = None
+    empirical: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -93,17 +115,26 @@ class Plan:
                 value = getattr(self, name)
                 if value is not None and not (is_number(value) and 0 < value < 1):
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
+            if self.empirical is not None:
+                check_tokens(self.empirical)
             return
-        if self.least is not None or self.terminal is not None:
-            raise UsageError(f"least and terminal are of plain sampling, not of a plan of {STAGES} stages")
+        if any(value is not None for value in (self.least, self.terminal, self.empirical)):
+            raise UsageError(f"least, terminal and empirical are of plain sampling, not of a plan of {STAGES} stages")
         if self.z is None or not is_number(self.z) or not LEAST_Z <= self.z < math.inf:
             raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
         check_ratio(self.up_ratio)
 
     @classmethod
-    def full(cls, steps: int, shift: float = 1.0, least: float | None = None, terminal: float | None = None) -> "Plan":
+    def full(
+        cls,
+        steps: int,
+        shift: float = 1.0,
+        least: float | None = None,
+        terminal: float | None = None,
+        empirical: int | None = None,
+    ) -> "Plan":
         """Plain sampling at full resolution; `shift` 1 spaces the steps evenly; see `full` for a model's own."""
-        return cls((steps,), shifts=(shift,), least=least, terminal=terminal)
+        return cls((steps,), shifts=(shift,), least=least, terminal=terminal, empirical=empirical)
 
     @property
     def plain(self) -> bool:
@@ -119,8 +150,9 @@ class Plan:
         """The stages in order, with the sigmas that each visits."""
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
+            shift = shift if self.empirical is None else empirical_shift(self.empirical, steps)
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
-            stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal))
+            stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal, self.empirical))
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
@@ -192,18 +224,21 @@ def sigmas(
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
 
-    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. `sigma_min` is the
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points, unless `mu` is the exponent,
+    or "empirical" for FLUX.2's rule (see `empirical_shift`), as the model's pipeline has it. `sigma_min` is the
     scheduler's own, where the model's pipeline leaves the sigmas to it. An empty config spaces steps evenly.
 
     Raises: UsageError for a config that is none (see `check_scheduler`).
     """
     check_scheduler(scheduler)
-    ends = {"least": scheduler.get("sigma_min"), "terminal": scheduler.get("shift_terminal") or None}
+    ends: dict[str, Any] = {"least": scheduler.get("sigma_min"), "terminal": scheduler.get("shift_terminal") or None}
     if not scheduler.get("use_dynamic_shifting", False):
         return Plan.full(steps, float(scheduler.get("shift", 1.0)), **ends)
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    exponent = base + (most - base) * (tokens - low) / (high - low)
+    if (mu := scheduler.get("mu")) == EMPIRICAL:
+        return Plan.full(steps, empirical=tokens, **ends)
+    exponent = base + (most - base) * (tokens - low) / (high - low) if mu is None else mu
     linear = scheduler.get("time_shift_type", "exponential") == "linear"
     return Plan.full(steps, exponent if linear else math.exp(exponent), **ends)
 
@@ -212,8 +247,9 @@ def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
 UNDRAWN = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 DRAWN = (
     "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal",
-    "time_shift_type", "num_train_timesteps", "sigma_min",
+    "time_shift_type", "num_train_timesteps", "sigma_min", "mu",
 )  # fmt: skip
+MOST_TOKENS = 100_000  # of a picture of 5,000 px a side in FLUX.2; e to more is soon no number
 MOST_EXPONENT, LEAST_SHIFT, MOST_LENGTH = 20.0, 1e-6, 1e9  # beyond which sigmas are no numbers
 
 
@@ -241,9 +277,20 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
         raise UsageError(f"the scheduler's {name} is beyond any use, got {values[name]!r}")
     if (kind := scheduler.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
         raise UsageError(f"the scheduler's time_shift_type is exponential or linear, got {kind!r}")
+    mu = scheduler.get("mu")
+    if mu is not None and mu != EMPIRICAL and not (is_number(mu) and abs(mu) <= MOST_EXPONENT):
+        raise UsageError(f"the scheduler's mu is a number of at most {MOST_EXPONENT:g} or {EMPIRICAL!r}, got {mu!r}")
+    if mu == EMPIRICAL and kind != "exponential":
+        raise UsageError(f"the scheduler's time_shift_type is exponential for FLUX.2, got {kind!r}")
     ends = {"sigma_min": scheduler.get("sigma_min"), "shift_terminal": scheduler.get("shift_terminal") or None}
     if odd := [name for name, value in ends.items() if value is not None and not (is_number(value) and 0 < value < 1)]:
         raise UsageError(f"the scheduler's {odd[0]} is a sigma between 0 and 1, got {ends[odd[0]]!r}")
+
+
+def check_tokens(tokens: Any) -> None:
+    """Raise UsageError unless these may be the tokens that a shift is of."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_TOKENS:
+        raise UsageError(f"a plan's empirical is the number of image tokens, 1 to {MOST_TOKENS:,}, got {tokens!r}")
 
 
 def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
