@@ -289,7 +289,9 @@ def _denoiser(transformer: Transformer, axis: Axis, most: int) -> GraphCapture:
         batch=transformer.batch,
         feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
         open_dimensions=text,
-        stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis, patches, most)),
+        stages=tuple(
+            Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis, patches, most)
+        ),
     )
 
 

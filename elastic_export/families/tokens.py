@@ -140,7 +140,7 @@ def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, S
     """Noise, embeddings, times in (0, 1) and guidance scales for `batch` samples; `tokens` (S) and T as `budget` says, else the largest.
 
     Positions are rows and columns of a square picture of the largest S, halves among them, in no order: attention needs none. Text has
-    the places that go with such a picture. Some rows are pad tokens, anywhere: attention needs them in no order either.
+    the places that go with such a picture, which lies where it would beside the longest text. Some rows are pad tokens, anywhere.
     """
     sizes = {"B": batch, "S": budget.get(AXIS, spans["S"].max), "T": budget.get("T", spans["T"].max)}
     side = patches.table or int(np.ceil(np.sqrt(spans["S"].max)))
@@ -153,7 +153,7 @@ def feeds(specs: tuple[TensorSpec, ...], patches: Patches, spans: Mapping[str, S
             arrays[spec.name] = text_places(sizes["T"], (side, side), patches)
         elif spec.name in ("img_ids", "pos_ids"):
             places = generator.integers(0, 2 * side - 1, (spans["S"].max, 2)) / 2
-            arrays[spec.name] = place(places, (side, side), sizes["T"], patches)[: sizes["S"]]
+            arrays[spec.name] = place(places, (side, side), spans["T"].max, patches)[: sizes["S"]]
         elif spec.name in ("img_pad", "txt_pad"):
             arrays[spec.name] = (random_rows(generator, spec, largest, sizes) > PADDED).astype(np.float32)
         elif spec.name in ranges:

@@ -18,13 +18,14 @@ PATCH, SIZE = "2-1", 2  # diffusers' name of the weights for patches of 2 x 2 in
 MULTIPLE = 32  # of both kinds of tokens, to which the model was trained with pad tokens
 TIME_WIDTH = 1024  # of the hidden layer that a time goes through
 MOST_CONDITION = 256  # width of a time's embedding
-# What goes through a linear layer into an RMS norm may be any power of two smaller: the norm undoes it. Without it both branches of a
-# block overflow in float16 (github.com/Comfy-Org/ComfyUI/pull/11187, github.com/vladmandic/sdnext/pull/4753).
+# What goes into the last layer of a branch is this much smaller, and what comes out is made larger again where it is float32, for the norm:
+# in float16 branches overflow (github.com/Comfy-Org/ComfyUI/pull/11187, github.com/vladmandic/sdnext/pull/4753), and a power of two is
+# exact. The norm's epsilon is left as it is: onnxscript takes one below 1e-8 for zero.
 DOWN = 2.0**-6
 
 
 class JointAttention:
-    """Attention over one sequence, in place of diffusers' own, whose angles are complex numbers; its output is `DOWN` times theirs.
+    """Attention over one sequence, in place of diffusers' own, whose angles are complex numbers.
 
     `freqs_cis` are cosines and sines (N, W/H). There is no mask: the rows of a run have one length.
     """
@@ -42,20 +43,20 @@ class JointAttention:
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         attended = merge_heads(F.scaled_dot_product_attention(rotate(query, *freqs_cis), rotate(key, *freqs_cis), value))
-        output: Tensor = attn.to_out[0](attended * DOWN)  # (B, N, W)
-        return output
+        output: Tensor = attn.to_out[0](attended * DOWN)
+        return output.float() / DOWN  # (B, N, W)
 
 
 class FeedForward(nn.Module):
-    """The block's SwiGLU, `DOWN` times it."""
+    """The block's SwiGLU."""
 
     def __init__(self, plain: Any):
         super().__init__()
         self.w1, self.w2, self.w3 = plain.w1, plain.w2, plain.w3
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x * DOWN))  # (B, N, W)
-        return output
+        output: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x * DOWN))
+        return output.float() / DOWN  # (B, N, W)
 
 
 class ZImage(nn.Module):
@@ -73,8 +74,6 @@ class ZImage(nn.Module):
         for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
             block.attention.processor = JointAttention()
             block.feed_forward = FeedForward(block.feed_forward)
-            for norm in (block.attention_norm2, block.ffn_norm2):
-                norm.eps *= DOWN**2
         # Patches are packed (ph, pw, c) in both layers: these columns and rows are put in the order (c, ph, pw).
         channels = transformer.in_channels
         order = torch.arange(SIZE**2 * channels).view(SIZE, SIZE, channels).permute(2, 0, 1).flatten()

@@ -21,13 +21,25 @@ NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of in
 @dataclass(frozen=True)
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
-    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64. `lengths` (B,) are the rows of each text that are
-    its own, from the first on; None where all are."""
+    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64.
+
+    Where texts differ in length, `lengths` (B,) int64 says how many of the T tokens each has; what follows them is no
+    text and never reaches a model.
+    """
 
     hidden: np.ndarray | None = None
     pooled: np.ndarray | None = None
     labels: np.ndarray | None = None
     lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, texts: Sequence[np.ndarray], pooled: np.ndarray | None = None) -> "Conditions":
+        """Texts (T, D), each of a length of its own."""
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        if len(set(lengths.tolist())) == 1:
+            return cls(np.stack(texts), pooled)
+        ends = [[(0, int(lengths.max()) - len(text))] + [(0, 0)] * (text.ndim - 1) for text in texts]
+        return cls(np.stack([np.pad(text, end) for text, end in zip(texts, ends, strict=True)]), pooled, lengths=lengths)
 
     @classmethod
     def blank(cls, graph: Graph, batch: int) -> "Conditions":
@@ -39,8 +51,8 @@ class Conditions:
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
-        """The denoiser's inputs."""
-        return {name: array for name, array in zip(NAMES, self._arrays, strict=False) if array is not None}
+        """The denoiser's inputs, of rows whose texts have one length: see `alike`."""
+        return {name: array for name, array in zip(NAMES, self._arrays, strict=True) if array is not None}
 
     @property
     def length(self) -> int:
@@ -55,39 +67,56 @@ class Conditions:
     def __len__(self) -> int:
         return len(next(array for array in self._arrays if array is not None))
 
+    def alike(self, filled: Callable[[int], int] = int) -> list[np.ndarray]:
+        """Rows whose texts have one length, once those of a length are `filled` up to another, as indices."""
+        lengths = np.array([filled(int(count)) for count in self.counts])
+        return [np.flatnonzero(lengths == length) for length in dict.fromkeys(lengths.tolist())]
+
     def rows(self, index: slice | np.ndarray) -> "Conditions":
-        return self._each(lambda array: array[index])
+        """Some of them, their texts as long as the longest of these."""
+        return self._each(lambda array: array[index])._cut()
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
         return self._each(lambda array: np.repeat(array, times, axis=0))
 
     def beside(self, other: "Conditions") -> bool:
-        """Whether `other` may share a run: texts of another length may not."""
-        return self.length == other.length
+        """Whether all of these and of `other` may share a run: texts of another length may not."""
+        return self.lengths is None and other.lengths is None and self.length == other.length
 
     def joined(self, *others: "Conditions") -> "Conditions":
-        """These, then those of `others`, one after the other."""
+        """These, then those of `others`, as rows of one."""
         every = (self, *others)
-        if any(each.lengths is not None or each.length != self.length for each in every):
-            longest = max(each.length for each in every)
-            every = tuple(replace(each.fitted(longest), lengths=each.counts) for each in every)
-        columns = zip(*(each._arrays for each in every), strict=True)
-        return Conditions(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        columns = zip(*(each._arrays[1:] for each in every), strict=True)
+        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)  # type: ignore[arg-type]
+        if self.hidden is None:
+            return Conditions(None, pooled, labels)
+        return replace(Conditions.of([text for each in every for text in each._texts()], pooled), labels=labels)
 
-    def fitted(self, length: int) -> "Conditions":
-        """The same with texts of `length` tokens: the rest cut, or zeros after them."""
-        if self.hidden is None or self.length == length:
-            return replace(self, lengths=None)
-        hidden = self.hidden[:, :length]
-        return replace(self, hidden=np.pad(hidden, ((0, 0), (0, length - hidden.shape[1]), (0, 0))), lengths=None)
+    def lengthened(self, length: int) -> "Conditions":
+        """The same with texts that all have `length` tokens, as many as the longest or more: the new ones are zeros."""
+        if self.hidden is None:
+            return self
+        ends = [(0, 0), (0, length - self.length)] + [(0, 0)] * (self.hidden.ndim - 2)
+        return replace(self, hidden=np.pad(self.hidden, ends), lengths=None)
+
+    def _texts(self) -> list[np.ndarray]:
+        """Each row's text (T, D), of its own length."""
+        assert self.hidden is not None
+        return [text[:count] for text, count in zip(self.hidden, self.counts.tolist(), strict=True)]
+
+    def _cut(self) -> "Conditions":
+        if self.lengths is None or self.hidden is None or not len(self):
+            return self
+        most = int(self.lengths.max())
+        return replace(self, hidden=self.hidden[:, :most], lengths=None if (self.lengths == most).all() else self.lengths)
 
     @property
-    def _arrays(self) -> tuple[np.ndarray | None, ...]:
-        return self.hidden, self.pooled, self.labels, self.lengths
+    def _arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        return self.hidden, self.pooled, self.labels
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
-        return Conditions(*(None if array is None else change(array) for array in self._arrays))
+        return Conditions(*(None if array is None else change(array) for array in (*self._arrays, self.lengths)))
 
 
 class TokenDenoiser:
@@ -114,30 +143,19 @@ class TokenDenoiser:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
         Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
-        both of its branches together. Texts that differ in length run apart, unless pad tokens make them equal.
+        both of its branches together. Texts of another length run apart, unless pad tokens make them as long.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
         predicted = []
         for part in parts:
-            branches = [strong.rows(part)]
-            if weak is not None and guidance.active(sigma):
-                branches.append(weak.rows(part))
-            predictions = self._branches(x[part], positions[part.start], size, sigma, branches)
-            predicted.append(guidance.lead(*predictions) if len(predictions) > 1 else predictions[0])
+            where, own = (positions[part.start], size, sigma), strong.rows(part)
+            if weak is None or not guidance.active(sigma):
+                predicted.append(self._predict(x[part], *where, own))
+                continue
+            halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(weak.rows(part))), 2)
+            predicted.append(guidance.lead(*halves))
         return np.concatenate(predicted)
-
-    def _branches(
-        self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, branches: Sequence[Conditions]
-    ) -> list[np.ndarray]:
-        """The prediction of each branch for the same `x` (B, S, C) at one place (S, 2)."""
-        conditions = branches[0].joined(*branches[1:])
-        rows, lengths = np.concatenate([x] * len(branches)), self._patches.filled_all(conditions.counts)
-        predicted = np.empty(rows.shape)
-        for length in dict.fromkeys(lengths):
-            run = np.flatnonzero(np.equal(lengths, length))
-            predicted[run] = self._predict(rows[run], positions, size, sigma, conditions.rows(run))
-        return np.split(predicted, len(branches))
 
     def evaluate(self, budget: Budget, batch: int, time: float, source: np.random.Generator) -> None:
         """Run once on `batch` samples of noise with as many tokens as `budget` says and the longest text, as an
@@ -151,13 +169,20 @@ class TokenDenoiser:
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
-        """Of texts that have, or fill up to, one length; it takes as few runs as the session's batch span allows."""
-        counts, tokens = conditions.counts, x.shape[1]
-        image, text = self._patches.filled(tokens), self._patches.filled(int(counts.max()))
-        conditions = conditions.fitted(text)
-        x = np.pad(x, ((0, 0), (0, image - tokens), (0, 0)))
-        places = place(positions, size, text, self._patches)
-        shared: dict[str, np.ndarray] = {self._patches.positions: np.pad(places, ((0, image - tokens), (0, 0)))}
+        """It takes as few runs as the texts' lengths and the session's batch span allow."""
+        predicted = np.empty(x.shape, dtype=np.float64)
+        for alike in conditions.alike(self._patches.filled):
+            predicted[alike] = self._run(x[alike], positions, size, sigma, conditions.rows(alike))
+        return predicted
+
+    def _run(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
+        """The same for texts that have, or fill up to, one length."""
+        tokens, counts = x.shape[1], conditions.counts
+        image, text = self._patches.filled(tokens), self._patches.filled(conditions.length)
+        conditions, x = conditions.lengthened(text), np.pad(x, ((0, 0), (0, image - tokens), (0, 0)))
+        shared: dict[str, np.ndarray] = {
+            self._patches.positions: np.pad(place(positions, size, text, self._patches), ((0, image - tokens), (0, 0)))
+        }
         if self._patches.positions == "img_ids":
             shared["txt_ids"] = text_places(text, size, self._patches)
         parts = []
@@ -170,7 +195,7 @@ class TokenDenoiser:
             if self._patches.multiple is not None:
                 feeds |= {"img_pad": pads(np.full(count, tokens), image), "txt_pad": pads(counts[rows], text)}
             parts.append(self._session.run(feeds)["prediction"])
-        return np.concatenate(parts)[:, :tokens].astype(np.float64)
+        return np.concatenate(parts)[:, :tokens]
 
 
 def samples(lengths: Sequence[Sequence[int]], guided: bool, alone: bool) -> list[int]:
