@@ -9,9 +9,11 @@ from typing import Any
 
 from elastic_export.capture import elit
 from elastic_export.capture.capture import Capture, described, origin
+from elastic_export.capture.fusion import NAME as FUSION
+from elastic_export.capture.fusion import text_fusion
 from elastic_export.capture.transformer import Drawn, Transformer
 from elastic_export.capture.zoo import precisions, quality
-from elastic_export.families import flux, flux2, qwen_image, sd3, tokens, z_image
+from elastic_export.families import flux, flux2, krea2, qwen_image, sd3, tokens, z_image
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
@@ -32,8 +34,12 @@ from elastic_runtime.errors import BudgetError, ModelError, UsageError
 from elastic_runtime.ralu.plan import check_scheduler
 from elastic_targets.capture import GraphCapture
 
-FAMILIES = {family.class_name: family for family in (flux.FAMILY, flux2.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY)}
-PIPELINES = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline", "ZImagePipeline")
+MODULES = (flux, flux2, krea2, qwen_image, sd3, z_image)
+FAMILIES = {module.FAMILY.class_name: module.FAMILY for module in MODULES}
+PIPELINES = (
+    "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline", "QwenImagePipeline", "StableDiffusion3Pipeline",
+    "ZImagePipeline",
+)  # fmt: skip
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
@@ -129,6 +135,8 @@ def capture_folder(
         )
     if "transformer" in chosen:
         graphs.append(drawn.graph())
+    if "transformer" in chosen and family.fusion and text:
+        graphs.append(text_fusion(known, text.length))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
         graphs.append(decoder(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one))
@@ -139,7 +147,7 @@ def capture_folder(
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
     values["decoder"] = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
     for graph in graphs:
-        component = {"denoiser": "transformer", "decoder": "vae"}.get(graph.name, graph.name)
+        component = {"denoiser": "transformer", FUSION: "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(drawn.facts)
@@ -336,7 +344,8 @@ def _text(
     # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
     length = (beside if encoders else family.beside) + (after or longest)
     width = family.text_width(config)
-    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=tokens.pooled(config)), files
+    facts = {"length": length, "width": width, "pooled": tokens.pooled(config), "layers": family.layers(config)}
+    return manifest.Text(encoders=tuple(texts), **facts), files  # type: ignore[arg-type]
 
 
 def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:

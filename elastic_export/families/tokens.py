@@ -58,7 +58,8 @@ class TokenFamily:
     text_width(config): of the model, and of a text token that it takes.
     rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
     `stated` is what the folder says. mu(stated): where its pipeline has a rule of its own for the scheduler's dynamic shift, see
-    `ralu.plan.full`.
+    `ralu.plan.full`. fusion(transformer), layers(config): what makes one text token of so many tapped layers, a graph of its own; see
+    `manifest.Text`.
     """
 
     name: str
@@ -79,6 +80,8 @@ class TokenFamily:
     heads: Callable[[Config], int] = lambda config: config["num_attention_heads"]
     text_width: Callable[[Config], int] = lambda config: config["joint_attention_dim"]
     mu: Callable[[bool], float | Literal["empirical"] | None] = lambda stated: None
+    fusion: Callable[[Any], nn.Module] | None = None
+    layers: Callable[[Config], int | None] = lambda config: None
 
 
 def draws_over(takes: int, gives: int) -> str | None:

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
@@ -67,6 +68,20 @@ def qwen_image(**changes: Any) -> QwenImageTransformer2DModel:
         "joint_attention_dim": WIDTH, "axes_dims_rope": (4, 6, 6),
     }  # fmt: skip
     return QwenImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
+def krea2(**changes: Any) -> Krea2Transformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "timestep_embed_dim": 32, "text_hidden_dim": WIDTH, "num_text_layers": 3, "text_num_attention_heads": 4,
+        "text_num_key_value_heads": 2, "text_intermediate_size": 24, "num_layerwise_text_blocks": 2, "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    model = Krea2Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
+    for parameter in model.parameters():  # modulation tables and norms, which start as zeros, among them
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def z_image(**changes: Any) -> ZImageTransformer2DModel:
@@ -155,9 +170,9 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     pipelines = {
         "FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline",
         "Flux2Transformer2DModel": "Flux2Pipeline" if transformer.config.get("guidance_embeds") else "Flux2KleinPipeline",
-        "ZImageTransformer2DModel": "ZImagePipeline",
+        "ZImageTransformer2DModel": "ZImagePipeline", "Krea2Transformer2DModel": "Krea2Pipeline",
     }  # fmt: skip
-    vaes = {QwenImageTransformer2DModel: frame_vae, Flux2Transformer2DModel: packed_vae}
+    vaes = {QwenImageTransformer2DModel: frame_vae, Krea2Transformer2DModel: frame_vae, Flux2Transformer2DModel: packed_vae}
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
     parts |= {"vae": vaes.get(type(transformer), vae)()} if decoder else {}
     if text and is_flux:

@@ -15,14 +15,10 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 import folders
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import elastic_export
-from elastic_export.capture.folders import capture_folder
-from elastic_export.families import flux2
 from elastic_export.families.flux2 import Flux2
-from elastic_runtime import Bundle, ElasticPipeline, ModelError, Span, UsageError, open_session
+from elastic_runtime import Bundle, ElasticPipeline, Span, open_session
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.denoising.tokens import place, text_places
 from elastic_runtime.ralu.patches import raster

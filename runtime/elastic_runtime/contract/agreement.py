@@ -80,6 +80,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         elif place.steps is not None and len(place.steps) != STAGES.get(place.plan, len(place.steps)):
             yield f"`quality` has {len(place.steps)} stages of plan {place.plan!r}, which has {STAGES[place.plan]}"
     yield from _text(manifest)
+    yield from _fusion(manifest)
     paths = [entry.path for entry in manifest.files()]
     if len(paths) != len(set(paths)):
         yield "a file is listed twice"
@@ -206,6 +207,19 @@ def _text(manifest: Manifest) -> Iterator[str]:
         yield f"the text encoders give {pooled} pooled values and {widths} a token, not {text.pooled} and {text.width}"
     if len(lengths) > 1 or tokens > text.length:
         yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+
+
+def _fusion(manifest: Manifest) -> Iterator[str]:
+    text, graph = manifest.model.text, manifest.graphs.get("text_fusion")
+    layers = text.layers if text else None
+    if (layers is None) != (graph is None) and (graph or "denoiser" in manifest.graphs):
+        yield f"the graph 'text_fusion' goes with `layers` of a text, got {'one' if graph else 'none'} and {layers}"
+    if text and layers and graph:
+        has = {spec.name: spec.shape[:1] + spec.shape[2:] for spec in (*graph.inputs, *graph.outputs)}
+        wanted = {"tapped": ("B", layers, text.width), "fused": ("B", text.width)}
+        if has != wanted:
+            shapes = ", ".join(f"{spec.name} {_shown(spec)}" for spec in (*graph.inputs, *graph.outputs))
+            yield f"graph 'text_fusion': it has {shapes}, and makes {layers} x {text.width} values of a token into {text.width}"
 
 
 def _encoder(encoder: TextEncoder, graph: Graph) -> Iterator[str]:

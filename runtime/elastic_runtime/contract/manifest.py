@@ -129,13 +129,16 @@ class Text(Record, frozen=True, kw_only=True):
     In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
     features too and padded with zeros to `width`; each `last_hidden_state` or `hidden_states` follows as further tokens;
     what then lacks to `length` are zeros. Where an encoder is not `padded`, texts are as long as their prompts, `length`
-    at most. Without encoders the embeddings come from elsewhere.
+    at most. Without encoders the embeddings come from elsewhere. Where there are `layers`, an embedding has so many rows
+    of `width` a token, and the graph `text_fusion` makes one of them: `tapped` (B, T, layers, width) -> `fused` (B, T,
+    width).
     """
 
     encoders: tuple[TextEncoder, ...]
     length: Count
     width: Count
     pooled: Natural
+    layers: Count | None = None
 
 
 class Model(Record, frozen=True, kw_only=True):

@@ -13,12 +13,12 @@ from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.prompts import encode
 from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import BundleError, UsageError
-from elastic_runtime.sessions.session import Session
+from elastic_runtime.sessions.session import Session, batches
 
 POOLED = "pooled_projections"  # an input of the denoiser, where it has one
 # `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX.1-dev, classifier-free in others.
 # Families that are not here have none.
-USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-image": 5.0}
+USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-image": 5.0, "krea2": 4.5}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Conditioning:
             _texts("negative_prompt", self.negative_prompt)
         if self.prompt is not None:
             return len(_texts("prompt", self.prompt))
-        return len(_numbers("prompt_embeds", self.prompt_embeds, 3))
+        return len(_numbers("prompt_embeds", self.prompt_embeds, _dimensions(bundle)))
 
     def conditions(self, bundle: Bundle, open_graph: Callable[[str], Session], guided: bool) -> tuple[Conditions, Conditions | None]:
         """The conditions of each picture and, where `guided`, those of the weak branch.
@@ -75,9 +75,10 @@ class Conditioning:
         self.check(bundle, guided)
         if self.class_labels is not None:
             return self._classes(bundle, guided)
-        if self.prompt_embeds is not None:
-            return self._embedded(bundle, guided)
-        return self._prompted(bundle, open_graph, guided)
+        strong, weak = self._prompted(bundle, open_graph, guided) if self.prompt_embeds is None else self._embedded(bundle, guided)
+        if _layers(bundle) is None:
+            return strong, weak
+        return fused(open_graph, strong), None if weak is None else fused(open_graph, weak)
 
     def _prompted(self, bundle: Bundle, open_graph: Callable[[str], Session], guided: bool) -> tuple[Conditions, Conditions | None]:
         prompts = _texts("prompt", self.prompt)
@@ -108,6 +109,32 @@ class Conditioning:
             raise BundleError(f"{bundle.folder} tells of {bundle.manifest.model.num_classes} classes, and its denoiser takes {most}")
         pooled = np.eye(most, dtype=np.float32)[labels]
         return Conditions(hidden, pooled), Conditions(hidden, np.zeros_like(pooled)) if guided else None
+
+
+def fused(open_graph: Callable[[str], Session], tapped: Conditions) -> Conditions:
+    """Texts (B, T, D) of those (B, T, layers, D) that a text encoder gives, through the bundle's graph `text_fusion`. Texts of one length
+    share runs."""
+    assert tapped.hidden is not None
+    texts: list[np.ndarray] = [np.empty(0)] * len(tapped)
+    with open_graph("text_fusion") as session:
+        for alike in tapped.alike():
+            own = tapped.rows(alike).hidden
+            assert own is not None
+            for part in batches(session, len(alike)):
+                for row, text in zip(alike[part], session.run({"tapped": own[part]})["fused"], strict=True):
+                    texts[row] = text
+    return Conditions.of(texts, tapped.pooled)
+
+
+def _layers(bundle: Bundle) -> int | None:
+    """Tapped layers of a text token, where a model has several."""
+    text = bundle.manifest.model.text
+    return text.layers if text else None
+
+
+def _dimensions(bundle: Bundle) -> int:
+    """How many dimensions embeddings of prompts have."""
+    return 3 if _layers(bundle) is None else 4
 
 
 def guidance_of(
@@ -215,10 +242,15 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
         raise UsageError(f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of 1")
     if any(value is None for value in given):
         raise UsageError(f"{both} go together: give both")
-    arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (3, 2), strict=False)]
-    widths = [width(bundle, name) for name in ("encoder_hidden_states", POOLED)[: len(arrays)]]
-    if any((len(array), array.shape[-1]) != (len(arrays[0]), size) for array, size in zip(arrays, widths, strict=True)):
-        wanted = " and ".join(f"({rest}, {size})" for rest, size in zip(("B, T", "B"), widths, strict=False))
+    arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (_dimensions(bundle), 2), strict=False)]
+    layers, (hidden_width, *pooled_width) = (
+        _layers(bundle),
+        [width(bundle, name) for name in ("encoder_hidden_states", POOLED)[: len(arrays)]],
+    )
+    shapes = [("B", "T", *([layers] if layers else []), hidden_width), *(("B", size) for size in pooled_width)]
+    fits = [array.shape[dims:] == shape[dims:] for array, shape, dims in zip(arrays, shapes, (2, 1), strict=False)]
+    if not all(fits) or len({len(array) for array in arrays}) > 1:
+        wanted = " and ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
         raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
     spans = bundle.manifest.graphs["denoiser"].dimensions
     patches, length = bundle.manifest.model.patches, arrays[0].shape[1]
