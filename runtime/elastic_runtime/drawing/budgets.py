@@ -35,6 +35,7 @@ class BudgetDrawing(Drawing):
     kind = "at budgets"
     texts = (
         "prompt", "negative_prompt", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+        "prompt_embeds_mask", "negative_prompt_embeds_mask",
     )  # fmt: skip
 
     @classmethod
