@@ -42,7 +42,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         num_inference_steps: denoising steps (20); of a model that is drawn along plans those of plan `full`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
         true_cfg_scale: classifier-free guidance on top of a distilled one. guidance_interval: times between which
-        guidance acts (1 is pure noise). autoguidance: the weak branch keeps the label and differs by its smaller
+        guidance acts (1 is pure noise). cfg_normalization: how many times longer than the prediction without guidance the
+        one with it may be, True for once. autoguidance: the weak branch keeps the label and differs by its smaller
         budget. sampler, temperature: see `sampling.fitting`. height, width: in pixels, for models that take any size.
         plan: `4x`, `7x`, `full`, or a `Plan`. caching: steps whose prediction is extrapolated.
     What chooses:
@@ -66,6 +67,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_normalization: bool | float = False
     autoguidance: bool = False
     sampler: str | None = None
     temperature: float | None = None

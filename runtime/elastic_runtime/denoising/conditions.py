@@ -115,7 +115,11 @@ class Conditioning:
 
 
 def guidance_of(
-    model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
+    model: Model,
+    guidance_scale: float | None,
+    true_cfg_scale: float | None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    normalization: float = 0.0,
 ) -> tuple[float | None, Guidance]:
     """The distilled scale that goes into the model, if it takes one, and classifier-free guidance, in diffusers' words: of FLUX
     `true_cfg_scale`, of other models `guidance_scale`. Scales from 0 to what `Model.guidance_off` says are off, and 1 is of the first.
@@ -124,12 +128,12 @@ def guidance_of(
     """
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise UsageError(f"guidance_interval is a pair of sigmas, (0.3, 0.8), got {interval!r}")
-    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale), ("cfg_normalization", normalization)):
         if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
             raise UsageError(f"{name} must be a number, 0 or more, got {value!r}")
 
     def guidance(scale: float) -> Guidance:
-        return Guidance(scale, *interval, rescale=model.guidance_rescale)
+        return Guidance(scale, *interval, rescale=model.guidance_rescale, cap=normalization)
 
     true = guidance(_on(true_cfg_scale))
     if model.patches and model.patches.guidance_embeds:
