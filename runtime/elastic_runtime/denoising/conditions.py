@@ -220,10 +220,8 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
     names = [f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"][: 1 + has_pooled]
     given, both = [hidden, pooled][: 1 + has_pooled], " and ".join(names)
     if prefix and all(value is None for value in given):
-        every = "both" if has_pooled else "them"
-        raise UsageError(
-            f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of {bundle.manifest.model.guidance_off}"
-        )
+        every, off = "both" if has_pooled else "them", bundle.manifest.model.guidance_off
+        raise UsageError(f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of {off}")
     if any(value is None for value in given):
         raise UsageError(f"{both} go together: give both")
     arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (3, 2), strict=False)]
