@@ -166,7 +166,7 @@ def _filled(graph: Graph, patches: Patches, axes: Iterable[Axis]) -> Iterator[st
         yield f"it takes {' and '.join(sorted(pads)) or 'no img_pad and txt_pad'}, and the model's `multiple` is {patches.multiple}"
     if patches.multiple is None:
         return
-    sizes = {axis.name: (axis.min, axis.max, axis.step) for axis in axes}
+    sizes: dict[str, tuple[int, ...]] = {axis.name: (axis.min, axis.max, axis.step) for axis in axes}
     sizes |= {name: (span.min, span.max) for name, span in graph.dimensions.items() if name == "T"}
     for name, counts in sizes.items():
         if any(count % patches.multiple for count in counts):

@@ -25,7 +25,8 @@ USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-
 class Conditioning:
     """What a caller wants drawn, in one of three ways: prompts, embeddings of them, or class labels.
 
-    The negative ones are what guidance leads away from; without them that is the empty prompt, or no class.
+    The negative ones are what guidance leads away from; without them that is the empty prompt, or no class. A mask (B, T)
+    has 1 where embeddings are the text's own, from the first on, where the texts of several differ in length.
     """
 
     prompt: str | Sequence[str] | None = None
@@ -34,6 +35,8 @@ class Conditioning:
     pooled_prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
     negative_pooled_prompt_embeds: np.ndarray | None = None
+    prompt_embeds_mask: np.ndarray | None = None
+    negative_prompt_embeds_mask: np.ndarray | None = None
     class_labels: Sequence[int] | int | None = None
 
     def check(self, bundle: Bundle, guided: bool) -> int:
@@ -47,10 +50,10 @@ class Conditioning:
         takes = ["class_labels"] if bundle.manifest.model.num_classes else ["prompt", "prompt_embeds"]
         if len(given) != 1 or given[0] not in takes:
             raise UsageError(f"{bundle.manifest.model.name} draws from {' or '.join(takes)}, got {' and '.join(given) or 'neither'}")
-        negative = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-        meant = [name for name in negative if getattr(self, name) is not None]
-        beside = {"prompt": negative[:1], "prompt_embeds": ("pooled_prompt_embeds", *negative[1:]), "class_labels": ()}[given[0]]
-        more = ["pooled_prompt_embeds"] if self.pooled_prompt_embeds is not None else []
+        positive = ("pooled_prompt_embeds", "prompt_embeds_mask")
+        negative = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_embeds_mask")
+        meant, more = ([name for name in names if getattr(self, name) is not None] for names in (negative, positive))
+        beside = {"prompt": negative[:1], "prompt_embeds": (*positive, *negative[1:]), "class_labels": ()}[given[0]]
         if (pooled := [name for name in (*more, *meant) if "pooled" in name]) and not takes_pooled(bundle):
             raise UsageError(f"{bundle.manifest.model.name} takes no pooled embeddings: leave {pooled[0]} out")
         if strange := [name for name in (*meant, *more) if name not in beside]:
@@ -92,10 +95,11 @@ class Conditioning:
         return both.rows(slice(0, len(prompts))), both.rows(slice(len(prompts), None))
 
     def _embedded(self, bundle: Bundle, guided: bool) -> tuple[Conditions, Conditions | None]:
-        strong = _embeddings(bundle, "", self.prompt_embeds, self.pooled_prompt_embeds)
+        strong = _embeddings(bundle, "", self.prompt_embeds, self.pooled_prompt_embeds, self.prompt_embeds_mask)
         if not guided:
             return strong, None
-        weak = _embeddings(bundle, "negative_", self.negative_prompt_embeds, self.negative_pooled_prompt_embeds)
+        given = (self.negative_prompt_embeds, self.negative_pooled_prompt_embeds, self.negative_prompt_embeds_mask)
+        weak = _embeddings(bundle, "negative_", *given)
         if len(weak) != len(strong):
             raise UsageError(f"there are {len(strong)} prompt_embeds and {len(weak)} negative_prompt_embeds: give as many, of any length")
         return strong, weak
@@ -138,7 +142,11 @@ def _dimensions(bundle: Bundle) -> int:
 
 
 def guidance_of(
-    model: Model, guidance_scale: float | None, true_cfg_scale: float | None, interval: tuple[float, float] = (0.0, 1.0)
+    model: Model,
+    guidance_scale: float | None,
+    true_cfg_scale: float | None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    normalization: float = 0.0,
 ) -> tuple[float | None, Guidance]:
     """The distilled scale that goes into the model, if it takes one, and classifier-free guidance, in diffusers' words: of FLUX
     `true_cfg_scale`, of other models `guidance_scale`. Scales from 0 to what `Model.guidance_off` says are off, and 1 is of the first.
@@ -147,12 +155,12 @@ def guidance_of(
     """
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise UsageError(f"guidance_interval is a pair of sigmas, (0.3, 0.8), got {interval!r}")
-    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale)):
+    for name, value in (("guidance_scale", guidance_scale), ("true_cfg_scale", true_cfg_scale), ("cfg_normalization", normalization)):
         if value is not None and (not is_number(value) or not 0 <= value < float("inf")):
             raise UsageError(f"{name} must be a number, 0 or more, got {value!r}")
 
     def guidance(scale: float) -> Guidance:
-        return Guidance(scale, *interval, rescale=model.guidance_rescale)
+        return Guidance(scale, *interval, rescale=model.guidance_rescale, cap=normalization)
 
     true = guidance(_on(true_cfg_scale))
     if model.patches and model.patches.guidance_embeds:
@@ -227,19 +235,20 @@ def _numbers(name: str, value: Any, dimensions: int) -> np.ndarray:
     try:
         array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):  # ragged, or no numbers
-        raise UsageError(f"{name} must be an array of numbers, got {type(value).__name__}") from None
+        ragged = ": texts of several lengths are padded to one, with a mask beside them" if isinstance(value, list | tuple) else ""
+        raise UsageError(f"{name} must be an array of numbers, got {type(value).__name__}{ragged}") from None
     if array.ndim != dimensions or not len(array):
         raise UsageError(f"{name} must have {dimensions} dimensions, a prompt each in the first, got shape {array.shape}")
     return array
 
 
-def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None) -> Conditions:
+def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: np.ndarray | None, mask: np.ndarray | None) -> Conditions:
     has_pooled = takes_pooled(bundle)
     names = [f"{prefix}prompt_embeds", f"{prefix}pooled_prompt_embeds"][: 1 + has_pooled]
     given, both = [hidden, pooled][: 1 + has_pooled], " and ".join(names)
     if prefix and all(value is None for value in given):
-        every = "both" if has_pooled else "them"
-        raise UsageError(f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of 1")
+        every, off = "both" if has_pooled else "them", bundle.manifest.model.guidance_off
+        raise UsageError(f"classifier-free guidance leads away from {both}: give {every}, or turn it off with a scale of {off}")
     if any(value is None for value in given):
         raise UsageError(f"{both} go together: give both")
     arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (_dimensions(bundle), 2), strict=False)]
@@ -252,8 +261,22 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
     if not all(fits) or len({len(array) for array in arrays}) > 1:
         wanted = " and ".join(f"({', '.join(map(str, shape))})" for shape in shapes)
         raise UsageError(f"{both} must be {wanted}, got {' and '.join(str(array.shape) for array in arrays)}")
+    conditions = Conditions(*arrays)
+    if mask is not None:
+        lengths = _lengths(f"{prefix}prompt_embeds_mask", mask, arrays[0].shape[:2])
+        texts = [text[:length] for text, length in zip(arrays[0], lengths, strict=True)]
+        conditions = Conditions.of(texts, conditions.pooled)
     spans = bundle.manifest.graphs["denoiser"].dimensions
-    patches, length = bundle.manifest.model.patches, arrays[0].shape[1]
+    patches, length = bundle.manifest.model.patches, conditions.length
     if "T" in spans and (patches.filled(length) if patches else length) not in spans["T"]:
         raise UsageError(f"this bundle takes {spans['T']} text tokens, and {prefix}prompt_embeds has {length}: cut or pad it")
-    return Conditions(*arrays)
+    return conditions
+
+
+def _lengths(name: str, mask: Any, shape: tuple[int, ...]) -> list[int]:
+    """How many tokens of each text a mask (B, T) leaves; raises UsageError unless they are the first ones, of one or more."""
+    array = _numbers(name, mask, 2)
+    lengths = [int(length) for length in array.sum(axis=1)] if np.isfinite(array).all() else []
+    if array.shape != shape or not lengths or min(lengths) < 1 or (array != (np.arange(shape[1]) < np.array(lengths)[:, None])).any():
+        raise UsageError(f"{name} is {shape[0]} x {shape[1]}, 1 for a text's own tokens, which come first and are some, and 0 after them")
+    return lengths

@@ -88,7 +88,7 @@ class Conditions:
         """These, then those of `others`, as rows of one."""
         every = (self, *others)
         columns = zip(*(each._arrays[1:] for each in every), strict=True)
-        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)  # type: ignore[arg-type]
+        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)
         if self.hidden is None:
             return Conditions(None, pooled, labels)
         return replace(Conditions.of([text for each in every for text in each._texts()], pooled), labels=labels)

@@ -51,8 +51,10 @@ class PlanDrawing(Drawing):
         self.name = next(iter(self.plans))
         if request.caching is not None:
             self._check_caching(request.caching)
-        self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
-        self.check_guidance("guidance_interval")
+        normalization = float(flag) if isinstance(flag := request.cfg_normalization, bool) else flag
+        scales = request.guidance_scale, request.true_cfg_scale
+        self._embedded, self.guidance = guidance_of(self.model, *scales, request.guidance_interval, normalization)
+        self.check_guidance("guidance_interval", "cfg_normalization")
         if (
             request.true_cfg_scale is not None
             and request.true_cfg_scale > 1
