@@ -363,8 +363,10 @@ def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
         return {}
     config = read_json(path)
     if (name := config.get("_class_name", SCHEDULER)) != SCHEDULER:
-        raise ModelError(f"{path} is of a {name}; {family.name} is drawn along a flow in Euler's steps, by {SCHEDULER}")
+        raise ModelError(f"{path} is of a {name}; these models are drawn along a flow in Euler's steps, by {SCHEDULER}")
     scheduler = {key: value for key, value in config.items() if not key.startswith("_")}
+    if "mu" in scheduler:  # which diffusers' pipelines tell their scheduler, and no file does
+        raise ModelError(f"{path}: the scheduler has an unknown key 'mu'")
     if (mu := family.mu(folder.distilled)) is not None and scheduler.get("use_dynamic_shifting"):
         scheduler["mu"] = mu
     try:

@@ -16,9 +16,9 @@ from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.sessions.session import Session, batches
 
 POOLED = "pooled_projections"  # an input of the denoiser, where it has one
-# `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX.1-dev, classifier-free in others.
+# `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX-dev, classifier-free in others.
 # Families that are not here have none.
-USUAL = {"flux": 3.5, "sd3": 7.0, "qwen-image": 4.0, "elit-qwen-image": 4.0, "z-image": 5.0, "krea2": 4.5}
+USUAL = {"flux": 3.5, "flux2": 4.0, "krea2": 4.5, "qwen-image": 4.0, "elit-qwen-image": 4.0, "sd3": 7.0, "z-image": 5.0}
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class Plan:
         least: of plain sampling, the sigma before the shift that the last step starts from, where the scheduler names
         one (SD3); None spaces all steps alike (FLUX).
         terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to.
-        empirical: of plain sampling, the image tokens that FLUX.2's shift is of, which depends on the steps too (see
-        `empirical_shift`) and takes the place of `shifts`.
+        empirical: of plain sampling, the image tokens that FLUX.2's shift is of: `shifts` follow from them and the steps
+        (see `empirical_shift`).
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -117,6 +117,7 @@ class Plan:
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
             if self.empirical is not None:
                 check_tokens(self.empirical)
+                object.__setattr__(self, "shifts", (empirical_shift(self.empirical, self.steps[0]),))
             return
         if any(value is not None for value in (self.least, self.terminal, self.empirical)):
             raise UsageError(f"least, terminal and empirical are of plain sampling, not of a plan of {STAGES} stages")
@@ -150,7 +151,6 @@ class Plan:
         """The stages in order, with the sigmas that each visits."""
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
-            shift = shift if self.empirical is None else empirical_shift(self.empirical, steps)
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
             stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal, self.empirical))
             if self.z is not None:
