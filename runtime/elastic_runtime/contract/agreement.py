@@ -10,7 +10,7 @@ import msgspec
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, TextEncoder
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.errors import BundleError
 
@@ -153,26 +153,36 @@ def _budget(budget: Mapping[str, int], axes: Mapping[str, Axis]) -> Iterator[str
 
 def _text(manifest: Manifest) -> Iterator[str]:
     text = manifest.model.text
-    for encoder in text.encoders if text else ():
+    if text is None or not text.encoders:
+        return
+    given: dict[str, list[int]] = {name: [] for name in ("pooled", "penultimate_hidden_state", "last_hidden_state", "hidden_states")}
+    for encoder in text.encoders:
         graph = manifest.graphs[encoder.graph]  # the manifest's own record has seen to that
-        if [(spec.name, spec.shape) for spec in graph.inputs] != [("input_ids", ("B", encoder.max_length))]:
-            yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.max_length}), and its graph does not"
+        yield from _encoder(encoder, graph)
         for spec in graph.outputs:
-            shape = ("B",) if spec.name == "pooled" else ("B", encoder.max_length)
-            if spec.shape[:-1] != shape or not isinstance(spec.shape[-1], int):
-                yield f"the text encoder {encoder.graph!r} gives {spec.name} of shape {_shown(spec)}"
-    if text and text.encoders:
-        given = {name: [] for name in ("pooled", "penultimate_hidden_state", "last_hidden_state")}  # type: dict[str, list[int]]
-        for encoder in text.encoders:
-            for spec in manifest.graphs[encoder.graph].outputs:
-                given[spec.name].append(int(spec.shape[-1]))
-        lengths = {encoder.max_length for encoder in text.encoders if "penultimate_hidden_state" in encoder.gives}
-        tokens = sum(encoder.max_length for encoder in text.encoders if "last_hidden_state" in encoder.gives) + max(lengths, default=0)
-        if sum(given["pooled"]) != text.pooled or any(width != text.width for width in given["last_hidden_state"]):
-            widths = f"{sum(given['pooled'])} pooled values and {given['last_hidden_state']} a token"
-            yield f"the text encoders give {widths}, not {text.pooled} and {text.width}"
-        if len(lengths) > 1 or tokens > text.length:
-            yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+            given[spec.name] += [size for size in spec.shape[-1:] if isinstance(size, int)]
+    lengths = {encoder.max_length for encoder in text.encoders if "penultimate_hidden_state" in encoder.gives}
+    after = [encoder.max_length for encoder in text.encoders if {"last_hidden_state", "hidden_states"} & set(encoder.gives)]
+    pooled, widths, tokens = sum(given["pooled"]), given["last_hidden_state"] + given["hidden_states"], sum(after) + max(lengths, default=0)
+    if pooled != text.pooled or any(width != text.width for width in widths):
+        yield f"the text encoders give {pooled} pooled values and {widths} a token, not {text.pooled} and {text.width}"
+    if len(lengths) > 1 or tokens > text.length:
+        yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+
+
+def _encoder(encoder: TextEncoder, graph: Graph) -> Iterator[str]:
+    inputs = {spec.name: spec.shape for spec in graph.inputs}
+    shape = inputs.get("input_ids", ())
+    longest = shape[1:] == (encoder.longest,)
+    whole = not encoder.padded and shape == ("B", "N") and graph.dimensions["N"] == Span(1, encoder.longest)
+    masked = encoder.padded and list(inputs) == ["input_ids", "attention_mask"]
+    if not (longest or whole) or set(inputs.values()) != {("B", *shape[1:])} or not (masked or len(inputs) == 1):
+        yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.longest}), and its graph does not"
+    for spec in graph.outputs:
+        rows, values = (1, (1,)) if spec.name == "pooled" else (2, (1, 2) if spec.name == "hidden_states" else (1,))
+        own = spec.shape[rows:]
+        if spec.shape[:rows] != ("B", *shape[1:])[:rows] or len(own) not in values or not all(isinstance(size, int) for size in own):
+            yield f"the text encoder {encoder.graph!r} gives {spec.name} of shape {_shown(spec)}"
 
 
 def _shown(spec: TensorSpec) -> str:

@@ -63,18 +63,37 @@ class Patches(Record, frozen=True, kw_only=True):
             raise ValueError(f"`centred` is of `img_ids`, got {self.positions}")
 
 
-class TextEncoder(Record, frozen=True, kw_only=True):
-    """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
+class Template(Record, frozen=True, kw_only=True):
+    """What a language model is told around a prompt: `before` and `after` it, as text that the tokenizer reads together
+    with the prompt or, where `apart`, `after` by itself. The first `drop` tokens give no embeddings."""
 
-    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see
-    `Text`.
+    before: str
+    after: str
+    drop: Natural = 0
+    apart: bool = False
+
+
+class TextEncoder(Record, frozen=True, kw_only=True):
+    """A graph from `input_ids` (B, N) int64, and its tokenizer, a file that the tokenizers package reads.
+
+    Where it is `padded`, prompts are padded with `pad_token_id` to N = `max_length`, a graph that takes an
+    `attention_mask` (B, N) int64 is told which tokens are the prompt's (1), and the padding gives embeddings like the
+    rest. Where it is not, the graph is causal, N is open or the longest, and the prompt's own tokens alone give
+    embeddings. A `template` adds `drop` tokens to N that give none. `gives` names the graph's outputs: see `Text`.
     """
 
     graph: str
     tokenizer: FileEntry
     max_length: Count
     pad_token_id: Natural
-    gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state"], ...]
+    gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state", "hidden_states"], ...]
+    template: Template | None = None
+    padded: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the graph takes at most."""
+        return self.max_length + (self.template.drop if self.template else 0)
 
 
 class Text(Record, frozen=True, kw_only=True):
@@ -82,8 +101,9 @@ class Text(Record, frozen=True, kw_only=True):
     `pooled`), which it has none of where `pooled` is 0.
 
     In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
-    features too and padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks
-    to `length` are zeros. Without encoders the embeddings come from elsewhere.
+    features too and padded with zeros to `width`; each `last_hidden_state` or `hidden_states` follows as further tokens;
+    what then lacks to `length` are zeros. Where an encoder is not `padded`, texts are as long as their prompts, `length`
+    at most. Without encoders the embeddings come from elsewhere.
     """
 
     encoders: tuple[TextEncoder, ...]

@@ -1,8 +1,8 @@
 """From a session to a guided prediction over tokens with positions: FLUX, SD3 and Qwen-Image in diffusers' words."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,11 +19,25 @@ NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of in
 @dataclass(frozen=True)
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
-    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64."""
+    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64.
+
+    Where texts differ in length, `lengths` (B,) int64 says how many of the T tokens each has; what follows them is no
+    text and never reaches a model.
+    """
 
     hidden: np.ndarray | None = None
     pooled: np.ndarray | None = None
     labels: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, texts: Sequence[np.ndarray], pooled: np.ndarray | None = None) -> "Conditions":
+        """Texts (T, D), each of a length of its own."""
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        if len(set(lengths.tolist())) == 1:
+            return cls(np.stack(texts), pooled)
+        ends = [[(0, int(lengths.max()) - len(text))] + [(0, 0)] * (text.ndim - 1) for text in texts]
+        return cls(np.stack([np.pad(text, end) for text, end in zip(texts, ends, strict=True)]), pooled, lengths=lengths)
 
     @classmethod
     def blank(cls, graph: Graph, batch: int) -> "Conditions":
@@ -35,39 +49,69 @@ class Conditions:
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
-        """The denoiser's inputs."""
+        """The denoiser's inputs, of rows whose texts have one length: see `alike`."""
         return {name: array for name, array in zip(NAMES, self._arrays, strict=True) if array is not None}
 
     @property
     def length(self) -> int:
-        """T, text tokens; 0 without a text."""
+        """T, text tokens of the longest; 0 without a text."""
         return 0 if self.hidden is None else self.hidden.shape[1]
 
     def __len__(self) -> int:
         return len(next(array for array in self._arrays if array is not None))
 
+    def alike(self) -> list[np.ndarray]:
+        """Rows whose texts have one length, as indices, all in one or in as many groups as there are lengths."""
+        return [np.flatnonzero(self._counts == length) for length in dict.fromkeys(self._counts.tolist())]
+
+    def shares(self, other: "Conditions | None" = None) -> set[int]:
+        """How many rows of these, and of `other` beside them, may share a run: those of one length."""
+        counts = self._counts if other is None else np.concatenate([self._counts, other._counts])
+        return set(np.unique(counts, return_counts=True)[1].tolist())
+
     def rows(self, index: slice | np.ndarray) -> "Conditions":
-        return self._each(lambda array: array[index])
+        """Some of them, their texts as long as the longest of these."""
+        return self._each(lambda array: array[index])._cut()
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
         return self._each(lambda array: np.repeat(array, times, axis=0))
 
     def beside(self, other: "Conditions") -> bool:
-        """Whether `other` may share a run: texts of another length may not."""
-        return self.length == other.length
+        """Whether all of these and of `other` may share a run: texts of another length may not."""
+        return self.lengths is None and other.lengths is None and self.length == other.length
 
     def joined(self, *others: "Conditions") -> "Conditions":
-        """These, then those of `others`, as rows of one run."""
-        columns = zip(self._arrays, *(other._arrays for other in others), strict=True)
-        return Conditions(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        """These, then those of `others`, as rows of one."""
+        every = (self, *others)
+        columns = zip(*(each._arrays[1:] for each in every), strict=True)
+        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)  # type: ignore[arg-type]
+        if self.hidden is None:
+            return Conditions(None, pooled, labels)
+        return replace(Conditions.of([text for each in every for text in each._texts()], pooled), labels=labels)
+
+    def _texts(self) -> list[np.ndarray]:
+        """Each row's text (T, D), of its own length."""
+        assert self.hidden is not None
+        return [text[:count] for text, count in zip(self.hidden, self._counts.tolist(), strict=True)]
+
+    @property
+    def _counts(self) -> np.ndarray:
+        """Text tokens of each row."""
+        return np.full(len(self), self.length) if self.lengths is None else self.lengths
+
+    def _cut(self) -> "Conditions":
+        if self.lengths is None or self.hidden is None or not len(self):
+            return self
+        most = int(self.lengths.max())
+        return replace(self, hidden=self.hidden[:, :most], lengths=None if (self.lengths == most).all() else self.lengths)
 
     @property
     def _arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         return self.hidden, self.pooled, self.labels
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
-        return Conditions(*(None if array is None else change(array) for array in self._arrays))
+        return Conditions(*(None if array is None else change(array) for array in (*self._arrays, self.lengths)))
 
 
 class TokenDenoiser:
@@ -94,7 +138,7 @@ class TokenDenoiser:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
         Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
-        both of its branches together. Branches whose texts differ in length run apart.
+        both of its branches together. Texts of another length run apart.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
@@ -104,11 +148,7 @@ class TokenDenoiser:
             if weak is None or not guidance.active(sigma):
                 predicted.append(self._predict(x[part], *where, own))
                 continue
-            other = weak.rows(part)
-            if own.beside(other):
-                halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(other)), 2)
-            else:
-                halves = [self._predict(x[part], *where, each) for each in (own, other)]
+            halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(weak.rows(part))), 2)
             predicted.append(guidance.lead(*halves))
         return np.concatenate(predicted)
 
@@ -124,19 +164,21 @@ class TokenDenoiser:
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
-        """It takes as few runs as the session's batch span allows."""
-        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
-        if self._patches.positions == "img_ids":
-            shared["txt_ids"] = text_places(conditions.length, size, self._patches)
-        parts = []
-        for rows in batches(self._session, len(x)):
-            count = len(x[rows])
-            feeds = shared | conditions.rows(rows).feeds
-            feeds |= {"hidden_states": x[rows].astype(np.float32), "timestep": np.full(count, sigma, dtype=np.float32)}
-            if self._patches.guidance_embeds:
-                feeds["guidance"] = np.full(count, self._embedded, dtype=np.float32)
-            parts.append(self._session.run(feeds)["prediction"])
-        return np.concatenate(parts).astype(np.float64)
+        """It takes as few runs as the texts' lengths and the session's batch span allow."""
+        placed = {self._patches.positions: place(positions, size, self._patches)}
+        predicted = np.empty(x.shape, dtype=np.float64)
+        for alike in conditions.alike():
+            shared = dict(placed)
+            if self._patches.positions == "img_ids":
+                shared["txt_ids"] = text_places(conditions.rows(alike).length, size, self._patches)
+            for part in batches(self._session, len(alike)):
+                rows = alike[part]
+                feeds = shared | conditions.rows(rows).feeds
+                feeds |= {"hidden_states": x[rows].astype(np.float32), "timestep": np.full(len(rows), sigma, dtype=np.float32)}
+                if self._patches.guidance_embeds:
+                    feeds["guidance"] = np.full(len(rows), self._embedded, dtype=np.float32)
+                predicted[rows] = self._session.run(feeds)["prediction"]
+        return predicted
 
 
 def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:

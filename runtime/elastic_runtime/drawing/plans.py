@@ -1,6 +1,7 @@
 """Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
 2507.08422)."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -271,12 +272,15 @@ class PlanDrawing(Drawing):
                     f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
                     f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
                 )
-        together = 1 if self._apart else 2
-        branches = {together if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
+        pictures = [slice(0, self.count)]
+        if not plan.plain:  # in the mixed stage each picture runs alone
+            pictures += [slice(i, i + 1) for i in range(self.count)]
+        led = {self.guidance.active(sigma) for stage in plan.stages() for sigma in stage.sigmas[:-1]}
+        branches = [self._weak if active else None for active in led]
         try:
-            for rows in {self.count} if plan.plain else {self.count, 1}:  # in the mixed stage each picture runs alone
-                for branch in branches:
-                    batches(session, rows * branch)
+            for rows, weak in itertools.product(pictures, branches):
+                for size in self._strong.rows(rows).shares(weak.rows(rows) if weak is not None else None):
+                    batches(session, size)
         except BudgetError as error:
             return error
         return None
