@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.family import random_rows
 from elastic_export.families.layers import Constants
+from elastic_export.families.prompts import PromptRule
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
@@ -48,7 +49,8 @@ class TokenFamily:
     takes from its last encoder. beside: those of CLIP that come before them.
     spaced: whether its pipeline gives the sigmas, evenly, before the shift; else they are the scheduler's own, down to its least.
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add.
-    rescale: see `manifest.Model.guidance_rescale`.
+    rescale: see `manifest.Model.guidance_rescale`. prompts: how its pipeline reads them with a language model; None where it has CLIP and
+    T5.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TokenFamily:
     spaced: bool
     flops: Callable[[Config, int, int], int]
     rescale: Literal["norm"] | None = None
+    prompts: PromptRule | None = None
 
 
 def draws_over(takes: int, gives: int) -> str | None:

@@ -85,7 +85,7 @@ class Conditions:
         """These, then those of `others`, as rows of one."""
         every = (self, *others)
         columns = zip(*(each._arrays[1:] for each in every), strict=True)
-        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)  # type: ignore[arg-type]
+        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)
         if self.hidden is None:
             return Conditions(None, pooled, labels)
         return replace(Conditions.of([text for each in every for text in each._texts()], pooled), labels=labels)
@@ -165,7 +165,7 @@ class TokenDenoiser:
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
         """It takes as few runs as the texts' lengths and the session's batch span allow."""
-        placed = {self._patches.positions: place(positions, size, self._patches)}
+        placed: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
         predicted = np.empty(x.shape, dtype=np.float64)
         for alike in conditions.alike():
             shared = dict(placed)
