@@ -1,4 +1,4 @@
-"""What the pipelines of token models do with a prompt: which language model reads it, in which template, and which of its states are kept."""
+"""What token models' pipelines do with a prompt: which language model reads it, in which template, and which states are kept."""
 
 from dataclasses import dataclass
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import language_models
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -121,12 +122,16 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     parts |= {"vae": frame_vae() if framed else vae()} if decoder else {}
     if text and is_flux:
         parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
+    elif text and framed:
+        parts |= {"text_encoder": language_models.qwen25_vl()}
     elif text:
         parts |= {"text_encoder": clip(CLIPTextModelWithProjection), "text_encoder_2": clip(CLIPTextModelWithProjection)}
         parts |= {"text_encoder_3": t5()}
     for name, part in parts.items():
         part.save_pretrained(folder / name, **(saving if name == "transformer" else {}))
-        if name.startswith("text_encoder"):
+        if name.startswith("text_encoder") and framed:
+            language_models.tokenizer().save_pretrained(folder / "tokenizer")
+        elif name.startswith("text_encoder"):
             writer = write_t5_tokenizer if isinstance(part, T5EncoderModel) else write_clip_tokenizer
             writer(folder / name.replace("text_encoder", "tokenizer"))
     if index:
