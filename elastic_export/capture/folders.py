@@ -1,13 +1,12 @@
 """A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph whose weights stay on disk."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_export.capture import elit
+from elastic_export.capture import elit, texts
 from elastic_export.capture.capture import Capture, described, origin
 from elastic_export.capture.fusion import NAME as FUSION
 from elastic_export.capture.fusion import text_fusion
@@ -20,12 +19,9 @@ from elastic_export.families.tokens import TokenFamily
 from elastic_export.foreign.component import diffusers_class
 from elastic_export.foreign.folder import INDEX, Folder
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, text_encoder
-from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, read_vae
 from elastic_export.sides import Sides
 from elastic_runtime.contract import manifest
-from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
@@ -44,7 +40,6 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
 SIDE = 128  # of a latent, where nothing tells
-MOST_TEXT = 512  # tokens that diffusers' pipelines take at most
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
 
@@ -118,7 +113,7 @@ def capture_folder(
     vae = listed_vae(folder, family.channels(config))
     title = name or path.name
     encoders = [component for component in chosen if component.startswith("text_encoder")]
-    text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders, max_sequence_length)
+    text, files = (None, {}) if folder.labels else texts.described(folder, family, config, encoders, max_sequence_length)
     usual, scheduler = _usual(folder, family, config, vae), _scheduler(folder, family)
     known = Transformer(folder, family, built, config, vae, scheduler, usual, text.length if text else 1, batch, title)
     drawn = elit.drawn(known, size, spans or {}) if elit.is_elit(path) else _drawn(known, size, spans or {})
@@ -141,7 +136,7 @@ def capture_folder(
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
         graphs.append(decoder(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one))
     for encoder in text.encoders if text else ():
-        graphs.append(text_encoder(folder, encoder.graph, encoder.max_length, Span(1, batch.max)))
+        graphs.append(texts.graph(folder, family, encoder, Span(1, batch.max)))
     parameters = {component: folder.component(component).parameters() for component in chosen}
     costs = drawn.costs(parameters["transformer"] + drawn.parameters) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
@@ -301,51 +296,6 @@ def _denoiser(transformer: Transformer, axis: Axis, most: int) -> GraphCapture:
             Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis, patches, most)
         ),
     )
-
-
-def _text(
-    folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str], asked: int | None
-) -> tuple[manifest.Text, dict[str, bytes]]:
-    """How prompts become embeddings, of as many tokens as `asked` for, and the tokenizers' files; without encoders, what the transformer
-    takes."""
-    if asked is not None and not 1 <= asked <= MOST_TEXT:
-        raise BudgetError(f"--max-sequence-length is 1 to {MOST_TEXT} tokens, got {asked}")
-    longest = asked or family.text_length(config)
-    texts, files = [], {}
-    beside, after, pooled, kinds = 0, 0, 0, set()
-    for component in encoders:
-        tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
-        kinds |= set(gives)
-        widths = dict(zip(("pooled", "hidden"), sizes_of(folder, component), strict=True))
-        if "last_hidden_state" in gives:
-            most = min(longest, tokenizer.max_length)
-            after += most
-            if widths["hidden"] != family.text_width(config):
-                raise ModelError(
-                    f"{folder.path / component} gives {widths['hidden']} values a token where the transformer takes "
-                    f"{family.text_width(config)}: is it another model's?"
-                )
-        else:
-            most = min(int(folder.component(component).config.get("max_position_embeddings", 77)), tokenizer.max_length)
-            beside = max(beside, most if "penultimate_hidden_state" in gives else 0)
-            pooled += widths["pooled"]
-        path = f"tokenizer/{component}/tokenizer.json"
-        files[path] = tokenizer.content
-        entry = FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
-        texts.append(
-            manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
-        )
-    if encoders and (pooled != tokens.pooled(config) or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
-        raise ModelError(
-            f"{folder.path} has {', '.join(encoders)}, which pool to {pooled} values where the transformer takes "
-            f"{tokens.pooled(config)}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
-            "model's. Download the folder again, or leave them out with --components transformer,vae"
-        )
-    # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
-    length = (beside if encoders else family.beside) + (after or longest)
-    width = family.text_width(config)
-    facts = {"length": length, "width": width, "pooled": tokens.pooled(config), "layers": family.layers(config)}
-    return manifest.Text(encoders=tuple(texts), **facts), files  # type: ignore[arg-type]
 
 
 def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import embedder
 from elastic_export.families.layers import Sinusoids
+from elastic_export.families.prompts import FLUX2_KLEIN
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import COLUMNS, Patches
 
@@ -100,4 +101,5 @@ FAMILY = TokenFamily(
     flops=flops,
     distilled=lambda config, stated: stated,
     mu=lambda stated: "empirical",
+    prompts=FLUX2_KLEIN,
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import attention, embedder
 from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
+from elastic_export.families.prompts import KREA2
 from elastic_export.families.tokens import Config, Rope, TokenFamily, rotate
 from elastic_runtime.contract.manifest import Patches
 
@@ -137,6 +138,7 @@ FAMILY = TokenFamily(
     spaced=True,
     flops=flops,
     off=0,
+    prompts=KREA2,
     text_width=lambda config: config["text_hidden_dim"],
     mu=lambda stated: DISTILLED if stated else None,
     fusion=TextFusion,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
+from elastic_export.families.prompts import QWEN_IMAGE
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over, rotate
 from elastic_runtime.contract.manifest import Patches
 
@@ -121,9 +122,10 @@ FAMILY = TokenFamily(
     channels=lambda config: config["in_channels"] // config["patch_size"] ** 2,
     refusal=refusal,
     side=lambda config: None,
-    text_length=lambda config: 512,
+    text_length=lambda config: QWEN_IMAGE.usual,
     beside=0,
     spaced=True,
     flops=flops,
     rescale="norm",
+    prompts=QWEN_IMAGE,
 )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.family import random_rows
 from elastic_export.families.layers import Constants
+from elastic_export.families.prompts import PromptRule
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
@@ -59,7 +60,7 @@ class TokenFamily:
     rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
     `stated` is what the folder says. mu(stated): where its pipeline has a rule of its own for the scheduler's dynamic shift, see
     `ralu.plan.full`. fusion(transformer), layers(config): what makes one text token of so many tapped layers, a graph of its own; see
-    `manifest.Text`.
+    `manifest.Text`. prompts: how its pipeline reads them with a language model; None where it has CLIP and T5.
     """
 
     name: str
@@ -82,6 +83,7 @@ class TokenFamily:
     mu: Callable[[bool], float | Literal["empirical"] | None] = lambda stated: None
     fusion: Callable[[Any], nn.Module] | None = None
     layers: Callable[[Config], int | None] = lambda config: None
+    prompts: PromptRule | None = None
 
 
 def draws_over(takes: int, gives: int) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, attention
 from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
+from elastic_export.families.prompts import Z_IMAGE
 from elastic_export.families.tokens import Config, Rope, TokenFamily, rotate
 from elastic_runtime.contract.manifest import Patches
 
@@ -157,6 +158,7 @@ FAMILY = TokenFamily(
     spaced=True,
     flops=flops,
     off=0,
+    prompts=Z_IMAGE,
     width=lambda config: config["dim"],
     heads=lambda config: config["n_heads"],
     text_width=lambda config: config["cap_feat_dim"],

@@ -63,7 +63,9 @@ class Component:
 
     def described(self, make: Callable[[], Value], what: str) -> Value:
         """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
-        for name, value in self.config.items():  # which are built one by one, for ever if need be
+        config = self.config
+        inner = [item for value in config.values() if isinstance(value, dict) for item in value.items()]
+        for name, value in [*config.items(), *inner]:  # which are built one by one, for ever if need be
             if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
                 raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {name} is {value}")
         try:

@@ -6,6 +6,7 @@ Only safetensors are read, whole or in shards.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from elastic_export.foreign.component import Component
 from elastic_export.foreign.reading import read_json
@@ -23,8 +24,8 @@ COMPONENTS = {
 @dataclass(frozen=True)
 class Folder:
     """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`),
-    which names the `pipeline` too and whether the model
-    is `distilled` to few steps."""
+    which names the `pipeline` too, whether the model is `distilled` to few steps, and perhaps the `layers` of a language model whose
+    states it takes."""
 
     path: Path
     listed: dict[str, str]
@@ -33,6 +34,7 @@ class Folder:
     indexed: bool = True
     pipeline: str = ""
     distilled: bool = False
+    layers: tuple[Any, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -42,7 +44,7 @@ class Folder:
             index = read_json(path / INDEX)
             named = {name: index.get(name) for name in known}
             listed = {name: str(entry[-1]) for name, entry in named.items() if isinstance(entry, list) and entry and entry[-1]}
-            labels = index.get("id2label")
+            labels, layers = index.get("id2label"), index.get("text_encoder_select_layers")
             folder = cls(
                 path,
                 listed,
@@ -50,6 +52,7 @@ class Folder:
                 scheduled=bool(index.get("scheduler")),
                 pipeline=str(index.get("_class_name") or ""),
                 distilled=index.get("is_distilled") is True,
+                layers=tuple(layers) if isinstance(layers, list) else (),
             )
         else:
             folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)

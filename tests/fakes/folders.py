@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import language_models
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -96,6 +97,13 @@ def z_image(**changes: Any) -> ZImageTransformer2DModel:
     return model
 
 
+# what reads prompts, by the class of the transformer, where that is one language model
+READERS: dict[type, Any] = {
+    QwenImageTransformer2DModel: language_models.qwen25_vl,
+    Flux2Transformer2DModel: lambda: language_models.qwen3(num_hidden_layers=28),
+    ZImageTransformer2DModel: language_models.qwen3,
+    Krea2Transformer2DModel: lambda: language_models.qwen3_vl(num_hidden_layers=6),
+}
 SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 
 
@@ -177,12 +185,16 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     parts |= {"vae": vaes.get(type(transformer), vae)()} if decoder else {}
     if text and is_flux:
         parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
+    elif text and (reader := READERS.get(type(transformer))):
+        parts |= {"text_encoder": reader()}
     elif text:
         parts |= {"text_encoder": clip(CLIPTextModelWithProjection), "text_encoder_2": clip(CLIPTextModelWithProjection)}
         parts |= {"text_encoder_3": t5()}
     for name, part in parts.items():
         part.save_pretrained(folder / name, **(saving if name == "transformer" else {}))
-        if name.startswith("text_encoder"):
+        if name.startswith("text_encoder") and type(transformer) in READERS:
+            language_models.tokenizer().save_pretrained(folder / "tokenizer")
+        elif name.startswith("text_encoder"):
             writer = write_t5_tokenizer if isinstance(part, T5EncoderModel) else write_clip_tokenizer
             writer(folder / name.replace("text_encoder", "tokenizer"))
     if index:
