@@ -16,6 +16,7 @@ from elastic_export.families import flux, flux2, krea2, qwen_image, sd3, tokens,
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
+from elastic_export.foreign.adapters import Adapter
 from elastic_export.foreign.component import diffusers_class
 from elastic_export.foreign.folder import INDEX, Folder
 from elastic_export.foreign.reading import read_json
@@ -80,6 +81,7 @@ def capture_folder(
     packaged: bool = False,
     spans: Mapping[str, Span] | None = None,
     max_sequence_length: int | None = None,
+    adapters: tuple[Adapter, ...] = (),
 ) -> Capture:
     """Capture a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image; weights are read when something computes with them.
 
@@ -92,6 +94,7 @@ def capture_folder(
         spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest; with ELIT
             put in the axis `latents`.
         max_sequence_length: text tokens of the encoder that gives a sequence; None for what the family's pipeline takes by itself.
+        adapters: LoRA files, fused as weights are read.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
         BudgetError for sides that do not divide into patches, for an axis or a span that there is not at this size, and for more text
@@ -99,7 +102,7 @@ def capture_folder(
     """
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
-    folder = Folder.open(path)
+    folder = Folder.open(path, adapters)
     chosen = folder.choose(components)
     listed = folder.component("transformer").config if "transformer" in chosen else _config(folder)
     class_name = str(listed.get("_class_name"))
@@ -167,9 +170,13 @@ def capture_folder(
         cost=costs,
         quality=quality(name) if packaged and name else (),
         precisions=precisions(name) if packaged and name else (),
-        provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, chosen, drawn) if digest else {}),
+        provenance=origin(
+            None if packaged else path.resolve(),
+            weights=_digests(folder, chosen, drawn) if digest else {},
+            adapters=[each.record for each in adapters],
+        ),
     )
-    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))
+    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae, chosen)))
 
 
 def _digests(folder: Folder, components: list[str], drawn: Drawn) -> dict[str, str]:
@@ -200,7 +207,7 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
     return Drawn(axis, lambda: _denoiser(transformer, axis, most), costs, sizes.latent, sizes.latent, facts)
 
 
-def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
+def _notes(folder: Folder, vae: manifest.Vae | None, chosen: list[str]) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
     if vae is None:
         yield f"{folder.path} has no VAE to tell how many pixels a latent has: --size counts those of the latent"
@@ -211,6 +218,9 @@ def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
         yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
     if folder.pipeline and folder.pipeline not in PIPELINES:
         yield f"{folder.path} is of a {folder.pipeline}: what that draws besides prompts (a picture, a mask) is not taken into the bundle"
+    for adapter in folder.adapters:
+        if left := [name for name in adapter.parts if name not in chosen]:
+            yield f"{adapter.path} changes {', '.join(left)} too, and that is not exported now"
 
 
 def _config(folder: Folder) -> dict[str, Any]:

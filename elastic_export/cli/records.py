@@ -166,6 +166,15 @@ class Source:
         int | None,
         typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False),
     ] = None
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="FILE[:SCALE]",
+            help="Of a diffusers folder: a LoRA to fuse into its weights, [bold]style.safetensors:0.8[/bold]; may be repeated.",
+            show_default=False,
+        ),
+    ] = None
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Export without weights, to measure speed; the manifest says so.")
     ] = False

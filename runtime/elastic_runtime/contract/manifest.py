@@ -244,9 +244,17 @@ def plan_label(name: str, steps: Sequence[int] | None) -> str:
     return name if steps is None or tuple(steps) == OWN_STEPS.get(name) else f"{name}, {'+'.join(map(str, steps))} steps"
 
 
+class Adapter(Record, frozen=True, kw_only=True):
+    """A LoRA file that was fused into the weights, `scale` times."""
+
+    name: str
+    sha256: str
+    scale: Finite
+
+
 class Provenance(Record, frozen=True, kw_only=True):
     """Where the bundle came from. `checkpoint_sha256` is the transformer's, `weights_sha256` are those of all components, as their files
-    were read."""
+    were read, before `adapters` changed them."""
 
     command: str
     created: str
@@ -255,6 +263,7 @@ class Provenance(Record, frozen=True, kw_only=True):
     checkpoint_sha256: str | None = None
     ignored_weights: tuple[str, ...] = ()
     weights_sha256: dict[str, str] = msgspec.field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
 
 
 class Manifest(Record, frozen=True, kw_only=True):
