@@ -14,8 +14,8 @@ def web(
     precision: Annotated[
         str,
         options.precision(
-            "Artifacts that may draw, [bold]fp32,int8[/bold]: the smallest file of them; [bold]auto[/bold]: of those whose pictures the card "
-            "found as good."
+            "Artifacts that may draw, [bold]fp32,int8[/bold]: the smallest file of them; [bold]auto[/bold]: of those whose pictures the "
+            "card found as good."
         ),
     ] = "auto",
     runtime: Annotated[
@@ -28,7 +28,8 @@ def web(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the site that the output holds.")] = False,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Show the site on this machine at this port; 0 is any that is free.", show_default=False)
+        int | None,
+        typer.Option(min=0, max=65535, help="Show the site on this machine at this port; 0 is any that is free.", show_default=False),
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

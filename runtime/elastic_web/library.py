@@ -1,6 +1,7 @@
 """onnxruntime-web, whose files a site holds: from npm's registry, kept in the cache, or from a package that is here already."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -83,14 +84,11 @@ def library(package: Path | None = None) -> Library:
 def _fetched() -> bytes:
     """The archive of the package, checked."""
     path = cache.folder(NAME) / f"{NAME}-{VERSION}.tgz"
-    try:
+    with contextlib.suppress(OSError):
         content = path.read_bytes()
         if _integrity(content) == INTEGRITY:
             return content
-    except OSError:
-        pass
-    base = os.environ.get("npm_config_registry", REGISTRY).rstrip("/")
-    address = f"{base}/{NAME}/-/{NAME}-{VERSION}.tgz"
+    address = f"{_registry()}/{NAME}/-/{NAME}-{VERSION}.tgz"
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             content = answer.read(MOST)
@@ -102,11 +100,15 @@ def _fetched() -> bytes:
         ) from None
     if (got := _integrity(content)) != INTEGRITY:
         raise MissingError(f"{address} is not the {NAME} that this was tested with: its integrity is {got}, not {INTEGRITY}")
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second download
         atomic.write(path, content)
-    except OSError:
-        pass  # a cache that cannot be written costs a second download
     return content
+
+
+def _registry() -> str:
+    """npm's registry, or the one that npm itself would ask by its environment, in whichever case that is written."""
+    named = (value for name, value in os.environ.items() if name.lower() == "npm_config_registry" and value)
+    return next(named, REGISTRY).rstrip("/")
 
 
 def _integrity(content: bytes) -> str:

@@ -13,12 +13,13 @@ export class Client {
     };
     this.worker.onerror = event => {
       event.preventDefault();
-      for (const {reject} of this.open.values()) reject(new Error(`The worker did not start: ${event.message ?? "worker.js cannot be read"}.`));
+      const error = new Error(`The worker did not start: ${event.message ?? "worker.js cannot be read"}.`);
+      for (const {reject} of this.open.values()) reject(error);
       this.open.clear();
     };
   }
 
-  /** Ask the worker for `kind`; `heard` gets what it says meanwhile. The promise has the call's `id`, by which it is cancelled. */
+  /** Ask the worker for `kind`; `heard` gets what it says meanwhile. The promise has the call's `id`, to cancel it by. */
   call(kind, details = {}, heard = () => {}) {
     const id = ++this.number;
     const promise = new Promise((resolve, reject) => {

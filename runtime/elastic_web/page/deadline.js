@@ -24,7 +24,9 @@ export class Deadline {
     this.options = improving(options.map(row => ({budget: row.budget, worth: row.worth, seconds: ahead(row.budget)})));
     const least = this.options[0].seconds + finish;
     if (least > seconds)
-      throw new RangeError(`No picture is done in ${Math.round(seconds * 1e3)} ms here: the nearest that is reachable is ${Math.ceil(least * 1e3)} ms, ${steps} steps at the cheapest budget. Allow that, or take fewer steps.`);
+      throw new RangeError(
+        `No picture is done in ${Math.round(seconds * 1e3)} ms here: the nearest that is reachable is ${Math.ceil(least * 1e3)} ms, `
+        + `${steps} steps at the cheapest budget. Allow that, or take fewer steps.`);
   }
 
   /** Predicted seconds of step `index` and all after it. */

@@ -6,16 +6,20 @@ import {Source} from "./noise.js";
 import {SAMPLERS, evaluations} from "./samplers.js";
 import {schedule} from "./schedules.js";
 
-export const STEPS = 20, MOST_STEPS = 1000;
+const STEPS = 20, MOST_STEPS = 1000;
+const FIELDS = [
+  "class_labels", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler", "budget", "guidance_budget", "seeds", "noise",
+  "deadline_ms",
+];
 
 const whole = (value, low, high) => Number.isInteger(value) && low <= value && value <= high;
 
 /** A request with everything filled in. Throws RangeError for what the model does not take. */
 export function checked(request, facts) {
   const {model, axes, samplers} = facts, size = model.sample_shape.reduce((one, other) => one * other);
-  const known = ["class_labels", "num_inference_steps", "guidance_scale", "guidance_interval", "sampler", "budget", "guidance_budget", "seeds", "noise", "deadline_ms"];
   const refuse = (name, wanted) => { throw new RangeError(`${name} must be ${wanted}, got ${JSON.stringify(request[name])}.`); };
-  for (const name of Object.keys(request)) if (!known.includes(name)) throw new RangeError(`There is no ${name} in a request; there are ${known.join(", ")}.`);
+  for (const name of Object.keys(request))
+    if (!FIELDS.includes(name)) throw new RangeError(`There is no ${name} in a request; there are ${FIELDS.join(", ")}.`);
   const {
     class_labels = 0, num_inference_steps = STEPS, guidance_scale = 1, guidance_interval = [0, 1], sampler = samplers[0],
     seeds = crypto.getRandomValues(new Uint32Array(1))[0], noise = null, deadline_ms = null,
@@ -40,10 +44,12 @@ export function checked(request, facts) {
 
 /** A budget with every axis in it, checked. */
 function point(budget, axes) {
-  for (const name of Object.keys(budget)) if (!axes.some(axis => axis.name === name)) throw new RangeError(`The model has no axis ${name}.`);
+  const strange = Object.keys(budget).find(name => !axes.some(axis => axis.name === name));
+  if (strange) throw new RangeError(`The model has no axis ${strange}; it has ${axes.map(axis => axis.name).join(", ") || "none"}.`);
   return Object.fromEntries(axes.map(({name, min, max, step, default: usual}) => {
     const value = budget[name] ?? usual;
-    if (!whole(value, min, max) || (value - min) % step) throw new RangeError(`${name} is ${min} to ${max} in steps of ${step}, got ${value}.`);
+    if (!whole(value, min, max) || (value - min) % step)
+      throw new RangeError(`${name} is ${min} to ${max} in steps of ${step}, got ${value}.`);
     return [name, value];
   }));
 }
@@ -65,7 +71,7 @@ export function pictureSeconds(model, request, budget) {
   return seconds;
 }
 
-/** Draw: yields {record, denoised} after each step and returns {latents, records, seed, late}. `model` is what `runtime.js` opened. */
+/** Draw with what `runtime.js` opened: yields {record, denoised, share} after each step, and returns {latents, records, seed, deadline}. */
 export async function* draw(model, request, clock) {
   const begun = clock(), {facts} = model, drawing = checked(request, facts), path = schedule(facts.model.schedule);
   const times = path.times(drawing.steps), source = new Source(drawing.seed);
@@ -80,21 +86,24 @@ export async function* draw(model, request, clock) {
   const limit = facts.model.pixels ? 1 : null;
   const records = [];
   let latents = start;
-  for await (const step of SAMPLERS[drawing.sampler]({predict, start, times, source, schedule: path, prediction: facts.model.prediction, limit})) {
-    if (!step.sample.every(Number.isFinite)) throw new Error(`Step ${step.index + 1} gave values that are not finite: take another sampler or file.`);
+  const loop = {predict, start, times, source, schedule: path, prediction: facts.model.prediction, limit};
+  for await (const step of SAMPLERS[drawing.sampler](loop)) {
+    if (!step.sample.every(Number.isFinite))
+      throw new Error(`Step ${step.index + 1} gave values that are not finite: take another sampler, or a site in float32.`);
     const now = clock(), led = evaluations(drawing.sampler, times, step.index).some(drawing.guidance.active);
     const record = {
-      index: step.index, time: step.time, next_time: step.nextTime, budget: choice.budget, guidance_budget: led ? drawing.weak ?? choice.budget : null,
+      index: step.index, time: step.time, next_time: step.nextTime, budget: choice.budget,
+      guidance_budget: led ? drawing.weak ?? choice.budget : null,
       seconds: now - before, predicted: choice.predicted ?? predicted(choice.budget, step.index), reason: choice.reason,
     };
     records.push(record);
     latents = step.sample;
     if (policy) policy.measured(record.predicted, record.seconds);
-    yield {record, denoised: step.denoised};
+    yield {record, denoised: step.denoised, share: records.length / drawing.steps};
     if (policy && step.index + 1 < drawing.steps) choice = policy.choose(step.index + 1, clock() - begun);
     before = clock();
   }
-  return {latents, records, seed: drawing.seed, deadline: drawing.deadline, begun};
+  return {latents, records, seed: drawing.seed, deadline: drawing.deadline};
 }
 
 /** Budgets no smaller than the weak branch's. */

@@ -4,7 +4,11 @@ import {Client} from "./client.js";
 import {key} from "./denoiser.js";
 
 const at = id => document.getElementById(id);
-const named = (tag, attributes = {}, ...children) => { const made = document.createElement(tag); Object.assign(made, attributes); made.append(...children); return made; };
+const named = (tag, attributes = {}, ...children) => {
+  const made = Object.assign(document.createElement(tag), attributes);
+  made.append(...children);
+  return made;
+};
 const drawn = (tag, attributes, text) => {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -19,7 +23,7 @@ const percent = share => share === null ? "" : `${(100 * share).toFixed(1)} %`;
 let opened = null, drawing = null, pictures = [], last = null;
 
 function say(words, wrong = false) {
-  at("status").textContent = words;
+  if (at("status").textContent !== words) at("status").textContent = words;  // which a screen reader says once
   at("status").classList.toggle("wrong", wrong);
 }
 
@@ -30,46 +34,47 @@ function progress({what, share}) {
 
 // Times of this browser, by model and by what runs it; a browser that keeps nothing measures at every visit.
 function kept() { try { return JSON.parse(localStorage.getItem(STORE)) ?? {}; } catch { return {}; } }
-function keep({name, kept: table}) { try { localStorage.setItem(STORE, JSON.stringify({...kept(), [name]: table})); } catch { /* a private window */ } }
-
-async function open() {
-  busy(true);
-  try {
-    opened = await client.call("open", {facts: site, provider: at("provider").value, kept: kept()}, progress);
-    at("where").textContent = `${site.precision}, ${opened.where}`;
-    const {proven, notes} = opened;
-    at("proof").textContent = [...notes, proven && `Compared with the original's recorded answers at ${proven.budgets} budgets: the largest difference is ${proven.largest.toExponential(1)}.`, `${site.library}. Nothing leaves this browser.`].filter(Boolean).join(" ");
-    if (!opened.measured) opened = await client.call("measure", {}, progress);
-    keep(opened);
-    await predicted();
-    at("progress").value = 0;
-    say("Ready.");
-    busy(false);
-  } catch (error) { failed(error); }
+function keep({name, kept: table}) {
+  try { localStorage.setItem(STORE, JSON.stringify({...kept(), [name]: table})); } catch { /* a private window */ }
 }
 
-function failed(error) {
-  say(error.message, true);
+/** Do what takes the worker's time, with the buttons locked meanwhile. */
+async function busily(task) {
+  busy(true);
+  try { await task(); } catch (error) { say(error.message, true); }
   at("progress").value = 0;
-  busy(!opened);
+  busy(false);
 }
 
 function busy(is) {
-  for (const id of ["draw", "measure", "provider"]) at(id).disabled = is;
-  if (is && !opened) at("provider").disabled = true;
+  at("draw").disabled = at("measure").disabled = is || !opened;
+  at("provider").disabled = is;
   at("cancel").disabled = !drawing;
 }
 
+async function open() {
+  opened = null;
+  const model = await client.call("open", {facts: site, provider: at("provider").value, kept: kept()}, progress);
+  at("where").textContent = `${site.precision}, ${model.where}`;
+  at("proof").textContent = proof(model);
+  opened = model.measured ? model : await client.call("measure", {}, progress);
+  keep(opened);
+  await predicted();
+  say("Ready.");
+}
+
+function proof({proven, notes}) {
+  const compared = proven
+    ? `Compared with what the original answered at ${proven.budgets} budgets: the largest difference is ${proven.largest.toExponential(1)}.`
+    : "The bundle holds no answers of the original to compare with.";
+  return [...notes, compared, `${site.library}. Nothing leaves this browser.`].join(" ");
+}
+
 async function measure() {
-  busy(true);
-  try {
-    opened = await client.call("measure", {}, progress);
-    keep(opened);
-    await predicted();
-    at("progress").value = 0;
-    say("Measured.");
-    busy(false);
-  } catch (error) { failed(error); }
+  opened = await client.call("measure", {}, progress);
+  keep(opened);
+  await predicted();
+  say("Measured.");
 }
 
 function asked() {
@@ -90,15 +95,16 @@ async function predicted() {
   try { pictures = (await client.call("predict", {request})).seconds; } catch { pictures = []; }  // of a form half filled in
   const {finish = 0} = opened.kept, steps = request.num_inference_steps ?? 1;
   at("table").replaceChildren(...site.budgets.map((row, i) => named("tr", {},
-    named("th", {scope: "row", textContent: worded(row.budget)}), named("td", {textContent: milliseconds(pictures[i] && (pictures[i] - finish) / steps)}),
+    named("th", {scope: "row", textContent: worded(row.budget)}),
+    named("td", {textContent: milliseconds(pictures[i] && (pictures[i] - finish) / steps)}),
     named("td", {textContent: milliseconds(pictures[i])}), named("td", {textContent: percent(row.quality) || "not graded"}))));
   budgeted();
 }
 
 function budgeted() {
   const chosen = Number(at("budget").value), row = site.budgets[chosen], quality = percent(row.quality);
-  const words = `${worded(row.budget)}${pictures[chosen] ? `, about ${milliseconds(pictures[chosen])} ms` : ""}${quality && `, ${quality}`}`;
-  at("budgetis").value = at("keep").checked ? "as the deadline allows" : words;
+  const words = [worded(row.budget), pictures[chosen] ? `about ${milliseconds(pictures[chosen])} ms` : "", quality];
+  at("budgetis").value = at("keep").checked ? "as the deadline allows" : words.filter(Boolean).join(", ");
   at("budget").setAttribute("aria-valuetext", at("budgetis").value);
   at("deadline").disabled = !at("keep").checked;
   for (const [i, line] of [...at("table").children].entries())
@@ -115,9 +121,9 @@ async function show() {
   const records = [];
   at("progress").value = 0;
   say("Drawing …");
-  drawing = draw(request, ({record, preview}) => {
+  drawing = draw(request, ({record, preview, share}) => {
     records.push(record);
-    at("progress").value = records.length / (request.num_inference_steps ?? records.length);
+    at("progress").value = share;
     if (preview) paint(preview, what);
     chart(records);
   });
@@ -130,7 +136,8 @@ async function show() {
     keep(done);
     chart(done.records);
     at("progress").value = 1;
-    const used = [...new Set(done.records.map(record => worded(record.budget)))], budgets = used.length > 3 ? `${used.length} budgets` : used.join(", ");
+    const used = [...new Set(done.records.map(record => worded(record.budget)))];
+    const budgets = used.length > 3 ? `${used.length} budgets` : used.join(", ");
     const late = done.late === null ? "" : done.late > 0 ? `, late by ${milliseconds(done.late)} ms` : ", in time";
     const words = `${what}: ${milliseconds(done.seconds)} ms, seed ${done.seed}, ${budgets}${late}`;
     say(words);
@@ -138,7 +145,7 @@ async function show() {
   } catch (error) { say(error.message, true); } finally {
     drawing = null;
     busy(false);
-    predicted();
+    await predicted();
   }
 }
 
@@ -156,8 +163,9 @@ function chart(records) {
   const places = new Map(site.budgets.map((row, i) => [key(row.budget), (i + 1) / site.budgets.length])), width = 480 / records.length;
   const title = `Budgets by step: ${records.map(record => worded(record.budget)).join("; ")}`;
   at("steps-chart").replaceChildren(drawn("title", {id: "steps-title"}, title), ...records.map((record, i) => {
-    const height = 84 * (places.get(key(record.budget)) ?? 1), bar = drawn("rect", {x: i * width, y: 88 - height, width: Math.max(width - 2, 1), height});
-    bar.append(drawn("title", {}, `step ${i + 1}: ${worded(record.budget)}, ${milliseconds(record.seconds)} ms${record.reason && `; ${record.reason}`}`));
+    const height = 84 * (places.get(key(record.budget)) ?? 1), reason = record.reason && `; ${record.reason}`;
+    const bar = drawn("rect", {x: i * width, y: 88 - height, width: Math.max(width - 2, 1), height});
+    bar.append(drawn("title", {}, `step ${i + 1}: ${worded(record.budget)}, ${milliseconds(record.seconds)} ms${reason}`));
     return bar;
   }));
 }
@@ -189,11 +197,11 @@ function fill() {
 
 at("form").addEventListener("submit", event => { event.preventDefault(); if (opened && !drawing) show(); });
 at("cancel").addEventListener("click", () => { if (drawing) client.cancel(drawing.id); });
-at("measure").addEventListener("click", measure);
-at("provider").addEventListener("change", open);
+at("measure").addEventListener("click", () => busily(measure));
+at("provider").addEventListener("change", () => busily(open));
 at("budget").addEventListener("input", () => { at("keep").checked = false; budgeted(); });
 at("keep").addEventListener("input", budgeted);
 for (const id of ["steps", "guidance", "sampler", "weak"]) at(id).addEventListener("input", () => { if (opened) predicted(); });
 fill();
-open();
+busily(open);
 window.elastic = {site, draw, get last() { return last; }};

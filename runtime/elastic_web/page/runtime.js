@@ -14,17 +14,23 @@ async function gpu() {
   return Boolean(adapter) && !(adapter.info?.isFallbackAdapter ?? adapter.isFallbackAdapter);
 }
 
-/** The bytes of a file of the site, Uint8Array, checked against its SHA-256; `said(share)` hears of the progress. */
-async function fetched({file, bytes, sha256}, said) {
-  const answer = await fetch(new URL(file, import.meta.url));
+/** The server's answer for a file of the site. */
+async function asked(file) {
+  let answer;
+  try { answer = await fetch(new URL(file, import.meta.url)); } catch (error) { throw new Error(`${file} cannot be loaded: ${error.message}.`); }
   if (!answer.ok) throw new Error(`${file} is not there (${answer.status}): copy the whole site, or write it again.`);
+  return answer;
+}
+
+/** The bytes of a file, Uint8Array, checked against its SHA-256; `said(share)` hears of the progress. */
+async function fetched({file, bytes, sha256}, said) {
+  const answer = await asked(file);
   const content = new Uint8Array(bytes);
   let length = 0;
   for (const reader = answer.body.getReader();;) {
     const {done, value} = await reader.read();
     if (done) break;
-    if (length + value.length > bytes) { length += value.length; break; }
-    content.set(value, length);
+    if (length + value.length <= bytes) content.set(value, length);
     length += value.length;
     said(length / bytes);
   }
@@ -37,7 +43,8 @@ async function fetched({file, bytes, sha256}, said) {
   return content;
 }
 
-/** A model that draws: {facts, denoiser, times, decode, where, proven, close}. `provider` is wasm, webgpu, or auto: a GPU that is proven. */
+/** A model that draws: {facts, denoiser, times, decode, where, notes, proven, close}. `provider` is wasm, webgpu, or auto: a GPU if it
+    answers as the original does, else WebAssembly. `kept` are times of earlier visits. */
 export async function open(facts, provider, kept, said) {
   const files = {};
   for (const [graph, entry] of Object.entries(facts.models))
@@ -85,12 +92,11 @@ async function opened(facts, provider, files, kept, said, notes) {
   return model;
 }
 
-/** The largest share of what it may be off by that any answer is off; throws where one is off by more. */
+/** How far the answers are from the original's: {budgets, largest}; throws where one is off by more than it may. */
 async function proven({proof, inputs, model}, denoiser, said) {
-  const answer = await fetch(new URL("./reference.bin", import.meta.url));
-  if (!answer.ok) throw new Error(`reference.bin is not there (${answer.status}): copy the whole site, or write it again.`);
-  const content = await answer.arrayBuffer();
-  const numbers = ({offset, length, dtype}) => new NUMBERS[dtype](content.slice(offset, offset + length * NUMBERS[dtype].BYTES_PER_ELEMENT));
+  const content = await (await asked("reference.bin")).arrayBuffer();
+  const numbers = ({offset, length, dtype}) =>
+    new NUMBERS[dtype](content.slice(offset, offset + length * NUMBERS[dtype].BYTES_PER_ELEMENT));
   const {sample, timestep, class_labels} = proof.feeds, budgets = proof.answers.length;
   const label = inputs.includes("class_labels") ? Number(numbers(class_labels)[0]) : model.null_label;
   let largest = 0;
@@ -99,7 +105,8 @@ async function proven({proof, inputs, model}, denoiser, said) {
     const wanted = numbers(prediction);
     const given = await denoiser.predict(Float64Array.from(numbers(sample)), numbers(timestep)[0], [label], budget);
     const off = given.reduce((most, value, at) => Math.max(most, Math.abs(value - wanted[at])), 0);
-    if (!(off <= bound)) throw new Error(`it answers otherwise than the original, by ${off.toPrecision(2)} where ${bound.toPrecision(2)} is allowed.`);
+    if (!(off <= bound))
+      throw new Error(`it answers otherwise than the original, by ${off.toPrecision(2)} where ${bound.toPrecision(2)} is allowed.`);
     largest = Math.max(largest, off);
   }
   return {budgets, largest};

@@ -1,4 +1,4 @@
-// What runs take here: seconds by budget and rows, measured, learning from every run, and between measured budgets a straight line in FLOPs.
+// What runs take here: seconds by budget and rows, measured and learning from every run; between measured budgets a straight line in FLOPs.
 
 import {key} from "./denoiser.js";
 
@@ -13,7 +13,7 @@ export class Times {
     this.flops = new Map(budgets.map(row => [key(row.budget), row.flops]));
     this.rows = budgets;
     const {finish = 0, ...measured} = kept;
-    this.measured = new Map(Object.entries(measured));
+    this.measured = new Map(Object.entries(measured).filter(([, seconds]) => seconds > 0));
     this.finish = finish;
   }
 
@@ -28,7 +28,8 @@ export class Times {
   seconds(budget, rows) {
     const exact = this.measured.get(`${rows} ${key(budget)}`);
     if (exact !== undefined) return exact;
-    const points = this.rows.map(row => [row.flops, this.measured.get(`${rows} ${key(row.budget)}`)]).filter(([, time]) => time !== undefined);
+    const times = this.rows.map(row => [row.flops, this.measured.get(`${rows} ${key(row.budget)}`)]);
+    const points = times.filter(([, time]) => time !== undefined);
     if (points.length === 0) return rows > 1 ? rows * this.seconds(budget, 1) : 0;
     const at = this.flops.get(key(budget)) ?? points.at(-1)[0];
     const above = points.findIndex(([flops]) => flops >= at);

@@ -11,7 +11,10 @@ const turns = new MessageChannel(), waiting = [];
 turns.port1.onmessage = () => waiting.shift()();
 const turn = () => new Promise(resolve => { waiting.push(resolve); turns.port2.postMessage(null); });
 
-const described = () => ({where: model.where, notes: model.notes, proven: model.proven, name: model.name, kept: model.times.kept, measured: model.times.measured.size > 0});
+const described = () => {
+  const {where, notes, proven, name, times} = model;
+  return {where, notes, proven, name, kept: times.kept, measured: times.measured.size > 0};
+};
 
 const TASKS = {
   async open({facts, provider, kept}, say) {
@@ -45,19 +48,26 @@ const TASKS = {
       const {done, value} = await drawing.next();
       if (done) {
         const shown = await values(value.latents, model.facts.model, model.decode), seconds = clock() - begun;
-        const late = value.deadline === null ? null : Math.max(seconds - value.deadline, 0);
-        return {picture: pixels(shown), latents: Float64Array.from(value.latents), records: value.records, seed: value.seed, seconds, late, ...described()};
+        const {latents, records, seed, deadline} = value, late = deadline === null ? null : Math.max(seconds - deadline, 0);
+        return {picture: pixels(shown), latents, records, seed, seconds, late, ...described()};
       }
       const preview = model.decode ? null : pixels(await values(value.denoised, model.facts.model, null));
-      say({kind: "step", record: value.record, preview});
+      say({kind: "step", record: value.record, share: value.share, preview});
       await turn();
       if (cancelled === id) { await drawing.return(); return {cancelled: true}; }
     }
   },
 };
 
-onmessage = async ({data}) => {
+let latest = Promise.resolve();  // a session runs one thing at a time
+
+onmessage = ({data}) => {
   if (data.kind === "cancel") { cancelled = data.of; return; }
   const say = message => postMessage({id: data.id, ...message});
-  try { say({kind: "done", ...await TASKS[data.kind](data, say)}); } catch (error) { say({kind: "failed", message: error.message, name: error.name}); }
+  latest = latest.then(async () => {
+    try {
+      if (!model && data.kind !== "open") throw new Error("No model is open.");
+      say({kind: "done", ...await TASKS[data.kind](data, say)});
+    } catch (error) { say({kind: "failed", message: error.message, name: error.name}); }
+  });
 };
