@@ -59,6 +59,15 @@ def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> d
         "required": ["status", "models"],
         "properties": {"status": {"type": "string"}, "models": {"type": "array", "items": {"type": "string"}}},
     }
+    event = {
+        "description": "One of a stream. `data` is JSON: of a picture as in `Picture`, of an error as in `Error`.",
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+    }
     wrong = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
     def failing(*codes: int) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> d
 
     drawn = answering("Pictures; with `stream` server-sent events.", "Pictures")
     unwell = {"503": answering("It does not.", "Health")["200"]}
-    drawn["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    drawn["200"]["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Event"}}
     found = answering("Models.", "Models")
     found["200"]["links"] = {"model": {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}}
     text = {"200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
@@ -130,6 +139,7 @@ def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> d
             "schemas": {
                 "Body": fields.request(models, limits),
                 "Error": error,
+                "Event": event,
                 "Picture": picture,
                 "Pictures": answer,
                 "Model": model,
