@@ -115,6 +115,7 @@ fuzz: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/fuzz.py --seconds $(SECONDS)
 soak: .venv/.dev
 	$(BIN)/python tests/stress/soak.py --pictures 10000
+	$(BIN)/python tests/stress/soak_serve.py --pictures 10000
 crash: .venv/.dev
 	$(BIN)/python tests/stress/crash.py --kills 200
 

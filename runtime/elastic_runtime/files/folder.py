@@ -20,10 +20,10 @@ from pathlib import Path
 import msgspec
 
 from elastic_runtime.contract.artifacts import FileEntry
-from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, manifest_text, readable, sha256
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, manifest_text, readable
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest
 from elastic_runtime.errors import BundleError
-from elastic_runtime.files import atomic, leftovers
+from elastic_runtime.files import atomic, leftovers, placing
 from elastic_runtime.files.names import apart, free, moving, records, renamed, variants
 from elastic_runtime.files.place import foreign, holding, unwritable
 
@@ -66,15 +66,9 @@ class Draft:
         Raises: BundleError where one is missing or damaged.
         """
         for entry in bundle.manifest.files():
-            source, target = bundle.file(entry.path), self.stage / entry.path
+            target = self.stage / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            with readable(source):
-                content = source.open("rb")
-            with content, target.open("wb") as stream:
-                shutil.copyfileobj(content, stream, 1 << 20)
-            if sha256(target) != entry.sha256:
-                bundle.check(entry, hashes=True)
-                raise BundleError(f"{source} changed while it was copied: wait for the run that writes it, then try again.")
+            placing.copy(bundle, entry, target)
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Make `manifest` the one of the folder, with the files that were made for it; return the new bundle, open.
