@@ -12,7 +12,6 @@ then, and never another's under their names. What no manifest lists is the user'
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
