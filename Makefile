@@ -121,7 +121,7 @@ crash: .venv/.dev
 
 # Every family on every target: how far each artifact is from its original (half an hour).
 matrix: .venv/.dev
-	$(BIN)/python tests/stress/matrix.py
+	$(BIN)/python tests/stress/matrix.py --rows build/matrix.json --page README.md
 
 clean:
 	rm -rf .venv build dist demo
