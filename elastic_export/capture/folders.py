@@ -40,6 +40,7 @@ PIPELINES = (
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
+MOST_REFERENCES = 10  # of the largest picture's size
 SIDE = 128  # of a latent, where nothing tells
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
@@ -269,7 +270,7 @@ def _side(size: Any, usual: int) -> int:
 
 
 def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str, patches: Patches) -> Axis:
-    """The axis `tokens` of these sizes, narrowed to what was asked for.
+    """The axis `tokens` of these sizes, narrowed to what was asked for; or widened, where pictures to edit after may stand beside.
 
     Raises: BudgetError for another axis, or tokens that no picture of these sizes has.
     """
@@ -278,6 +279,8 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str, patches: Patches) 
         raise BudgetError(f"{name} has no axis {others[0]!r}; it has {axis.name}")
     if (span := spans.get(axis.name)) is None:
         return axis
+    if patches.references and axis.max < span.max <= (1 + MOST_REFERENCES) * axis.max:
+        axis = tokens.axis(Span(axis.min, span.max), patches)
     least = patches.filled((sizes.pixels.min // sizes.upscale // sizes.patch) ** 2)
     if not axis.min <= span.min <= span.max <= axis.max or span.max < least:
         raise BudgetError(

@@ -171,8 +171,9 @@ def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:
         return None
     size, skipped = result.facts["size"], {step.index for step in result.steps if not step.computed}
     plans = {"same_steps": Plan.full(len(result.steps)), "usual": Plan.full(PLAIN_STEPS)}
-    whole = {name: plan_flops(bundle.manifest, plan, size) for name, plan in plans.items()}
-    return {"plan": plan_flops(bundle.manifest, result.plan, size, skipped)} | whole
+    beside = result.facts.get("references", 0)
+    whole = {name: plan_flops(bundle.manifest, plan, size, references=beside) for name, plan in plans.items()}
+    return {"plan": plan_flops(bundle.manifest, result.plan, size, skipped, beside)} | whole
 
 
 def lines(output: Path, result: Result, told: Mapping[str, Any]) -> Iterator[str]:

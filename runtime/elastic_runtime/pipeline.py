@@ -142,6 +142,7 @@ class ElasticPipeline:
         negative_pooled_prompt_embeds: np.ndarray | None = None,
         prompt_embeds_mask: np.ndarray | None = None,
         negative_prompt_embeds_mask: np.ndarray | None = None,
+        image_latents: np.ndarray | Sequence[np.ndarray] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -193,6 +194,7 @@ class ElasticPipeline:
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             prompt_embeds_mask=prompt_embeds_mask,
             negative_prompt_embeds_mask=negative_prompt_embeds_mask,
+            image_latents=(image_latents,) if isinstance(image_latents, np.ndarray) else image_latents,  # type: ignore[arg-type]
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

@@ -37,7 +37,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         class_labels: classes, 0 to num_classes - 1. prompt: texts, which the bundle's text encoders read; with
         negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
         (B, P), and their negative ones; where texts differ in length prompt_embeds_mask (B, T) is 1 for a text's own
-        tokens and 0 for what follows them. num_images_per_prompt: pictures of each.
+        tokens and 0 for what follows them. num_images_per_prompt: pictures of each. image_latents: pictures to edit after
+        (FLUX.2), as latents (C, h, w) of the model's own kind, each of a size of its own; all pictures see them all.
     How:
         num_inference_steps: denoising steps (20); of a model that is drawn along plans those of plan `full`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
@@ -62,6 +63,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     negative_pooled_prompt_embeds: np.ndarray | None = None
     prompt_embeds_mask: np.ndarray | None = None
     negative_prompt_embeds_mask: np.ndarray | None = None
+    image_latents: tuple[np.ndarray, ...] | None = None
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 import folders
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,7 @@ import elastic_export
 from elastic_export.capture.folders import capture_folder
 from elastic_export.families import flux2
 from elastic_export.families.flux2 import Flux2
-from elastic_runtime import Bundle, ElasticPipeline, ModelError, Plan, Span, UsageError, open_session
+from elastic_runtime import BudgetError, Bundle, ElasticPipeline, ModelError, Plan, Request, Span, UsageError, open_session
 from elastic_runtime.contract.bundle import MANIFEST
 from elastic_runtime.contract.manifest import Patches, Text, Vae
 from elastic_runtime.denoising.tokens import place, text_places
@@ -93,7 +94,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             "scheduler": scheduler, "vae": folders.packed_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
         }  # fmt: skip
         verify = "ends" if name == "base" else "none"
-        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-48", batch="1-4", verify=verify)
+        wide = {"tokens": "4-800"} if name == "base" else {}  # room for references
+        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-48", batch="1-4", verify=verify, **wide)
         found[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
         if name == "base":
             index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
@@ -163,6 +165,56 @@ def test_whole_runs_are_those_of_diffusers_pipelines(made: Made, name: str, heig
     assert drawn.facts["guidance"] == (4.0 if name == "base" else 1.0)
 
 
+@pytest.mark.parametrize("sides", [[(64, 64)], [(64, 76), (80, 64)]], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["base", "distilled"])
+def test_pictures_that_are_edited_after_references_are_those_of_diffusers(made: Made, name: str, sides: list[tuple[int, int]]) -> None:
+    pipeline, bundle = made[name]
+    colours = np.random.default_rng(5)
+    pictures = [Image.fromarray(colours.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sides]
+    embeds, noise = random(2, 2, 6, TEXT), random(3, 2, 16, 8, 6)
+    negative = {"negative_prompt_embeds": random(4, 2, 3, TEXT)} if name == "base" else {}
+    known = {"height": 32, "width": 24, "num_inference_steps": 3} | CASES[name]
+    with torch.inference_mode():
+        wanted = pipeline(
+            image=pictures, prompt_embeds=torch.from_numpy(embeds), **tensors(negative), **known, latents=torch.from_numpy(noise),
+            output_type="np",
+        ).images  # fmt: skip
+        encoded = [pipeline._encode_vae_image(pipeline.image_processor.preprocess(each), None)[0].numpy() for each in pictures]
+    ours: dict[str, Any] = known | negative | {"prompt_embeds": embeds, "plan": "full", "noise": noise}
+    with ElasticPipeline.from_pretrained(bundle.folder, "ort", threads=1) as pipe:
+        drawn = pipe(**ours, image_latents=encoded, output_type="np")
+        again = pipe.draw(Request.from_json(drawn.request.to_json()))
+        alone = pipe(**ours, output_type="np")
+    assert np.abs(drawn.images - wanted).max() < 1 / 255 / 4
+    np.testing.assert_array_equal(drawn.images, again.images)
+    assert np.abs(drawn.images - alone.images).max() > 1 / 255, "references act"
+    beside = sum(width * height // 16 for width, height in sides)
+    assert (drawn.facts["references"], drawn.facts["tokens"]) == (beside, (48 + beside,))
+    assert {step.budget["tokens"] for step in drawn.steps} == {48 + beside}
+
+
+def test_references_that_do_not_fit_are_named(made: Made) -> None:
+    ours: dict[str, Any] = {"prompt_embeds": random(2, 1, 6, TEXT), "plan": "full", "height": 48, "width": 48}
+    with ElasticPipeline.from_pretrained(made["distilled"][1].folder, "ort", threads=1) as pipe:
+        for wrong, message in (
+            (random(0, 8, 4, 4), r"image_latents are of shape \(16, h, w\), one for each reference picture, got \(8, 4, 4\)"),
+            ([random(0, 16, 4)], r"got \(16, 4\)"),
+            ([], r"image_latents are one array or several, got \[\]"),
+            ("cat.png", "image_latents are one array or several|arrays of numbers"),
+            ([np.full((16, 2, 2), np.nan)], "finite numbers"),
+            (
+                [random(0, 16, 30, 30)],
+                r"takes 4-800 image tokens, and .* needs 1044, 900 of them of references, in a stage: .* and these --tokens",
+            ),
+        ):
+            with pytest.raises(UsageError, match=message):
+                pipe(**ours, image_latents=wrong)
+    plain = capture_folder(made["dev"][1].folder.parent / "dev", None, Span(16, 48), ONE, spans={"tokens": Span(4, 11 * 144)})
+    assert plain.manifest.axis("tokens").span == Span(4, 11 * 144)
+    with pytest.raises(BudgetError, match="--tokens 4-1585 does not go with sides of 16-48 pixels"):
+        capture_folder(made["dev"][1].folder.parent / "dev", None, Span(16, 48), ONE, spans={"tokens": Span(4, 11 * 144 + 1)})
+
+
 def test_the_usual_guidance_is_that_of_the_pipelines(made: Made) -> None:
     """4, classifier-free or distilled; of a model distilled to few steps none, which diffusers leaves aside and here is refused."""
     embeds = {"prompt_embeds": random(2, 1, 4, TEXT), "height": 16, "width": 16, "plan": "full", "num_inference_steps": 1, "seeds": 0}
@@ -202,7 +254,7 @@ def test_a_folder_says_what_the_runtime_must_know(made: Made) -> None:
         assert model.text == Text(encoders=(), length=512, width=TEXT, pooled=0)
         assert model.config["scheduler"]["mu"] == "empirical"
         denoiser, decoder = (bundle.manifest.graphs[graph] for graph in ("denoiser", "decoder"))
-        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 144), "T": Span(1, 512)}
+        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 144 if name == "dev" else 800), "T": Span(1, 512)}
         assert {spec.name: spec.shape for spec in (*decoder.inputs, *decoder.outputs)} == {
             "latent": ("B", 16, "h", "w"), "image": ("B", 3, "4*h", "4*w"),
         }  # fmt: skip

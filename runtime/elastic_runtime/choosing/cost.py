@@ -176,16 +176,16 @@ def _line(x: np.ndarray, y: np.ndarray, at: float) -> float:
     return float(y[a] + (y[b] - y[a]) / (x[b] - x[a]) * (at - x[a]))
 
 
-def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: Container[int] = frozenset()) -> int:
+def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: Container[int] = frozenset(), references: int = 0) -> int:
     """FLOPs of a picture of `size` (rows, columns) of full-resolution tokens along a plan, one sample and one branch of
     guidance.
 
-    Text encoders and the decoder are not counted; `skipped` steps cost nothing. It comes from the manifest's cost
-    table.
+    Text encoders and the decoder are not counted; `skipped` steps cost nothing; tokens of `references` stand beside the
+    picture's own. It comes from the manifest's cost table.
     """
     work = Costs(manifest, Rates(1.0, 1.0)).work
     assert manifest.model.patches is not None  # it draws along plans
-    tokens = manifest.model.patches.filled_all(plan.step_tokens(*size))
+    tokens = manifest.model.patches.filled_all(count + references for count in plan.step_tokens(*size))
     return round(sum(work(Budget(tokens=count)).flops for step, count in enumerate(tokens) if step not in skipped))
 
 

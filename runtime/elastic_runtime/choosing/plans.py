@@ -27,7 +27,7 @@ class PlanOutlook(Outlook):
     of whole-picture tokens.
 
     `usual_name` is the one that is drawn where nothing is asked for. `lengths` are those of the texts by branch of
-    guidance and picture, on which depends what shares a run.
+    guidance and picture, on which depends what shares a run. `references` are tokens that stand beside the picture's own.
     """
 
     named, table = "a plan", "accuracy by plan"
@@ -42,14 +42,16 @@ class PlanOutlook(Outlook):
         size: tuple[int, int],
         usual_name: str,
         lengths: tuple[tuple[int, ...], ...],
+        references: int = 0,
         finishes: bool = True,
     ):
-        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, lengths)
+        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, lengths, references)
         patches = gauge.manifest.model.patches
         assert patches is not None
         self._patches = patches
         self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
         self.plans, self.size, self.usual_name, self.lengths = plans, size, usual_name, lengths
+        self.references = references
 
     @property
     def _grades(self) -> dict[str, Grades]:
@@ -243,7 +245,8 @@ class PlanOutlook(Outlook):
         return math.prod(self.size) / self._measured
 
     def _option(self, name: str, plan: Plan) -> Option:
-        budgets = tuple(Budget(tokens=count) for count in self._patches.filled_all(plan.tokens(*self.size)))
+        counts = self._patches.filled_all(count + self.references for count in plan.tokens(*self.size))
+        budgets = tuple(Budget(tokens=count) for count in counts)
         return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
 
     def _shaped(self, name: str, steps: tuple[int, ...]) -> Option:

@@ -50,7 +50,7 @@ class Patches(Record, frozen=True, kw_only=True):
         origin: image (0, row, column), text (0, 0, 0). FLUX.1, Krea 2.
         centred: image (0, row, column) counted from the middle of the stage's picture, text (k', k', k') going on beyond
         its edge. Qwen-Image.
-        sequence: image (0, row, column, 0), text (0, 0, 0, k). FLUX.2.
+        sequence: image (0, row, column, 0), text (0, 0, 0, k), reference picture i (10 + 10 i, row, column, 0). FLUX.2.
         after_text: text (1 + k, 0, 0), image (T + 1, row, column). Z-Image.
     A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
     that the model was distilled with. With `multiple` the graph takes that many tokens or a multiple of it, of the image
@@ -79,6 +79,11 @@ class Patches(Record, frozen=True, kw_only=True):
     def columns(self) -> int:
         """How many numbers place a token."""
         return COLUMNS[self.layout] if self.table is None else 2
+
+    @property
+    def references(self) -> bool:
+        """Whether tokens of pictures to edit after may stand beside those of the one that is drawn; S counts both."""
+        return self.layout == "sequence"
 
     def filled(self, count: int) -> int:
         """How many tokens the graph takes for so many of the image or of the text."""

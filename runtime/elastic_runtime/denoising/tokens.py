@@ -12,6 +12,7 @@ from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.denoising.references import References
 from elastic_runtime.errors import UsageError
 from elastic_runtime.sessions.session import Session, batches
 
@@ -122,13 +123,15 @@ class Conditions:
 class TokenDenoiser:
     """A session over tokens (B, S, C).
 
-    `embedded` is the scale that goes in as `guidance` where the model was distilled with one.
+    `embedded` is the scale that goes in as `guidance` where the model was distilled with one. `references` stand after
+    the tokens of each sample.
     """
 
-    def __init__(self, session: Session, patches: Patches, embedded: float | None = None):
+    def __init__(self, session: Session, patches: Patches, embedded: float | None = None, references: References | None = None):
         self._session = session
         self._patches = patches
         self._embedded = embedded
+        self._references = references
 
     def guided(
         self,
@@ -177,12 +180,14 @@ class TokenDenoiser:
 
     def _run(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
         """The same for texts that have, or fill up to, one length."""
-        tokens, counts = x.shape[1], conditions.counts
-        image, text = self._patches.filled(tokens), self._patches.filled(conditions.length)
+        drawn, counts, text = x.shape[1], conditions.counts, self._patches.filled(conditions.length)
+        ids = place(positions, size, text, self._patches)
+        if self._references:
+            beside = np.broadcast_to(self._references.tokens, (len(x), *self._references.tokens.shape))
+            x, ids = np.concatenate([x, beside], axis=1), np.concatenate([ids, self._references.ids])
+        tokens, image = x.shape[1], self._patches.filled(x.shape[1])
         conditions, x = conditions.lengthened(text), np.pad(x, ((0, 0), (0, image - tokens), (0, 0)))
-        shared: dict[str, np.ndarray] = {
-            self._patches.positions: np.pad(place(positions, size, text, self._patches), ((0, image - tokens), (0, 0)))
-        }
+        shared: dict[str, np.ndarray] = {self._patches.positions: np.pad(ids, ((0, image - tokens), (0, 0)))}
         if self._patches.positions == "img_ids":
             shared["txt_ids"] = text_places(text, size, self._patches)
         parts = []
@@ -195,7 +200,7 @@ class TokenDenoiser:
             if self._patches.multiple is not None:
                 feeds |= {"img_pad": pads(np.full(count, tokens), image), "txt_pad": pads(counts[rows], text)}
             parts.append(self._session.run(feeds)["prediction"])
-        return np.concatenate(parts)[:, :tokens]
+        return np.concatenate(parts)[:, :drawn]
 
 
 def samples(lengths: Sequence[Sequence[int]], guided: bool, alone: bool) -> list[int]:

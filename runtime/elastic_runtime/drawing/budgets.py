@@ -40,7 +40,16 @@ class BudgetDrawing(Drawing):
 
     @classmethod
     def unfit(cls, model: Model) -> Sequence[str]:
-        return (*(() if model.text else cls.texts), "true_cfg_scale", "cfg_normalization", "height", "width", "plan", "caching")
+        return (
+            *(() if model.text else cls.texts),
+            "true_cfg_scale",
+            "cfg_normalization",
+            "image_latents",
+            "height",
+            "width",
+            "plan",
+            "caching",
+        )
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)

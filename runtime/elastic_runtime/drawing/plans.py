@@ -16,6 +16,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model, Patches, plan_label
 from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.denoising.pictures import drawable, obstacle, sides, values
+from elastic_runtime.denoising.references import References
 from elastic_runtime.denoising.tokens import TokenDenoiser, samples
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
 from elastic_runtime.errors import BudgetError, UsageError
@@ -47,6 +48,8 @@ class PlanDrawing(Drawing):
         assert self.model.patches is not None
         self._patches: Patches = self.model.patches
         self._upscale = self.model.vae.upscale if self.model.vae else 1
+        self._references = References.of(request.image_latents, self.model)
+        self._beside = len(self._references or ())
         self.size, self.plans = self._planned()
         self.name = next(iter(self.plans))
         if request.caching is not None:
@@ -98,11 +101,12 @@ class PlanDrawing(Drawing):
         if not offered:
             raise self._refusal(self.plans[self.name]) or UsageError("there is no plan")
         self.plans = offered if self.request.policy else self.plans
-        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded)
+        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded, self._references)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
-        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, self._lengths, finishes)
+        sizes = self.size, usual, self._lengths, self._beside
+        return PlanOutlook(gauge, self.count, self.guidance, self.plans, *sizes, finishes)
 
     def begin(self, choice: Choice) -> None:
         assert choice.plan is not None
@@ -123,7 +127,7 @@ class PlanDrawing(Drawing):
 
     def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
         assert isinstance(step, RaluStep)
-        budget = Budget(tokens=self._patches.filled(step.sample.shape[1]))
+        budget = Budget(tokens=self._patches.filled(step.sample.shape[1] + self._beside))
         weak = budget if self._weak and self.guidance.active(step.time) else None
         computed = not self.request.caching or step.index not in self.request.caching.skip
         details = {"predicted": choice.predicted, "reason": choice.reason, "stage": step.stage, "computed": computed}
@@ -146,6 +150,7 @@ class PlanDrawing(Drawing):
             "width": self.size[1] * pixels,
             "size": self.size,
             "tokens": self._tokens(self.plan),
+            "references": self._beside,
             "embedded_guidance": self._embedded,
             "guidance": self.model.guidance_scale(self.guidance.scale),
         }
@@ -223,8 +228,8 @@ class PlanDrawing(Drawing):
         return taking
 
     def _tokens(self, plan: Plan) -> tuple[int, ...]:
-        """Image tokens of each stage as the graph takes them."""
-        return self._patches.filled_all(plan.tokens(*self.size))
+        """Image tokens of each stage as the graph takes them, those of references among them."""
+        return self._patches.filled_all(count + self._beside for count in plan.tokens(*self.size))
 
     def _check(self, plan: Plan) -> None:
         """Raise UsageError unless the bundle takes a plan at this size."""
@@ -234,9 +239,10 @@ class PlanDrawing(Drawing):
             self._check_sides(height, width, 2 * unit, False)
         dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, self._tokens(plan)
         if wrong := [count for count in counts if "S" in dimensions and count not in dimensions["S"]]:
+            whose, instead = (f", {self._beside} of them of references,", " and these --tokens") if self._beside else ("", "")
             raise UsageError(
-                f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
-                "take another size, or export it for that size"
+                f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]}{whose} in a "
+                f"stage: take another size, or export it for that size{instead}"
             )
         if (not plan.plain or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
             raise UsageError(str(obstacle(self.bundle.manifest)))

@@ -2,9 +2,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph
+from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph, manifest
 
 from elastic_runtime import Budget, FakeSession, Guidance, UsageError
+from elastic_runtime.denoising.references import References
 from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place, text_places
 from elastic_runtime.ralu.patches import raster
 
@@ -151,3 +152,29 @@ def test_a_rescaled_prediction_has_the_strong_one_s_length_in_each_token() -> No
     )
     none = np.zeros((1, 2, 16))
     np.testing.assert_array_equal(Guidance(4.0, rescale="norm").lead(none, none), none)
+
+
+def test_references_stand_after_the_picture_and_are_cut_from_the_answer() -> None:
+    fed: list[dict[str, np.ndarray]] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(dict(feeds))
+        return {"prediction": feeds["hidden_states"] + feeds["img_ids"][:, :1]}
+
+    whole = manifest(FLUX2)
+    first, second = np.arange(16, dtype=np.float32).reshape(4, 2, 2), np.ones((4, 1, 3), np.float32)
+    beside = References.of([first, second], whole.model)
+    assert beside is not None
+    model = TokenDenoiser(FakeSession(denoiser_graph(FLUX2, pooled=0), run), FLUX2, references=beside)
+    x = np.random.default_rng(0).standard_normal((2, 6, 4))
+    texts = Conditions(np.ones((2, 3, 6), np.float32))
+    got = model.guided(x, raster(2, 2, 3), (2, 3), 0.5, texts, None, Guidance())
+    np.testing.assert_allclose(got, x, rtol=1e-6)
+    assert fed[0]["hidden_states"].shape == (2, 6 + 4 + 3, 4)
+    np.testing.assert_array_equal(fed[0]["hidden_states"][1, 6:10], first.reshape(4, 4).T)
+    assert fed[0]["img_ids"][6:].tolist() == [
+        [10, 0, 0, 0], [10, 0, 1, 0], [10, 1, 0, 0], [10, 1, 1, 0], [20, 0, 0, 0], [20, 0, 1, 0], [20, 0, 2, 0],
+    ]  # fmt: skip
+    assert References.of(None, whole.model) is None
+    with pytest.raises(UsageError, match="tiny draws beside no reference pictures: leave image_latents out"):
+        References.of(first, manifest(SCHNELL).model)
