@@ -22,6 +22,7 @@ from elastic_targets.target import OnProgress, Target
 
 if TYPE_CHECKING:
     from elastic_export.capture.capture import Capture
+    from elastic_export.planning import Forecast
 
 DEFAULT = "elit-mnist"
 BATCH = Span(1, 4)
@@ -180,6 +181,40 @@ def elasticize(
         raise UsageError(f"{odd[0]} is a whole number, got {split[odd[0]]!r}")
     where = None if config is None else Path(config)
     return elasticizing.elasticize(Path(model), Path(output), split, family, where, seed, overwrite)
+
+
+def plan(
+    model: Folder,
+    *,
+    device: str = "here",
+    precisions: Sequence[str] | str | None = None,
+    size: Spanned | Sides | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    max_sequence_length: int | None = None,
+    config: Folder | None = None,
+) -> "Forecast":
+    """Forecast memory by precision and seconds a picture on a device, before anything is exported and without weights.
+
+        elastic_export.plan("path/to/FLUX.2-klein-4B", device="jetson-agx-orin-64", steps=4).memory
+
+    See `elastic_export.planning.plan`, which this is; `size` is a side or `"1024x768"` (height first).
+
+    Raises: MissingError without torch; UsageError for a device or precision that there is not, and a span of sizes; ModelError and
+        BudgetError as `export`.
+    """
+    require_torch("forecasting")
+    from elastic_export import planning
+
+    sides = None if size is None else read_size(size)
+    if isinstance(sides, Span):
+        if sides.min != sides.max:
+            raise UsageError(f"--size {sides}: a picture has one size, a side or 1024x768")
+        sides = Sides(sides.max, sides.max)
+    return planning.plan(
+        os.fspath(model), device=device, precisions=precisions, size=sides, steps=steps, guidance=guidance,
+        max_sequence_length=max_sequence_length, config=None if config is None else Path(config),
+    )  # fmt: skip
 
 
 def models() -> list[dict[str, Any]]:

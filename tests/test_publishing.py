@@ -161,7 +161,7 @@ def described(**changes: Any) -> Manifest:
     artifact = msgspec.convert({"target": "onnx", "precision": "fp32", "files": [file], "toolchain": {}, "opset": 23}, OnnxArtifact)
     proven = msgspec.structs.replace(artifact, verified=(row,))
     provenance = Provenance(
-        command="elastic-export onnx /home/me/secret", created="2026-11-27", versions={"torch": "2.13"}, checkpoint="org/base@abc",
+        command="elastic-export onnx somewhere/secret", created="2026-11-27", versions={"torch": "2.13"}, checkpoint="org/base@abc",
         weights_sha256={"transformer": "1" * 64}, adapters=(Adapter(name="ink.safetensors", sha256="2" * 64, scale=0.8),),
     )  # fmt: skip
     return msgspec.structs.replace(manifest.joined("denoiser", [proven]), provenance=provenance, **changes)
@@ -176,7 +176,7 @@ def test_the_card_says_what_the_manifest_does() -> None:
     assert facts["base_model"] == "org/base"
     assert {"elastic-export", "onnx", manifest.model.family} <= set(facts["tags"])
     assert ours(card)
-    assert "/home/me" not in card
+    assert "somewhere/secret" not in card
     for line in (
         "| denoiser | onnx | fp32 | 3.5 | 1e-05 | 2.5e-06 at 1 budgets |",
         f"elastic-export generate me/digits -o picture.png --classes 0 --latents {manifest.axes[0].default}",
