@@ -12,10 +12,10 @@ imports nothing else: what it offers is loaded when it is first asked for.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_export.api import elasticize, export, models, verify
+    from elastic_export.api import elasticize, export, models, plan, push, verify
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "elasticize", "export", "models", "verify"]
+__all__ = ["__version__", "elasticize", "export", "models", "plan", "push", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import elastic_targets
 from elastic_export import exporting, verifying
 from elastic_export.exporting import OnStage, silent
+from elastic_export.publishing import push as push
 from elastic_export.sides import Sides, read_size
+from elastic_runtime import hub
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
@@ -20,6 +22,7 @@ from elastic_targets.target import OnProgress, Target
 
 if TYPE_CHECKING:
     from elastic_export.capture.capture import Capture
+    from elastic_export.planning import Forecast
 
 DEFAULT = "elit-mnist"
 BATCH = Span(1, 4)
@@ -61,8 +64,9 @@ def export(
         elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
 
     Args:
-        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image. For a
-            target that takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image, here or on
+            the hub (`org/name`, `org/name@revision`). For a target that takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it
+            takes; another model is exported to ONNX first.
         output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
@@ -179,6 +183,40 @@ def elasticize(
     return elasticizing.elasticize(Path(model), Path(output), split, family, where, seed, overwrite)
 
 
+def plan(
+    model: Folder,
+    *,
+    device: str = "here",
+    precisions: Sequence[str] | str | None = None,
+    size: Spanned | Sides | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    max_sequence_length: int | None = None,
+    config: Folder | None = None,
+) -> "Forecast":
+    """Forecast memory by precision and seconds a picture on a device, before anything is exported and without weights.
+
+        elastic_export.plan("path/to/FLUX.2-klein-4B", device="jetson-agx-orin-64", steps=4).memory
+
+    See `elastic_export.planning.plan`, which this is; `size` is a side or `"1024x768"` (height first).
+
+    Raises: MissingError without torch; UsageError for a device or precision that there is not, and a span of sizes; ModelError and
+        BudgetError as `export`.
+    """
+    require_torch("forecasting")
+    from elastic_export import planning
+
+    sides = None if size is None else read_size(size)
+    if isinstance(sides, Span):
+        if sides.min != sides.max:
+            raise UsageError(f"--size {sides}: a picture has one size, a side or 1024x768")
+        sides = Sides(sides.max, sides.max)
+    return planning.plan(
+        os.fspath(model), device=device, precisions=precisions, size=sides, steps=steps, guidance=guidance,
+        max_sequence_length=max_sequence_length, config=None if config is None else Path(config),
+    )  # fmt: skip
+
+
 def models() -> list[dict[str, Any]]:
     """What may stand as a model by name, a row each: `name`, `family`, `weights`, `axes` ("latents 16-256"), `gflops` at the smallest
     and the largest budget, and `parameters`.
@@ -255,9 +293,11 @@ def preparing(
     require_torch("exporting")
     from elastic_export.capture.opening import open_model
     from elastic_export.capture.zoo import locate
+    from elastic_export.foreign import hub as hubs
 
     room, name = elastic_targets.target(target), os.fspath(model)
-    place = locate(name)  # before the output, which may have the model's name, is made
+    repository = hub.named(name)
+    place = None if repository else locate(name)  # before the output, which may have the model's name, is made
     origin = dict(source or {})
     for each in ("checkpoint", "config", "vae"):
         origin[each] = None if origin.get(each) is None else Path(origin[each])
@@ -269,9 +309,17 @@ def preparing(
         # A refusal should not wait for the weights to load.
         draft = None if dry_run else stack.enter_context(writing(folder, overwrite))
         old = draft.old if draft else standing(folder, overwrite).bundle
+        if repository:
+            on_stage(f"fetching {name}")
+            place, name = hubs.folder(repository, origin["components"]), repository.name
+        if origin["vae"] and (named := hub.named(origin["vae"])):
+            on_stage(f"fetching {named}")
+            origin["vae"] = hubs.component(named)
         on_stage(f"loading {name}")
         batches = BATCH if batch is None else read_span(batch)
         capture = open_model(name, place, read_spans(spans), batches, digest=not dry_run, **origin)
+        if repository and place:
+            capture.taken_from(f"{repository.id}@{place.name}")
         yield Prepared(capture, room, options, folder, overwrite, command, old, draft, verify)
 
 
@@ -280,7 +328,10 @@ def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
 
     Raises: UsageError for a bundle with a `source` of its own.
     """
-    if not (Path(model) / MANIFEST).is_file():
+    if repository := hub.named(model):
+        if hub.read(repository, MANIFEST) is None:
+            return None
+    elif not (Path(model) / MANIFEST).is_file():
         return None
     if any(value is not None and value is not False and value != [] for value in source.values()):
         raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae, --adapter and the like are for a MODEL")

@@ -36,6 +36,11 @@ class Capture:
     peaks: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def taken_from(self, name: str) -> None:
+        """Let the manifest say where the weights came from, in place of a folder's name."""
+        provenance = msgspec.structs.replace(self.manifest.provenance, checkpoint=name)
+        self.manifest = msgspec.structs.replace(self.manifest, provenance=provenance)
+
 
 def capture(model: Model, spans: Mapping[str, Span], batch: Span, vae: Path | None = None) -> Capture:
     """Capture `model` with its axes narrowed to `spans` and batches of `batch`; `vae` is a diffusers folder for the decoder.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from elastic_export.capture import elit, texts
@@ -72,6 +73,63 @@ def stages(axis: Axis, patches: Patches, most: int) -> list[int]:
     return [count for count in dict.fromkeys(counts) if count in axis.values]
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A folder's model before any weight is read: its transformer, what is drawn with it, its text, and the tokenizers' files."""
+
+    transformer: Transformer
+    drawn: Drawn
+    text: manifest.Text | None
+    files: Mapping[str, bytes]
+
+    def model(self, name: str) -> manifest.Model:
+        """What a manifest says of it under that name."""
+        known, folder, family = self.transformer, self.transformer.folder, self.transformer.family
+        facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(self.drawn.facts)
+        facts["config"] = _plain(dict(known.config)) | {"scheduler": known.scheduler} | facts.get("config", {})
+        return manifest.Model(
+            name=name,
+            prediction="velocity",
+            num_classes=len(folder.labels),
+            null_label=len(folder.labels),
+            weights="checkpoint",
+            vae=known.vae,
+            text=self.text,
+            guidance_rescale=family.rescale,
+            guidance_off=family.off,
+            distilled=not folder.labels and family.distilled(known.config, folder.distilled),
+            **facts,
+        )
+
+
+def outline(
+    folder: Folder,
+    encoders: list[str],
+    size: Span | Sides | None,
+    batch: Span,
+    title: str,
+    spans: Mapping[str, Span] = MappingProxyType({}),
+    max_sequence_length: int | None = None,
+) -> Outline:
+    """What configs, tokenizers of `encoders` and the scheduler tell; see `capture_folder`, which raises the same. `title` is the model's
+    name in messages."""
+    path, listed = folder.path, _config(folder)
+    class_name = str(listed.get("_class_name"))
+    if class_name not in FAMILIES:
+        raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
+    family = FAMILIES[class_name]
+    built: Any = folder.component("transformer").build(diffusers_class(class_name))
+    config = {key: value for key, value in built.config.items() if not key.startswith("_")}
+    if why := family.refusal(config):
+        raise ModelError(f"{path / 'transformer'} {why}")
+    vae = listed_vae(folder, family.channels(config))
+    text, files = (None, {}) if folder.labels else texts.described(folder, family, config, encoders, max_sequence_length)
+    usual, scheduler = _usual(folder, family, config, vae), _scheduler(folder, family)
+    known = Transformer(folder, family, built, config, vae, scheduler, usual, text.length if text else 1, batch, title)
+    drawn = elit.drawn(known, size, spans) if elit.is_elit(path) else _drawn(known, size, spans)
+    return Outline(known, drawn, text, files)
+
+
 def capture_folder(
     path: Path,
     components: tuple[str, ...] | None,
@@ -105,22 +163,12 @@ def capture_folder(
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
     folder = Folder.open(path, adapters)
     chosen = folder.choose(components)
-    listed = folder.component("transformer").config if "transformer" in chosen else _config(folder)
-    class_name = str(listed.get("_class_name"))
-    if class_name not in FAMILIES:
-        raise ModelError(f"{path / 'transformer'} is a {class_name}; diffusers folders of {', '.join(FAMILIES)} can be exported")
-    family = FAMILIES[class_name]
-    built: Any = folder.component("transformer").build(diffusers_class(class_name))
-    config = {key: value for key, value in built.config.items() if not key.startswith("_")}
-    if why := family.refusal(config):
-        raise ModelError(f"{path / 'transformer'} {why}")
-    vae = listed_vae(folder, family.channels(config))
-    title = name or path.name
     encoders = [component for component in chosen if component.startswith("text_encoder")]
-    text, files = (None, {}) if folder.labels else texts.described(folder, family, config, encoders, max_sequence_length)
-    usual, scheduler = _usual(folder, family, config, vae), _scheduler(folder, family)
-    known = Transformer(folder, family, built, config, vae, scheduler, usual, text.length if text else 1, batch, title)
-    drawn = elit.drawn(known, size, spans or {}) if elit.is_elit(path) else _drawn(known, size, spans or {})
+    outlined = outline(folder, encoders, size, batch, name or path.name, spans or {}, max_sequence_length)
+    known, drawn, text, family, config, vae = (
+        outlined.transformer, outlined.drawn, outlined.text, outlined.transformer.family, outlined.transformer.config,
+        outlined.transformer.vae,
+    )  # fmt: skip
     graphs, peaks = [], {}
     if len(folder.labels) > tokens.pooled(config):
         raise ModelError(
@@ -149,23 +197,9 @@ def capture_folder(
         component = {"denoiser": "transformer", FUSION: "transformer", "decoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
-    facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(drawn.facts)
-    facts["config"] = _plain(config) | {"scheduler": scheduler} | facts.get("config", {})
     making = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
-        model=manifest.Model(
-            name=name or path.resolve().name,
-            prediction="velocity",
-            num_classes=len(folder.labels),
-            null_label=len(folder.labels),
-            weights="checkpoint",
-            vae=vae,
-            text=text,
-            guidance_rescale=family.rescale,
-            guidance_off=family.off,
-            distilled=not folder.labels and family.distilled(config, folder.distilled),
-            **facts,
-        ),
+        model=outlined.model(name or path.resolve().name),
         axes=(drawn.axis,) if "transformer" in chosen else (),
         graphs=described(graphs),
         cost=costs,
@@ -177,7 +211,7 @@ def capture_folder(
             adapters=[each.record for each in adapters],
         ),
     )
-    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae, chosen)))
+    return Capture(making, graphs, outlined.files, peaks, tuple(notes(folder, vae, chosen)))
 
 
 def _digests(folder: Folder, components: list[str], drawn: Drawn) -> dict[str, str]:
@@ -208,7 +242,7 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
     return Drawn(axis, lambda: _denoiser(transformer, axis, most), costs, sizes.latent, sizes.latent, facts)
 
 
-def _notes(folder: Folder, vae: manifest.Vae | None, chosen: list[str]) -> Iterator[str]:
+def notes(folder: Folder, vae: manifest.Vae | None, chosen: list[str]) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
     if vae is None:
         yield f"{folder.path} has no VAE to tell how many pixels a latent has: --size counts those of the latent"

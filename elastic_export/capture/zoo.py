@@ -121,6 +121,19 @@ def load(request: Request) -> Model:
     return replace(model, checkpoint=request.checkpoint)
 
 
+def sized(request: Request) -> tuple[Family, Any]:
+    """Family and sizes of a name, without its weights.
+
+    Raises: ModelError for an unknown name, and for sizes that nothing tells.
+    """
+    if request.name in samples():
+        card = read_json(samples()[request.name])
+        return FAMILIES[card["family"]], FAMILIES[card["family"]].params(**card["config"])
+    family, preset = _find(request.name)
+    config = _config(request.config, family) if request.config else {}
+    return family, agree(family, _named(family, preset, config, request), request.overrides)
+
+
 def _named(family: Family, preset: Any, config: dict[str, Any], request: Request) -> dict[str, dict[str, Any]]:
     """Sources of fields besides the checkpoint, which knows some of a preset's better."""
     fields = asdict(preset) if preset else {}

@@ -8,7 +8,24 @@ from typing import NoReturn
 
 import typer
 
-from elastic_export.cli import bench, coreml, demo, devices, doctor, generate, inspect, models, onnx, serve, triton, trt, verify, web
+from elastic_export.cli import (
+    bench,
+    coreml,
+    demo,
+    devices,
+    doctor,
+    generate,
+    inspect,
+    models,
+    onnx,
+    plan,
+    push,
+    serve,
+    triton,
+    trt,
+    verify,
+    web,
+)
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -75,6 +92,8 @@ app.command(rich_help_panel="Use")(serve.serve)
 app.command(rich_help_panel="Use")(web.web)
 app.command(rich_help_panel="Use")(demo.demo)
 app.command(rich_help_panel="Use")(bench.bench)
+app.command(rich_help_panel="Use")(push.push)
+app.command(rich_help_panel="Look")(plan.plan)
 app.command(rich_help_panel="Look")(verify.verify)
 app.command(rich_help_panel="Look")(inspect.inspect)
 app.command(rich_help_panel="Look")(models.models)

@@ -116,7 +116,9 @@ def precision(words: str, show_default: bool = True) -> Any:
     return typer.Option("--precision", "--dtype", help=words, show_default=show_default)
 
 
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
+BundleFolder = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or its name on the hub ([bold]org/name[/bold]).", show_default=False)
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the bundle goes.", show_default=False)]
 Batch = Annotated[Span, typer.Option(parser=span, metavar="SPAN", help="Batch sizes of one run; guidance counts twice.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the output holds.")]

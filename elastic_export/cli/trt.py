@@ -60,6 +60,7 @@ def trt(
 
     from elastic_export import api
     from elastic_export.cli.making import make
+    from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, choose
 
     logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
@@ -67,6 +68,8 @@ def trt(
     engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
     choose(engine_options.builder, engine_options.sms)  # its absence should not wait for the model
     bundle = api.opened(source.model, source.weights())
+    if bundle and (repository := hub.named(source.model)):
+        output = output or Path(repository.name)  # and not into the hub's cache
     if bundle is None:
         onnx, folder = {"opset": opset, "precision": precision or "fp32"}, output or Path(Path(source.model).name)
         bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None

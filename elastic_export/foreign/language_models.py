@@ -134,10 +134,10 @@ def _layers(folder: Folder, component: str, rule: PromptRule, config: Any) -> tu
     return tuple(index % (most + 1) for index in wanted)
 
 
-def _loaded(folder: Folder, component: str, rule: PromptRule, length: int) -> LanguageModel:
+def built(folder: Folder, component: str, rule: PromptRule) -> Any:
+    """A language model without its weights, down to the last of its states that is kept."""
     config, files = _text_config(folder, component, rule), folder.component(component)
-    layers = _layers(folder, component, rule, config)
-    last, every = max(layers), config.num_hidden_layers
+    last, every = max(_layers(folder, component, rule, config)), config.num_hidden_layers
     config._attn_implementation = "sdpa"  # not what is fastest where it is exported
     name = TEXT_MODELS[kind(folder, component, rule.models)]
 
@@ -148,7 +148,14 @@ def _loaded(folder: Folder, component: str, rule: PromptRule, length: int) -> La
             model.norm = nn.Identity()  # of the state after all layers alone
         return model
 
-    model: Any = files.described(make, name)
+    return files.described(make, name)
+
+
+def _loaded(folder: Folder, component: str, rule: PromptRule, length: int) -> LanguageModel:
+    files, model = folder.component(component), built(folder, component, rule)
+    config, name = model.config, type(model).__name__
+    layers = _layers(folder, component, rule, config)
+    last, every = max(layers), config.num_hidden_layers
     for index, kept in enumerate(getattr(config, "layer_types", None) or ()):
         if index < last and kept != "full_attention" and not (config.sliding_window or 0) >= length:
             raise ModelError(

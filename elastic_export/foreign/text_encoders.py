@@ -154,11 +154,11 @@ def load_encoder(folder: Folder, component: str) -> Encoder:
 
     Raises: MissingError without transformers; ModelError for weights that do not fit.
     """
-    module, naming, name = _built(folder, component)
+    module, naming, name = built(folder, component)
     return Encoder(folder.component(component).fill(module, naming, name), GIVES[name])
 
 
-def _built(folder: Folder, component: str) -> tuple[nn.Module, Naming, str]:
+def built(folder: Folder, component: str) -> tuple[nn.Module, Naming, str]:
     """An encoder without its weights, how files name them, and its class."""
     name, config, files = kind(folder, component), config_of(folder, component), folder.component(component)
 

@@ -58,19 +58,23 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises: ModelError where there are none, or a shard is missing.
     """
-    for stem in STEMS:
-        for variant in VARIANTS:
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            index = index if index.is_file() else folder / f"{stem}{variant}.safetensors.index.json"
-            if index.is_file():
-                return _shards(index)
-            if (file := folder / f"{stem}{variant}.safetensors").is_file():
-                return [file]
+    if name := weights_name(lambda name: (folder / name).is_file()):
+        return _shards(folder / name) if name.endswith(".json") else [folder / name]
     has = ", ".join(sorted(each.name for each in folder.iterdir())) or "nothing"
     raise ModelError(
         f"{folder} holds no safetensors weights; it has {has}. Pickled weights could run code and are not read: "
         "save the component again with safe_serialization=True"
     )
+
+
+def weights_name(has: Callable[[str], bool]) -> str | None:
+    """The name of the weights, or of the index of their shards, in a folder of which `has` tells what it holds; None without."""
+    for stem in STEMS:
+        for variant in VARIANTS:
+            indices = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
+            if name := next(filter(has, (*indices, f"{stem}{variant}.safetensors")), None):
+                return name
+    return None
 
 
 def _shards(index: Path) -> list[Path]:

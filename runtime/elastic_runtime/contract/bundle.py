@@ -4,6 +4,7 @@ Opening checks the size of every file, and hashes on request. Bundles are writte
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import msgspec
 import numpy as np
 
+from elastic_runtime import hub
 from elastic_runtime.contract import reference
 from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import FileEntry
@@ -41,11 +43,13 @@ class Bundle:
     def open(cls, folder: str | os.PathLike[str], hashes: bool = False) -> "Bundle":
         """Open a folder; check its manifest, its files' sizes and, on request, their SHA-256.
 
-        A bundle that is replaced in the meantime is opened as the new one.
+        A bundle that is replaced in the meantime is opened as the new one. Where there is no folder `org/name`, it is the hub's repository
+        of that name, whose listed files are downloaded where the cache does not have them (see `elastic_runtime.hub`).
 
-        Raises: BundleError naming the field or file that is wrong, or cannot be read.
+        Raises: BundleError naming the field or file that is wrong, or cannot be read; for a name on the hub what `hub.snapshot` does.
         """
-        folder = Path(folder)
+        repository = hub.named(folder)
+        folder = _downloaded(repository) if repository else Path(folder)
         text = manifest_text(folder)
         while True:
             bundle = cls(folder, decode(text, str(folder / MANIFEST)), text=text)
@@ -121,6 +125,17 @@ class Bundle:
             return text != self.text and not _listed(self.manifest, relative) <= _listed(decode(text, MANIFEST), relative)
         except BundleError:  # one that is not to be read lists nothing
             return True
+
+
+def _downloaded(repository: hub.Repository) -> Path:
+    """The hub's snapshot of a bundle."""
+    folder = hub.snapshot(repository, [MANIFEST])
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(
+            f"{repository} is no bundle: it has no {MANIFEST}. Export it: elastic-export onnx {repository} -o {repository.name}"
+        )
+    manifest = decode(manifest_text(folder), f"{repository}'s {MANIFEST}")
+    return hub.snapshot(repository.at(folder), [MANIFEST, *(glob.escape(entry.path) for entry in manifest.files())])
 
 
 def manifest_text(folder: Path) -> bytes:
