@@ -1,6 +1,7 @@
 """Sites of small bundles with the real onnxruntime-web, and a real browser to open them."""
 
 import contextlib
+import functools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -55,12 +56,12 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def visit(chromium: Browser) -> Visit:
-    """`with visit(site) as page`: a site shown by our server and opened. `silent` has nothing said on its console by the end."""
+@pytest.fixture(scope="session")
+def showing() -> Visit:
+    """`with showing(browser, site) as page`: a site shown by our server and opened. `silent` has nothing said on its console by the end."""
 
     @contextlib.contextmanager
-    def visiting(site: Path, until: str = READY, silent: bool = True) -> Iterator[Browser]:
+    def visiting(chromium: Browser, site: Path, until: str = READY, silent: bool = True) -> Iterator[Browser]:
         with server.listening(site, 0) as listens:
             thread = threading.Thread(target=listens.serve_forever, name="site")
             thread.start()
@@ -78,6 +79,12 @@ def visit(chromium: Browser) -> Visit:
                 thread.join(30)
 
     return visiting
+
+
+@pytest.fixture(scope="module")
+def visit(chromium: Browser, showing: Visit) -> Visit:
+    """The same in the module's own browser: `with visit(site) as page`."""
+    return functools.partial(showing, chromium)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,9 @@ def test_graphs_that_take_more_are_refused() -> None:
     strange = msgspec.structs.replace(graph, inputs=(*graph.inputs, msgspec.structs.replace(graph.inputs[1], name="drop_fraction")))
     assert "tiny takes drop_fraction" in str(unfit(bundle(graphs={"denoiser": strange})))
     pairs = msgspec.structs.replace(graph, dimensions=graph.dimensions | {"B": Span(2, 4)})
-    assert "takes batches of 2-4, and a page draws one picture: export it with --batch 1-2" in str(unfit(bundle(graphs={"denoiser": pairs})))
+    assert "takes batches of 2-4, and a page draws one picture: export it with --batch 1-2" in str(
+        unfit(bundle(graphs={"denoiser": pairs}))
+    )
     assert "it has no graph 'denoiser', it has vae" in str(unfit(bundle(graphs={"vae": graph})))
 
 
@@ -96,7 +98,8 @@ def test_why_no_file_does() -> None:
 def test_budgets_stand_with_what_they_cost_and_are_worth() -> None:
     costs = tuple(Cost(budget={"latents": k}, flops=100 * k, weight_bytes=1, activation_bytes=1) for k in (4, 64))
     quality = tuple(
-        Quality(budget={"latents": k}, accuracy=accuracy, frechet_distance=distance) for k, accuracy, distance in ((4, 0.9, 20), (64, 1.0, 10))
+        Quality(budget={"latents": k}, accuracy=accuracy, frechet_distance=distance)
+        for k, accuracy, distance in ((4, 0.9, 20), (64, 1.0, 10))
     )
     whole = bundle(artifact("fp32"), cost=costs, quality=quality)
     rows = facts(whole, fitting(whole))["budgets"]
