@@ -15,6 +15,7 @@ from typing import Any
 PROGRAMS = ("chromium", "chromium-headless-shell", "google-chrome", "chromium-browser")
 CHROMIUM = next(filter(None, map(shutil.which, PROGRAMS)), None)
 PATIENCE = 60.0  # seconds
+SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan", "--use-vulkan=swiftshader")
 
 # The browser reads from descriptor 3 and writes to 4: become it with the two that are given there.
 PIPED = """
@@ -89,13 +90,14 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in `folder`."""
+def browser(folder: Path, gpu: bool = False) -> Iterator[Browser]:
+    """A browser with a profile of its own in `folder`; `gpu` gives it one for WebGPU, which SwiftShader computes on the CPU."""
     assert CHROMIUM is not None
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
-    command = [sys.executable, "-c", PIPED, str(to_read), str(from_write), CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
-               "--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run", "--disable-background-networking"]  # fmt: skip
+    command = [sys.executable, "-c", PIPED, str(to_read), str(from_write), CHROMIUM, "--headless", "--no-sandbox",
+               "--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run", "--disable-background-networking",
+               *(SWIFTSHADER if gpu else ("--disable-gpu",))]  # fmt: skip
     running = subprocess.Popen(command, pass_fds=(to_read, from_write), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     os.close(to_read)
     os.close(from_write)

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 400
+SOURCES = (".py", ".js", ".css")
 LARGEST = 5_000_000
 # A folder of somebody's machine, where a text starts or after a quote, a space or an equals sign.
 FOREIGN = re.compile(r"""(?:^|[\s"'`=(:])(/(?:work|root|home|Users|mnt)/[\w.-]+)""", re.MULTILINE)
@@ -28,7 +29,7 @@ def text(path: Path) -> str | None:
 
 
 def test_no_source_is_longer_than_one_sitting() -> None:
-    lengths = {path.relative_to(ROOT).as_posix(): len((text(path) or "").splitlines()) for path in committed() if path.suffix == ".py"}
+    lengths = {path.relative_to(ROOT).as_posix(): len((text(path) or "").splitlines()) for path in committed() if path.suffix in SOURCES}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
     assert len(lengths) > 30
 

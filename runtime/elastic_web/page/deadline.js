@@ -25,7 +25,7 @@ export class Deadline {
     const least = this.options[0].seconds + finish;
     if (least > seconds)
       throw new RangeError(
-        `No picture is done in ${Math.round(seconds * 1e3)} ms here: the nearest that is reachable is ${Math.ceil(least * 1e3)} ms, `
+        `No picture is done in ${Math.round(seconds * 1e3)} ms here: the nearest that is reachable is ${Math.ceil(least * 1e3 - 1e-6)} ms, `
         + `${steps} steps at the cheapest budget. Allow that, or take fewer steps.`);
   }
 

@@ -31,7 +31,8 @@ export function checked(request, facts) {
   const [low, high] = guidance_interval;
   if (!(0 <= low && low <= high && high <= 1)) refuse("guidance_interval", "two times that rise, within 0 to 1");
   if (!samplers.includes(sampler)) refuse("sampler", samplers.join(", "));
-  if (!/^\d{1,19}$/.test(String(seeds)) || BigInt(seeds) >= 2n ** 63n) refuse("seeds", "a whole number from 0");
+  const digits = /^\d{1,19}$/.test(String(seeds)) && (typeof seeds === "string" || Number.isSafeInteger(seeds));
+  if (!digits || BigInt(seeds) >= 2n ** 63n) refuse("seeds", "a whole number from 0 to 2^63 - 1, as a text where it is above 2^53");
   if (noise !== null && (noise.length !== size || !Array.from(noise).every(Number.isFinite))) refuse("noise", `${size} finite numbers`);
   if (deadline_ms !== null && !(deadline_ms > 0)) refuse("deadline_ms", "above 0");
   const budget = point(request.budget ?? {}, axes), weak = request.guidance_budget ? point(request.guidance_budget, axes) : null;

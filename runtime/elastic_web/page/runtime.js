@@ -17,7 +17,9 @@ async function gpu() {
 /** The server's answer for a file of the site. */
 async function asked(file) {
   let answer;
-  try { answer = await fetch(new URL(file, import.meta.url)); } catch (error) { throw new Error(`${file} cannot be loaded: ${error.message}.`); }
+  try { answer = await fetch(new URL(file, import.meta.url)); } catch (error) {
+    throw new Error(`${file} cannot be loaded: ${error.message}.`);
+  }
   if (!answer.ok) throw new Error(`${file} is not there (${answer.status}): copy the whole site, or write it again.`);
   return answer;
 }
