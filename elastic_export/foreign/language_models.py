@@ -114,7 +114,8 @@ def language_model(folder: Folder, component: str, rule: PromptRule, length: int
 def width_of(folder: Folder, component: str, rule: PromptRule) -> int:
     """Values in a row of what a language model gives."""
     config = _text_config(folder, component, rule)
-    return int(config.hidden_size) * (1 if rule.stacked else len(_layers(folder, component, rule, config)))
+    states = len(_layers(folder, component, rule, config))
+    return int(config.hidden_size) * (1 if rule.stacked else states)
 
 
 def layers_of(folder: Folder, component: str, rule: PromptRule) -> int:

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
 pytest.importorskip("onnxruntime", reason="ours read through ONNX Runtime")
 
 import language_models  # noqa: E402
+import onnx  # noqa: E402
 from diffusers import Flux2KleinPipeline, Krea2Pipeline, QwenImagePipeline, ZImagePipeline  # noqa: E402
 from fake_flux import manifest  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
@@ -105,12 +106,12 @@ def pipeline(case: Case, model: Any) -> Any:
     return case.pipeline(**parts, text_encoder=model, tokenizer=language_models.tokenizer(), **layers)
 
 
-def exported(root: Path, rule: PromptRule, model: Any, precision: str = "fp32", length: int = LENGTH) -> Bundle:
+def exported(root: Path, rule: PromptRule, model: Any, options: OnnxOptions = OnnxOptions()) -> Bundle:  # noqa: B008  it is frozen
     folder = Folder(language_models.write(root / "m", model), {"transformer": "", "text_encoder": ""})
-    width = 16 * (1 if rule.stacked else len(rule.layers))
-    text, files = read_by_language_model(folder, rule, ["text_encoder"], length, width)
+    width = model.config.get_text_config().hidden_size * (1 if rule.stacked else len(rule.layers))
+    text, files = read_by_language_model(folder, rule, ["text_encoder"], LENGTH, width)
     graph = language_model(folder, "text_encoder", rule, text.encoders[0].longest, Span(1, 4))
-    (artifact,) = lower(graph, OnnxOptions(precision=precision), root)
+    (artifact,) = lower(graph, options, root)
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True)
         (root / path).write_bytes(content)
@@ -131,6 +132,29 @@ def test_embeddings_are_the_pipeline_s(read: Read) -> None:
         assert np.abs(text.hidden[0] - rows).max() <= 1e-5 * np.abs(rows).max(), PROMPTS[i]
         alone = encode(read.bundle, PROMPTS[i : i + 1], lambda graph: open_session(read.bundle, graph, "ort", threads=1))
         np.testing.assert_allclose(alone.hidden, text.hidden, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "operator", "tolerance"),
+    [
+        (OnnxOptions(opset=20), "Softmax", 1e-5),
+        (OnnxOptions(precision="fp16"), "Attention", 3e-3),
+        (OnnxOptions(precision="int8w"), "MatMulNBits", 0.02),
+        (OnnxOptions(precision="text=int4w"), "MatMulNBits", 0.3),
+    ],
+)
+def test_other_opsets_and_precisions(options: OnnxOptions, operator: str, tolerance: float, tmp_path: Path) -> None:
+    """Of random weights, which four bits hold badly; the padding and its mask are in the graph."""
+    model = language_models.qwen3(hidden_size=64, intermediate_size=64)
+    case = CASES["flux2-klein"]
+    bundle = exported(tmp_path, case.rule, model, options)
+    (artifact,) = bundle.manifest.graphs["text_encoder"].artifacts
+    assert operator in {node.op_type for node in onnx.load(str(bundle.file(artifact.path)), load_external_data=False).graph.node}
+    found = encode(bundle, PROMPTS[:2], lambda graph: open_session(bundle, graph, "ort", threads=1)).hidden
+    with torch.inference_mode():
+        wanted = np.stack(klein(pipeline(case, model), list(PROMPTS[:2])))
+    assert found is not None
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 def test_rules_are_the_pipelines_own() -> None:

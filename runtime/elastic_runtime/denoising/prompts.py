@@ -122,7 +122,9 @@ class Reader:
         return [token for text in texts for token in self._tokenizer.encode(text).ids]
 
     def cut(self, prompt: str) -> list[int]:
-        """As many tokens of a prompt as the encoder takes, the marks at the end among them."""
+        """As many tokens of a prompt as the encoder takes, without a template the marks at the end among them."""
+        if self.encoder.template:
+            return self.read(prompt)[: self.encoder.longest]
         self._tokenizer.enable_truncation(self.encoder.max_length)
         return list(self._tokenizer.encode(prompt).ids)
 

@@ -15,7 +15,9 @@ pytest.importorskip("diffusers", reason="the models are diffusers'")
 pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
 pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
+import language_models
 import torch
+from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,6 +146,23 @@ def test_whole_runs_are_the_recorded_ones(folder: Path, recorded: Arrays, bundle
     np.testing.assert_allclose(times, recorded["run_sigmas"], atol=1e-7)
     for got, wanted in zip([*seen, pack(result.images, 2)], [*recorded["run_latents"], recorded["run_latents"][-1]], strict=True):
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_prompts_of_several_lengths_are_read_as_qwen_image_s(copy: Path, tmp_path: Path) -> None:
+    reader = language_models.qwen25_vl(hidden_size=24, rope_parameters={"rope_theta": 1e4, "mrope_section": [1, 1, 1]})
+    language_models.write(copy, reader)
+    bundle = elastic_export.export(copy, output=tmp_path / "b", size="16x24", batch="1-2", verify="none", max_sequence_length=40)
+    theirs = QwenImagePipeline(None, None, reader, language_models.tokenizer(), None)  # type: ignore[arg-type]
+    prompts, negative = ["a red cat and a dog", "cat"], ["", "snow"]
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 24)).astype(np.float32)
+    asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", "budget": Budget(latents=54)}
+    with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as pipe:
+        drawn = pipe(prompt=prompts, negative_prompt=negative, noise=noise, **asked).images
+        for i, texts in enumerate(zip(prompts, negative, strict=True)):
+            with torch.inference_mode():
+                strong, weak = (theirs.encode_prompt([text], device="cpu")[0].numpy() for text in texts)
+            wanted = pipe(prompt_embeds=strong, negative_prompt_embeds=weak, noise=noise[i : i + 1], **asked).images[0]
+            assert np.abs(drawn[i] - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_a_folder_says_what_the_runtime_must_know(folder: Path) -> None:

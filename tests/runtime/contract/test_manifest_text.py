@@ -12,7 +12,7 @@ from elastic_runtime import Bundle, BundleError, Span
 from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import Graph, Profile, Range, TensorSpec, dimension, measure
 from elastic_runtime.contract.bundle import MANIFEST, entry
-from elastic_runtime.contract.manifest import Manifest, Patches, Text, TextEncoder
+from elastic_runtime.contract.manifest import Manifest, Patches, Template, Text, TextEncoder
 
 
 def encoder_graph(*outputs: TensorSpec) -> Graph:
@@ -63,6 +63,59 @@ def test_an_encoder_must_give_what_its_graph_gives(tmp_path: Path) -> None:
     whole["model"]["text"]["encoders"][0]["gives"] = ["pooled", "last_hidden_state"]
     with pytest.raises(BundleError, match="text encoder 'text_encoder' gives pooled, last_hidden_state"):
         decode(msgspec.json.encode(whole), "elastic.json")
+
+
+def read_by_language_model(tokens: int | str = "N", padded: bool = False, values: tuple[int, ...] = (768,), **changes: Any) -> bytes:
+    """A manifest of a model whose prompts a language model reads, up to 100 tokens of them after 34 of a template."""
+    text = msgspec.structs.replace(manifest().model, num_classes=0, null_label=0)
+    encoder = {"graph": "text_encoder", "tokenizer": {"path": "t.json", "bytes": 1, "sha256": ""}, "max_length": 100, "pad_token_id": 0}
+    encoder |= {"gives": ["hidden_states"], "template": {"before": "a", "after": "b", "drop": 34}, "padded": padded} | changes
+    whole = msgspec.structs.replace(manifest(), model=text)
+    names = ("input_ids", "attention_mask")[: 1 + padded]
+    graph = Graph(
+        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("B", tokens)) for name in names),
+        outputs=(TensorSpec(name="hidden_states", dtype="float32", shape=("B", tokens, *values)),),
+        dimensions={"B": Span(1, 1)} | ({"N": Span(1, 134)} if tokens == "N" else {}),
+        artifacts=(),
+    )
+    content = msgspec.to_builtins(msgspec.structs.replace(whole, graphs=whole.graphs | {"text_encoder": graph}))
+    content["model"]["patches"] = {"size": 2, "positions": "img_ids"}
+    content["model"]["text"] = {"encoders": [encoder], "length": 100, "width": 768, "pooled": 0}
+    return msgspec.json.encode(content)
+
+
+@pytest.mark.parametrize("values", [(768,), (12, 768)])
+@pytest.mark.parametrize(("tokens", "padded"), [("N", False), (134, False), (134, True)])
+def test_a_language_model_s_record_reads_back(tokens: int | str, padded: bool, values: tuple[int, ...]) -> None:
+    text = decode(read_by_language_model(tokens, padded, values), "elastic.json").model.text
+    assert text is not None
+    assert text.encoders[0].template == Template(before="a", after="b", drop=34)
+    assert (text.encoders[0].longest, text.encoders[0].padded) == (134, padded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 100}, r"takes input_ids \(B, 134\), and its graph does not"),
+        ({"max_length": 99}, r"takes input_ids \(B, 133\), and its graph does not"),
+        ({"tokens": "N", "padded": True}, r"takes input_ids \(B, 134\), and its graph does not"),
+        ({"values": (2, 12, 768)}, r"gives hidden_states of shape \(B, N, 2, 12, 768\)"),
+        ({"values": (12,)}, r"give 0 pooled values and \[12\] a token, not 0 and 768"),
+        ({"template": {"before": "a"}}, "missing required field `after`"),
+    ],
+)
+def test_a_language_model_s_record_agrees_with_its_graph(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        decode(read_by_language_model(**changes), "elastic.json")
+
+
+def test_an_encoder_from_before_templates_is_padded_and_has_none(tmp_path: Path) -> None:
+    content = msgspec.to_builtins(prompted(tmp_path))
+    for name in ("template", "padded"):
+        del content["model"]["text"]["encoders"][0][name]
+    text = decode(msgspec.json.encode(content), "elastic.json").model.text
+    assert text is not None
+    assert (text.encoders[0].template, text.encoders[0].padded, text.encoders[0].longest) == (None, True, 77)
 
 
 @pytest.mark.parametrize(("positions", "table"), [("img_ids", 192), ("pos_ids", None)])

@@ -78,6 +78,16 @@ def test_branches_share_a_run_where_budget_and_length_are_the_same(length: int, 
     assert shapes == runs
 
 
+def test_prompts_of_other_lengths_run_apart_and_come_back_in_order() -> None:
+    fake = session()
+    x = np.concatenate([X, X + 1])
+    prompts = Conditions.of([np.full((length, 6), i, np.float32) for i, length in enumerate((3, 1, 3, 2))])
+    answer = Denoiser(fake, described()).guided(x, 0.5, prompts, Guidance(), Branches(FULL, FULL), Routing())
+    more = np.array([300 + 16, 100 + 16 + 6, 300 + 16 + 12, 200 + 16 + 18])
+    np.testing.assert_allclose(answer.prediction, x + more[:, None, None, None], rtol=1e-5)
+    assert [(call["hidden_states"][0], call["encoder_hidden_states"][1]) for call in fake.calls] == [(2, 3), (1, 1), (1, 2)]
+
+
 def test_autoguidance_keeps_the_text() -> None:
     fake = session()
     guidance = Guidance(2.0, auto=True)

@@ -5,14 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from fake_flux import FLUX, SD3, Opener, encoder, encoder_graph, manifest, to_zero
+from fake_flux import FLUX, SD3, Opener, encoder, encoder_graph, manifest, spec, to_zero
 from fake_prompts import WORDS, flux, hidden, write_tokenizer
 
-from elastic_runtime import Bundle, BundleError, ElasticPipeline, MissingError, Request, UsageError
-from elastic_runtime.contract.manifest import Text
+from elastic_runtime import Budget, Bundle, BundleError, ElasticPipeline, MissingError, Request, Session, Span, UsageError
+from elastic_runtime.contract.artifacts import Graph
+from elastic_runtime.contract.manifest import Template, Text
 from elastic_runtime.denoising.prompts import encode
+from elastic_runtime.denoising.tokens import Conditions
 
 
 def both(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -100,3 +103,71 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(MissingError, match=r"pip install 'elastic-export\[ralu\]'"):
         encode(opener.bundle, ["a cat"], opener)
+
+
+def reading(tmp_path: Path, template: Template, tokens: int | str = "N", padded: bool = False) -> Opener:
+    """A model whose prompts a language model reads, which gives each token itself twice, and the mask where it has one."""
+    write_tokenizer(tmp_path / "tokenizer" / "tokenizer.json")
+    made = encoder("text_encoder", "tokenizer/tokenizer.json", 6, 0, "hidden_states")
+    made = msgspec.structs.replace(made, template=template, padded=padded)
+    inputs = tuple(spec(name, "B", tokens, dtype="int64") for name in ("input_ids", "attention_mask")[: 1 + padded])
+    spans = {"B": Span(1, 4)} | ({"N": Span(1, made.longest)} if tokens == "N" else {})
+    graph = Graph(inputs=inputs, outputs=(spec("hidden_states", "B", tokens, 2),), dimensions=spans, artifacts=())
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"hidden_states": np.stack([feeds["input_ids"], feeds.get("attention_mask", feeds["input_ids"])], -1).astype(np.float32)}
+
+    whole = manifest(FLUX, text=Text(encoders=(made,), length=6, width=2, pooled=0), text_encoder=graph)
+    opener = Opener(whole, to_zero, text_encoder=run)
+    opener.bundle = Bundle(tmp_path, whole)
+    return opener
+
+
+def rows(found: Conditions) -> list[list[int]]:
+    """The tokens of each row."""
+    return [found.rows(slice(i, i + 1)).feeds["encoder_hidden_states"][0, :, 0].astype(int).tolist() for i in range(len(found))]
+
+
+AROUND = Template(before="red blue ", after=" dog", drop=2)  # and the tokenizer's own end mark, 1
+
+
+def test_a_template_stands_around_a_prompt_and_its_first_tokens_give_nothing(tmp_path: Path) -> None:
+    opener = reading(tmp_path, AROUND)
+    found = encode(opener.bundle, ["a cat", "", "cat a"], opener)
+    assert rows(found) == [[2, 3, 4, 1], [4, 1], [3, 2, 4, 1]]
+    assert found.pooled is None
+    assert [call["input_ids"] for call in opener.calls("text_encoder")] == [(2, 6), (1, 4)], "no prompt is padded for another's sake"
+    apart = reading(tmp_path, msgspec.structs.replace(AROUND, apart=True))
+    assert rows(encode(apart.bundle, ["a cat"], apart)) == [[2, 3, 1, 4, 1]]
+
+
+def test_a_padded_prompt_s_padding_gives_embeddings_and_the_graph_is_told(tmp_path: Path) -> None:
+    opener = reading(tmp_path, msgspec.structs.replace(AROUND, drop=0), tokens=6, padded=True)
+    found = encode(opener.bundle, ["a", ""], opener)
+    assert found.hidden is not None
+    assert found.hidden.tolist() == [
+        [[5, 1], [6, 1], [2, 1], [4, 1], [1, 1], [0, 0]],
+        [[5, 1], [6, 1], [4, 1], [1, 1], [0, 0], [0, 0]],
+    ]
+
+
+def test_a_graph_of_fixed_lengths_takes_the_least_that_holds_the_prompt(tmp_path: Path) -> None:
+    whole = reading(tmp_path, AROUND, tokens=8)
+    assert rows(encode(whole.bundle, ["a cat", ""], whole)) == [[2, 3, 4, 1], [4, 1]]
+    assert [call["input_ids"] for call in whole.calls("text_encoder")] == [(2, 8)]
+    opener = reading(tmp_path, AROUND)
+
+    def compiled(graph: str) -> Session:
+        session = opener(graph)
+        session.budgets = (Budget(N=5), Budget(N=8))
+        return session
+
+    assert rows(encode(opener.bundle, ["a cat", ""], compiled)) == [[2, 3, 4, 1], [4, 1]]
+    assert [call["input_ids"] for call in opener.calls("text_encoder")] == [(1, 8), (1, 5)]
+
+
+def test_a_prompt_too_long_with_its_template_is_an_error(tmp_path: Path) -> None:
+    opener = reading(tmp_path, AROUND)
+    with pytest.raises(UsageError, match=r"has 7 tokens, 2 of them its template's, and the model takes at most 6: shorten it"):
+        encode(opener.bundle, ["a a a a a"], opener)
+    assert not opener.opened

@@ -1,13 +1,17 @@
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph, manifest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from elastic_runtime import Budget, FakeSession, Guidance, UsageError
 from elastic_runtime.denoising.references import References
-from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place, text_places
+from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place, samples, text_places
 from elastic_runtime.ralu.patches import raster
+from elastic_runtime.sessions.session import batches
 
 TOKENS = np.random.default_rng(0).standard_normal((2, 6, 16))
 STRONG = Conditions(np.ones((2, 3, 6), np.float32), np.full((2, 5), 2, np.float32))
@@ -178,3 +182,49 @@ def test_references_stand_after_the_picture_and_are_cut_from_the_answer() -> Non
     assert References.of(None, whole.model) is None
     with pytest.raises(UsageError, match="tiny draws beside no reference pictures: leave image_latents out"):
         References.of(first, manifest(SCHNELL).model)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    weak=st.lists(st.integers(1, 4), min_size=5, max_size=5),
+    guided=st.booleans(),
+)
+def test_a_picture_is_the_same_among_texts_of_other_lengths(lengths: list[int], weak: list[int], guided: bool) -> None:
+    """No text is ever padded for another's sake, and rows come back in order."""
+    fed: list[dict[str, np.ndarray]] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(dict(feeds))
+        assert feeds["encoder_hidden_states"].all(), "what follows a text is no text"
+        assert feeds["txt_ids"].shape == (feeds["encoder_hidden_states"].shape[1], 3)
+        return {"prediction": feeds["hidden_states"] * feeds["encoder_hidden_states"].sum((1, 2))[:, None, None]}
+
+    session = FakeSession(denoiser_graph(QWEN, pooled=0), run)
+    model = TokenDenoiser(session, QWEN)
+    x = np.random.default_rng(0).standard_normal((len(lengths), 6, 16))
+    strong, other = (Conditions.of([np.full((n, 6), i + 1.0, np.float32) for i, n in enumerate(of)]) for of in (lengths, weak[: len(x)]))
+    guidance = Guidance(2.0 if guided else 1.0)
+    got = model.guided(x, raster(len(x), 2, 3), (2, 3), 0.5, strong, other, guidance)
+    values = [6 * (i + 1) * (n + guided * (n - m)) for i, (n, m) in enumerate(zip(lengths, weak, strict=False))]
+    np.testing.assert_allclose(got, np.array(values)[:, None, None] * x, rtol=1e-5)
+    shared = Counter(lengths + weak[: len(x)] * guided).values()
+    assert sorted(samples([strong.counts.tolist(), other.counts.tolist()], guided, alone=False)) == sorted(shared)
+    rows = [part.stop - part.start for size in shared for part in batches(session, size)]
+    assert sorted(len(feeds["hidden_states"]) for feeds in fed) == sorted(rows)
+
+
+def test_conditions_of_several_lengths_are_cut_to_the_longest_that_are_left() -> None:
+    texts = Conditions.of([np.full((n, 2), n, np.float32) for n in (3, 1, 3)], np.arange(3.0)[:, None])
+    assert (texts.length, len(texts)) == (3, 3)
+    np.testing.assert_array_equal(texts.lengths, [3, 1, 3])
+    assert [rows.tolist() for rows in texts.alike()] == [[0, 2], [1]]
+    same = texts.rows(np.array([0, 2]))
+    assert (same.lengths, same.beside(same), texts.beside(texts)) == (None, True, False)
+    short = texts.rows(slice(1, 2))
+    assert (short.length, short.lengths, short.feeds["encoder_hidden_states"].tolist()) == (1, None, [[[1, 1]]])
+    np.testing.assert_array_equal(texts.repeated(2).lengths, [3, 3, 1, 1, 3, 3])
+    both = short.joined(texts)
+    np.testing.assert_array_equal(both.lengths, [1, 3, 1, 3])
+    np.testing.assert_array_equal(both.pooled, [[1], [0], [1], [2]])
+    assert both.rows(slice(0, 1)).feeds["encoder_hidden_states"].tolist() == [[[1, 1]]]
