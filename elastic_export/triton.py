@@ -114,7 +114,7 @@ def write(bundle: Bundle, folder: Path, overwrite: bool = False, instances: int 
 
 
 def _stem(bundle: Bundle) -> str:
-    return STRANGE.sub("-", bundle.folder.resolve().name).strip("-.") or "bundle"
+    return STRANGE.sub("-", bundle.name).strip("-.") or "bundle"
 
 
 def _obstacle(artifact: Artifact) -> str | None:
@@ -162,7 +162,7 @@ def _our_text(path: Path) -> bool:
 
 
 def _readme(bundle: Bundle, made: Sequence[TritonModel], left: Sequence[str]) -> str:
-    name = bundle.folder.resolve().name
+    name = bundle.name
     denoiser = next((each.name for each in made if each.graph == "denoiser"), made[0].name)
     parts = [
         f"<!-- {MARK} -->",

@@ -70,24 +70,24 @@ def measure(
     entries = [Entry(runtime) for runtime in runtimes]
     try:
         for entry in entries:
-            on_stage(f"{bundle.folder.name}: opening and checking {entry.runtime.name}")
+            on_stage(f"{bundle.name}: opening and checking {entry.runtime.name}")
             _open(entry, bundle, budgets, settings, start)
         _agree(_running(entries))
-        on_stage(f"{bundle.folder.name}: timing steps, {ROUNDS} rounds")
+        on_stage(f"{bundle.name}: timing steps, {ROUNDS} rounds")
         _time(entries, budgets, settings)
         for entry in _running(entries):
             entry.peak = entry.ask("memory")
-        on_stage(f"{bundle.folder.name}: drawing")
+        on_stage(f"{bundle.name}: drawing")
         found, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
         if settings.single_stream:
-            on_stage(f"{bundle.folder.name}: single stream")
+            on_stage(f"{bundle.name}: single stream")
             _stream(entries, budgets, settings)
     finally:
         for entry in entries:
             entry.close()
     model = bundle.manifest.model
     report = BundleReport(
-        name=bundle.folder.resolve().name,
+        name=bundle.name,
         model=model.name,
         family=model.family,
         axis=bundle.manifest.axes[0].name if bundle.manifest.axes else None,

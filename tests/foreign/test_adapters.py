@@ -324,3 +324,14 @@ def test_adapters_are_for_folders_and_a_bundle_is_of_one_set(flux: Path, tmp_pat
     elastic_export.export(flux, adapters=[file], **given)
     with pytest.raises(BundleError, match=r"holds another export \(its adapters: a.safetensors:1 .* there, none here"):
         elastic_export.export(flux, precision="fp16", **given)
+
+
+def test_the_command_takes_several_and_says_what_is_wrong(flux: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    file = save(low_rank(folders.flux(), "transformer"), tmp_path / "a.safetensors")
+    both = save(low_rank(folders.flux(), "transformer") | low_rank(folders.clip(), "text_encoder"), tmp_path / "both.safetensors")
+    asked = ("onnx", flux, "-o", tmp_path / "b", "--size", "32", "--components", "transformer", "--dry-run")
+    done = run(*asked, "--adapter", f"{file}:0.5", "--adapter", both)
+    assert (done.code, "both.safetensors changes text_encoder too" in " ".join(done.err.split())) == (0, True)
+    wrong = run(*asked, "--adapter", f"{file}:loud")
+    assert (wrong.code, "'loud' is no scale" in wrong.err) == (2, True)
+    assert run("onnx", "-o", tmp_path / "z", "--adapter", file).code == 2

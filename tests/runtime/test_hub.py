@@ -57,7 +57,7 @@ def test_a_bundle_by_its_name_has_its_listed_files_and_no_others(server: fake_hu
     bundle = Bundle.open("org/digits", hashes=True)
     assert bundle.file(FILE).read_bytes() == BIG
     assert {name for name, _ in server.asked} == {"elastic.json", FILE}
-    assert bundle.folder.name == repo.branches["main"][-1][0]
+    assert (bundle.folder.name, bundle.name) == (repo.branches["main"][-1][0], "digits")
     assert Bundle.open(Path("org/digits@main")).folder == bundle.folder  # a path, as the commands have it
     assert len(server.asked) == 2  # the cache has it
 

@@ -27,11 +27,12 @@ class Bundle:
     """An open bundle: its folder and its checked manifest.
 
     `stage` is a folder whose files come before those of `folder`: what is being written and not there yet. `text` is
-    the manifest as it was read, by which a bundle that was replaced since is told.
+    the manifest as it was read, by which a bundle that was replaced since is told. `name` is the folder's, or its repository's on the hub.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, stage: Path | None = None, text: bytes | None = None):
+    def __init__(self, folder: Path, manifest: Manifest, stage: Path | None = None, text: bytes | None = None, name: str | None = None):
         self.folder = folder
+        self.name = name or folder.resolve().name
         self.manifest = manifest
         self.stage = stage
         self.text = text
@@ -52,7 +53,7 @@ class Bundle:
         folder = _downloaded(repository) if repository else Path(folder)
         text = manifest_text(folder)
         while True:
-            bundle = cls(folder, decode(text, str(folder / MANIFEST)), text=text)
+            bundle = cls(folder, decode(text, str(folder / MANIFEST)), text=text, name=repository.name if repository else None)
             try:
                 for entry in bundle.manifest.files():
                     bundle.check(entry, hashes)
