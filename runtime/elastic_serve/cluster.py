@@ -23,7 +23,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from starlette.types import Message
 
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import MissingError, UsageError
 from elastic_serve.address import bound
 from elastic_serve.body import Limits
 from elastic_serve.relay import Relay, answered, soonest
@@ -203,8 +203,11 @@ def serve(folders: Sequence[Path], settings: Settings, cluster: Cluster, ready: 
             _enough(cluster, ray.cluster_resources())
         for number in (signal.SIGTERM, signal.SIGINT):  # now: Ray puts a handler of its own, which aborts, in the place of an earlier one
             signal.signal(number, lambda *_: ended.set())
-        ray_serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
-        ray_serve.run(build([str(folder.resolve()) for folder in folders], settings, cluster, secret), name=NAME)
+        try:
+            ray_serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+            ray_serve.run(build([str(folder.resolve()) for folder in folders], settings, cluster, secret), name=NAME)
+        except (RuntimeError, ray.exceptions.RayError) as error:  # which Ray has told of in many lines
+            raise MissingError(f"Ray did not start the server: {str(error).strip().splitlines()[-1]}. Its lines above say why") from error
         if ready:
             ready(f"http://{settings.host}:{settings.port}")
         ended.wait()

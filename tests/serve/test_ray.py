@@ -1,5 +1,6 @@
 """`elastic-export serve --ray` on a real cluster of this machine: replicas share the work, and one that is killed costs no picture."""
 
+import contextlib
 import os
 import re
 import signal
@@ -23,6 +24,18 @@ CREATE = "/v1/images/generations"
 PROGRAM = "from elastic_export.cli import main; main()"
 
 
+# Of Ray's own classes and pydantic.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def free_port() -> int:
+    """A port that nobody has, and that Ray and the system give to nobody by themselves."""
+    for port in range(20_000 + os.getpid() % 5_000, 32_000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("all ports are taken")
+
+
 @dataclass
 class Cluster:
     """A server on Ray with two replicas."""
@@ -41,8 +54,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--backend", "ort", "--port", str(port)]
     command += ["--ray", "--replicas", "2-2", "--drain-seconds", "5"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
