@@ -277,14 +277,17 @@ def test_a_picture_outlives_who_drew_it_though_there_is_no_room_and_it_is_late(a
 
 
 def test_what_an_engine_foresees_grows_with_what_it_has(application: Callable[[], tuple[Any, Any]]) -> None:
+    from elastic_serve.server import QUEUE
+
     app, engine = application()
+    engine.scheduler.queue = QUEUE
 
     async def busy() -> tuple[dict[str, float], dict[str, float]]:
         idle = engine.forecast()["digits"]
-        async with contextlib.aclosing(answered(app, Client(app)._scope, b'{"class_labels": 1, "steps": 250, "n": 2}')) as messages:
+        async with contextlib.aclosing(answered(app, Client(app)._scope, b'{"class_labels": 1, "steps": 250, "n": 10}')) as messages:
             coming = asyncio.ensure_future(anext(messages))
-            while len(engine.scheduler) < 2:
-                await asyncio.sleep(0.005)
+            while len(engine.scheduler) < 10:
+                await asyncio.sleep(0.001)
             told = engine.forecast()["digits"]
             coming.cancel()
             with contextlib.suppress(asyncio.CancelledError):
