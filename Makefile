@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals serve-load test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
+.PHONY: demo bench goals serve-load test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix ray-check clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -118,6 +118,11 @@ soak: .venv/.dev
 	$(BIN)/python tests/stress/soak_serve.py --pictures 10000
 crash: .venv/.dev
 	$(BIN)/python tests/stress/crash.py --kills 200
+
+# The server on a real Ray cluster of this machine: replicas that share the work, and one that is killed.
+ray-check: .venv/.dev
+	$(INSTALL) --editable '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/serve/test_ray.py
 
 # Every family on every target: how far each artifact is from its original (half an hour).
 matrix: .venv/.dev

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from elastic_export.cli import options
+from elastic_runtime.contract.axis import Span
 
 
 def serve(
@@ -38,6 +39,16 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="Time that pictures in flight get when the server ends.")
     ] = 30.0,
+    ray: Annotated[bool, typer.Option("--ray", help="Draw on a Ray cluster: that of RAY_ADDRESS, or one on this machine.")] = False,
+    replicas: Annotated[
+        Span | None,
+        typer.Option(
+            parser=options.span, metavar="SPAN", help="With --ray: as many as are asked for, [bold]1-4[/bold].", show_default=False
+        ),
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0.0, help="With --ray: GPUs of each replica [dim](default: 0)[/dim].", show_default=False)
+    ] = None,
 ) -> None:
     """Serve bundles in the form of the OpenAI Images API: many people, one device, budgets that keep the deadline.
 
@@ -49,10 +60,11 @@ def serve(
       elastic-export serve digits
       elastic-export serve digits flux --host 0.0.0.0 --port 8080 --queue 200
       elastic-export serve digits --target-ms 500 --precision auto
+      elastic-export serve digits --ray --replicas 2-8 --host 0.0.0.0
     """
     from elastic_export import api
     from elastic_export.cli import show
-    from elastic_runtime.errors import MissingError
+    from elastic_runtime.errors import MissingError, UsageError
 
     try:
         from elastic_serve.body import Limits
@@ -71,4 +83,17 @@ def serve(
         drain=drain_seconds,
         limits=Limits(pictures=max_pictures, steps=max_steps),
     )
-    serve(bundles, settings, ready=lambda address: show.line(f"serving {', '.join(map(str, bundles))} at {address}"))
+
+    def ready(address: str) -> None:
+        show.line(f"serving {', '.join(map(str, bundles))} at {address}")
+
+    if not ray:
+        if replicas is not None or gpus is not None:
+            raise UsageError("--replicas and --gpus are of a Ray cluster: give --ray, too")
+        serve(bundles, settings, ready)
+        return
+    try:
+        from elastic_serve import cluster
+    except ModuleNotFoundError as error:
+        raise MissingError(f"serving on Ray needs {error.name}, which is not installed: pip install 'elastic-export[ray]'") from None
+    cluster.serve(bundles, settings, cluster.Cluster(replicas or Span(1, 4), gpus or 0.0), ready)

@@ -24,6 +24,7 @@ from elastic_serve.address import asked_locally, client_of, same_origin
 from elastic_serve.body import ECHOED, Body, Limits, NoModelError, read, requests
 from elastic_serve.engine import Drawn, Engine, Event, Failed, Order, Stepped
 from elastic_serve.metrics import Metrics
+from elastic_serve.relay import Relayed
 from elastic_serve.served import Served
 
 _log = logging.getLogger("elastic_serve")
@@ -133,13 +134,13 @@ class App:
             except asyncio.TimeoutError:
                 words = f"the body did not come within {self._limits.reading:g} s: send it with the request"
                 raise HTTPException(408, words, {"connection": "close"}) from None
-            received = self._engine.now()
+            relayed = Relayed.of(request.scope)
+            received = self._engine.now() - relayed.ago
             body = read(text, self._limits)
             served = self._served(body.model)
             events: Events = asyncio.Queue()
-            tickets = await run_in_threadpool(
-                self._submit, body, served, received, client_of(request.client.host if request.client else ""), _teller(events)
-            )
+            client = client_of(request.client.host if request.client else "")
+            tickets = await run_in_threadpool(self._submit, body, served, received, client, _teller(events), relayed.again)
             told = _told(request, events)
             if body.stream:
                 status, streaming = 200, True
@@ -173,7 +174,7 @@ class App:
             parts.append(part)
         return b"".join(parts)
 
-    def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell) -> tuple[int, ...]:
+    def _submit(self, body: Body, served: Served, received: float, client: str, tell: Tell, again: bool) -> tuple[int, ...]:
         deadline = None if body.deadline_ms is None else body.deadline_ms / 1e3
         asked = requests(body, served, self._limits)
         held: dict[str, Any] = {
@@ -181,6 +182,7 @@ class App:
             "previews": body.partial_images,
             "most": self._limits.steps,
             "user": body.user or "",
+            "again": again,
         }
         return self._engine.submit(
             [Order(served, each, partial(tell, place), received, client, deadline, **held) for place, each in enumerate(asked)]

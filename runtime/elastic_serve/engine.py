@@ -65,7 +65,8 @@ Event = Stepped | Drawn | Failed
 class Order:
     """One picture as it is asked for; `tell` is called from the engine's thread.
 
-    deadline: seconds, from when it was `received` on the engine's clock, or None. most: steps that it may have, whoever chose them.
+    deadline: seconds, from when it was `received` on the engine's clock, or None. most: steps that it may have, whoever chose them. again:
+    whether a server that is gone had taken it in: it is not refused, however late it will be.
     """
 
     served: Served
@@ -78,6 +79,7 @@ class Order:
     previews: int = 0
     most: int | None = None
     user: str = ""
+    again: bool = False
 
 
 @dataclass
@@ -137,7 +139,7 @@ class Engine:
             now = self._clock()
             jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
             try:
-                numbers = self.scheduler.admit(jobs, now)
+                numbers = self.scheduler.admit(jobs, now, again=any(order.again for order in orders))
             except RefusedError as refusal:
                 reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
                 self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
@@ -171,6 +173,18 @@ class Engine:
         self.cancel(tuple(self._flights))
         self._thread.join()
 
+    def forecast(self) -> dict[str, dict[str, float]]:
+        """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
+        engine (`alone`)."""
+        told = {}
+        with self._changed:
+            now = self._clock()
+            for name, served in self.models.items():
+                usual = served.usual
+                job = Job(-1, "", now, now, False, usual.rows, usual.ways)  # a number that none has
+                told[name] = {"wait": self.scheduler.behind([job], now), "alone": self.scheduler.behind([job], now, idle=True)}
+        return told
+
     def now(self) -> float:
         """The time on the engine's clock."""
         return self._clock()
@@ -184,7 +198,8 @@ class Engine:
         whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
-        return Job(0, order.client, order.received, due, order.deadline is not None, prospect.rows, prospect.ways, user=order.user)
+        promised = order.deadline is not None and not order.again
+        return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, user=order.user)
 
     def _run(self) -> None:
         while True:
@@ -294,8 +309,9 @@ class Engine:
             self._end(number, Failed(drawing.error))
         elif drawing.done:
             seconds = self._clock() - flight.job.arrived
-            late = max(self._clock() - flight.job.due, 0.0) if flight.job.promised else 0.0
-            self.metrics.drawn(flight.order.served.name, seconds, late == 0.0 if flight.job.promised else None)
+            deadline = flight.order.deadline
+            late = 0.0 if deadline is None else max(seconds - deadline, 0.0)
+            self.metrics.drawn(flight.order.served.name, seconds, None if deadline is None else late == 0.0)
             self._end(number, Drawn(drawing.result, seconds, late))
 
     def _preview(self, flight: _Flight) -> Any:

@@ -120,19 +120,20 @@ class Scheduler:
         """Pictures that no step was taken of."""
         return sum(not job.started for job in self._jobs.values())
 
-    def admit(self, jobs: Sequence[Job], now: float) -> tuple[int, ...]:
-        """Take pictures in, all or none; returns their numbers.
+    def admit(self, jobs: Sequence[Job], now: float, again: bool = False) -> tuple[int, ...]:
+        """Take pictures in, all or none; returns their numbers. Those that were taken in `again`, elsewhere before, are not refused.
 
         Raises: RefusedError where the queue is full, or a deadline that was promised, theirs or another's, would not be
         kept at the lowest level.
         """
         jobs = asked = self._turned(jobs)
         present = [*self._jobs.values()]
-        if len(present) + len(jobs) > self.queue:
+        if not again and len(present) + len(jobs) > self.queue:
             wait = self._room(present, len(present) + len(jobs) - self.queue, now)
             advice = "ask for fewer pictures" if wait is None else f"try again in {wait:.2g} s"
             raise RefusedError(f"the queue is full: {len(present)} pictures of at most {self.queue} wait or are drawn: {advice}", wait)
-        self._leave_room([job for job in present if job.client == jobs[0].client], now)
+        if not again:
+            self._leave_room([job for job in present if job.client == jobs[0].client], now)
         broken = self._broken([*present, *jobs], now)
         if broken and broken - self._broken(present, now):
             if any(job.promised for job in jobs):
@@ -190,6 +191,10 @@ class Scheduler:
     def finishes(self, jobs: Iterable[Job], level: float, now: float) -> dict[int, float]:
         """When each picture would be done if all went as predicted and nothing else came."""
         return {job.id: time for job, time in self._played(jobs, level, now)}
+
+    def behind(self, jobs: Sequence[Job], now: float, idle: bool = False) -> float:
+        """The deadline in seconds that pictures would keep behind all others, or alone."""
+        return self._behind(() if idle else tuple(self._jobs.values()), jobs, now)
 
     def spare(self, now: float) -> float:
         """Seconds that may pass without a step before a promise could not be kept at the lowest level."""

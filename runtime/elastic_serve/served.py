@@ -91,11 +91,8 @@ class Served:
 
         Raises: as `ElasticPipeline.from_pretrained`, and UsageError for a bundle that makes no pictures.
         """
-        bundle = Bundle.open(folder)
-        name = Path(folder).resolve().name
-        if not drawable(bundle.manifest):  # before what takes long: every answer would be an error
-            raise UsageError(f"{name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
-        return cls(name, ElasticPipeline.from_pretrained(bundle, backend, precisions), batch)
+        bundle = servable(folder)
+        return cls(Path(folder).resolve().name, ElasticPipeline.from_pretrained(bundle, backend, precisions), batch)
 
     def close(self) -> None:
         self.pipe.close()
@@ -133,6 +130,13 @@ class Served:
             Row(budget, gauge.costs.seconds(budget, 1), worth(Option("", (budget,), (budget,), (1,))) if worth else None)
             for budget in gauge.budgets
         ]
+
+    @cached_property
+    def usual(self) -> Prospect:
+        """The prospect of a picture of which nothing is said but what to draw."""
+        noise = self.bundle.manifest.model.unconditional
+        kind: dict[str, Any] = {"class_labels": (0,)} if self.by_classes else {} if noise else {"prompt": ""}
+        return self.prospect(Request(seeds=(0,), **kind))
 
     def batching(self) -> str | None:
         """Why pictures take turns here, where they do; None where they may share runs."""
@@ -226,6 +230,17 @@ def _of_quality(outlook: Outlook, options: list[Option], quality: str) -> list[O
         keeping = [option for option in options if outlook.graded and outlook.quality(option) >= Auto().floor]
         return (keeping or middle)[:1]
     return options
+
+
+def servable(folder: str | os.PathLike[str]) -> Bundle:
+    """A bundle that makes pictures; told before what takes long, since every answer would be an error.
+
+    Raises: UsageError for one that does not; as `Bundle.open`.
+    """
+    bundle = Bundle.open(folder)
+    if not drawable(bundle.manifest):
+        raise UsageError(f"{Path(folder).resolve().name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
+    return bundle
 
 
 def named(folders: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,25 +79,15 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
     settings = settings or Settings()
     named(folders)
     secret = key()
-    _logging()
-    if not is_local(settings.host) and not secret:
-        _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
+    log()
+    exposed(settings, secret)
     with contextlib.ExitStack() as stack:
         sockets = bound(settings.host, settings.port)  # before the bundles, whose opening takes long
         for each in sockets:
             stack.callback(each.close)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
-        models = []
-        for folder in folders:
-            begun = time.perf_counter()
-            served = Served.open(folder, settings.backend, settings.precisions, settings.batch)
-            stack.callback(served.close)
-            models.append(served)
-            facts = {"model": served.name, "where": served.session.where, "seconds": round(time.perf_counter() - begun, 2)}
-            _log.info("opened", extra={"facts": facts})
-            if turns := served.batching():
-                _log.info("pictures of %s take turns: %s", served.name, turns)
+        models = [stack.enter_context(opened(folder, settings)) for folder in folders]
         server, engine = listening(models, settings, ready)
         try:
             server.run(sockets)
@@ -106,6 +96,27 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
         finally:
             engine.close()
         _log.info("closed")
+
+
+def exposed(settings: Settings, secret: str | None) -> None:
+    """Warn where others can reach the server and need no key."""
+    if not is_local(settings.host) and not secret:
+        _log.warning("listening on %s, where others can reach it, without an API key: set %s, or take --host 127.0.0.1", settings.host, KEY)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, settings: Settings) -> Iterator[Served]:
+    """A bundle as the settings say, told of in the log, for as long as the block lasts."""
+    begun = time.perf_counter()
+    served = Served.open(folder, settings.backend, settings.precisions, settings.batch)
+    try:
+        facts = {"model": served.name, "where": served.session.where, "seconds": round(time.perf_counter() - begun, 2)}
+        _log.info("opened", extra={"facts": facts})
+        if turns := served.batching():
+            _log.info("pictures of %s take turns: %s", served.name, turns)
+        yield served
+    finally:
+        served.close()
 
 
 def key() -> str | None:
@@ -119,12 +130,17 @@ def key() -> str | None:
     return given
 
 
-def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
-    """A server over open bundles, not yet running, and its engine."""
+def application(models: Sequence[Served], settings: Settings, secret: str | None) -> tuple[App, Engine]:
+    """The application over open bundles, for clients who know the `secret` where there is one, and its engine."""
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    app = App(engine, metrics, key(), settings.limits, is_local(settings.host))
+    return App(engine, metrics, secret, settings.limits, is_local(settings.host)), engine
+
+
+def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:
+    """A server over open bundles, not yet running, and its engine."""
+    app, engine = application(models, settings, key())
     config = uvicorn.Config(
         app.asgi,
         host=settings.host,
@@ -167,7 +183,7 @@ class Server(uvicorn.Server):
         await closing
 
 
-def _logging() -> None:
+def log() -> None:
     """Lines of JSON on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())

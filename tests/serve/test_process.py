@@ -178,3 +178,18 @@ def test_pictures_take_turns_where_the_command_says_so(digits: Path) -> None:
     assert (model["elastic"]["rows"], model["elastic"]["takes_turns"]) == (1, "the server was told so, by --batch 1")
     assert f'elastic_run_rows_bucket{{le="1.0",model="{model["id"]}"}} 9.0' in metrics
     assert f'elastic_run_rows_count{{model="{model["id"]}"}} 9.0' in metrics
+
+
+def test_a_cluster_without_ray_is_advice(digits: Path) -> None:
+    program = f"import sys; sys.modules['ray'] = None\n{PROGRAM}"
+    command = [sys.executable, "-c", program, "serve", str(digits), "--ray"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 3
+    assert "pip install 'elastic-export[ray]'" in done.stderr
+
+
+def test_options_of_a_cluster_without_one_are_refused(digits: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, "serve", str(digits), "--replicas", "2-4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "give --ray, too" in done.stderr
