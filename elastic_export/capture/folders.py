@@ -153,6 +153,7 @@ def capture_folder(
             vae=vae,
             text=text,
             guidance_rescale=family.rescale,
+            few_steps=None if folder.labels else family.few_steps(config, scheduler, folder.distilled),
             **facts,
         ),
         axes=(drawn.axis,) if "transformer" in chosen else (),

@@ -49,6 +49,7 @@ class TokenFamily:
     spaced: whether its pipeline gives the sigmas, evenly, before the shift; else they are the scheduler's own, down to its least.
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add.
     rescale: see `manifest.Model.guidance_rescale`.
+    few_steps(config, scheduler, distilled): see `manifest.Model.few_steps`; `distilled` is what `model_index.json` says (`is_distilled`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class TokenFamily:
     spaced: bool
     flops: Callable[[Config, int, int], int]
     rescale: Literal["norm"] | None = None
+    few_steps: Callable[[Config, Config, bool], int | None] = lambda config, scheduler, distilled: None
 
 
 def draws_over(takes: int, gives: int) -> str | None:

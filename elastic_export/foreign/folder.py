@@ -23,7 +23,7 @@ COMPONENTS = {
 @dataclass(frozen=True)
 class Folder:
     """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`),
-    which names the `pipeline` too."""
+    which names the `pipeline` too, and says whether the transformer was `distilled` to few steps."""
 
     path: Path
     listed: dict[str, str]
@@ -31,6 +31,7 @@ class Folder:
     scheduled: bool = False
     indexed: bool = True
     pipeline: str = ""
+    distilled: bool = False
 
     @classmethod
     def open(cls, path: Path) -> "Folder":
@@ -47,6 +48,7 @@ class Folder:
                 dict(labels) if isinstance(labels, dict) else {},
                 scheduled=bool(index.get("scheduler")),
                 pipeline=str(index.get("_class_name") or ""),
+                distilled=index.get("is_distilled") is True,
             )
         else:
             folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)

@@ -99,7 +99,8 @@ class Model(Record, frozen=True, kw_only=True):
     take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
     white, or codes of a decoder that is not here. With `guidance_rescale` "norm" a prediction that guidance led has,
     token by token, the length of the one without. Where `packed` is set, the graph takes and gives a sample as tokens,
-    row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one.
+    row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one. `few_steps` are those that
+    it was distilled to draw in.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Model(Record, frozen=True, kw_only=True):
     guided_channels: int | None = None
     guidance_rescale: Literal["norm"] | None = None
     packed: Count | None = None
+    few_steps: Count | None = None
 
     def __post_init__(self) -> None:
         if self.learned_variance and not isinstance(self.schedule, Ancestral):

@@ -20,15 +20,15 @@ from elastic_runtime.denoising.tokens import TokenDenoiser
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
+from elastic_runtime.ralu.offers import offers, unsuited
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, named, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, named, preset
 from elastic_runtime.request import Request, StepRecord
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
 from elastic_runtime.sampling.stages import RaluLoop, RaluStep, from_draws, ralu
 from elastic_runtime.sessions.session import Session, batches
 
-USUAL = "4x"  # where nothing is asked for
 STEPS = 20  # of plan full
 MOST_STEPS = 50  # of plan full that a policy weighs: what the paper compares with
 
@@ -169,39 +169,39 @@ class PlanDrawing(Drawing):
     def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
         """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
         request, model = self.request, self.model
-        plan, recorded = USUAL if request.plan is None else request.plan, _recorded(request.policy)
-        if not isinstance(plan, str | Plan):
-            raise UsageError(f"plan is {', '.join((*PRESETS, FULL))}, or a Plan, got {plan!r}")
+        asked, recorded = request.plan, _recorded(request.policy)
+        if not isinstance(asked, str | Plan | None):
+            raise UsageError(f"plan is {', '.join((*PRESETS, FULL))}, or a Plan, got {asked!r}")
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
-        open_choice = chooses and request.plan is None and recorded is None
-        if request.num_inference_steps is not None and plan != FULL:
-            raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
-        plain = recorded.plain if recorded else plan == FULL or (isinstance(plan, Plan) and plan.plain)
+        open_choice = chooses and asked is None and recorded is None
+        plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
         height = model.sample_shape[1] * self._upscale if request.height is None else request.height
         width = model.sample_shape[2] * self._upscale if request.width is None else request.width
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit
-        scheduler = model.config.get("scheduler", {})
         steps = (MOST_STEPS if chooses else STEPS) if request.num_inference_steps is None else request.num_inference_steps
-        if plan == FULL:
-            chosen = {FULL: full(steps, size[0] * size[1], scheduler)}
+        known = steps, size[0] * size[1], model.config.get("scheduler", {}), model.few_steps
+        offered = offers(*known)
+        plan = next(iter(offered)) if asked is None else asked
+        if request.num_inference_steps is not None and plan != FULL:
+            raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
+        if isinstance(plan, Plan):
+            chosen = {OWN: plan}
+        elif why := unsuited(plan, *known[1:]):
+            raise UsageError(why)
         else:
-            chosen = {OWN: plan} if isinstance(plan, Plan) else {plan: preset(plan)}
+            chosen = {plan: offered[plan] if plan in offered else preset(plan)}
         if recorded:
-            if request.plan is not None and not any(each.alike(recorded) for each in chosen.values()):
+            if asked is not None and not any(each.alike(recorded) for each in chosen.values()):
                 raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
-            chosen = {self._name(recorded): recorded}
+            chosen = {FULL if recorded.plain else named(recorded, PRESETS): recorded}
         elif open_choice:
-            chosen |= PRESETS | {FULL: full(steps, size[0] * size[1], scheduler)}
+            chosen = offered
         if self._patches.table is not None and max(size) > self._patches.table:
             most = self._patches.table * unit
             raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
         return size, self._taking(chosen, size)
-
-    def _name(self, plan: Plan) -> str:
-        """What a plan of any number of steps is called."""
-        return FULL if plan.plain else named(plan, PRESETS)
 
     def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
         """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
