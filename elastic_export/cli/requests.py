@@ -23,7 +23,7 @@ from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import FULL, OWN, Plan
+from elastic_runtime.ralu.plan import OWN, STEPPED, Plan
 from elastic_runtime.request import Request, Result
 
 CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
@@ -74,8 +74,8 @@ def request(
     given = typed(subject, sampling, guided, budgets=budgets, weak=weak)
     if wrong := [flag for flag in given if fields_of.get(flag) in unfitting]:
         raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
-    if model.patches and sampling.steps is not None and sampling.plan != FULL:
-        raise typer.BadParameter(f"--steps is for --plan full; plan {sampling.plan or '4x'} has steps of its own")
+    if model.patches and sampling.steps is not None and sampling.plan not in STEPPED:
+        raise typer.BadParameter(f"--steps is for --plan {' or '.join(STEPPED)}; plan {sampling.plan or '4x'} has steps of its own")
     labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):

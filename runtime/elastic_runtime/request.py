@@ -38,12 +38,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
         (B, P), and their negative ones. num_images_per_prompt: pictures of each.
     How:
-        num_inference_steps: denoising steps (20); of a model that is drawn along plans those of plan `full`.
+        num_inference_steps: denoising steps (20); of a model that is drawn along plans those of `full` and `speed`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
         true_cfg_scale: classifier-free guidance on top of a distilled one. guidance_interval: times between which
         guidance acts (1 is pure noise). autoguidance: the weak branch keeps the label and differs by its smaller
         budget. sampler, temperature: see `sampling.fitting`. height, width: in pixels, for models that take any size.
-        plan: `4x`, `7x`, `full`, or a `Plan`. caching: steps whose prediction is extrapolated.
+        plan: `4x`, `7x`, `speed`, `full`, or a `Plan`. caching: steps whose prediction is extrapolated.
     What chooses:
         budget, guidance_budget: points on the bundle's axes; or policy, asked before each step. drop_fraction,
         guidance_drop_fraction: shares of a router's kept tokens to drop.

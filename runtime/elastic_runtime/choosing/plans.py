@@ -1,4 +1,4 @@
-"""The outlook of a model that is drawn along plans: which plan, in how many steps (RALU, arXiv 2507.08422)."""
+"""The outlook of a model that is drawn along plans: which plan, in how many steps (see `ralu.plan`)."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,7 +185,7 @@ class PlanOutlook(Outlook):
         """Predicted seconds (n,) of `rest` (n, stages still to come), what leads from stage to stage among them."""
         stage = len(taken) - 1
         entered = rest.shape[1] - (0 if stage and not taken[-1] else 1)
-        return sum(self._stage_seconds(option, stage + i)[rest[:, i]] for i in range(rest.shape[1])) + self.entering() * entered
+        return sum(self._stage_seconds(option, stage + i)[rest[:, i]] for i in range(rest.shape[1])) + self.entering(option) * entered
 
     def _stage_seconds(self, option: Option, stage: int) -> np.ndarray:
         """Predicted seconds of a stage by its steps, from none on."""
@@ -225,7 +225,7 @@ class PlanOutlook(Outlook):
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
         """In the mixed stage each picture runs by itself, both of its branches together (see
         `TokenDenoiser.guided`)."""
-        alone = len(option.steps) > 1 and stage == 1
+        alone = _plan(option).mixed and stage == 1
         rows, times = (1, self.count) if alone else (self.count, 1)
         together = rows * (2 if guided and not self.apart else 1)
         sizes = [part.stop - part.start for part in batches(self.gauge.session, together)] * (2 if guided and self.apart else 1)
@@ -234,8 +234,11 @@ class PlanOutlook(Outlook):
     def peak_seconds(self, option: Option) -> float:
         return sum(count * self.seconds(option, stage, True, self.gauge.peak) for stage, count in enumerate(option.steps))
 
-    def entering(self) -> float:
-        """Half of what leads to the second and third stage: a preview, its edges, and what grows."""
+    def entering(self, option: Option) -> float:
+        """Half of what leads to the second and third stage where patches grow: a preview, its edges, and what grows. What else grows takes
+        nothing beside a step."""
+        if not _plan(option).mixed:
+            return 0.0
         return self.gauge.calibrated.preview * self.area * self.count / 2
 
     @property

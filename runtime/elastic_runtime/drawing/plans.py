@@ -1,5 +1,4 @@
-"""Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
-2507.08422)."""
+"""Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution, at two, or at mixed ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,17 +19,18 @@ from elastic_runtime.denoising.tokens import TokenDenoiser
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.offers import offers, unsuited
+from elastic_runtime.ralu.offers import offers, speed, unsuited
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, named, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, SPEED, STEPPED, Plan, named, preset
 from elastic_runtime.request import Request, StepRecord
+from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
-from elastic_runtime.sampling.stages import RaluLoop, RaluStep, from_draws, ralu
+from elastic_runtime.sampling.stages import PlanLoop, PlanStep, along, from_draws
 from elastic_runtime.sessions.session import Session, batches
 
-STEPS = 20  # of plan full
-MOST_STEPS = 50  # of plan full that a policy weighs: what the paper compares with
+STEPS = 20  # of plans in any number of steps
+MOST_STEPS = 50  # of them that a policy weighs: what the paper compares with
 
 
 class PlanDrawing(Drawing):
@@ -110,8 +110,9 @@ class PlanDrawing(Drawing):
         self._left = list(choice.left(choice.plan.steps))
         self._taken = [0] * len(self._left)
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
-        noise = from_draws(self._noise.standard_normal)
-        self._loop: RaluLoop = ralu(velocity, self._start, choice.plan, self._patches.size, self._choose, noise, self._left)
+        draw = self._noise.standard_normal
+        steps = self._choose, from_draws(draw), lambda latents, sigma: spectral(latents, sigma, draw)
+        self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left)
 
     def step(self, replacement: np.ndarray | None) -> Step:
         step = self._loop.send(replacement)
@@ -119,7 +120,7 @@ class PlanDrawing(Drawing):
         return step
 
     def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
-        assert isinstance(step, RaluStep)
+        assert isinstance(step, PlanStep)
         budget = Budget(tokens=step.sample.shape[1])
         weak = budget if self._weak and self.guidance.active(step.time) else None
         computed = not self.request.caching or step.index not in self.request.caching.skip
@@ -171,7 +172,7 @@ class PlanDrawing(Drawing):
         request, model = self.request, self.model
         asked, recorded = request.plan, _recorded(request.policy)
         if not isinstance(asked, str | Plan | None):
-            raise UsageError(f"plan is {', '.join((*PRESETS, FULL))}, or a Plan, got {asked!r}")
+            raise UsageError(f"plan is {', '.join((*PRESETS, *STEPPED))}, or a Plan, got {asked!r}")
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
         open_choice = chooses and asked is None and recorded is None
         plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
@@ -180,22 +181,24 @@ class PlanDrawing(Drawing):
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit
-        steps = (MOST_STEPS if chooses else STEPS) if request.num_inference_steps is None else request.num_inference_steps
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = model.few_steps or (MOST_STEPS if chooses else STEPS)
         known = steps, size[0] * size[1], model.config.get("scheduler", {}), model.few_steps
         offered = offers(*known)
         plan = next(iter(offered)) if asked is None else asked
-        if request.num_inference_steps is not None and plan != FULL:
-            raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
+        if request.num_inference_steps is not None and plan not in STEPPED:
+            raise UsageError(f"num_inference_steps is for plans {' and '.join(map(repr, STEPPED))}; plan {plan!r} has steps of its own")
         if isinstance(plan, Plan):
             chosen = {OWN: plan}
         elif why := unsuited(plan, *known[1:]):
             raise UsageError(why)
         else:
-            chosen = {plan: offered[plan] if plan in offered else preset(plan)}
+            chosen = {plan: offered[plan] if plan in offered else speed(*known[:3]) if plan == SPEED else preset(plan)}
         if recorded:
             if asked is not None and not any(each.alike(recorded) for each in chosen.values()):
                 raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
-            chosen = {FULL if recorded.plain else named(recorded, PRESETS): recorded}
+            chosen = {FULL if recorded.plain else named(recorded, offered): recorded}
         elif open_choice:
             chosen = offered
         if self._patches.table is not None and max(size) > self._patches.table:
@@ -231,11 +234,11 @@ class PlanDrawing(Drawing):
                 f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
                 "take another size, or export it for that size"
             )
-        if (not plan.plain or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
+        if (plan.mixed or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
             raise UsageError(str(obstacle(self.bundle.manifest)))
         if self.request.output_type != "latent":
             self._check_decoder(self.size[0] * latent, self.size[1] * latent, "the picture")
-        if not plan.plain:
+        if plan.mixed:
             self._check_decoder(self.size[0] * latent // 2, self.size[1] * latent // 2, "its preview")
 
     def _check_sides(self, height: Any, width: Any, unit: int, plain: bool) -> None:
@@ -274,7 +277,7 @@ class PlanDrawing(Drawing):
         together = 1 if self._apart else 2
         branches = {together if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:
-            for rows in {self.count} if plan.plain else {self.count, 1}:  # in the mixed stage each picture runs alone
+            for rows in {self.count, 1} if plan.mixed else {self.count}:  # in the mixed stage each picture runs alone
                 for branch in branches:
                     batches(session, rows * branch)
         except BudgetError as error:

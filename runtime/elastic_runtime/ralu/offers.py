@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_runtime.ralu.plan import FULL, PRESETS, Plan, full
+from elastic_runtime.contract.schedule import is_number, unshifted, whole_steps
+from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.plan import FULL, PRESETS, SPEED, Plan, full
 
 # The base shift up to which a schedule can be fitted to a preset's outline before the search runs into its bounds (see `fit`).
 MOST_BASE = {"4x": 5.5, "7x": 3.5}
+TRANSITION = 0.75  # the sigma at which plan `speed` grows: what a picture's upper frequencies hold is then far below the noise
 
 
 def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: int | None = None) -> str | None:
@@ -17,7 +20,7 @@ def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: in
     """
     if name not in PRESETS:
         return None
-    plan, instead = PRESETS[name], f"take plan {FULL!r}"
+    plan, instead = PRESETS[name], f"take plan {SPEED!r} or {FULL!r}"
     base = full(plan.total, tokens, scheduler).shifts[0]
     if base > MOST_BASE[name]:
         return (
@@ -33,6 +36,28 @@ def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: in
 
 
 def offers(steps: int, tokens: int, scheduler: Mapping[str, Any], few_steps: int | None = None) -> dict[str, Plan]:
-    """The plans that suit, by name, the usual one first; `full` in so many `steps`."""
+    """The plans that suit, by name, the usual one first; those along the model's own schedule in so many `steps`."""
     suited = {name: plan for name, plan in PRESETS.items() if unsuited(name, tokens, scheduler, few_steps) is None}
-    return suited | {FULL: full(steps, tokens, scheduler)}
+    uniform = {SPEED: speed(steps, tokens, scheduler)} if steps > 1 else {}
+    return suited | {FULL: full(steps, tokens, scheduler)} | uniform
+
+
+def speed(steps: int, tokens: int, scheduler: Mapping[str, Any], transition: float = TRANSITION) -> Plan:
+    """SPEED's plan of two resolutions (spectral progressive diffusion, arXiv 2605.18736) for pictures of so many full-resolution `tokens`:
+    `steps` along the schedule of plain sampling, those above sigma `transition` at half the height and width.
+
+    Raises: UsageError for fewer than two steps, or a transition that is no sigma between 0 and 1.
+    """
+    whole_steps(steps)
+    if steps < 2:
+        raise UsageError(f"plan {SPEED!r} takes a step at each of its two resolutions, got {steps}")
+    if not is_number(transition) or not 0 < transition < 1:
+        raise UsageError(f"the transition is a sigma between 0 and 1, got {transition!r}")
+    plain = full(steps, tokens, scheduler)
+    (shift,) = plain.shifts
+    low = min(max(round(steps * (1 - unshifted(transition, shift))), 1), steps - 1)
+    ends = {"least": plain.least, "terminal": plain.terminal}
+    for name, value in ends.items():
+        if value is not None and value >= transition:
+            raise UsageError(f"the transition lies above the scheduler's last step, at sigma {value:g}, got {transition:g}")
+    return Plan((low, steps - low), (1 - transition, 1.0), (shift, shift), growth="spectrum", **ends)

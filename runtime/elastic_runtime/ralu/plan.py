@@ -1,20 +1,23 @@
-"""A RALU plan: how many steps at which resolution, between which times (arXiv 2507.08422).
+"""A plan: how many steps at which resolution, between which times.
 
-Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width,
-then grows the patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
+Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of one stage is plain full-resolution sampling. One of two
+begins at half the height and width and grows once, in its spectrum (SPEED, arXiv 2605.18736). One of three, RALU's (arXiv
+2507.08422), grows the patches with the most edges, then all of them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import is_number, onward, spaced, whole_steps
 from elastic_runtime.errors import UsageError
 
-STAGES = 3
+# What grows between stages: chosen patches and then the others; the spectrum of the latents.
+Growth = Literal["patches", "spectrum"]
+STAGES = 3  # of RALU
 # Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.
 LEAST_Z = 2.0
 
@@ -24,7 +27,8 @@ class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
     On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
-    nothing. `shift` says how its steps are spaced.
+    nothing. `shift` says how its steps are spaced. A stage that goes on along another schedule than from its own first
+    sigma has the sigma which that one is left at, `grid`: its later times are those that follow there.
     """
 
     start: float
@@ -35,6 +39,7 @@ class Stage:
     shift: float = 1.0
     least: float | None = None
     terminal: float | None = None
+    grid: float | None = None
 
     @property
     def steps(self) -> int:
@@ -42,9 +47,14 @@ class Stage:
 
     def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
-        if sigma is None:
+        first = 1 - self.start
+        if self.grid is None and sigma is None:
             return sigmas(self.start, self.end, steps, self.shift, self.least, self.terminal)
-        return tuple(float(s) for s in onward(sigma, 1 - self.end, steps, self.shift, self.least, self.terminal))
+        begins = self.grid is not None and (sigma is None or sigma == first)
+        left = self.grid if begins else sigma
+        assert left is not None
+        visited = onward(left, 1 - self.end, steps, self.shift, self.least, self.terminal)
+        return tuple(float(s) for s in (first if begins else visited[0], *visited[1:]))
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Plan:
     """Stages of a drawing: for each its `steps`, the time at which it ends, and its schedule's `shifts`.
 
     Args:
-        steps: three numbers (low, mixed, full resolution), or one (full resolution).
+        steps: one number (full resolution), two (low, full) or three (low, mixed, full).
         end_times: rising, the last is 1.
         shifts: how much each stage dwells on noise; 1 is evenly.
         z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
@@ -61,7 +71,9 @@ class Plan:
         with.
         least: of plain sampling, the sigma before the shift that the last step starts from, where the scheduler names
         one (SD3); None spaces all steps alike (FLUX).
-        terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to.
+        terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to. Both
+        are of the last stage of two as well.
+        growth: what grows between stages: `patches` of three, the `spectrum` of two.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -74,6 +86,7 @@ class Plan:
     renoise: bool = True
     least: float | None = None
     terminal: float | None = None
+    growth: Growth = "patches"
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -86,13 +99,19 @@ class Plan:
             raise UsageError(f"a plan has a shift for each of its {len(self.steps)} stages, got {self.shifts}")
         if bad := [shift for shift in self.shifts if not (is_number(shift) and 0 < shift < math.inf)]:
             raise UsageError(f"a plan's shifts are above 0, got {bad[0]!r}")
-        if self.plain:
+        if not self.mixed:
             if self.z is not None or self.up_ratio is not None or not self.renoise:
-                raise UsageError("a plan of one stage has no z, no up_ratio and no renoise: nothing grows in it")
+                raise UsageError(f"z, up_ratio and renoise are of a plan of {STAGES} stages, whose patches grow, got {len(self.steps)}")
             for name in ("least", "terminal"):
                 value = getattr(self, name)
                 if value is not None and not (is_number(value) and 0 < value < 1):
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
+        if self.growth != ("patches" if self.plain or self.mixed else "spectrum"):
+            raise UsageError(
+                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum (growth='spectrum'), one of 1 not at all; got "
+                f"{len(self.steps)} stages and growth {self.growth!r}"
+            )
+        if not self.mixed:
             return
         if self.least is not None or self.terminal is not None:
             raise UsageError(f"least and terminal are of plain sampling, not of a plan of {STAGES} stages")
@@ -111,12 +130,19 @@ class Plan:
         return len(self.steps) == 1
 
     @property
+    def mixed(self) -> bool:
+        """Whether patches grow, so that in between each picture has tokens at places of its own."""
+        return len(self.steps) == STAGES
+
+    @property
     def total(self) -> int:
         """Steps in all."""
         return sum(self.steps)
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order, with the sigmas that each visits."""
+        if self.growth == "spectrum":
+            return self._spectral()
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
@@ -124,6 +150,15 @@ class Plan:
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
+
+    def _spectral(self) -> tuple[Stage, ...]:
+        """The low stage ends where the plan says; the other one goes on from the sigma that growing leads to, at the times that the
+        schedule has left."""
+        (low, high), (end, _), (first, second) = self.steps, self.end_times, self.shifts
+        left = 1 - end
+        begun = Stage(0.0, end, sigmas(0.0, end, low, first), 0.0, 1.0, first)
+        grown = Stage(1 - scale(left) * left, 1.0, (), 0.0, 1.0, second, self.least, self.terminal, left)
+        return begun, replace(grown, sigmas=grown.spaced(high))
 
     def alike(self, other: "Plan") -> bool:
         """Whether two plans differ in their steps at most."""
@@ -155,7 +190,7 @@ class Plan:
         if self.plain:
             return (height * width,)
         low = height * width // 4
-        return low, low + 3 * self.grown(low), height * width
+        return (low, low + 3 * self.grown(low), height * width) if self.mixed else (low, height * width)
 
     def step_tokens(self, height: int, width: int) -> tuple[int, ...]:
         """Image tokens of each step."""
@@ -180,6 +215,12 @@ def restart(end: float, z: float) -> tuple[float, float, float]:
     whole = z * (1 - end) + end
     start = end / whole
     return start, 1 - start, 1 / whole
+
+
+def scale(sigma: float) -> float:
+    """Of latents of twice the height and width whose spectrum was grown at `sigma`: what they are multiplied by. Their noise is then of
+    sigma times as much, and they lie on the path again (SPEED)."""
+    return 2 / (1 + sigma)
 
 
 def sigmas(
@@ -248,8 +289,8 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
 
 def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
     """Raise UsageError unless these are steps and end times of a plan."""
-    if len(steps) not in (1, STAGES):
-        raise UsageError(f"a plan has {STAGES} stages, or 1 at full resolution; got steps for {len(steps)}: {steps}")
+    if not 1 <= len(steps) <= STAGES:
+        raise UsageError(f"a plan has 1 to {STAGES} stages, the last at full resolution; got steps for {len(steps)}: {steps}")
     if len(end_times) != len(steps):
         raise UsageError(f"a plan has an end time for each of its {len(steps)} stages, got {end_times}")
     for count in steps:
@@ -285,6 +326,8 @@ PRESETS = {
 
 
 FULL = "full"
+SPEED = "speed"
+STEPPED = (FULL, SPEED)  # plans by a name in any number of steps, along the model's own schedule
 OWN = "own"  # a plan of the caller's, which no card grades
 
 
@@ -292,7 +335,7 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own: "
+            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, {', '.join(STEPPED)} (with a number of steps) and plans of your own: "
             "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )
     return PRESETS[name]

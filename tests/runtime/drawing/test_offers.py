@@ -27,12 +27,17 @@ def named(pipe: ElasticPipeline, **asked: Any) -> set[str]:
     return {option.name.partition(",")[0] for option in outlook.options()}
 
 
-@pytest.mark.parametrize(("shift", "plans"), [(3.0, {"4x", "7x", "full"}), (4.5, {"4x", "full"}), (7.6, {"full"}), (25.0, {"full"})])
+@pytest.mark.parametrize(
+    ("shift", "plans"),
+    [(3.0, {"4x", "7x", "speed", "full"}), (4.5, {"4x", "speed", "full"}), (7.6, {"speed", "full"}), (25.0, {"speed", "full"})],
+)
 def test_what_a_policy_may_choose_suits_the_shift(shift: float, plans: set[str]) -> None:
     assert named(pipeline(shift)) == plans
 
 
-@pytest.mark.parametrize(("few_steps", "plans"), [(18, {"4x", "7x", "full"}), (12, {"7x", "full"}), (4, {"full"})])
+@pytest.mark.parametrize(
+    ("few_steps", "plans"), [(18, {"4x", "7x", "speed", "full"}), (12, {"7x", "speed", "full"}), (4, {"speed", "full"})]
+)
 def test_what_a_policy_may_choose_suits_the_steps_of_a_distilled_model(few_steps: int, plans: set[str]) -> None:
     assert named(pipeline(few_steps=few_steps)) == plans
 
@@ -45,7 +50,9 @@ def test_where_no_preset_suits_a_picture_is_drawn_along_full(policy: Any) -> Non
 
 
 def test_one_that_is_asked_for_by_name_is_refused_with_what_to_take() -> None:
-    with pytest.raises(UsageError, match=r"plan '4x' does not suit .* at 64 image tokens: .* above 5.5, .* is 9 there; take plan 'full'"):
+    with pytest.raises(
+        UsageError, match=r"plan '4x' does not suit .* at 64 image tokens: .* above 5.5, .* is 9 there; take plan 'speed' or 'full'"
+    ):
         pipeline(9.0)(**EMBEDS, plan="4x")
     with pytest.raises(UsageError, match="plan '7x' does not suit .* distilled to draw in 8 steps, fewer than the 10 of the plan"):
         pipeline(few_steps=8)(**EMBEDS, plan="7x", policy=Deadline(9.0))
