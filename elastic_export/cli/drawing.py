@@ -68,7 +68,8 @@ class Sampling:
         str | None,
         _planned(
             "--plan",
-            "[bold]4x[/bold], [bold]7x[/bold], [bold]speed[/bold], [bold]full[/bold], or steps/end times/share [dim](default: what suits)[/dim].",
+            "[bold]4x[/bold], [bold]7x[/bold], [bold]speed[/bold], [bold]full[/bold], or steps/end times/share "
+            "[dim](default: what suits)[/dim].",
             metavar="PLAN",
         ),
     ] = None

@@ -19,7 +19,7 @@ MOST_SIZE = 2**31 - 1  # of a dimension
 MOST_BUDGETS = 2**20  # of all axes together
 MOST_VALUES = 2**28  # of a sample, or of the smallest feed of an input
 _OPEN = re.compile(r"([1-9]\d{0,5}\*)?[A-Za-z_]\w*")
-STAGES = {"full": 1} | {name: len(steps) for name, steps in OWN_STEPS.items()}  # of plans by name
+STAGES = {"full": 1, "speed": 2} | {name: len(steps) for name, steps in OWN_STEPS.items()}  # of plans by name
 
 
 def decode(text: bytes, where: str) -> Manifest:

@@ -57,7 +57,7 @@ def speed(steps: int, tokens: int, scheduler: Mapping[str, Any], transition: flo
     (shift,) = plain.shifts
     low = min(max(round(steps * (1 - unshifted(transition, shift))), 1), steps - 1)
     ends = {"least": plain.least, "terminal": plain.terminal}
-    for name, value in ends.items():
+    for value in ends.values():
         if value is not None and value >= transition:
             raise UsageError(f"the transition lies above the scheduler's last step, at sigma {value:g}, got {transition:g}")
     return Plan((low, steps - low), (1 - transition, 1.0), (shift, shift), growth="spectrum", **ends)

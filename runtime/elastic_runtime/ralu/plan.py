@@ -335,7 +335,8 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, {', '.join(STEPPED)} (with a number of steps) and plans of your own: "
+            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))} (these two in any number of steps), and plans of "
+            "your own: "
             "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )
     return PRESETS[name]

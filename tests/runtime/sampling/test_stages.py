@@ -221,8 +221,8 @@ def test_a_plan_of_two_stages_runs_at_whole_places_of_its_own_two_pictures() -> 
 @pytest.mark.parametrize("left", [[1, 3], [2, 1], [4, 6]])
 def test_a_plan_of_two_stages_takes_other_steps_than_its_own(left: list[int]) -> None:
     taken = list(left)
-    loop = along(lambda x, *_: np.zeros_like(x), np.zeros((1, 1, 8, 8)), SPEED, 2, first_ones, None, lambda x, sigma: np.zeros((1, 1, 8, 8)), taken)  # type: ignore[arg-type]  # fmt: skip
-    steps = list(loop)
+    empty, still = np.zeros((1, 1, 8, 8)), lambda x, *_: np.zeros_like(x)
+    steps = list(along(still, empty, SPEED, 2, first_ones, from_draws(np.zeros), lambda x, sigma: empty, taken))
     assert [step.stage for step in steps] == [0] * left[0] + [1] * left[1]
     assert (steps[0].time, steps[left[0] - 1].next_time, steps[-1].next_time) == (1.0, pytest.approx(0.75), 0.0)
     assert steps[left[0]].time == pytest.approx(2 * 0.75 / 1.75)
