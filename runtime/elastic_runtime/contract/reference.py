@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Graph, TensorSpec, Verification
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, Verification, sized
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
 
@@ -74,7 +74,7 @@ def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Bu
     carried = {axis.dimension: budget[axis.name] for axis in axes if axis.carrier == "shape" and axis.name in budget}
     sizes = dict(budget) | carried
     return {
-        name: array[tuple(slice(sizes.get(size) if isinstance(size, str) else None) for size in shapes[name])]
+        name: array[tuple(slice(sized(size, sizes) if isinstance(size, str) else None) for size in shapes[name])]
         for name, array in feeds.items()
     }
 
