@@ -82,7 +82,7 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def plan(text: str) -> Any:
-    """Read a plan's name, `4x`, `7x`, `speed` or `full`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows, with a
+    """Read a plan's name, `4x`, `7x`, `full`, `speed` or `mrflow`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows, with a
     fitted schedule."""
     if "/" not in text:
         return text
@@ -93,7 +93,7 @@ def plan(text: str) -> Any:
         share = float(ratio)
     except ValueError:
         raise typer.BadParameter(
-            f"a plan is 4x, 7x, speed, full, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
+            f"a plan is 4x, 7x, full, speed, mrflow, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
         ) from None
     from elastic_runtime.ralu.fit import fit
 

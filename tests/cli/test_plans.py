@@ -107,13 +107,13 @@ def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "5x"], "there is no plan '5x'; there are 4x, 7x, full, speed"),
-        (["--plan", "3,4/0.2,1/0.3"], "a plan is 4x, 7x, speed, full, or steps/end times/share"),
+        (["--plan", "5x"], "there is no plan '5x'; there are 4x, 7x, full, speed, mrflow"),
+        (["--plan", "3,4/0.2,1/0.3"], "a plan is 4x, 7x, full, speed, mrflow, or steps/end times/share"),
         (["--plan", "3,4,5/0.4,0.3,1/0.3"], "end times rise"),
         (["--plan", "3,4,5/0.3,0.4,0.9/0.3"], "the last end time is 1"),
         (["--plan", "3,0,5/0.3,0.4,1/0.3"], "at least 1 step, got 0"),
         (["--plan", "3,4,5/0.3,0.4,1/1"], "up_ratio lies between 0 and 1"),
-        (["--steps", "5"], "--steps is for --plan full or speed; plan 4x has steps of its own"),
+        (["--steps", "5"], "--steps is for --plan full, speed, mrflow; plan 4x has steps of its own"),
         (["--plan", "4x", "--height", "50"], "height is a multiple of 16 px for this plan, got 50"),
         (["--plan", "4x", "--width", "0"], "width is a multiple of 16 px for this plan, got 0"),
         (["--cache", "1"], "got an interval of 1"),

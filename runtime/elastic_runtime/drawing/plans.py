@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.choosing.option import Choice
@@ -14,19 +15,22 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model, Patches, plan_label
 from elastic_runtime.denoising.conditions import guidance_of
-from elastic_runtime.denoising.pictures import drawable, obstacle, sides, values
+from elastic_runtime.denoising.pictures import drawable, obstacle, pictures, sides, values
+from elastic_runtime.denoising.sources import encode, pixels, resized
+from elastic_runtime.denoising.sources import obstacle as unencoded
 from elastic_runtime.denoising.tokens import TokenDenoiser
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
+from elastic_runtime.drawing.over import Over
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.offers import offers, speed, unsuited
+from elastic_runtime.ralu.offers import offers, stepped, unsuited
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, SPEED, STEPPED, Plan, named, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, STEPPED, Plan, named, preset
 from elastic_runtime.request import Request, StepRecord
 from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
-from elastic_runtime.sampling.stages import PlanLoop, PlanStep, along, from_draws
+from elastic_runtime.sampling.stages import Keep, PlanLoop, PlanStep, along, from_draws
 from elastic_runtime.sessions.session import Session, batches
 
 STEPS = 20  # of plans in any number of steps
@@ -47,6 +51,7 @@ class PlanDrawing(Drawing):
         assert self.model.patches is not None
         self._patches: Patches = self.model.patches
         self._upscale = self.model.vae.upscale if self.model.vae else 1
+        self._over = Over.of(bundle.manifest, request)
         self.size, self.plans = self._planned()
         self.name = next(iter(self.plans))
         if request.caching is not None:
@@ -71,6 +76,9 @@ class PlanDrawing(Drawing):
         self._noise = self._source()
         shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))
         self._start = self._noise.standard_normal(shape) if request.noise is None else initial(request.noise, shape)
+        self._keep: Keep | None = None
+        if self._over:
+            self._over.check(self._count)
 
     @property
     def count(self) -> int:
@@ -90,6 +98,12 @@ class PlanDrawing(Drawing):
         self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
         self._apart = weak is not None and not strong.beside(weak)
         self._open_graph = open_graph
+        if self._over:
+            unit = self._patches.size * self._upscale
+            picture = self._over.latents(open_graph, (self.size[0] * unit, self.size[1] * unit), self._count)
+            begin = next(iter(self.plans.values())).begin
+            self._keep = self._over.keep(picture, self._start, self._patches.size)
+            self._start = begin * self._start + (1 - begin) * picture
         self._session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
         if not offered:
@@ -111,8 +125,8 @@ class PlanDrawing(Drawing):
         self._taken = [0] * len(self._left)
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
         draw = self._noise.standard_normal
-        steps = self._choose, from_draws(draw), lambda latents, sigma: spectral(latents, sigma, draw)
-        self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left)
+        steps = self._choose, from_draws(draw), self._enlarge
+        self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left, self._keep)
 
     def step(self, replacement: np.ndarray | None) -> Step:
         step = self._loop.send(replacement)
@@ -137,11 +151,11 @@ class PlanDrawing(Drawing):
 
     def facts(self) -> dict[str, Any]:
         assert self.plan is not None
-        pixels = self._patches.size * self._upscale
+        unit = self._patches.size * self._upscale
         return {
             "plan": plan_label(self.name_of(self.plan), self.drawn.steps),
-            "height": self.size[0] * pixels,
-            "width": self.size[1] * pixels,
+            "height": self.size[0] * unit,
+            "width": self.size[1] * unit,
             "size": self.size,
             "tokens": self.plan.tokens(*self.size),
             "embedded_guidance": self._embedded,
@@ -167,17 +181,31 @@ class PlanDrawing(Drawing):
         decoder = self._open_graph("decoder") if self.model.vae else None
         return best(edge_scores(values(self.bundle.manifest, decoder, latents), self._patches.size * self._upscale), grown)
 
+    def _enlarge(self, latents: np.ndarray, sigma: float) -> np.ndarray:
+        assert self.plan is not None
+        draw = self._noise.standard_normal
+        if self.plan.again is None:
+            return spectral(latents, sigma, draw)
+        assert self.model.vae is not None  # it is checked that there is an encoder
+        small = pixels("the picture", pictures(values(self.bundle.manifest, self._open_graph("decoder"), latents), "pil"), "RGB")
+        height, width = (2 * side for side in small.shape[1:3])
+        with self._open_graph("encoder") as encoder:
+            large = encode(encoder, self.model.vae, resized(small, height, width, Image.Resampling.BICUBIC))
+        return self.plan.again * draw(large.shape) + (1 - self.plan.again) * large
+
     def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
         """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
         request, model = self.request, self.model
         asked, recorded = request.plan, _recorded(request.policy)
         if not isinstance(asked, str | Plan | None):
             raise UsageError(f"plan is {', '.join((*PRESETS, *STEPPED))}, or a Plan, got {asked!r}")
+        if self._over and asked is None:
+            asked = FULL
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
         open_choice = chooses and asked is None and recorded is None
         plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
-        height = model.sample_shape[1] * self._upscale if request.height is None else request.height
-        width = model.sample_shape[2] * self._upscale if request.width is None else request.width
+        usual = self._over.size if self._over else tuple(side * self._upscale for side in model.sample_shape[1:])
+        height, width = (side if given is None else given for side, given in zip(usual, (request.height, request.width), strict=True))
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit
@@ -188,15 +216,19 @@ class PlanDrawing(Drawing):
         offered = offers(*known)
         plan = next(iter(offered)) if asked is None else asked
         if request.num_inference_steps is not None and plan not in STEPPED:
-            raise UsageError(f"num_inference_steps is for plans {' and '.join(map(repr, STEPPED))}; plan {plan!r} has steps of its own")
+            raise UsageError(f"num_inference_steps is for plans {', '.join(STEPPED)}; plan {plan!r} has steps of its own")
         if isinstance(plan, Plan):
             chosen = {OWN: plan}
         elif why := unsuited(plan, *known[1:]):
             raise UsageError(why)
         else:
-            chosen = {plan: offered[plan] if plan in offered else speed(*known[:3]) if plan == SPEED else preset(plan)}
+            chosen = {plan: stepped(plan, *known) if plan in STEPPED else preset(plan)}
+        if self._over:
+            chosen = {name: each.over(self._over.strength) for name, each in chosen.items()}
+        if not self._over and any(each.begin < 1 for each in (*chosen.values(), *([recorded] if recorded else []))):
+            raise UsageError("a plan that begins below sigma 1 draws over a picture: give image")
         if recorded:
-            if asked is not None and not any(each.alike(recorded) for each in chosen.values()):
+            if request.plan is not None and not any(each.alike(recorded) for each in chosen.values()):
                 raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
             chosen = {FULL if recorded.plain else named(recorded, offered): recorded}
         elif open_choice:
@@ -234,11 +266,13 @@ class PlanDrawing(Drawing):
                 f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
                 "take another size, or export it for that size"
             )
-        if (plan.mixed or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
+        if (plan.mixed or plan.growth == "pixels" or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
             raise UsageError(str(obstacle(self.bundle.manifest)))
         if self.request.output_type != "latent":
             self._check_decoder(self.size[0] * latent, self.size[1] * latent, "the picture")
-        if plan.mixed:
+        if plan.growth == "pixels" and (why := unencoded(self.bundle.manifest)):
+            raise UsageError(why)
+        if plan.mixed or plan.growth == "pixels":
             self._check_decoder(self.size[0] * latent // 2, self.size[1] * latent // 2, "its preview")
 
     def _check_sides(self, height: Any, width: Any, unit: int, plain: bool) -> None:

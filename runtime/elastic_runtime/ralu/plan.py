@@ -1,7 +1,8 @@
 """A plan: how many steps at which resolution, between which times.
 
 Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of one stage is plain full-resolution sampling. One of two
-begins at half the height and width and grows once, in its spectrum (SPEED, arXiv 2605.18736). One of three, RALU's (arXiv
+begins at half the height and width and grows once: in its spectrum (SPEED, arXiv 2605.18736), or as a finished picture in its pixels
+(MrFlow, arXiv 2607.01642). One of three, RALU's (arXiv
 2507.08422), grows the patches with the most edges, then all of them.
 """
 
@@ -15,8 +16,8 @@ from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import is_number, onward, spaced, whole_steps
 from elastic_runtime.errors import UsageError
 
-# What grows between stages: chosen patches and then the others; the spectrum of the latents.
-Growth = Literal["patches", "spectrum"]
+# What grows between stages: chosen patches and then the others; the spectrum of the latents; the pixels of a finished picture.
+Growth = Literal["patches", "spectrum", "pixels"]
 STAGES = 3  # of RALU
 # Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.
 LEAST_Z = 2.0
@@ -73,7 +74,10 @@ class Plan:
         one (SD3); None spaces all steps alike (FLUX).
         terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to. Both
         are of the last stage of two as well.
-        growth: what grows between stages: `patches` of three, the `spectrum` of two.
+        begin: of plain sampling, the sigma that it starts from; below 1 that of a picture which is drawn over.
+        growth: what grows between stages: `patches` of three, the `spectrum` or `pixels` of two. In pixels it is a
+        finished picture, so both stages end at time 1.
+        again: the sigma from which what grew in pixels is drawn again.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -87,6 +91,8 @@ class Plan:
     least: float | None = None
     terminal: float | None = None
     growth: Growth = "patches"
+    begin: float = 1.0
+    again: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -94,7 +100,7 @@ class Plan:
             if not isinstance(value, tuple | list):
                 raise UsageError(f"a plan's {name} are a tuple, one value a stage, got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        check_outline(self.steps, self.end_times)
+        check_outline(self.steps, self.end_times, finished=self.growth == "pixels")
         if len(self.shifts) != len(self.steps):
             raise UsageError(f"a plan has a shift for each of its {len(self.steps)} stages, got {self.shifts}")
         if bad := [shift for shift in self.shifts if not (is_number(shift) and 0 < shift < math.inf)]:
@@ -106,11 +112,15 @@ class Plan:
                 value = getattr(self, name)
                 if value is not None and not (is_number(value) and 0 < value < 1):
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
-        if self.growth != ("patches" if self.plain or self.mixed else "spectrum"):
+        if self.growth not in (("patches",) if self.plain or self.mixed else ("spectrum", "pixels")):
             raise UsageError(
-                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum (growth='spectrum'), one of 1 not at all; got "
-                f"{len(self.steps)} stages and growth {self.growth!r}"
+                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum or in pixels (growth='spectrum' or 'pixels'), one of "
+                f"1 not at all; got {len(self.steps)} stages and growth {self.growth!r}"
             )
+        if (self.growth == "pixels") != (self.again is not None) or not (self.again is None or (is_number(self.again) and 0 < self.again < 1)):
+            raise UsageError(f"again is a sigma between 0 and 1 of a plan that grows in pixels, got {self.again!r} of {self.growth}")
+        if not (is_number(self.begin) and 0 < self.begin <= 1) or (self.begin < 1 and not self.plain):
+            raise UsageError(f"begin is a sigma above 0, and below 1 of a plan of one stage only, got {self.begin!r}")
         if not self.mixed:
             return
         if self.least is not None or self.terminal is not None:
@@ -141,8 +151,11 @@ class Plan:
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order, with the sigmas that each visits."""
-        if self.growth == "spectrum":
-            return self._spectral()
+        if len(self.steps) == 2:
+            return self._grown()
+        if self.begin < 1:
+            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, *self.shifts, self.least, self.terminal, self.begin)
+            return (replace(over, sigmas=over.spaced(*self.steps)),)
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
@@ -151,14 +164,28 @@ class Plan:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
 
-    def _spectral(self) -> tuple[Stage, ...]:
-        """The low stage ends where the plan says; the other one goes on from the sigma that growing leads to, at the times that the
-        schedule has left."""
+    def _grown(self) -> tuple[Stage, ...]:
+        """The low stage ends where the plan says, or in a picture; the other one goes on from the sigma that growing leads to, at the times
+        that the schedule has left."""
         (low, high), (end, _), (first, second) = self.steps, self.end_times, self.shifts
-        left = 1 - end
-        begun = Stage(0.0, end, sigmas(0.0, end, low, first), 0.0, 1.0, first)
-        grown = Stage(1 - scale(left) * left, 1.0, (), 0.0, 1.0, second, self.least, self.terminal, left)
+        ends = (self.least, self.terminal) if self.again else (None, None)
+        left = self.again or 1 - end
+        begun = Stage(0.0, end, sigmas(0.0, end, low, first, *ends), 0.0, 1.0, first, *ends)
+        grown = Stage(1 - (self.again or scale(left) * left), 1.0, (), 0.0, 1.0, second, self.least, self.terminal, left)
         return begun, replace(grown, sigmas=grown.spaced(high))
+
+    def over(self, strength: float) -> "Plan":
+        """Plain sampling that draws over a picture: of its steps the last `strength`, as diffusers' image-to-image counts them.
+
+        Raises: UsageError for a strength that is none, or a plan of several stages.
+        """
+        if not is_number(strength) or not 0 < strength <= 1:
+            raise UsageError(f"strength is above 0 (the picture as it is) and at most 1 (nothing of it is left), got {strength!r}")
+        if not self.plain or self.begin < 1:
+            raise UsageError("a picture is drawn over along a plan of one stage from pure noise, such as 'full'")
+        (steps,) = self.steps
+        left_out = int(max(steps - min(steps * strength, steps), 0))
+        return replace(self, steps=(steps - left_out,), begin=self.stages()[0].sigmas[left_out])
 
     def alike(self, other: "Plan") -> bool:
         """Whether two plans differ in their steps at most."""
@@ -287,8 +314,8 @@ def check_scheduler(scheduler: Mapping[str, Any]) -> None:
         raise UsageError(f"the scheduler's {odd[0]} is a sigma between 0 and 1, got {ends[odd[0]]!r}")
 
 
-def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
-    """Raise UsageError unless these are steps and end times of a plan."""
+def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...], finished: bool = False) -> None:
+    """Raise UsageError unless these are steps and end times of a plan, of whose stages each may end in a `finished` picture."""
     if not 1 <= len(steps) <= STAGES:
         raise UsageError(f"a plan has 1 to {STAGES} stages, the last at full resolution; got steps for {len(steps)}: {steps}")
     if len(end_times) != len(steps):
@@ -297,7 +324,9 @@ def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
         whole_steps(count)
     if bad := [time for time in end_times if not is_number(time)]:
         raise UsageError(f"end times are numbers, got {bad[0]!r}")
-    if not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
+    if finished and set(end_times) != {1}:
+        raise UsageError(f"what grows in pixels is a finished picture, so both end times are 1, got {end_times}")
+    if not finished and not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
         raise UsageError(f"end times rise from above 0, got {end_times}")
     if end_times[-1] != 1:
         raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
@@ -326,8 +355,8 @@ PRESETS = {
 
 
 FULL = "full"
-SPEED = "speed"
-STEPPED = (FULL, SPEED)  # plans by a name in any number of steps, along the model's own schedule
+SPEED, MRFLOW = "speed", "mrflow"
+STEPPED = (FULL, SPEED, MRFLOW)  # plans by a name in any number of steps, along the model's own schedule
 OWN = "own"  # a plan of the caller's, which no card grades
 
 
@@ -335,7 +364,7 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))} (these two in any number of steps), and plans of "
+            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))} (these in any number of steps), and plans of "
             "your own: "
             "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )

@@ -23,6 +23,8 @@ Choose = Callable[[np.ndarray, int], np.ndarray]
 Renoise = Callable[[tuple[int, ...], slice, float], np.ndarray]
 # enlarge(latents (B, C, h/2, w/2), sigma): latents (B, C, h, w) as the stage after one that ended at `sigma` begins with them
 Enlarge = Callable[[np.ndarray, float], np.ndarray]
+# keep(tokens (B, S, C), sigma): the tokens with what is not to be drawn put back, as it is at `sigma`
+Keep = Callable[[np.ndarray, float], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
@@ -56,12 +58,14 @@ def along(
     renoise: Renoise,
     enlarge: Enlarge,
     left: list[int] | None = None,
+    keep: Keep | None = None,
 ) -> PlanLoop:
     """Sample along `plan` from `noise`, full-resolution latents (B, C, h, w) that are packed in patches of `size`.
 
     The last step's tokens are the whole picture's, in raster order. `left` are the steps left by stage, by default the
     plan's: the loop counts them down, and between two steps the caller may change those of the stage under way and of
-    later ones, which are then spaced anew.
+    later ones, which are then spaced anew. `keep` is asked after each step of a plan of one stage, `noise` may then be
+    what its first sigma makes of a picture.
 
     Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of
     patches that is none.
@@ -71,7 +75,7 @@ def along(
     first, *later = plan.stages()
     left = list(plan.steps) if left is None else left
     if plan.plain:
-        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0)
+        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0, keep)
         return
     low = rows // 2, columns // 2
     x, positions = pack(noise[:, :, ::2, ::2], size), raster(batch, *low)  # every second value: the variance stays 1
@@ -106,7 +110,14 @@ def check_size(height: int, width: int, plan: Plan, size: int) -> None:
 
 
 def _steps(
-    velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, left: list[int], index: int, number: int
+    velocity: Velocity,
+    x: np.ndarray,
+    positions: np.ndarray,
+    stage: Stage,
+    left: list[int],
+    index: int,
+    number: int,
+    keep: Keep | None = None,
 ) -> Generator[PlanStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
     """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the
     stage's last sigma."""
@@ -119,7 +130,9 @@ def _steps(
         sigma, following, *_ = sigmas
         v = velocity(x, positions, sigma, index, number)
         left[number] -= 1
-        step = PlanStep(index, index + 1 + sum(left), sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
+        x = x + (following - sigma) * v
+        x = keep(x, following) if keep else x
+        step = PlanStep(index, index + 1 + sum(left), sigma, following, x, stage=number, positions=positions)
         x = after(step, (yield step))
         index, sigmas = index + 1, sigmas[1:]
     return x, v, index, following

@@ -13,7 +13,7 @@ from elastic_runtime.ralu.offers import speed
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 CENTRED = Patches(size=2, positions="img_ids", centred=True)
-PLAN = speed(4, 64, {"shift": 3.0})
+PLAN = speed(6, 64, {"shift": 3.0})
 
 
 def pipeline(patches: Patches = SCHNELL, field: Any = to_zero, **changes: Any) -> tuple[ElasticPipeline, Opener]:
@@ -34,10 +34,10 @@ def test_the_low_stage_is_a_small_picture_at_whole_places(patches: Patches) -> N
         return to_zero(feeds)
 
     pipe, opener = pipeline(patches, field)
-    result = pipe(**EMBEDS, plan="speed", num_inference_steps=4, guidance_scale=1.0, height=64, width=96)
+    result = pipe(**EMBEDS, plan="speed", num_inference_steps=6, guidance_scale=1.0, height=64, width=96)
     assert [picture.size for picture in result.images] == [(96, 64)]
-    assert [record.budget["tokens"] for record in result.steps] == [24] * 2 + [96] * 2
-    for places, (rows, columns) in zip(seen, [(4, 6)] * 2 + [(8, 12)] * 2, strict=True):
+    assert [record.budget["tokens"] for record in result.steps] == [24] * 4 + [96] * 2
+    for places, (rows, columns) in zip(seen, [(4, 6)] * 4 + [(8, 12)] * 2, strict=True):
         assert (places == places.round()).all()
         np.testing.assert_array_equal(np.ptp(places, axis=0), [rows - 1, columns - 1])
     assert [call["latent"][2:] for call in opener.calls("decoder")] == [(16, 24)], "no preview is decoded"
@@ -58,8 +58,8 @@ def test_a_request_with_it_draws_again() -> None:
     again = Request.from_json(result.request.to_json())
     assert again.plan == PLAN
     np.testing.assert_array_equal(pipe.draw(again).images, result.images)
-    assert result.facts["plan"] == "own, 2+2 steps"
-    assert pipe(**EMBEDS, plan="speed", num_inference_steps=4, output_type="latent").plan == PLAN
+    assert result.facts["plan"] == "own, 4+2 steps"
+    assert pipe(**EMBEDS, plan="speed", num_inference_steps=6, output_type="latent").plan == PLAN
 
 
 def test_what_it_needs() -> None:

@@ -68,7 +68,7 @@ def test_the_presets_grow_what_the_paper_grows_at_1024_px() -> None:
     assert PRESETS["7x"].tokens(64, 64) == (1024, 1330, 4096)
     assert PRESETS["7x"].step_tokens(64, 64) == (1024,) * 2 + (1330,) * 3 + (4096,) * 5
     assert preset("4x").total == 18
-    with pytest.raises(UsageError, match=r"no plan '5x'; there are 4x, 7x, full, speed"):
+    with pytest.raises(UsageError, match=r"no plan '5x'; there are 4x, 7x, full, speed, mrflow"):
         preset("5x")
 
 
@@ -185,7 +185,7 @@ def test_speed_says_what_it_cannot_be(arguments: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"growth": "patches"}, {"z": 3.0}, {"up_ratio": 0.3}, {"growth": "pixels"}, {"steps": (2, 2, 2)}, {"least": 2.0}]
+    "changes", [{"growth": "patches"}, {"z": 3.0}, {"up_ratio": 0.3}, {"growth": "pixels"}, {"again": 0.3}, {"steps": (2, 2, 2)}, {"least": 2.0}]
 )
 def test_a_plan_of_two_stages_has_no_more_than_it_needs(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
