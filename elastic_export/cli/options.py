@@ -82,8 +82,8 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def plan(text: str) -> Any:
-    """Read a plan's name, `4x`, `7x`, `full`, `speed` or `mrflow`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows, with a
-    fitted schedule."""
+    """Read a plan's name, `4x`, `7x`, `full`, `speed` or `mrflow`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows,
+    with a fitted schedule."""
     if "/" not in text:
         return text
     match = re.fullmatch(r"(\d+),(\d+),(\d+)/([\d.]+),([\d.]+),([\d.]+)/([\d.]+)", text.replace(" ", ""))

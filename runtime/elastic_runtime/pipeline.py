@@ -170,10 +170,11 @@ class ElasticPipeline:
         """Draw a picture for each class label or prompt.
 
         `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of
-        `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a source of all noise, or one for each picture, in place of seeds, and
-        `callback_on_step_end` is called as `callback(pipe, step_index, timestep, {"latents": state})` after each step,
-        and may return a dict with other "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the
-        model saw in the state before, and a router adds "mask", the tokens it kept, bool (B, L).
+        `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a
+        source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called as
+        `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other
+        "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the model saw in the state
+        before, and a router adds "mask", the tokens it kept, bool (B, L).
 
         Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not
         finite.

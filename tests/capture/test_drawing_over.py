@@ -1,7 +1,6 @@
 """Pictures drawn over, whole and where a mask says, are those of diffusers' own pipelines: the same picture, noise, steps and strength."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def embeddings(name: str) -> dict[str, np.ndarray]:
     source = np.random.default_rng(0)
     hidden = source.standard_normal((1, TEXT[name], folders.WIDTH)).astype(np.float32)
-    return {"prompt_embeds": hidden} | ({} if name == "qwen" else {"pooled_prompt_embeds": source.standard_normal((1, folders.POOLED)).astype(np.float32)})
+    return {"prompt_embeds": hidden} | (
+        {} if name == "qwen" else {"pooled_prompt_embeds": source.standard_normal((1, folders.POOLED)).astype(np.float32)}
+    )
 
 
 def drawn(both: Any, kind: str, steps: int, strength: float, image: Image.Image, mask: Image.Image | None = None) -> tuple[Any, Any]:

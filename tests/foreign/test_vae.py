@@ -54,7 +54,9 @@ def test_it_is_described_and_proven_like_the_others(bundle: Any) -> None:
     assert graph.artifacts[0].verified
     assert all(row.passed for row in graph.artifacts[0].verified)
     with open_session(bundle[0], "encoder", "ort", threads=1) as session:
-        with pytest.raises(InferenceError, match=r"image must have shape \(B, 3, 2\*h, 2\*w\) with equal letters equal, got \(1, 3, 17, 16\)"):
+        with pytest.raises(
+            InferenceError, match=r"image must have shape \(B, 3, 2\*h, 2\*w\) with equal letters equal, got \(1, 3, 17, 16\)"
+        ):
             session.run({"image": np.zeros((1, 3, 17, 16), np.float32)})
         with pytest.raises(InferenceError, match="this graph takes h of 4-16, got 20"):
             session.run({"image": np.zeros((1, 3, 40, 16), np.float32)})

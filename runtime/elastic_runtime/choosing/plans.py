@@ -235,8 +235,8 @@ class PlanOutlook(Outlook):
         return sum(count * self.seconds(option, stage, True, self.gauge.peak) for stage, count in enumerate(option.steps))
 
     def entering(self, option: Option) -> float:
-        """Half of what leads to the second and third stage where patches grow: a preview, its edges, and what grows. A picture that grows is
-        decoded and encoded again, which takes about what a whole one's decoding does; a spectrum takes nothing beside a step."""
+        """Half of what leads to the second and third stage where patches grow: a preview, its edges, and what grows. A picture that
+        grows is decoded and encoded again, which takes about what a whole one's decoding does; a spectrum takes nothing beside a step."""
         if _plan(option).growth == "spectrum":
             return 0.0
         if _plan(option).growth == "pixels":

@@ -35,13 +35,13 @@ def _one(name: str, given: Picture, mode: str) -> np.ndarray:
     array = np.asarray(given) if isinstance(given, np.ndarray) else np.empty(0, dtype=object)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    floats = array.dtype.kind == "f"
-    if not (array.dtype in (np.uint8, np.bool_) or floats) or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
+    floats, shaped = array.dtype.kind == "f", array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if not (floats or array.dtype in (np.uint8, np.bool_)) or not shaped or not array.size:
         raise UsageError(
             f"{name} is a PIL picture, or an array (H, W, 3) or (H, W) of uint8 or of floats from 0 to 1, got "
             f"{f'{array.dtype} {array.shape}' if isinstance(given, np.ndarray) else type(given).__name__}"
         )
-    if (floats and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1)):
+    if floats and not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
         raise UsageError(f"{name} has floats from 0 to 1, got {array.min():g} to {array.max():g}")
     scaled = (array * 255).round().astype(np.uint8) if floats or array.dtype == np.bool_ else array
     return np.asarray(Image.fromarray(scaled).convert(mode))

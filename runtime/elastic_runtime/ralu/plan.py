@@ -114,10 +114,11 @@ class Plan:
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
         if self.growth not in (("patches",) if self.plain or self.mixed else ("spectrum", "pixels")):
             raise UsageError(
-                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum or in pixels (growth='spectrum' or 'pixels'), one of "
-                f"1 not at all; got {len(self.steps)} stages and growth {self.growth!r}"
+                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum or in pixels (growth='spectrum' or 'pixels'), one "
+                f"of 1 not at all; got {len(self.steps)} stages and growth {self.growth!r}"
             )
-        if (self.growth == "pixels") != (self.again is not None) or not (self.again is None or (is_number(self.again) and 0 < self.again < 1)):
+        placed = is_number(self.again) and 0 < self.again < 1  # type: ignore[operator]
+        if placed != (self.growth == "pixels") or not (placed or self.again is None):
             raise UsageError(f"again is a sigma between 0 and 1 of a plan that grows in pixels, got {self.again!r} of {self.growth}")
         if not (is_number(self.begin) and 0 < self.begin <= 1) or (self.begin < 1 and not self.plain):
             raise UsageError(f"begin is a sigma above 0, and below 1 of a plan of one stage only, got {self.begin!r}")

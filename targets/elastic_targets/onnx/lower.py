@@ -82,7 +82,10 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
         raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {precision}")
     if precision in SCHEMES and graph.name in CONVOLVED:
         floats = ", ".join(name for name in PRECISIONS if name not in SCHEMES)
-        raise UsageError(f"{'an' if graph.name == ENCODER else 'a'} {graph.name} is made of convolutions, which keep their floats: its precision is one of {floats}, got {precision}")
+        raise UsageError(
+            f"{'an' if graph.name == ENCODER else 'a'} {graph.name} is made of convolutions, which keep their floats: its precision is one "
+            f"of {floats}, got {precision}"
+        )
     if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 

@@ -124,7 +124,10 @@ def test_a_request_is_json_and_a_policy_spreads_its_steps() -> None:
         ({"image": GREY, "strength": 0.0}, "strength is above 0 .* and at most 1 .*, got 0.0"),
         ({"image": GREY, "strength": 1.5}, "got 1.5"),
         ({"image": GREY, "strength": True}, "got True"),
-        ({"image": GREY, "mask_image": np.zeros((32, 64), np.uint8)}, "mask_image has the size of image, 64 x 64 px, got 64 x 32: resize one"),
+        (
+            {"image": GREY, "mask_image": np.zeros((32, 64), np.uint8)},
+            "mask_image has the size of image, 64 x 64 px, got 64 x 32: resize one",
+        ),
         ({"strength": 0.5}, "strength is of a picture that is drawn over: give image"),
         ({"mask_image": GREY[:, :, 0]}, "mask_image is of a picture that is drawn over: give image"),
         ({"image": "cat.png"}, "image is a PIL picture, or an array .* got str"),

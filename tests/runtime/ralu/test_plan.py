@@ -185,7 +185,8 @@ def test_speed_says_what_it_cannot_be(arguments: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"growth": "patches"}, {"z": 3.0}, {"up_ratio": 0.3}, {"growth": "pixels"}, {"again": 0.3}, {"steps": (2, 2, 2)}, {"least": 2.0}]
+    "changes",
+    [{"growth": "patches"}, {"z": 3.0}, {"up_ratio": 0.3}, {"growth": "pixels"}, {"again": 0.3}, {"steps": (2, 2, 2)}, {"least": 2.0}],
 )
 def test_a_plan_of_two_stages_has_no_more_than_it_needs(changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
