@@ -3,7 +3,8 @@
     python samples/evaluate_plans.py BUNDLE --output ralu-digits.json --plot quality.png
 
 Every plan stands beside plain sampling at full resolution: with as many steps as the plan, and with as many as cost the same FLOPs
-(just fewer steps); RALU's beside themselves without renoising, and beside SPEED in as many steps as cost the same. The same classes are
+(just fewer steps); RALU's beside themselves without renoising, and beside SPEED and MrFlow in as many steps as cost the same (MrFlow where
+the bundle has its encoder: --components transformer,vae,encoder). The same classes are
 drawn from the same noise each time. Times are of one picture alone, its decoder included, the plans in turn: run it on a quiet machine.
 
 Each plan is written down when it is graded, and what an earlier run or the record has of the same protocol and weights is kept.
@@ -27,8 +28,8 @@ from elastic_runtime import Bundle, ElasticPipeline, UsageError
 from elastic_runtime.choosing.cost import plan_flops
 from elastic_runtime.contract.manifest import Manifest, Model, plan_label
 from elastic_runtime.denoising.pictures import pictures
-from elastic_runtime.ralu.offers import speed
-from elastic_runtime.ralu.plan import FULL, PRESETS, SPEED, Plan, full
+from elastic_runtime.ralu.offers import stepped
+from elastic_runtime.ralu.plan import FULL, MRFLOW, PRESETS, SPEED, Plan, full
 from grading import Grader, integers, run, tell
 from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
@@ -36,8 +37,8 @@ from record import machine, read, versions, write
 SIDE, CLASSES = 64, 10
 # Presets in this share of their own steps, too, and in shapes of their own: few steps of the last stage, and few of the first.
 SPREAD = {"4x": (0.22, 0.55, 2, 3), "7x": (0.4, 0.6, 2)}
-MOST = 100  # steps of SPEED
-SPEEDS = (4, 20)  # steps of plain sampling that SPEED is compared with, beside the presets
+MOST = 100  # steps of SPEED and MrFlow
+SPEEDS = (4, 20)  # steps of plain sampling that these are compared with, beside the presets
 SHAPES = {"4x": ((2, 2, 2), (1, 3, 4), (5, 6, 3), (2, 6, 12), (10, 12, 4), (15, 18, 6))}
 
 
@@ -88,9 +89,11 @@ def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
     def plain(count: int) -> Plan:
         return full(count, tokens, scheduler)
 
-    def equal(target: int) -> Plan:
-        """SPEED in the number of steps that costs most like `target` FLOPs."""
-        return min((speed(count, tokens, scheduler) for count in range(2, MOST)), key=lambda plan: abs(flops(manifest, plan) - target))
+    def equal(name: str, target: int) -> Plan:
+        """SPEED or MrFlow in the number of steps that costs most like `target` FLOPs."""
+        return min(
+            (stepped(name, count, tokens, scheduler) for count in range(2, MOST)), key=lambda plan: abs(flops(manifest, plan) - target)
+        )
 
     one = flops(manifest, plain(1))
     alike = {plan.total for plan in PRESETS.values()} | {round(flops(manifest, plan) / one) for plan in PRESETS.values()}
@@ -100,8 +103,10 @@ def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
         spread = [plan.spread(max(len(plan.steps), round(share * plan.total))) for share in SPREAD[name]]
         shaped = [replace(plan, steps=steps) for steps in SHAPES.get(name, ())]
         plans |= {plan_label(name, each.steps): each for each in (*spread, *shaped)}
-    uniform = [equal(flops(manifest, plan)) for plan in (*PRESETS.values(), *(plain(count) for count in SPEEDS))]
-    return plans | {plan_label(SPEED, plan.steps): plan for plan in uniform}
+    targets = [flops(manifest, plan) for plan in (*PRESETS.values(), *(plain(count) for count in SPEEDS))]
+    for name in (SPEED, *([MRFLOW] if "encoder" in manifest.graphs else [])):
+        plans |= {plan_label(name, plan.steps): plan for plan in (equal(name, target) for target in targets)}
+    return plans
 
 
 def draw(pipe: ElasticPipeline, plan: Plan, labels: np.ndarray, first: int, protocol: Protocol) -> np.ndarray:

@@ -144,7 +144,7 @@ def load_vae(folder: Path, half: Half = "decoder") -> nn.Module:
     else:
         vae.decoder, vae.post_quant_conv = nn.Identity(), None
     make: Any = {"decoder": (Decoder, FrameDecoder), "encoder": (Encoder, FrameEncoder)}[half][kind != KINDS[0]]
-    return make(Component(folder).fill(vae, _NAMING[half]))  # type: ignore[no-any-return]
+    return make(Component(folder).fill(vae, _NAMING[half]))
 
 
 def _renamed(name: str) -> str:

@@ -60,8 +60,8 @@ def mrflow(steps: int, tokens: int, scheduler: Mapping[str, Any], again: float =
     if steps < 2:
         raise UsageError(f"plan {MRFLOW!r} takes a step at each of its two resolutions, got {steps}")
     small, large = full(steps - 1, tokens // 4, scheduler), full(1, tokens, scheduler)
-    shifts, ends = (*small.shifts, *large.shifts), {"least": small.least, "terminal": small.terminal}
-    return Plan((steps - 1, 1), (1.0, 1.0), shifts, growth="pixels", again=again, **ends)
+    shifts = *small.shifts, *large.shifts
+    return Plan((steps - 1, 1), (1.0, 1.0), shifts, least=small.least, terminal=small.terminal, growth="pixels", again=again)
 
 
 def speed(steps: int, tokens: int, scheduler: Mapping[str, Any], transition: float = TRANSITION) -> Plan:
@@ -78,8 +78,7 @@ def speed(steps: int, tokens: int, scheduler: Mapping[str, Any], transition: flo
     plain = full(steps, tokens, scheduler)
     (shift,) = plain.shifts
     low = min(max(round(steps * (1 - unshifted(transition, shift))), 1), steps - 1)
-    ends = {"least": plain.least, "terminal": plain.terminal}
-    for value in ends.values():
+    for value in (plain.least, plain.terminal):
         if value is not None and value >= transition:
             raise UsageError(f"the transition lies above the scheduler's last step, at sigma {value:g}, got {transition:g}")
-    return Plan((low, steps - low), (1 - transition, 1.0), (shift, shift), growth="spectrum", **ends)
+    return Plan((low, steps - low), (1 - transition, 1.0), (shift, shift), least=plain.least, terminal=plain.terminal, growth="spectrum")

@@ -117,7 +117,7 @@ class Plan:
                 f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum or in pixels (growth='spectrum' or 'pixels'), one "
                 f"of 1 not at all; got {len(self.steps)} stages and growth {self.growth!r}"
             )
-        placed = is_number(self.again) and 0 < self.again < 1  # type: ignore[operator]
+        placed = is_number(self.again) and 0 < self.again < 1
         if placed != (self.growth == "pixels") or not (placed or self.again is None):
             raise UsageError(f"again is a sigma between 0 and 1 of a plan that grows in pixels, got {self.again!r} of {self.growth}")
         if not (is_number(self.begin) and 0 < self.begin <= 1) or (self.begin < 1 and not self.plain):
@@ -155,7 +155,7 @@ class Plan:
         if len(self.steps) == 2:
             return self._grown()
         if self.begin < 1:
-            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, *self.shifts, self.least, self.terminal, self.begin)
+            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, self.shifts[0], self.least, self.terminal, self.begin)
             return (replace(over, sigmas=over.spaced(*self.steps)),)
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
