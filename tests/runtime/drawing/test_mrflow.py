@@ -5,31 +5,20 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import CHANNELS, SCHNELL, UPSCALE, Opener, manifest, to_zero
+from fake_flux import CHANNELS, ENCODER, SCHNELL, Opener, manifest, to_zero
 
-from elastic_runtime import Auto, ElasticPipeline, Plan, Request, Span, UsageError
-from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime import Auto, ElasticPipeline, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
 from elastic_runtime.ralu.offers import mrflow
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
-ENCODER = Graph(
-    inputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, f"{UPSCALE}*h", f"{UPSCALE}*w")),),
-    outputs=(TensorSpec(name="latent", dtype="float32", shape=("B", CHANNELS, "h", "w")),),
-    dimensions={"B": Span(1, 1), "h": Span(1, 64), "w": Span(1, 64)},
-    artifacts=(),
-)
 ROWS = tuple(Cost(budget={"tokens": n}, flops=1000 * n, weight_bytes=4000, activation_bytes=100 * n) for n in (16, 34, 64))
-
-
-def encode(feeds: Any) -> dict[str, np.ndarray]:
-    return {"latent": feeds["image"][:, :1, ::UPSCALE, ::UPSCALE].repeat(CHANNELS, 1)}
 
 
 def pipeline(field: Any = to_zero, few_steps: int | None = None, encoder: bool = True) -> tuple[ElasticPipeline, Opener]:
     whole = msgspec.structs.replace(manifest(SCHNELL, **({"encoder": ENCODER} if encoder else {})), cost=ROWS)
     whole = msgspec.structs.replace(whole, model=msgspec.structs.replace(whole.model, few_steps=few_steps))
-    opener = Opener(whole, field, encoder=encode)
+    opener = Opener(whole, field)
     return ElasticPipeline(opener.bundle, opener), opener
 
 

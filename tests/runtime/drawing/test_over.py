@@ -5,35 +5,23 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import CHANNELS, SCHNELL, UPSCALE, Opener, manifest, to_zero
+from fake_flux import CHANNELS, ENCODER, SCHNELL, UPSCALE, Opener, encode, manifest, to_zero
 from PIL import Image
 
-from elastic_runtime import Deadline, ElasticPipeline, InferenceError, Plan, Request, Span, UsageError
-from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime import Deadline, ElasticPipeline, InferenceError, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
-ENCODER = Graph(
-    inputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, f"{UPSCALE}*h", f"{UPSCALE}*w")),),
-    outputs=(TensorSpec(name="latent", dtype="float32", shape=("B", CHANNELS, "h", "w")),),
-    dimensions={"B": Span(1, 1), "h": Span(1, 64), "w": Span(1, 64)},
-    artifacts=(),
-)
 ROWS = tuple(Cost(budget={"tokens": n}, flops=1000 * n, weight_bytes=4000, activation_bytes=100 * n) for n in (16, 34, 64))
 GREY = np.full((64, 64, 3), 128, np.uint8)
-
-
-def encode(feeds: Any) -> dict[str, np.ndarray]:
-    """The picture's first channel, a pixel a latent, in all channels of the latent."""
-    return {"latent": feeds["image"][:, :1, ::UPSCALE, ::UPSCALE].repeat(CHANNELS, 1)}
 
 
 def still(feeds: Any) -> np.ndarray:
     return np.zeros_like(feeds["hidden_states"])
 
 
-def pipeline(field: Any = to_zero, encoder: Any = encode, **graphs: Graph) -> tuple[ElasticPipeline, Opener]:
-    whole = msgspec.structs.replace(manifest(SCHNELL, **(graphs or {"encoder": ENCODER})), cost=ROWS)
+def pipeline(field: Any = to_zero, encoder: Any = encode) -> tuple[ElasticPipeline, Opener]:
+    whole = msgspec.structs.replace(manifest(SCHNELL, encoder=ENCODER), cost=ROWS)
     opener = Opener(whole, field, encoder=encoder)
     return ElasticPipeline(opener.bundle, opener), opener
 
