@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
+.PHONY: demo bench goals serve-load test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -34,6 +34,13 @@ goals: .venv/.base
 		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 4 --overwrite \
 			--json $(G)/$$name-$$batch.json || exit 1; done; done
 	$(BIN)/python samples/goals.py $(G)/*.json --bundles $(G) --page docs/performance.md
+
+# A server under load, as docs/serve.md has it: five minutes, in which nothing else should run.
+serve-load: .venv/.base
+	$(INSTALL) --editable '.[torch,ort,serve,report]'
+	$(BIN)/elastic-export onnx elit-mnist -o build/digits --overwrite
+	$(BIN)/elastic-export bench build/digits --serve --json build/load.json --html build/load.html --overwrite
+	$(BIN)/python samples/serve_load.py build/load.json docs/serve.md --plot docs/serve-load.svg
 
 test: lint check wheel
 
@@ -108,12 +115,13 @@ fuzz: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/fuzz.py --seconds $(SECONDS)
 soak: .venv/.dev
 	$(BIN)/python tests/stress/soak.py --pictures 10000
+	$(BIN)/python tests/stress/soak_serve.py --pictures 10000
 crash: .venv/.dev
 	$(BIN)/python tests/stress/crash.py --kills 200
 
 # Every family on every target: how far each artifact is from its original (half an hour).
 matrix: .venv/.dev
-	$(BIN)/python tests/stress/matrix.py
+	$(BIN)/python tests/stress/matrix.py --rows build/matrix.json --page README.md
 
 clean:
 	rm -rf .venv build dist demo

@@ -25,6 +25,7 @@ DEFAULT = "elit-mnist"
 BATCH = Span(1, 4)
 Folder = str | os.PathLike[str]
 Spanned = Span | str | int
+Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 def export(
@@ -45,6 +46,7 @@ def export(
     max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
+    adapters: Sequence[Adapting] | None = None,
     overwrite: bool = False,
     verify: str = "budgets",
     command: str | None = None,
@@ -59,8 +61,8 @@ def export(
         elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
 
     Args:
-        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, SD3 or Qwen-Image. For a target that
-            takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image. For a
+            target that takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it takes; another model is exported to ONNX first.
         output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.
@@ -72,6 +74,7 @@ def export(
             size, `"1024x768"` (height first) or a side.
         max_sequence_length: of a diffusers folder: tokens of a prompt, by default what its pipeline takes; prompts are padded to them.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
+        adapters: LoRA files to fuse into a diffusers folder, each a file, `"FILE.safetensors:0.8"` or `(file, scale)`.
         verify: which budgets are proven against the original, which takes as long as running it there: both ends, the middle and one
             untraced (`budgets`), the ends, or none; the manifest lists those that were left out.
         overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
@@ -84,7 +87,7 @@ def export(
     """
     source: dict[str, Any] = {
         "checkpoint": checkpoint, "config": config, "vae": vae, "components": components, "size": size, "head_blocks": head_blocks,
-        "random_weights": random_weights, "max_sequence_length": max_sequence_length,
+        "random_weights": random_weights, "max_sequence_length": max_sequence_length, "adapters": adapters,
     }  # fmt: skip
     spans = {"latents": latents, "tokens": tokens, "loops": loops}
     command = command or f"elastic_export.export({os.fspath(model)!r}, target={target!r})"
@@ -260,6 +263,7 @@ def preparing(
         origin[each] = None if origin.get(each) is None else Path(origin[each])
     origin["size"] = None if origin.get("size") is None else read_size(origin["size"])
     origin["components"] = read_words(origin.get("components"))
+    origin["adapters"] = read_adapters(origin.get("adapters"))
     folder = Path(output)
     with contextlib.ExitStack() as stack:
         # A refusal should not wait for the weights to load.
@@ -278,8 +282,8 @@ def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
     """
     if not (Path(model) / MANIFEST).is_file():
         return None
-    if any(value is not None and value is not False for value in source.values()):
-        raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae and the like are for a MODEL")
+    if any(value is not None and value is not False and value != [] for value in source.values()):
+        raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae, --adapter and the like are for a MODEL")
     return Bundle.open(model)
 
 
@@ -319,3 +323,12 @@ def read_words(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
     if value is None:
         return None
     return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def read_adapters(values: Sequence[Adapting] | None) -> list[tuple[Path, float]]:
+    """Files of adapters with their scales; raises UsageError for a scale that is no number."""
+    from elastic_export.foreign.adapters import parse, scaled
+
+    if isinstance(values, str | os.PathLike):
+        values = [values]
+    return [scaled(Path(value[0]), value[1]) if isinstance(value, tuple) else parse(os.fspath(value)) for value in values or ()]

@@ -227,12 +227,17 @@ def _conflict(old: Manifest, new: Manifest) -> str | None:
     facts += [(f"{name}'s weights' SHA-256", there[name], sha256) for name, sha256 in here.items() if name in there]
     if not there and new.provenance.checkpoint_sha256:  # a bundle of an earlier version; a dry run does not read the weights
         facts += [("checkpoint's SHA-256", old.provenance.checkpoint_sha256, new.provenance.checkpoint_sha256)]
+    facts += [("adapters", _adapters(old), _adapters(new))]
     facts += [("axes", [axis.name for axis in old.axes], [axis.name for axis in new.axes])]
     facts += [(axis.name, str(before.span), str(axis.span)) for before in old.axes for axis in new.axes if axis.name == before.name]
     for name, graph in new.graphs.items():
         before = old.graphs[name].dimensions if name in old.graphs else None
         facts += [(f"{name}'s dimensions", _spans(before), _spans(graph.dimensions))]
     return next((f"its {what}: {before} there, {now} here" for what, before, now in facts if before != now), None)
+
+
+def _adapters(manifest: Manifest) -> str:
+    return ", ".join(f"{each.name}:{each.scale:g} ({each.sha256[:8]})" for each in manifest.provenance.adapters) or "none"
 
 
 def _spans(dimensions: dict[str, Span] | None) -> str | None:

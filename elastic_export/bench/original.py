@@ -21,6 +21,9 @@ def diffusers_folder(manifest: Manifest, checkpoint: Path | None = None) -> Path
     from elastic_export.foreign.folder import Folder
 
     name, wanted = manifest.model.name, manifest.provenance.checkpoint_sha256
+    if fused := manifest.provenance.adapters:
+        names = ", ".join(each.name for each in fused)
+        raise ModelError(f"the original has {names} fused into its weights, which no folder holds: compare an export without --adapter")
     path = checkpoint or (locate(name) if name in samples() else None)
     if path is None:
         named = f" ({manifest.provenance.checkpoint})" if manifest.provenance.checkpoint else ""

@@ -104,7 +104,10 @@ def described(graphs: Iterable[GraphCapture]) -> dict[str, artifacts.Graph]:
 
 
 def origin(
-    checkpoint: Path | None, ignored: tuple[str, ...] = (), weights: Mapping[str, str] = MappingProxyType({})
+    checkpoint: Path | None,
+    ignored: tuple[str, ...] = (),
+    weights: Mapping[str, str] = MappingProxyType({}),
+    adapters: Iterable[manifest.Adapter] = (),
 ) -> manifest.Provenance:
     """Where weights came from, with the SHA-256 of each component's; what is made of them, when and by what, the export fills in."""
     return manifest.Provenance(
@@ -115,6 +118,7 @@ def origin(
         checkpoint_sha256=weights.get("transformer"),
         weights_sha256=dict(weights),
         ignored_weights=ignored,
+        adapters=tuple(adapters),
     )
 
 

@@ -49,7 +49,8 @@ def _folder_row(name: str, path: Path) -> dict[str, Any]:
     folder = Folder.open(path)
     config = folder.component("transformer").config
     family = FOLDERS[config["_class_name"]]
-    axis = tokens.axis(picture_sizes(folder, family, config, listed_vae(folder, family.channels(config)), None).tokens)
+    sizes = picture_sizes(folder, family, config, listed_vae(folder, family.channels(config)), None)
+    axis = tokens.axis(sizes.tokens, family.patches(config))
     text = 1 if folder.labels else family.beside + family.text_length(config)
     return {
         "name": name,

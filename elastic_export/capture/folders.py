@@ -1,43 +1,46 @@
 """A diffusers folder made portable: its transformer, VAE decoder and text encoders, each a graph whose weights stay on disk."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_export.capture import elit
+from elastic_export.capture import elit, texts
 from elastic_export.capture.capture import Capture, described, origin
+from elastic_export.capture.fusion import NAME as FUSION
+from elastic_export.capture.fusion import text_fusion
 from elastic_export.capture.transformer import Drawn, Transformer
 from elastic_export.capture.zoo import precisions, quality
-from elastic_export.families import flux, qwen_image, sd3, tokens
+from elastic_export.families import flux, flux2, krea2, qwen_image, sd3, tokens, z_image
 from elastic_export.families.bricks import FLOAT32, decoder_values, dit_activation_values, peak_bytes
 from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
+from elastic_export.foreign.adapters import Adapter
 from elastic_export.foreign.component import diffusers_class
 from elastic_export.foreign.folder import ENCODER, INDEX, Folder
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.text_encoders import GIVES, kind, read_tokenizer, text_encoder
-from elastic_export.foreign.text_encoders import sizes as sizes_of
 from elastic_export.foreign.vae import decoder, encoder, read_vae
 from elastic_export.sides import Sides
 from elastic_runtime.contract import manifest
-from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import BudgetError, ModelError, UsageError
-from elastic_runtime.ralu.plan import check_scheduler
+from elastic_runtime.ralu.schedulers import check_scheduler
 from elastic_targets.capture import GraphCapture
 
-FAMILIES = {family.class_name: family for family in (flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY)}
-PIPELINES = ("FluxPipeline", "StableDiffusion3Pipeline", "QwenImagePipeline")
+MODULES = (flux, flux2, krea2, qwen_image, sd3, z_image)
+FAMILIES = {module.FAMILY.class_name: module.FAMILY for module in MODULES}
+PIPELINES = (
+    "FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "Krea2Pipeline", "QwenImagePipeline", "StableDiffusion3Pipeline",
+    "ZImagePipeline",
+)  # fmt: skip
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MOST_SIDE = 1 << 16  # pixels
 TIMES = 1000  # of a flow-match scheduler, which the models' embedding of sigma counts in too
 SIDE = 128  # of a latent, where nothing tells
-MOST_TEXT = 512  # tokens that diffusers' pipelines take at most
 # Shares of the low-resolution patches that grow in the presets `7x` and `4x`: sizes worth a static function each.
 GROWN = (0.1, 0.3)
 
@@ -60,10 +63,11 @@ class Sizes:
         return Span((self.latent.min // self.patch) ** 2, (self.latent.max // self.patch) ** 2)
 
 
-def stages(axis: Axis) -> list[int]:
-    """Token counts of RALU's stages for the largest picture, those that `axis` offers: a quarter, that with some patches grown, all."""
-    low = axis.max // 4
-    counts = [low, *(low + 3 * int(low * share) for share in GROWN), axis.max]
+def stages(axis: Axis, patches: Patches, most: int) -> list[int]:
+    """Token counts of RALU's stages for the largest picture, of `most` tokens, those that `axis` offers: a quarter, that with some patches
+    grown, all."""
+    low = most // 4
+    counts = patches.filled_all([low, *(low + 3 * int(low * share) for share in GROWN), most])
     return [count for count in dict.fromkeys(counts) if count in axis.values]
 
 
@@ -77,8 +81,9 @@ def capture_folder(
     packaged: bool = False,
     spans: Mapping[str, Span] | None = None,
     max_sequence_length: int | None = None,
+    adapters: tuple[Adapter, ...] = (),
 ) -> Capture:
-    """Capture a diffusers folder of FLUX, SD3 or Qwen-Image; weights are read when something computes with them.
+    """Capture a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image; weights are read when something computes with them.
 
     Args:
         components: of transformer, vae, text and encoder; None for the first three, as far as the folder lists them.
@@ -89,6 +94,7 @@ def capture_folder(
         spans: what to narrow the axis `tokens` to, which `size` sets: from the preview of the smallest picture to the largest; with ELIT
             put in the axis `latents`.
         max_sequence_length: text tokens of the encoder that gives a sequence; None for what the family's pipeline takes by itself.
+        adapters: LoRA files, fused as weights are read.
 
     Raises: MissingError without diffusers or transformers; ModelError for a folder that is not one, or lacks a component;
         BudgetError for sides that do not divide into patches, for an axis or a span that there is not at this size, and for more text
@@ -96,7 +102,7 @@ def capture_folder(
     """
     if batch.min < 1:
         raise BudgetError(f"--batch must start at 1 or more, got {batch}")
-    folder = Folder.open(path)
+    folder = Folder.open(path, adapters)
     chosen = folder.choose(components)
     listed = folder.component("transformer").config if "transformer" in chosen else _config(folder)
     class_name = str(listed.get("_class_name"))
@@ -110,7 +116,7 @@ def capture_folder(
     vae = listed_vae(folder, family.channels(config))
     title = name or path.name
     encoders = [component for component in chosen if component.startswith("text_encoder")]
-    text, files = (None, {}) if folder.labels else _text(folder, family, config, encoders, max_sequence_length)
+    text, files = (None, {}) if folder.labels else texts.described(folder, family, config, encoders, max_sequence_length)
     usual, scheduler = _usual(folder, family, config, vae), _scheduler(folder, family)
     known = Transformer(folder, family, built, config, vae, scheduler, usual, text.length if text else 1, batch, title)
     drawn = elit.drawn(known, size, spans or {}) if elit.is_elit(path) else _drawn(known, size, spans or {})
@@ -127,12 +133,14 @@ def capture_folder(
         )
     if "transformer" in chosen:
         graphs.append(drawn.graph())
+    if "transformer" in chosen and family.fusion and text:
+        graphs.append(text_fusion(known, text.length))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
         halves = [decoder, *([encoder] if ENCODER in chosen else [])]
         graphs += [half(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one) for half in halves]
     for each in text.encoders if text else ():
-        graphs.append(text_encoder(folder, each.graph, each.max_length, Span(1, batch.max)))
+        graphs.append(texts.graph(folder, family, each, Span(1, batch.max)))
     components = tuple(component for component in chosen if component != ENCODER)
     parameters = {component: folder.component(component).parameters() for component in components}
     costs = drawn.costs(parameters["transformer"] + drawn.parameters) if "transformer" in chosen else ()
@@ -140,7 +148,7 @@ def capture_folder(
     picture = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
     values |= {"decoder": picture, "encoder": picture}  # whose convolutions at full resolution are no wider
     for graph in graphs:
-        component = {"denoiser": "transformer", "decoder": "vae", "encoder": "vae"}.get(graph.name, graph.name)
+        component = {"denoiser": "transformer", FUSION: "transformer", "decoder": "vae", "encoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(drawn.facts)
@@ -156,7 +164,9 @@ def capture_folder(
             vae=vae,
             text=text,
             guidance_rescale=family.rescale,
-            few_steps=None if folder.labels else family.few_steps(config, scheduler, folder.distilled),
+            guidance_off=family.off,
+            distilled=not folder.labels and family.distilled(config, folder.distilled),
+            few_steps=None if folder.labels or not (folder.distilled or family.distilled(config, folder.distilled)) else family.few_steps,
             **facts,
         ),
         axes=(drawn.axis,) if "transformer" in chosen else (),
@@ -164,9 +174,13 @@ def capture_folder(
         cost=costs,
         quality=quality(name) if packaged and name else (),
         precisions=precisions(name) if packaged and name else (),
-        provenance=origin(None if packaged else path.resolve(), weights=_digests(folder, list(components), drawn) if digest else {}),
+        provenance=origin(
+            None if packaged else path.resolve(),
+            weights=_digests(folder, list(components), drawn) if digest else {},
+            adapters=[each.record for each in adapters],
+        ),
     )
-    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae)))
+    return Capture(making, graphs, files, peaks, tuple(_notes(folder, vae, chosen)))
 
 
 def _digests(folder: Folder, components: list[str], drawn: Drawn) -> dict[str, str]:
@@ -181,8 +195,10 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
         raise BudgetError(f"--size {size} is one size, and {transformer.name} draws any: give a side, or a span of them as 512-1024")
     folder, family, config, length = transformer.folder, transformer.family, transformer.config, transformer.length
     sizes = picture_sizes(folder, family, config, transformer.vae, size)
-    axis = _axis(sizes, spans, transformer.name)
-    width, heads = config["attention_head_dim"] * config["num_attention_heads"], config["num_attention_heads"]
+    patches = family.patches(config)
+    axis = _axis(sizes, spans, transformer.name, patches)
+    most, width, heads = min(sizes.tokens.max, axis.max), family.width(config), family.heads(config)
+    length = patches.filled(length)
 
     def costs(parameters: int) -> tuple[manifest.Cost, ...]:
         # FLOPs are exactly quadratic in the tokens: three rows give every other.
@@ -190,12 +206,12 @@ def _drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[s
         rows = ((count, family.flops(config, count, length), dit_activation_values(count + length, width, heads)) for count in counts)
         return tuple(priced(Budget(**{axis.name: count}), flops, parameters, values) for count, flops, values in rows)
 
-    side = min(sizes.latent.max, math.isqrt(axis.max) * sizes.patch)  # of the largest square picture
-    facts = {"sample_shape": (family.channels(config), side, side), "patches": family.patches(config)}
-    return Drawn(axis, lambda: _denoiser(transformer, axis), costs, sizes.latent, sizes.latent, facts)
+    side = math.isqrt(most) * sizes.patch  # of the largest square picture
+    facts = {"sample_shape": (family.channels(config), side, side), "patches": patches}
+    return Drawn(axis, lambda: _denoiser(transformer, axis, most), costs, sizes.latent, sizes.latent, facts)
 
 
-def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
+def _notes(folder: Folder, vae: manifest.Vae | None, chosen: list[str]) -> Iterator[str]:
     """What was taken for granted where the folder does not tell."""
     if vae is None:
         yield f"{folder.path} has no VAE to tell how many pixels a latent has: --size counts those of the latent"
@@ -206,6 +222,9 @@ def _notes(folder: Folder, vae: manifest.Vae | None) -> Iterator[str]:
         yield f"{folder.path} has no scheduler: plain sampling (plan full) will space its steps evenly"
     if folder.pipeline and folder.pipeline not in PIPELINES:
         yield f"{folder.path} is of a {folder.pipeline}: what that draws besides prompts (a picture, a mask) is not taken into the bundle"
+    for adapter in folder.adapters:
+        if left := [name for name in adapter.parts if name not in chosen]:
+            yield f"{adapter.path} changes {', '.join(left)} too, and that is not exported now"
 
 
 def _config(folder: Folder) -> dict[str, Any]:
@@ -253,17 +272,17 @@ def _side(size: Any, usual: int) -> int:
     return max((side for side in sides if isinstance(side, int) and side > 0), default=usual)
 
 
-def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
+def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str, patches: Patches) -> Axis:
     """The axis `tokens` of these sizes, narrowed to what was asked for.
 
     Raises: BudgetError for another axis, or tokens that no picture of these sizes has.
     """
-    axis = tokens.axis(sizes.tokens)
+    axis = tokens.axis(sizes.tokens, patches)
     if others := [other for other in spans if other != axis.name]:
         raise BudgetError(f"{name} has no axis {others[0]!r}; it has {axis.name}")
     if (span := spans.get(axis.name)) is None:
         return axis
-    least = (sizes.pixels.min // sizes.upscale // sizes.patch) ** 2
+    least = patches.filled((sizes.pixels.min // sizes.upscale // sizes.patch) ** 2)
     if not axis.min <= span.min <= span.max <= axis.max or span.max < least:
         raise BudgetError(
             f"--{axis.name} {span} does not go with sides of {sizes.pixels} pixels: their pictures have {least} to {axis.max} tokens, and "
@@ -272,11 +291,11 @@ def _axis(sizes: Sizes, spans: Mapping[str, Span], name: str) -> Axis:
     return axis.narrow(span)
 
 
-def _denoiser(transformer: Transformer, axis: Axis) -> GraphCapture:
+def _denoiser(transformer: Transformer, axis: Axis, most: int) -> GraphCapture:
     folder, family, config, built = transformer.folder, transformer.family, transformer.config, transformer.built
-    component, length = folder.component("transformer"), transformer.length
-    inputs, patches = tokens.inputs(family, config), family.patches(config)
-    spans = {"S": axis.span, "T": Span(1, length)}
+    component, patches = folder.component("transformer"), family.patches(config)
+    inputs, length = tokens.inputs(family, config), patches.filled(transformer.length)
+    spans = {"S": axis.span, "T": Span(patches.filled(1), length)}
     text = {"T": spans["T"]} if length > 1 else {}
     return GraphCapture(
         name="denoiser",
@@ -287,52 +306,10 @@ def _denoiser(transformer: Transformer, axis: Axis) -> GraphCapture:
         batch=transformer.batch,
         feeds=lambda budget, size: tokens.feeds(inputs, patches, spans, budget, size),
         open_dimensions=text,
-        stages=tuple(Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis)),
+        stages=tuple(
+            Budget(**{axis.name: count}, **{name: span.max for name, span in text.items()}) for count in stages(axis, patches, most)
+        ),
     )
-
-
-def _text(
-    folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str], asked: int | None
-) -> tuple[manifest.Text, dict[str, bytes]]:
-    """How prompts become embeddings, of as many tokens as `asked` for, and the tokenizers' files; without encoders, what the transformer
-    takes."""
-    if asked is not None and not 1 <= asked <= MOST_TEXT:
-        raise BudgetError(f"--max-sequence-length is 1 to {MOST_TEXT} tokens, got {asked}")
-    longest = asked or family.text_length(config)
-    texts, files = [], {}
-    beside, after, pooled, kinds = 0, 0, 0, set()
-    for component in encoders:
-        tokenizer, gives = read_tokenizer(folder, component), GIVES[kind(folder, component)]
-        kinds |= set(gives)
-        widths = dict(zip(("pooled", "hidden"), sizes_of(folder, component), strict=True))
-        if "last_hidden_state" in gives:
-            most = min(longest, tokenizer.max_length)
-            after += most
-            if widths["hidden"] != config["joint_attention_dim"]:
-                raise ModelError(
-                    f"{folder.path / component} gives {widths['hidden']} values a token where the transformer takes "
-                    f"{config['joint_attention_dim']}: is it another model's?"
-                )
-        else:
-            most = min(int(folder.component(component).config.get("max_position_embeddings", 77)), tokenizer.max_length)
-            beside = max(beside, most if "penultimate_hidden_state" in gives else 0)
-            pooled += widths["pooled"]
-        path = f"tokenizer/{component}/tokenizer.json"
-        files[path] = tokenizer.content
-        entry = FileEntry(path=path, bytes=len(tokenizer.content), sha256=hashlib.sha256(tokenizer.content).hexdigest())
-        texts.append(
-            manifest.TextEncoder(graph=component, tokenizer=entry, max_length=most, pad_token_id=tokenizer.pad_token_id, gives=gives)  # type: ignore[arg-type]
-        )
-    if encoders and (pooled != tokens.pooled(config) or not kinds & {"penultimate_hidden_state", "last_hidden_state"}):
-        raise ModelError(
-            f"{folder.path} has {', '.join(encoders)}, which pool to {pooled} values where the transformer takes "
-            f"{tokens.pooled(config)}, with {'no ' if len(kinds) < 2 else ''}sequence beside them: one is missing or another "
-            "model's. Download the folder again, or leave them out with --components transformer,vae"
-        )
-    # Without its T5, SD3's pipeline has as many tokens of zeros in its place as it would take from it.
-    length = (beside if encoders else family.beside) + (after or longest)
-    width = config["joint_attention_dim"]
-    return manifest.Text(encoders=tuple(texts), length=length, width=width, pooled=tokens.pooled(config)), files
 
 
 def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
@@ -350,8 +327,12 @@ def _scheduler(folder: Folder, family: TokenFamily) -> dict[str, Any]:
         return {}
     config = read_json(path)
     if (name := config.get("_class_name", SCHEDULER)) != SCHEDULER:
-        raise ModelError(f"{path} is of a {name}; FLUX, SD3 and Qwen-Image are drawn along a flow in Euler's steps, by {SCHEDULER}")
+        raise ModelError(f"{path} is of a {name}; these models are drawn along a flow in Euler's steps, by {SCHEDULER}")
     scheduler = {key: value for key, value in config.items() if not key.startswith("_")}
+    if "mu" in scheduler:  # which diffusers' pipelines tell their scheduler, and no file does
+        raise ModelError(f"{path}: the scheduler has an unknown key 'mu'")
+    if (mu := family.mu(folder.distilled)) is not None and scheduler.get("use_dynamic_shifting"):
+        scheduler["mu"] = mu
     try:
         check_scheduler(scheduler)
     except UsageError as error:

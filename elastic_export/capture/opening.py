@@ -1,6 +1,6 @@
 """From what a user names to a capture: a model of the zoo, or a diffusers folder; what does not go with it is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from elastic_export.capture import elit
@@ -8,6 +8,7 @@ from elastic_export.capture.capture import Capture, capture
 from elastic_export.capture.folders import capture_folder
 from elastic_export.capture.zoo import Request, load, samples
 from elastic_export.families import tokens
+from elastic_export.foreign.adapters import read_adapter
 from elastic_export.sides import Sides
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.errors import UsageError
@@ -27,6 +28,7 @@ def open_model(
     max_sequence_length: int | None = None,
     head_blocks: int | None = None,
     random_weights: bool = False,
+    adapters: Sequence[tuple[Path, float]] = (),
     digest: bool = True,
 ) -> Capture:
     """Capture the model of that name, its axes narrowed to `spans`; see `elastic_export.export` for the rest.
@@ -42,8 +44,9 @@ def open_model(
         if wrong := [name for name, value in others.items() if value]:
             verb = "does" if len(wrong) == 1 else "do"
             raise UsageError(f"{model} is a diffusers folder and has its own sizes and weights: {', '.join(wrong)} {verb} not go with it")
-        return capture_folder(folder, components, size, batch, Path(model).name, digest, model in samples(), spans, max_sequence_length)
-    if components or size or max_sequence_length is not None:
-        raise UsageError(f"--components, --size and --max-sequence-length are for a diffusers folder, and {model} is none")
+        packaged, files = model in samples(), tuple(read_adapter(*each) for each in adapters)
+        return capture_folder(folder, components, size, batch, Path(model).name, digest, packaged, spans, max_sequence_length, files)
+    if components or size or max_sequence_length is not None or adapters:
+        raise UsageError(f"--components, --size, --max-sequence-length and --adapter are for a diffusers folder, and {model} is none")
     overrides = {} if head_blocks is None else {"head_blocks": head_blocks}
     return capture(load(Request(model, checkpoint, config, random_weights, overrides)), spans, batch, vae)

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from elastic_export.cli import bench, coreml, demo, devices, doctor, generate, inspect, models, onnx, serve, trt, verify
+from elastic_export.cli import bench, coreml, demo, devices, doctor, generate, inspect, models, onnx, serve, triton, trt, verify, web
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
@@ -69,8 +69,10 @@ def _terminated(number: int, frame: object) -> None:
 app.command(rich_help_panel="Make")(onnx.onnx)
 app.command(rich_help_panel="Make")(coreml.coreml)
 app.command(rich_help_panel="Make")(trt.trt)
+app.command(rich_help_panel="Make")(triton.triton)
 app.command(rich_help_panel="Use")(generate.generate)
 app.command(rich_help_panel="Use")(serve.serve)
+app.command(rich_help_panel="Use")(web.web)
 app.command(rich_help_panel="Use")(demo.demo)
 app.command(rich_help_panel="Use")(bench.bench)
 app.command(rich_help_panel="Look")(verify.verify)

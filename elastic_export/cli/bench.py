@@ -1,7 +1,8 @@
-"""`elastic-export bench`: runtimes and budgets side by side, time against quality."""
+"""`elastic-export bench`: runtimes and budgets side by side, time against quality; or a server under load."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +28,13 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Samples of one step.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale of pictures; 1 is off.")] = 2.0,
-    duration: Annotated[float, typer.Option(help="Seconds of timing for each runtime and budget.")] = 3.0,
+    duration: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for each runtime and budget, or with --serve for each way and load [dim](default: 3, or 10)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each runtime [dim](default: all)[/dim].", show_default=False)
     ] = None,
@@ -37,6 +44,17 @@ def bench(
     single_stream: Annotated[
         bool, typer.Option("--single-stream", help="Also pictures one after another, MLPerf-style: p90 of up to 1,024.")
     ] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Load a server over the bundle, and say who is on time, ours beside fixed budgets.")
+    ] = False,
+    loads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="With --serve: multiples of what the best budget sustains [dim](default: 0.5,1,2,4)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +80,7 @@ def bench(
 
       elastic-export bench digits
       elastic-export bench digits --runtimes onnxruntime,openvino --budgets 32,128 --quality --html digits.html
+      elastic-export bench digits --serve --html load.html
       elastic-export bench digits --json new.json
       elastic-export bench --compare old.json new.json --tolerance 0.1
     """
@@ -86,10 +105,21 @@ def bench(
     if not bundles:
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")
 
-    from elastic_bench.records import Settings, encode
+    if serve:
+        if checkpoint or quality or single_stream or budgets or batch > 1 or threads:
+            raise UsageError(
+                "--serve goes with --runtimes (one of them), --loads, --steps, --guidance, --duration, --json and --html: "
+                "the server chooses budgets and batches"
+            )
+        _load(bundles, runtimes, loads, steps, guidance, duration, json, html, overwrite, quiet)
+        return
+    if loads:
+        raise UsageError("--loads are those of a server: give --serve, too")
+
+    from elastic_bench.records import Settings
     from elastic_export.bench.run import DEFAULT
     from elastic_export.bench.run import bench as run
-    from elastic_runtime.files.atomic import refuse_clobber, save
+    from elastic_runtime.files.atomic import refuse_clobber
 
     if html:
         from elastic_bench.page import page, require
@@ -99,17 +129,14 @@ def bench(
         if path:
             refuse_clobber(path, overwrite, "name")
     settings = Settings(
-        batch=batch, steps=steps, duration=duration, guidance=guidance, threads=threads or usable_cores(), quality=quality,
-        single_stream=single_stream,
+        batch=batch, steps=steps, duration=3.0 if duration is None else duration, guidance=guidance, threads=threads or usable_cores(),
+        quality=quality, single_stream=single_stream,
     )  # fmt: skip
     names = [name.strip() for name in runtimes.split(",")] if runtimes else DEFAULT
     values = options.integers(budgets) if budgets else None
     with show.stages(quiet) as on_stage:
         report, albums = run(bundles, names, values, settings, options.command_line(), checkpoint, on_stage)
-    if json:
-        save(json, encode(report))
-    if html:
-        save(html, page(report, albums).encode())
+    _written(json, html, report, lambda: page(report, albums))
     shown.benchmark(report)
     every = [runtime for bundle in report.bundles for runtime in bundle.runtimes]
     if wrong := [runtime for runtime in every if runtime.failure]:
@@ -117,3 +144,58 @@ def bench(
     if not any(runtime.rows for runtime in every):
         reasons = " ".join(dict.fromkeys(f"{runtime.runtime}: {runtime.missing}" for runtime in every))
         raise MissingError(f"nothing here can run what was asked for. {reasons}")
+
+
+def _load(
+    bundles: list[Path],
+    runtimes: str | None,
+    loads: str | None,
+    steps: int,
+    guidance: float,
+    duration: float | None,
+    json: Path | None,
+    html: Path | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """`bench --serve`: who is on time when more is asked for than the best budget can draw."""
+    from elastic_bench.load import LOADS, LoadSettings
+    from elastic_bench.openloop import measure
+    from elastic_bench.page import load_page, require
+    from elastic_bench.runtimes import ways
+    from elastic_export.cli.show import benchmark as shown
+    from elastic_runtime.errors import UsageError
+    from elastic_runtime.files.atomic import refuse_clobber
+
+    if len(bundles) > 1:
+        raise UsageError(f"--serve loads a server over one bundle, got {len(bundles)}: give them one after the other")
+    backends = {next(iter(backend.ways)): backend.name for backend, _ in ways().values()}
+    if runtimes and runtimes not in backends:
+        raise UsageError(f"--serve runs in one of {', '.join(backends)}, got {runtimes!r}")
+    if html:
+        require()
+    for path in (json, html):
+        if path:
+            refuse_clobber(path, overwrite, "name")
+    settings = LoadSettings(
+        duration=10.0 if duration is None else duration,
+        loads=tuple(options.numbers(loads)) if loads else LOADS,
+        steps=steps,
+        guidance=guidance,
+    )
+    backend = backends[runtimes] if runtimes else None
+    with show.stages(quiet) as on_stage:
+        report = measure(bundles[0], settings, options.command_line(), backend, on_stage)
+    _written(json, html, report, lambda: load_page(report))
+    shown.load(report)
+
+
+def _written(json: Path | None, html: Path | None, report: Any, page: Callable[[], str]) -> None:
+    """Write a report's files, those that were asked for."""
+    from elastic_bench.records import encode
+    from elastic_runtime.files.atomic import save
+
+    if json:
+        save(json, encode(report))
+    if html:
+        save(html, page().encode())

@@ -31,6 +31,7 @@ def onnx(
       elastic-export onnx elit-sit --checkpoint elit.pt --config elit.json -o out
       elastic-export onnx elit-sit-xl-256 --checkpoint xl.pt --vae sd-vae -o xl --precision fp16
       elastic-export onnx path/to/FLUX.1-dev -o flux --size 512-1024 --components transformer,vae
+      elastic-export onnx path/to/FLUX.1-dev -o drawn --adapter ink.safetensors:0.8 --adapter turbo.safetensors
     """
     from elastic_export.cli.making import make, shown
 

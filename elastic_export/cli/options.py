@@ -62,6 +62,13 @@ def budgets(texts: Mapping[str, str | None]) -> list[Budget]:
     return [Budget(**{axis: values[step] for axis, values in columns.items()}) for step in range(steps)]
 
 
+def numbers(text: str) -> list[float]:
+    """Read `0.5,1,2`."""
+    if not re.fullmatch(r"\s*\d*\.?\d+(\s*,\s*\d*\.?\d+)*\s*", text):
+        raise typer.BadParameter(f"numbers are written 0.5,1,2, got {text!r}")
+    return [float(part) for part in text.split(",")]
+
+
 def memory(text: str | float) -> float:
     """Read `2GB`, `1.5 GiB`, `800MB` or bytes."""
     if isinstance(text, float):

@@ -116,7 +116,8 @@ GuidanceBudgets = Annotated[
 ]
 
 MODEL_HELP = (
-    "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX, SD3 or Qwen-Image."
+    "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX, FLUX.2, SD3 or "
+    "Qwen-Image."
 )
 BUNDLE_HELP = "A bundle's folder, which needs no torch; or a model to export first, as for [bold]elastic-export onnx[/bold]."
 
@@ -164,6 +165,15 @@ class Source:
     head_blocks: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="Blocks before the core, where the checkpoint's word is wrong.", show_default=False),
+    ] = None
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="FILE[:SCALE]",
+            help="Of a diffusers folder: a LoRA to fuse into its weights, [bold]style.safetensors:0.8[/bold]; may be repeated.",
+            show_default=False,
+        ),
     ] = None
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Export without weights, to measure speed; the manifest says so.")

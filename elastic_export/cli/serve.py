@@ -25,6 +25,14 @@ def serve(
         ),
     ] = None,
     margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of a deadline kept for what nothing predicts.")] = 0.15,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of a run that pictures share, at most [dim](default: what the bundle takes, where it pays)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures of one request, at most.")] = 10,
     max_steps: Annotated[int, typer.Option(min=1, help="Denoising steps of one picture, at most.")] = 250,
     drain_seconds: Annotated[
@@ -59,6 +67,7 @@ def serve(
         queue=queue,
         margin=margin,
         wish=None if target_ms is None else target_ms / 1000,
+        batch=batch,
         drain=drain_seconds,
         limits=Limits(pictures=max_pictures, steps=max_steps),
     )

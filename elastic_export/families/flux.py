@@ -13,8 +13,8 @@ from elastic_export.families.layers import Sinusoids
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import Patches
 
+THETA = 10000.0  # of the angles
 PACKED = 2  # a token is 2 x 2 latent pixels; `patch_size` in the config counts packed ones and is 1
-SCHNELL_STEPS = 4
 
 
 class Flux(nn.Module):
@@ -23,7 +23,7 @@ class Flux(nn.Module):
     def __init__(self, transformer: Any):
         super().__init__()
         self.transformer = transformer
-        self.rope = Rope(transformer.config.axes_dims_rope)
+        self.rope = Rope(transformer.config.axes_dims_rope, THETA)
         transformer.time_text_embed.time_proj = Sinusoids()  # diffusers' own values, as constants
 
     def forward(
@@ -63,12 +63,6 @@ def flops(config: Config, image: int, text: int) -> int:
     return 2 * (macs + text * config["joint_attention_dim"] * width)
 
 
-def few_steps(config: Config, scheduler: Config, distilled: bool) -> int | None:
-    """Schnell's, which nothing names: it has no guidance, and a scheduler that leaves sigmas as they are."""
-    even = scheduler.get("shift") == 1 and not scheduler.get("use_dynamic_shifting")
-    return SCHNELL_STEPS if even and not config["guidance_embeds"] else None
-
-
 FAMILY = TokenFamily(
     name="flux",
     class_name="FluxTransformer2DModel",
@@ -81,5 +75,6 @@ FAMILY = TokenFamily(
     beside=0,
     spaced=True,
     flops=flops,
-    few_steps=few_steps,
+    distilled=lambda config, stated: not config["guidance_embeds"],  # schnell
+    few_steps=4,
 )

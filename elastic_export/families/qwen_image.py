@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import TIME_FEATURES, embedder
 from elastic_export.families.layers import Sinusoids, merge_heads, split_heads
-from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
+from elastic_export.families.prompts import QWEN_IMAGE
+from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over, rotate
 from elastic_runtime.contract.manifest import Patches
 
+THETA = 10000.0  # of the angles
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")  # of editing and of layered pictures
 
 
@@ -42,20 +44,13 @@ class JointAttention:
         return attn.to_out[0](attended[:, length:]), attn.to_add_out(attended[:, :length])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring values of `x` (B, H, N, W/H) turned as pairs by the angles of these cosines and sines (N, W/H), in float32."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return (x.float() * cos + across.float() * sin).to(x.dtype)
-
-
 class QwenImage(nn.Module):
     """`QwenImageTransformer2DModel` with the contract's inputs; `timestep` is sigma in [0, 1]. It takes `transformer` over."""
 
     def __init__(self, transformer: Any):
         super().__init__()
         self.transformer = transformer
-        self.rope = Rope(transformer.config.axes_dims_rope)
+        self.rope = Rope(transformer.config.axes_dims_rope, THETA)
         transformer.pos_embed = nn.Identity()  # whose tables are complex
         transformer.time_text_embed.time_proj = Sinusoids(scale=1000)  # diffusers' own values, as constants
         for block in transformer.transformer_blocks:
@@ -97,7 +92,7 @@ def refusal(config: Config) -> str | None:
 
 
 def patches(config: Config) -> Patches:
-    return Patches(size=config["patch_size"], positions="img_ids", centred=True)
+    return Patches(size=config["patch_size"], positions="img_ids", layout="centred")
 
 
 def ends_flops(config: Config, image: int, text: int) -> int:
@@ -127,9 +122,10 @@ FAMILY = TokenFamily(
     channels=lambda config: config["in_channels"] // config["patch_size"] ** 2,
     refusal=refusal,
     side=lambda config: None,
-    text_length=lambda config: 512,
+    text_length=lambda config: QWEN_IMAGE.usual,
     beside=0,
     spaced=True,
     flops=flops,
     rescale="norm",
+    prompts=QWEN_IMAGE,
 )

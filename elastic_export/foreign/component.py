@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from elastic_export.foreign.adapters import Adapter, changes
 from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import PLAIN, Naming, digest, fit, tensors, weight_files
 from elastic_runtime.errors import ElasticError, MissingError, ModelError
@@ -18,9 +19,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Component:
-    """A folder with a component's config and weights."""
+    """A folder with a component's config and weights, and `adapters`, of which those for it are added as it is filled."""
 
     path: Path
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,7 +65,9 @@ class Component:
 
     def described(self, make: Callable[[], Value], what: str) -> Value:
         """What `make` builds of its config; raises ModelError where the config does not describe a `what`."""
-        for name, value in self.config.items():  # which are built one by one, for ever if need be
+        config = self.config
+        inner = [item for value in config.values() if isinstance(value, dict) for item in value.items()]
+        for name, value in [*config.items(), *inner]:  # which are built one by one, for ever if need be
             if "layers" in name and isinstance(value, int) and value > MOST_LAYERS:
                 raise ModelError(f"{self.path / 'config.json'} does not describe a {what}: {name} is {value}")
         try:
@@ -81,9 +85,11 @@ class Component:
     def fill(self, module: nn.Module, naming: Naming = PLAIN, what: str = "") -> nn.Module:
         """`module` with its weights in float32, which stay on disk until they are used.
 
-        Raises: ModelError naming missing, unexpected, misshapen and quantised weights.
+        Raises: ModelError naming missing, unexpected, misshapen and quantised weights, and what an adapter has for another model.
         """
-        fit(module, tensors(self.weight_files()), str(self.path), what or type(module).__name__, naming)
+        name = what or type(module).__name__
+        changed = changes(self.adapters, self.path.name, module, naming, name)
+        fit(module, tensors(self.weight_files()), str(self.path), name, naming, changed)
         return module.eval().requires_grad_(False)
 
 

@@ -6,7 +6,9 @@ Only safetensors are read, whole or in shards.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from elastic_export.foreign.adapters import Adapter
 from elastic_export.foreign.component import Component
 from elastic_export.foreign.reading import read_json
 from elastic_runtime.errors import ModelError
@@ -24,7 +26,8 @@ ENCODER = "encoder"  # the other half of the VAE, which only drawing from pictur
 @dataclass(frozen=True)
 class Folder:
     """A diffusers folder. `listed` are the components that it should have, by class where its index tells (`indexed`),
-    which names the `pipeline` too, and says whether the transformer was `distilled` to few steps."""
+    which names the `pipeline` too, whether the model is `distilled` to few steps, and perhaps the `layers` of a language model whose
+    states it takes. `adapters` are to be fused into its components."""
 
     path: Path
     listed: dict[str, str]
@@ -33,16 +36,18 @@ class Folder:
     indexed: bool = True
     pipeline: str = ""
     distilled: bool = False
+    layers: tuple[Any, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @classmethod
-    def open(cls, path: Path) -> "Folder":
-        """Read the index; raises ModelError for a folder without a transformer."""
+    def open(cls, path: Path, adapters: tuple[Adapter, ...] = ()) -> "Folder":
+        """Read the index; raises ModelError for a folder without a transformer, or without a component that an adapter changes."""
         known = [name for names in COMPONENTS.values() for name in names]
         if (path / INDEX).is_file():
             index = read_json(path / INDEX)
             named = {name: index.get(name) for name in known}
             listed = {name: str(entry[-1]) for name, entry in named.items() if isinstance(entry, list) and entry and entry[-1]}
-            labels = index.get("id2label")
+            labels, layers = index.get("id2label"), index.get("text_encoder_select_layers")
             folder = cls(
                 path,
                 listed,
@@ -50,12 +55,18 @@ class Folder:
                 scheduled=bool(index.get("scheduler")),
                 pipeline=str(index.get("_class_name") or ""),
                 distilled=index.get("is_distilled") is True,
+                layers=tuple(layers) if isinstance(layers, list) else (),
+                adapters=adapters,
             )
         else:
-            folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False)
+            folder = cls(path, {name: "" for name in known if (path / name).is_dir()}, indexed=False, adapters=adapters)
         if "transformer" not in folder.listed:
             folders = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir())) or "no sub-folders"
             raise ModelError(f"{path} is not a diffusers folder of a diffusion transformer: it has no transformer, but {folders}")
+        for adapter in adapters:
+            if lost := [name for name in adapter.parts if name not in folder.listed]:
+                key = next(iter(adapter.parts[lost[0]].values())).key
+                raise ModelError(f"{adapter.path} has {key}, and {path} has no {lost[0]}, but {', '.join(folder.listed)}")
         return folder
 
     def choose(self, components: tuple[str, ...] | None) -> list[str]:
@@ -89,4 +100,4 @@ class Folder:
 
     def component(self, name: str) -> Component:
         """One of its components, which may turn out not to be there."""
-        return Component(self.path / name)
+        return Component(self.path / name, self.adapters)

@@ -1,8 +1,8 @@
-"""Text encoders and tokenizers of a diffusers folder: CLIP and T5, by transformers."""
+"""Text encoders and tokenizers of a diffusers folder: CLIP and T5, by transformers, and what language models are read with, too."""
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,24 +52,32 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer in the tokenizers package's format, the id that prompts are padded with, and the most tokens that it makes."""
+    """A tokenizer in the tokenizers package's format, the id that prompts are padded with, and the most tokens that it makes; where it was
+    read, and as transformers has it."""
 
     content: bytes
     pad_token_id: int
     max_length: int
+    path: Path
+    fast: Any
+
+    @property
+    def run(self) -> bytes:
+        """In the same format, what transformers runs: for Qwen's it takes the words from the file, and how text is split from itself."""
+        return str(self.fast.backend_tokenizer.to_str()).encode()
 
 
-def kind(folder: Folder, component: str) -> str:
+def kind(folder: Folder, component: str, known: Collection[str] = tuple(GIVES)) -> str:
     """Class of an encoder: what the folder's index says, as its pipeline loads it, or what the encoder's own config does where there is no
-    index. Raises ModelError for one that is neither CLIP nor T5."""
+    index. Raises ModelError for one that is not `known`."""
     written = folder.component(component).config.get("architectures")
     own = written[0] if isinstance(written, list) and written else None
     name = folder.listed[component] or own
     if isinstance(own, str) and isinstance(name, str) and own[:2] != name[:2]:
         name = own  # another kind of model than the index says
-    if not isinstance(name, str) or name not in GIVES:
+    if not isinstance(name, str) or name not in known:
         raise ModelError(
-            f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(GIVES)}: leave it out with "
+            f"{folder.path / component} is a {name or 'model of unknown class'}; there are {', '.join(known)}: leave it out with "
             "--components transformer,vae, and give embeddings in place of prompts"
         )
     return str(name)
@@ -77,7 +85,7 @@ def kind(folder: Folder, component: str) -> str:
 
 def sizes(folder: Folder, component: str) -> tuple[int, int]:
     """Widths of what an encoder gives: pooled, and hidden states."""
-    config = _config_of(folder, component)
+    config = config_of(folder, component)
     width = config.hidden_size
     return config.projection_dim if "Projection" in kind(folder, component) else width, width
 
@@ -90,7 +98,7 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
     path = folder.path / component.replace("text_encoder", "tokenizer")
     if not path.is_dir():
         raise ModelError(f"{folder.path} lacks {path.name}, the tokenizer of its {component}: download the folder again")
-    auto = _transformers("AutoTokenizer")
+    auto = transformers_class("AutoTokenizer")
     try:
         with _quiet():
             # Said aloud: left unsaid, transformers asks on the terminal whether to run the code that a folder brings.
@@ -113,7 +121,7 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
         raise ModelError(f"{path} names no pad token")
     if not isinstance(length, int | float) or not length >= 1:
         raise ModelError(f"{path}: model_max_length is a number of tokens, got {length!r}")
-    return Tokenizer(content, pad, int(length))
+    return Tokenizer(content, pad, int(length), path, tokenizer)
 
 
 def _config(tokenizer: Path) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _config(tokenizer: Path) -> dict[str, Any]:
 def text_encoder(folder: Folder, component: str, length: int, batch: Span) -> GraphCapture:
     """Capture an encoder for sequences of `length` tokens."""
     gives, (pooled, width) = GIVES[kind(folder, component)], sizes(folder, component)
-    vocabulary = _config_of(folder, component).vocab_size
+    vocabulary = config_of(folder, component).vocab_size
     shapes: dict[str, tuple[int | str, ...]] = {name: ("B", pooled) if name == "pooled" else ("B", length, width) for name in gives}
 
     def feeds(budget: Budget, size: int) -> dict[str, np.ndarray]:
@@ -152,14 +160,9 @@ def load_encoder(folder: Folder, component: str) -> Encoder:
 
 def _built(folder: Folder, component: str) -> tuple[nn.Module, Naming, str]:
     """An encoder without its weights, how files name them, and its class."""
-    name, config, files = kind(folder, component), _config_of(folder, component), folder.component(component)
+    name, config, files = kind(folder, component), config_of(folder, component), folder.component(component)
 
-    def make() -> nn.Module:
-        with _Unfilled(), _quiet():
-            module: nn.Module = _transformers(name)(config)
-        return module
-
-    module = files.described(make, name)
+    module: nn.Module = files.described(lambda: unfilled(lambda: transformers_class(name)(config)), name)
     return module, _t5() if name.startswith("T5") else _clip(module), name
 
 
@@ -185,11 +188,17 @@ def _t5() -> Naming:
     )
 
 
-def _config_of(folder: Folder, component: str) -> Any:
-    """An encoder's config as transformers reads it."""
-    name, files = kind(folder, component), folder.component(component)
+def config_of(folder: Folder, component: str, known: Collection[str] = tuple(GIVES)) -> Any:
+    """An encoder's config as transformers reads it; raises as `kind`, and ModelError for one that does not describe it."""
+    name, files = kind(folder, component, known), folder.component(component)
     files.config  # noqa: B018  says what is wrong with the file in words of its own
-    return files.described(lambda: _transformers(name).config_class.from_pretrained(files.path, local_files_only=True), name)
+    return files.described(lambda: transformers_class(name).config_class.from_pretrained(files.path, local_files_only=True), name)
+
+
+def unfilled(make: Callable[[], Any]) -> Any:
+    """What `make` makes with transformers, without memory for weights."""
+    with _Unfilled(), _quiet():
+        return make()
 
 
 class _Unfilled(TorchFunctionMode):
@@ -203,7 +212,8 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _transformers(name: str) -> Any:
+def transformers_class(name: str) -> Any:
+    """A class of transformers; raises MissingError with the line that installs it."""
     try:
         import transformers
     except ImportError as error:

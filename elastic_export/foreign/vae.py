@@ -1,4 +1,5 @@
-"""The decoder and encoder graphs of a diffusers VAE folder: `AutoencoderKL`, or Qwen-Image's for its one frame."""
+"""The decoder and encoder graphs of a diffusers VAE folder: `AutoencoderKL`, FLUX.2's that packs its latents, or Qwen-Image's for its one
+frame."""
 
 import math
 import re
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_export.families.family import random_rows
@@ -22,8 +24,8 @@ from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
 
-KINDS = ("AutoencoderKL", "AutoencoderKLQwenImage")
 Half = Literal["decoder", "encoder"]
+PACKED = 2  # latent pixels of FLUX.2's VAE a side of one that its pipelines draw
 # Attention's projections by the names of older files.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD = re.compile(rf"(.*\.attentions\.\d+\.)({'|'.join(_OLDER)})(\.\w+)")
@@ -87,11 +89,70 @@ class FrameEncoder(Constants):
         return (latent.float() - self.mean) / self.std
 
 
+class PackedDecoder(nn.Module):
+    """As `Decoder`, of a VAE whose latents are drawn packed, `PACKED` x `PACKED` pixels as channels (c, ph, pw), and normalised channel by
+    channel by what its batch norm has seen: `latent * std + mean`."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        mean, std = _seen(self.autoencoder)
+        latent = F.pixel_shuffle(latent * std + mean, PACKED).to(self.autoencoder.dtype)  # (B, C, 2h, 2w)
+        image: Tensor = self.autoencoder.decode(latent, return_dict=False)[0]
+        return image.float()
+
+
+class PackedEncoder(nn.Module):
+    """As `Encoder`, the other way round: `(latent - mean) / std` of packed latents."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean, std = _seen(self.autoencoder)
+        latent: Tensor = self.autoencoder.encode(image.to(self.autoencoder.dtype)).latent_dist.mode()  # (B, C, 2h, 2w)
+        return (F.pixel_unshuffle(latent.float(), PACKED) - mean) / std  # (B, 4C, h, w)
+
+
+def _seen(autoencoder: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each packed channel."""
+    seen = autoencoder.bn
+    mean, variance = (each.float()[:, None, None] for each in (seen.running_mean, seen.running_var))
+    return mean, torch.sqrt(variance + autoencoder.config.batch_norm_eps)
+
+
+class Seen(nn.Module):
+    """What a batch norm has seen of each channel; diffusers' pipelines take it from there, and never run the norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, torch.empty(channels, device="meta"))
+
+
+# By diffusers' class, what decodes and what encodes.
+KINDS = {
+    "AutoencoderKL": (Decoder, Encoder),
+    "AutoencoderKLFlux2": (PackedDecoder, PackedEncoder),
+    "AutoencoderKLQwenImage": (FrameDecoder, FrameEncoder),
+}
+
+
+# How a config calls a latent's channels, how many they are where it does not say, and how many sides of them are drawn as one.
+_CHANNELS = {"AutoencoderKL": ("latent_channels", 4, 1), "AutoencoderKLFlux2": ("latent_channels", 32, PACKED)}
+_CHANNELS |= {"AutoencoderKLQwenImage": ("z_dim", 16, 1)}
+
+
 def _kind(folder: Path) -> str:
     """Which of `KINDS` a folder holds; raises ModelError for another."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
-    if (kind := Component(folder).config.get("_class_name", KINDS[0])) not in KINDS:
+    if (kind := Component(folder).config.get("_class_name", "AutoencoderKL")) not in KINDS:
         raise ModelError(f"{folder} is not a diffusers AutoencoderKL: it is a {kind}; there are {', '.join(KINDS)}")
     return str(kind)
 
@@ -101,22 +162,44 @@ def read_vae(folder: Path, channels: int) -> Vae:
 
     Raises: ModelError for a folder that is not an AutoencoderKL, has other channels, or has facts that are no numbers.
     """
-    framed, config = _kind(folder) != KINDS[0], Component(folder).config
-    if (has := config.get("z_dim", 16) if framed else config.get("latent_channels", 4)) != channels:
-        raise ModelError(f"the VAE {folder} decodes {has} channels, but the model draws {channels}: it is another model's")
-    if framed:
+    kind, config = _kind(folder), Component(folder).config
+    name, usual, packed = _CHANNELS[kind]
+    if (has := config.get(name, usual)) != channels / packed**2:
+        beside = f", which are {channels / packed**2:g} of the VAE's" if packed > 1 else ""
+        raise ModelError(f"the VAE {folder} decodes {has} channels, but the model draws {channels}{beside}: it is another model's")
+    if kind == "AutoencoderKLQwenImage":
         return _framed(folder, config, channels)
+    if kind == "AutoencoderKLFlux2":
+        return _packed(folder, config)
     scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor")
     shift = 0.0 if shift is None else shift  # which is written where a model has none
     widths = config.get("block_out_channels", (64,))
     if not is_number(scale) or not is_number(shift) or not scale > 0:
         raise ModelError(f"{folder / 'config.json'}: scaling_factor is a number above 0 and shift_factor one, got {scale} and {shift}")
-    if not isinstance(widths, list | tuple) or not widths:
-        raise ModelError(f"{folder / 'config.json'}: block_out_channels is a list of widths, got {widths!r}")
     try:
-        return Vae(scaling_factor=float(scale), shift_factor=float(shift), upscale=2 ** (len(widths) - 1))
+        return Vae(scaling_factor=float(scale), shift_factor=float(shift), upscale=_upscale(folder, "block_out_channels", widths))
     except ValueError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _upscale(folder: Path, name: str, widths: Any) -> int:
+    """Pixels a latent pixel, by the widths of a decoder's levels."""
+    if not isinstance(widths, list | tuple) or not widths:
+        raise ModelError(f"{folder / 'config.json'}: {name} is a list of widths, got {widths!r}")
+    return int(2 ** (len(widths) - 1))
+
+
+def _packed(folder: Path, config: Mapping[str, Any]) -> Vae:
+    """Facts of FLUX.2's VAE, which scales each channel itself."""
+    if list(size := config.get("patch_size", (PACKED, PACKED))) != [PACKED, PACKED]:
+        raise ModelError(f"{folder / 'config.json'}: FLUX.2's pipelines pack {PACKED} x {PACKED} latent pixels, got patch_size {size!r}")
+    if not is_number(epsilon := config.get("batch_norm_eps", 1e-4)) or not 0 <= epsilon < math.inf:
+        raise ModelError(f"{folder / 'config.json'}: batch_norm_eps is a number, 0 or more, got {epsilon!r}")
+    widths = config.get("block_out_channels", (128, 256, 512, 512))
+    sides = {name: _upscale(folder, name, config.get(name) or widths) for name in ("block_out_channels", "decoder_block_out_channels")}
+    if len(set(sides.values())) > 1:
+        raise ModelError(f"{folder / 'config.json'}: block_out_channels and decoder_block_out_channels are as many, got {sides}")
+    return Vae(scaling_factor=1.0, shift_factor=0.0, upscale=PACKED * sides["block_out_channels"])
 
 
 def _framed(folder: Path, config: Mapping[str, Any], channels: int) -> Vae:
@@ -143,8 +226,9 @@ def load_vae(folder: Path, half: Half = "decoder") -> nn.Module:
         vae.encoder, vae.quant_conv = nn.Identity(), None  # no None: a VAE of videos counts an encoder's layers each time
     else:
         vae.decoder, vae.post_quant_conv = nn.Identity(), None
-    make: Any = {"decoder": (Decoder, FrameDecoder), "encoder": (Encoder, FrameEncoder)}[half][kind != KINDS[0]]
-    return make(Component(folder).fill(vae, _NAMING[half]))
+    if isinstance(norm := getattr(vae, "bn", None), nn.BatchNorm2d):
+        vae.bn = Seen(norm.num_features)
+    return KINDS[kind][half == "encoder"](Component(folder).fill(vae, _NAMING[half]))
 
 
 def _renamed(name: str) -> str:
@@ -152,10 +236,10 @@ def _renamed(name: str) -> str:
     return f"{old[1]}{_OLDER[old[2]]}{old[3]}" if old else name
 
 
-# The other half's weights, which may be there.
+# The other half's weights, which may be there, and what a batch norm counts.
 _NAMING = {
-    "decoder": Naming(_renamed, extra=re.compile(r"encoder\.|quant_conv\.")),
-    "encoder": Naming(_renamed, extra=re.compile(r"decoder\.|post_quant_conv\.")),
+    "decoder": Naming(_renamed, extra=re.compile(r"encoder\.|quant_conv\.|bn\.num_batches_tracked")),
+    "encoder": Naming(_renamed, extra=re.compile(r"decoder\.|post_quant_conv\.|bn\.num_batches_tracked")),
 }
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Naming:
 
 
 PLAIN = Naming()
+Change = Callable[[Tensor], Tensor]  # of a weight in float32
+NONE: Mapping[str, Change] = MappingProxyType({})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -141,14 +144,25 @@ def checkpoint_files(path: Path) -> list[Path]:
     return weight_files(path) if path.is_dir() else [path]
 
 
-def fit(module: nn.Module, weights: Iterable[tuple[str, Tensor]], where: str, what: str, naming: Naming = PLAIN) -> None:
+def fit(
+    module: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    where: str,
+    what: str,
+    naming: Naming = PLAIN,
+    changes: Mapping[str, Change] = NONE,
+) -> None:
     """Put weights, by their names in the files, into `module` (which may be on `meta`) as float32; they stay where they are until they are
-    used. Eight-bit floats are multiplied by their scales where the files have them.
+    used. Eight-bit floats are multiplied by their scales where the files have them. `changes` are made of weights by the module's names, as
+    they are read.
 
     Raises: as `match`.
     """
     held, scales = match(module, weights, where, what, naming)
-    wide = {name: Streamed(partial(_wide, value, scales.get(name)), value.shape, torch.float32) for name, value in held.items()}
+    wide = {
+        name: Streamed(partial(_wide, value, scales.get(name), changes.get(name)), value.shape, torch.float32)
+        for name, value in held.items()
+    }
     module.load_state_dict(wide, assign=True)
     if lost := [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]:
         raise ModelError(f"{what} holds {few(lost)}, which its weights do not tell")
@@ -206,11 +220,11 @@ def _scaled(held: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
     return {name: value for name, value in held.items() if name not in aside}, scales
 
 
-def _wide(stored: Tensor, scale: Tensor | None) -> Tensor:
+def _wide(stored: Tensor, scale: Tensor | None, change: Change | None) -> Tensor:
     value = values(stored).float()
     if scale is not None:  # one for each row, or one for all
         value = value * values(scale).float().reshape(-1, *[1] * (value.dim() - 1))
-    return value
+    return change(value) if change else value
 
 
 def few(names: Any) -> str:

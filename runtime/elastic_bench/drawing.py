@@ -97,7 +97,9 @@ def plan_budgets(bundle: Bundle, name: str) -> tuple[Budget, ...]:
         size, plan = takes(bundle, name)
     except UsageError:
         return ()
-    return tuple(Budget(tokens=count) for count in plan.tokens(*size))
+    patches = bundle.manifest.model.patches
+    assert patches is not None  # it draws along plans
+    return tuple(Budget(tokens=count) for count in patches.filled_all(plan.tokens(*size)))
 
 
 def _plan(way: Drawing, bundle: Bundle) -> str | None:

@@ -65,7 +65,7 @@ def measure(
     settings.check()
     if not budgets or not runtimes:
         raise UsageError("there is nothing to measure: give at least one runtime and one budget")
-    if bundle.manifest.model.unconditional:  # there is nothing to lead away from
+    if bundle.manifest.model.unconditional or bundle.manifest.model.distilled:  # there is nothing to lead away from
         settings = replace(settings, guidance=1.0)
     entries = [Entry(runtime) for runtime in runtimes]
     try:

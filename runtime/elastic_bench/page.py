@@ -1,4 +1,4 @@
-"""The report as one HTML page that holds everything it shows: plots inline, pictures as data, nothing loaded."""
+"""Reports as HTML pages, each of which holds everything it shows: plots inline, pictures as data, nothing loaded."""
 
 import base64
 import importlib.util
@@ -12,12 +12,12 @@ from PIL import Image
 
 from elastic_bench.drawing import Album
 from elastic_bench.figures import figures, method
-from elastic_bench.plots import card_plot, cost_plot, latency_plot, trial_plot
+from elastic_bench.load import COLUMNS, LoadReport, cells
+from elastic_bench.plots import card_plot, cost_plot, latency_plot, load_plots, trial_plot
 from elastic_bench.records import Report
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import MissingError
 
-TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 8  # pictures of each budget
 
 
@@ -29,15 +29,28 @@ def require() -> None:
 
 def page(report: Report, albums: Sequence[Album]) -> str:
     """The page; `albums` are the pictures of each bundle (may be empty)."""
+    bundles = [_bundle(report, i, album) for i, album in enumerate(albums)]
+    return _filled("page.html", report=report, bundles=bundles, method=method(report.settings, report.bundles))
+
+
+def load_page(report: LoadReport) -> str:
+    """The page of a server's load."""
+    return _filled("load.html", report=report, plots=load_plots(report), columns=COLUMNS, rows=[cells(row) for row in report.rows])
+
+
+def _filled(template: str, **values: Any) -> str:
     require()
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"ms": _ms, "budget": lambda budget: str(Budget(**budget)), "share": "{:.0%}".format}
-    bundles = [_bundle(report, i, album) for i, album in enumerate(albums)]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, bundles=bundles, method=method(report.settings, report.bundles)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
+    environment.filters |= {"ms": _ms, "budget": lambda budget: str(Budget(**budget)), "share": "{:.0%}".format}
+    return environment.get_template(template).render(**values)
 
 
 def _bundle(report: Report, index: int, album: Album) -> dict[str, Any]:

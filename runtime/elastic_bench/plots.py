@@ -1,9 +1,10 @@
 """The plots of a benchmark: time against quality, latency by budget, cost against FLOPs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elastic_bench.figures import Figures
+from elastic_bench.load import LoadReport, LoadRow
 from elastic_bench.pareto import SAME, graded
 from elastic_bench.records import BundleReport, Row, Settings, Trial
 from elastic_bench.svg import COLORS, Point, Series, legend, plot
@@ -110,6 +111,30 @@ def card_plot(bundle: BundleReport) -> list[Plot]:
     svg = plot(series, what, "Fréchet distance (lower is better)", title)
     note = f"Points are {'plans' if planned else bundle.axis}. The distances are the model card's, with its own steps and guidance."
     return [Plot(title, svg, legend(series), note)]
+
+
+def load_plots(report: LoadReport) -> list[Plot]:
+    """By load, a line for each way: the share of pictures on time, and what those drawn are worth by the card where there is one."""
+    shades = {way: COLORS[i % len(COLORS)] for i, way in enumerate(report.ways)}
+    loads = sorted({row.load for row in report.rows})
+    shares: list[tuple[str, str, Callable[[LoadRow], float | None]]] = [
+        ("Who is on time", "on time, % of all requests", lambda row: row.on_time),
+        ("What is drawn", "quality by the card, %", lambda row: row.quality),
+    ]
+    plots: list[Plot] = []
+    for title, label, share in shares:
+        series = []
+        for way in report.ways:
+            values = [(row, share(row)) for row in report.of(way)]
+            points = [Point(row.load, 100 * value, f"{way}, load {row.load:g}: {value:.1%}") for row, value in values if value is not None]
+            if points:
+                series.append(Series(way, points, shades[way]))
+        if series:
+            svg = plot(
+                series, "load, 1 is what the best budget sustains", label, title, log_x=len(loads) > 1, ticks=loads, from_zero=not plots
+            )
+            plots.append(Plot(title, svg, legend(series)))
+    return plots
 
 
 def _step(name: str, row: Row) -> Point:

@@ -192,8 +192,8 @@ class Report(_Record, frozen=True, kw_only=True):
     bundles: tuple[BundleReport, ...]
 
 
-def encode(report: Report) -> bytes:
-    """The report as JSON, on one line: most of it are samples."""
+def encode(report: msgspec.Struct) -> bytes:
+    """A report as JSON, on one line: most of it are samples."""
     return msgspec.json.encode(report) + b"\n"
 
 

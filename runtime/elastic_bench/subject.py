@@ -146,7 +146,7 @@ class Subject:
         return Request(
             **subject,
             **how,
-            guidance_scale=self._settings.guidance,
+            guidance_scale=model.guidance_scale(self._settings.guidance),
             output_type="np" if drawable(self._bundle.manifest) else "latent",
         )
 

@@ -36,12 +36,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     What to draw, in one of three ways, or in none where the model draws from noise alone:
         class_labels: classes, 0 to num_classes - 1. prompt: texts, which the bundle's text encoders read; with
         negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
-        (B, P), and their negative ones. num_images_per_prompt: pictures of each.
+        (B, P), and their negative ones; where texts differ in length prompt_embeds_mask (B, T) is 1 for a text's own
+        tokens and 0 for what follows them. num_images_per_prompt: pictures of each.
     How:
         num_inference_steps: denoising steps (20); of a model that is drawn along plans those of `full`, `speed` and `mrflow`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
         true_cfg_scale: classifier-free guidance on top of a distilled one. guidance_interval: times between which
-        guidance acts (1 is pure noise). autoguidance: the weak branch keeps the label and differs by its smaller
+        guidance acts (1 is pure noise). cfg_normalization: how many times longer than the prediction without guidance the
+        one with it may be, True for once. autoguidance: the weak branch keeps the label and differs by its smaller
         budget. sampler, temperature: see `sampling.fitting`. height, width: in pixels, for models that take any size.
         plan: `4x`, `7x`, `full`, `speed`, `mrflow`, or a `Plan`. caching: steps whose prediction is extrapolated.
     What is drawn over, along plan `full` (a bundle with an encoder):
@@ -63,11 +65,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pooled_prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
     negative_pooled_prompt_embeds: np.ndarray | None = None
+    prompt_embeds_mask: np.ndarray | None = None
+    negative_prompt_embeds_mask: np.ndarray | None = None
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cfg_normalization: bool | float = False
     autoguidance: bool = False
     sampler: str | None = None
     temperature: float | None = None

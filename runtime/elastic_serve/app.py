@@ -63,7 +63,7 @@ class App:
             Route("/v1/models/{name}", self._keyed(self._model)),
             Route("/metrics", self._keyed(self._measured)),
             Route("/health", self._health),
-            Route("/openapi.json", self._openapi),
+            Route("/openapi.json", self._keyed(self._openapi)),
             Route("/", self._page),
         ]
         handlers: dict[Any, Any] = {HTTPException: _http, Exception: _crash}
@@ -102,7 +102,7 @@ class App:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, request: Request) -> Response:
-        return answers.json(200, openapi.document(self._limits))
+        return answers.json(200, openapi.document(tuple(self._engine.models.values()), self._limits, self._key is not None))
 
     async def _models(self, request: Request) -> Response:
         models = [answers.model(served, self._begun) for served in self._engine.models.values()]

@@ -17,6 +17,7 @@ PREVIEWS = 16
 ECHOED = 80  # letters of a name that an error repeats
 LONGEST = 32_000  # letters of a prompt, as the API has it
 AT = re.compile(r" - at `\$\.?(.*)`$")
+NUMBER = re.compile(r"\s*0*([0-9]{1,9})\s*")
 UNKNOWN = re.compile(r"unknown field `(.*)`")
 
 Whole = Annotated[int, msgspec.Meta(ge=0)]
@@ -161,12 +162,12 @@ def _subject(body: Body, served: Served) -> tuple[tuple[int, ...] | None, str | 
         return None, body.prompt
     most = served.bundle.manifest.model.num_classes - 1
     if body.class_labels is None:
-        if body.prompt is None or not re.fullmatch(r"\s*[0-9]{1,9}\s*", body.prompt):
+        if body.prompt is None or not (number := NUMBER.fullmatch(body.prompt)):
             got = "no prompt" if body.prompt is None else "another prompt"  # which is nobody's to repeat
             raise BodyError(
                 f"{served.name} draws classes: give class_labels, 0 to {most}, or such a number as the prompt; got {got}", "prompt"
             )
-        labels: tuple[int, ...] = (int(body.prompt),)
+        labels: tuple[int, ...] = (int(number[1]),)
     else:
         if body.prompt:
             raise BodyError("class_labels and a prompt are given: leave the prompt empty", "prompt")
@@ -192,7 +193,7 @@ def _size(body: Body, served: Served) -> tuple[int | None, int | None]:
     """Height and width, where another than the model's own is asked for."""
     if body.size in (None, "auto"):
         return None, None
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", body.size or "")
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", body.size or "")
     if not match:
         raise BodyError(f"size is auto or WIDTHxHEIGHT in pixels, 512x512, got {body.size!r}", "size")
     width, height = int(match[1]), int(match[2])

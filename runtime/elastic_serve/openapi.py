@@ -1,24 +1,15 @@
 """The OpenAPI document, made from the records that requests are read with."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
+from elastic_serve import fields
+from elastic_serve.body import Limits
+from elastic_serve.served import Served
 
-from elastic_serve.body import Body, Limits
 
-
-def document(limits: Limits) -> dict[str, Any]:
-    """OpenAPI 3.1 of this server."""
-    (reference,), components = msgspec.json.schema_components([Body], ref_template="#/components/schemas/{name}")
-    fields = components["Body"]["properties"]
-    fields["n"]["maximum"] = limits.pictures
-    fields["steps"]["anyOf"] = [
-        each | ({"maximum": limits.steps} if each.get("type") == "integer" else {}) for each in fields["steps"]["anyOf"]
-    ]
-    for name, field in fields.items():  # which is to leave it out
-        if not any(each.get("type") == "null" for each in field.get("anyOf", ())):
-            fields[name] = {"anyOf": [{key: value for key, value in field.items() if key != "default"}, {"type": "null"}]}
-            fields[name] |= {"default": field["default"]} if "default" in field else {}
+def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> dict[str, Any]:
+    """OpenAPI 3.1 of a server of these bundles; `keyed` tells whether it asks for a key."""
     error = {
         "type": "object",
         "required": ["error"],
@@ -47,6 +38,36 @@ def document(limits: Limits) -> dict[str, Any]:
         "required": ["created", "data"],
         "properties": {"created": {"type": "integer"}, "data": {"type": "array", "items": {"$ref": "#/components/schemas/Picture"}}},
     }
+    model = {
+        "type": "object",
+        "required": ["id", "object", "created", "owned_by", "elastic"],
+        "properties": {
+            "id": {"type": "string"},
+            "object": {"const": "model"},
+            "created": {"type": "integer"},
+            "owned_by": {"type": "string"},
+            "elastic": {"type": "object", "required": ["model", "takes", "size", "axes", "budgets", "where", "takes_turns"]},
+        },
+    }
+    listed = {
+        "type": "object",
+        "required": ["object", "data"],
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}},
+    }
+    health = {
+        "type": "object",
+        "required": ["status", "models"],
+        "properties": {"status": {"type": "string"}, "models": {"type": "array", "items": {"type": "string"}}},
+    }
+    event = {
+        "description": "One of a stream. `data` is JSON: of a picture as in `Picture`, of an error as in `Error`.",
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+    }
     wrong = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 
     def failing(*codes: int) -> dict[str, Any]:
@@ -63,11 +84,18 @@ def document(limits: Limits) -> dict[str, Any]:
         }
         return {str(code): {"description": words[code], "content": wrong} for code in codes}
 
-    def answering(words: str, kind: str = "application/json", schema: Any = None) -> dict[str, Any]:
-        return {"200": {"description": words, "content": {kind: {"schema": schema or {"type": "object"}}}}}
+    def answering(words: str, name: str) -> dict[str, Any]:
+        return {"200": {"description": words, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}}
 
-    drawn = answering("Pictures; with `stream` server-sent events.", schema={"$ref": "#/components/schemas/Pictures"})
-    drawn["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    def open_to_all(codes: Mapping[str, Any]) -> dict[str, Any]:
+        return {"security": [], "responses": codes}
+
+    drawn = answering("Pictures; with `stream` server-sent events.", "Pictures")
+    unwell = {"503": answering("It does not.", "Health")["200"]}
+    drawn["200"]["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Event"}}
+    found = answering("Models.", "Models")
+    found["200"]["links"] = {"model": {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}}
+    text = {"200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
@@ -77,7 +105,7 @@ def document(limits: Limits) -> dict[str, Any]:
                 "post": {
                     "operationId": "generate",
                     "summary": "Draw pictures.",
-                    "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
+                    "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Body"}}}},
                     "responses": drawn | failing(400, 401, 403, 404, 408, 413, 429, 500, 503),
                 }
             },
@@ -85,7 +113,7 @@ def document(limits: Limits) -> dict[str, Any]:
                 "get": {
                     "operationId": "models",
                     "summary": "The bundles that are served.",
-                    "responses": answering("Models.") | failing(401, 403),
+                    "responses": found | failing(401, 403),
                 }
             },
             "/v1/models/{name}": {
@@ -93,23 +121,32 @@ def document(limits: Limits) -> dict[str, Any]:
                     "operationId": "model",
                     "summary": "One of them.",
                     "parameters": [name],
-                    "responses": answering("A model.") | failing(401, 403, 404),
+                    "responses": answering("A model.", "Model") | failing(401, 403, 404),
                 }
             },
             "/health": {
-                "get": {"operationId": "health", "summary": "Whether it draws.", "responses": answering("It does.") | failing(503)}
+                "get": {"operationId": "health", "summary": "Whether it draws."} | open_to_all(answering("It does.", "Health") | unwell)
             },
             "/metrics": {
                 "get": {
                     "operationId": "metrics",
                     "summary": "What Prometheus reads.",
-                    "responses": answering("Metrics.", "text/plain", {"type": "string"}) | failing(401, 403),
+                    "responses": text | failing(401, 403),
                 }
             },
         },
         "components": {
-            "schemas": components | {"Error": error, "Picture": picture, "Pictures": answer},
+            "schemas": {
+                "Body": fields.request(models, limits),
+                "Error": error,
+                "Event": event,
+                "Picture": picture,
+                "Pictures": answer,
+                "Model": model,
+                "Models": listed,
+                "Health": health,
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{}, {"key": []}],
+        "security": [{"key": []}] if keyed else [],
     }

@@ -73,10 +73,10 @@ class Steered:
 
 
 class Served:
-    """One bundle under a name, with a session that its pictures share."""
+    """One bundle under a name, with a session that its pictures share, at most `batch` of their rows a run (None: what it takes)."""
 
-    def __init__(self, name: str, pipe: ElasticPipeline):
-        self.name, self.bundle = name, pipe.bundle
+    def __init__(self, name: str, pipe: ElasticPipeline, batch: int | None = None):
+        self.name, self.bundle, self._batch = name, pipe.bundle, batch
         self.session: Session = pipe.session("denoiser")
         self._opened = pipe
         self._shared = Shared(self.session)
@@ -84,7 +84,9 @@ class Served:
         self._warm()
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], backend: str | None = None, precisions: Sequence[str] = ()) -> "Served":
+    def open(
+        cls, folder: str | os.PathLike[str], backend: str | None = None, precisions: Sequence[str] = (), batch: int | None = None
+    ) -> "Served":
         """Open a bundle's folder under the folder's name.
 
         Raises: as `ElasticPipeline.from_pretrained`, and UsageError for a bundle that makes no pictures.
@@ -93,7 +95,7 @@ class Served:
         name = Path(folder).resolve().name
         if not drawable(bundle.manifest):  # before what takes long: every answer would be an error
             raise UsageError(f"{name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
-        return cls(name, ElasticPipeline.from_pretrained(bundle, backend, precisions))
+        return cls(name, ElasticPipeline.from_pretrained(bundle, backend, precisions), batch)
 
     def close(self) -> None:
         self.pipe.close()
@@ -118,8 +120,8 @@ class Served:
 
     @property
     def most(self) -> int:
-        """Rows of the largest run."""
-        return self.session.batch.max
+        """Rows of the largest run that pictures share."""
+        return min(self.session.batch.max, self._batch or self.session.batch.max)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -134,6 +136,8 @@ class Served:
 
     def batching(self) -> str | None:
         """Why pictures take turns here, where they do; None where they may share runs."""
+        if self._batch == 1:
+            return "the server was told so, by --batch 1"
         if self.session.batch.max < 2:
             return f"its artifact takes batches of {self.session.batch}: export it with --batch 1-8"
         if any(axis.input == "slots" for axis in self.bundle.manifest.axes):

@@ -39,8 +39,8 @@ class Settings:
     """How to serve.
 
     queue: pictures that wait or are drawn, at most. margin: the share of a deadline that is kept for what nothing predicts. wish: seconds
-    in which a picture is to be done whose request names no deadline; None: three times what it takes at its best. drain: seconds that
-    pictures in flight get when the server ends.
+    in which a picture is to be done whose request names no deadline; None: three times what it takes at its best. batch: rows of the
+    largest run that pictures share; None: what the bundle takes. drain: seconds that pictures in flight get when the server ends.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +50,7 @@ class Settings:
     queue: int = QUEUE
     margin: float = MARGIN
     wish: float | None = None
+    batch: int | None = None
     drain: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
@@ -90,7 +91,7 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
         models = []
         for folder in folders:
             begun = time.perf_counter()
-            served = Served.open(folder, settings.backend, settings.precisions)
+            served = Served.open(folder, settings.backend, settings.precisions, settings.batch)
             stack.callback(served.close)
             models.append(served)
             facts = {"model": served.name, "where": served.session.where, "seconds": round(time.perf_counter() - begun, 2)}

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers", reason="the schedulers are diffusers'")
 import folders
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from elastic_export.capture.folders import capture_folder
 from elastic_runtime import ModelError, Span
@@ -44,10 +45,13 @@ def captured(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any
     return found
 
 
+MAKERS = {"flux": folders.flux, "flux2": folders.flux2, "sd3": folders.sd3}
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    return {name: folders.write(root / name, make(), decoder=False) for name, make in (("flux", folders.flux), ("sd3", folders.sd3))}
+    return {name: folders.write(root / name, make(), decoder=False) for name, make in MAKERS.items()}
 
 
 @given(
@@ -72,6 +76,22 @@ def test_full_visits_diffusers_sigmas(
     np.testing.assert_allclose(ours, theirs(family, config, steps, tokens), atol=2e-6)
 
 
+@given(steps=st.integers(1, 200), tokens=st.one_of(st.sampled_from([64, 4096, 4300, 4301]), st.integers(1, 65536)))
+def test_full_visits_the_sigmas_of_flux_2_s_pipelines(places: dict[str, Path], steps: int, tokens: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+    known = captured(places["flux2"], "flux2", {"use_dynamic_shifting": True, "shift": 3.0})
+    plan = full(steps, tokens, known)
+    assert plan.shifts[0] == pytest.approx(np.exp(compute_empirical_mu(tokens, steps)))
+    np.testing.assert_allclose(plan.stages()[0].sigmas, scheduler.sigmas.numpy(), atol=2e-6)
+
+
+def test_flux_2_s_scheduler_may_shift_by_itself(places: dict[str, Path]) -> None:
+    assert full(4, 64, captured(places["flux2"], "flux2", {"shift": 3.0})).shifts == (3.0,)
+    with pytest.raises(ModelError, match="time_shift_type is exponential for FLUX.2, got 'linear'"):
+        captured(places["flux2"], "flux2", {"use_dynamic_shifting": True, "time_shift_type": "linear"})
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_one_step_starts_from_noise(family: str, places: dict[str, Path]) -> None:
     for config in ({"shift": 3.0}, {"shift": 3.0, "shift_terminal": 0.1}):
@@ -86,7 +106,7 @@ def test_what_is_not_drawn_is_refused_by_name(key: str, places: dict[str, Path])
 
 @pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "EulerDiscreteScheduler", "DDIMScheduler"])
 def test_other_schedulers_are_refused_by_name(name: str, places: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=rf"is of a {name}; FLUX, SD3 and Qwen-Image are drawn along a flow in Euler's steps"):
+    with pytest.raises(ModelError, match=rf"is of a {name}; these models are drawn along a flow in Euler's steps"):
         captured(places["flux"], "flux", {"_class_name": name})
 
 
@@ -102,6 +122,7 @@ def test_other_schedulers_are_refused_by_name(name: str, places: dict[str, Path]
         ({"time_shift_type": "cubic"}, "time_shift_type is exponential or linear, got 'cubic'"),
         ({"shift_terminal": 1.5}, "shift_terminal is a sigma between 0 and 1, got 1.5"),
         ({"sigma_max": 0.9}, "unknown key 'sigma_max'"),
+        ({"mu": 1.15}, "unknown key 'mu'"),
     ],
 )
 def test_a_config_that_is_none_is_refused_with_what_is_wrong(config: dict[str, Any], message: str, places: dict[str, Path]) -> None:

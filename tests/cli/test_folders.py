@@ -53,7 +53,7 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
     )
     assert manifest.provenance.checkpoint == "tiny-flux"
     assert json.loads(done.out)["manifest"]["model"]["patches"] == {
-        "size": 2, "positions": "img_ids", "table": None, "guidance_embeds": True, "centred": False,
+        "size": 2, "positions": "img_ids", "table": None, "guidance_embeds": True, "layout": "origin",
     }  # fmt: skip
     model = onnx.load(bundle.file("onnx/denoiser.onnx"))
     assert {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.input} == {

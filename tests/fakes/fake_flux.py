@@ -19,7 +19,9 @@ Field = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 TOKENS = Axis(name="tokens", min=1, max=1024, step=1, default=1024, input="hidden_states", carrier="shape", dimension="S")
 FLUX = Patches(size=SIZE, positions="img_ids", guidance_embeds=True)
 SCHNELL = Patches(size=SIZE, positions="img_ids")
-QWEN = Patches(size=SIZE, positions="img_ids", centred=True)
+QWEN = Patches(size=SIZE, positions="img_ids", layout="centred")
+FLUX2 = Patches(size=1, positions="img_ids", layout="sequence")
+Z_IMAGE = Patches(size=SIZE, positions="img_ids", layout="after_text")
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
 
 
@@ -34,7 +36,8 @@ def denoiser_graph(patches: Patches, channels: int = CHANNELS, width: int = WIDT
         *([spec("pooled_projections", "B", pooled)] if pooled else []),
         spec("timestep", "B"),
     ]
-    inputs += [spec("pos_ids", "S", 2)] if patches.table else [spec("img_ids", "S", 3), spec("txt_ids", "T", 3)]
+    inputs += [spec(patches.positions, "S", patches.columns)]
+    inputs += [spec("txt_ids", "T", patches.columns)] if patches.table is None else []
     inputs += [spec("guidance", "B")] if patches.guidance_embeds else []
     return Graph(
         inputs=tuple(inputs),
@@ -90,6 +93,7 @@ def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None
         vae=Vae(scaling_factor=2.0, shift_factor=0.5, upscale=UPSCALE),
         patches=patches,
         text=text,
+        distilled=not classes and patches == SCHNELL,
     )
     every = {"denoiser": denoiser_graph(patches)} | ({"decoder": DECODER} if decoder else {}) | graphs
     return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(TOKENS,), graphs=every, cost=(), provenance=old.provenance)

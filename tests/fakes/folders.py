@@ -4,14 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import language_models
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -38,6 +43,15 @@ def flux(**changes: Any) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
 
 
+def flux2(**changes: Any) -> Flux2Transformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 3 * WIDTH, "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False,
+    }  # fmt: skip
+    return Flux2Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
+
+
 def sd3(**changes: Any) -> SD3Transformer2DModel:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -57,6 +71,39 @@ def qwen_image(**changes: Any) -> QwenImageTransformer2DModel:
     return QwenImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
 
 
+def krea2(**changes: Any) -> Krea2Transformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 48, "timestep_embed_dim": 32, "text_hidden_dim": WIDTH, "num_text_layers": 3, "text_num_attention_heads": 4,
+        "text_num_key_value_heads": 2, "text_intermediate_size": 24, "num_layerwise_text_blocks": 2, "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    model = Krea2Transformer2DModel(**sizes | changes).eval().requires_grad_(False)
+    for parameter in model.parameters():  # modulation tables and norms, which start as zeros, among them
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def z_image(**changes: Any) -> ZImageTransformer2DModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "in_channels": 4, "dim": 48, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": WIDTH,
+        "axes_dims": [4, 6, 6],
+    }  # fmt: skip
+    model = ZImageTransformer2DModel(**sizes | changes).eval().requires_grad_(False)
+    for token in (model.x_pad_token, model.cap_pad_token):  # which start as zeros
+        torch.nn.init.normal_(token)
+    return model
+
+
+# what reads prompts, by the class of the transformer, where that is one language model
+READERS: dict[type, Any] = {
+    QwenImageTransformer2DModel: language_models.qwen25_vl,
+    Flux2Transformer2DModel: lambda: language_models.qwen3(num_hidden_layers=28),
+    ZImageTransformer2DModel: language_models.qwen3,
+    Krea2Transformer2DModel: lambda: language_models.qwen3_vl(num_hidden_layers=6),
+}
 SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 
 
@@ -66,6 +113,19 @@ def vae() -> AutoencoderKL:
         block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIDE, scaling_factor=0.5,
         shift_factor=0.1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
+
+
+def packed_vae(**changes: Any) -> AutoencoderKLFlux2:
+    """FLUX.2's: latents of 4 channels and half the side, which it packs into 16 and a quarter; its batch norm has seen something."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1, "sample_size": SIDE,
+        "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    vae = AutoencoderKLFlux2(**sizes | changes).eval()
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae.requires_grad_(False)
 
 
 def frame_vae() -> AutoencoderKLQwenImage:
@@ -115,18 +175,26 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
     """A folder of `transformer` (`saving` goes to its save_pretrained), a VAE, and the encoders that its pipeline has."""
     logging.disable_progress_bar()
     is_flux = isinstance(transformer, FluxTransformer2DModel)
-    pipelines = {"FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline"}
+    pipelines = {
+        "FluxTransformer2DModel": "FluxPipeline", "QwenImageTransformer2DModel": "QwenImagePipeline",
+        "Flux2Transformer2DModel": "Flux2Pipeline" if transformer.config.get("guidance_embeds") else "Flux2KleinPipeline",
+        "ZImageTransformer2DModel": "ZImagePipeline", "Krea2Transformer2DModel": "Krea2Pipeline",
+    }  # fmt: skip
+    vaes = {QwenImageTransformer2DModel: frame_vae, Krea2Transformer2DModel: frame_vae, Flux2Transformer2DModel: packed_vae}
     parts: dict[str, Any] = {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    framed = isinstance(transformer, QwenImageTransformer2DModel)
-    parts |= {"vae": frame_vae() if framed else vae()} if decoder else {}
+    parts |= {"vae": vaes.get(type(transformer), vae)()} if decoder else {}
     if text and is_flux:
         parts |= {"text_encoder": clip(), "text_encoder_2": t5()}
+    elif text and (reader := READERS.get(type(transformer))):
+        parts |= {"text_encoder": reader()}
     elif text:
         parts |= {"text_encoder": clip(CLIPTextModelWithProjection), "text_encoder_2": clip(CLIPTextModelWithProjection)}
         parts |= {"text_encoder_3": t5()}
     for name, part in parts.items():
         part.save_pretrained(folder / name, **(saving if name == "transformer" else {}))
-        if name.startswith("text_encoder"):
+        if name.startswith("text_encoder") and type(transformer) in READERS:
+            language_models.tokenizer().save_pretrained(folder / "tokenizer")
+        elif name.startswith("text_encoder"):
             writer = write_t5_tokenizer if isinstance(part, T5EncoderModel) else write_clip_tokenizer
             writer(folder / name.replace("text_encoder", "tokenizer"))
     if index:

@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="the folders' encoders are transforme
 pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import folders
+import language_models
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +31,7 @@ from elastic_runtime.denoising.tokens import place, text_places
 from elastic_runtime.ralu.patches import pack, raster, unpack
 
 ONE = Span(1, 1)
-PATCHES = Patches(size=2, positions="img_ids", centred=True)
+PATCHES = Patches(size=2, positions="img_ids", layout="centred")
 SIZE = (8, 8)  # of the recorded picture, in tokens
 Arrays = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ def placed(arrays: Arrays, size: tuple[int, int]) -> Arrays:
     """Those of the recorded inputs that the contract has, with the places of a picture of `size`."""
     feeds = {name: arrays[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
     text = feeds["encoder_hidden_states"].shape[1]
-    return feeds | {"img_ids": place(raster(1, *size)[0], size, PATCHES), "txt_ids": text_places(text, size, PATCHES)}
+    return feeds | {"img_ids": place(raster(1, *size)[0], size, text, PATCHES), "txt_ids": text_places(text, size, PATCHES)}
 
 
 def forward(module: Any, feeds: Arrays) -> np.ndarray:
@@ -181,6 +182,39 @@ def test_pictures_are_those_of_diffusers_pipeline(tmp_path: Path) -> None:
                 width=width, noise=noise, output_type="np",
             ).images  # fmt: skip
             assert np.abs(found - wanted).max() < 2e-5
+
+
+def test_prompts_become_the_pictures_of_diffusers_pipeline(tmp_path: Path) -> None:
+    """A whole folder: prompts of several lengths in one batch, guided away from others, or from none."""
+    transformer, vae, encoder = folders.qwen_image(), folders.frame_vae(), language_models.qwen25_vl()
+    folder = folders.write(tmp_path / "f", transformer, text=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    scheduler.save_pretrained(folder / "scheduler")
+    theirs = QwenImagePipeline(
+        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=language_models.tokenizer(), transformer=transformer
+    )
+    theirs.set_progress_bar_config(disable=True)
+    bundle = elastic_export.export(folder, output=tmp_path / "b", size="32", batch="1-2", verify="ends")
+    cases: tuple[dict[str, Any], ...] = (
+        {"prompt": ["a red cat and a dog in the snow", "cat"], "negative_prompt": ["", "photographed at night"]},
+        {"prompt": ["a red cat"], "negative_prompt": [""]},
+        {"prompt": ["a dog", "a cat in the snow"]},
+    )
+    noise = np.random.default_rng(0).standard_normal((2, 4, 16, 16)).astype(np.float32)
+    with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as pipe:
+        for case in cases:
+            start = noise[: len(case["prompt"])]
+            size: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 3}
+            scale = 4.0 if "negative_prompt" in case else 1.0
+            wanted, found = [], []
+            for kind in ("latent", "np"):
+                with torch.inference_mode():
+                    given = torch.from_numpy(pack(start, 2))
+                    output = theirs(**case, **size, true_cfg_scale=scale, latents=given, output_type=kind)
+                wanted.append(output.images.numpy() if kind == "latent" else output.images)
+                found.append(pipe(**case, **size, plan="full", guidance_scale=scale, noise=start, output_type=kind).images)
+            assert np.abs(pack(found[0], 2) - wanted[0]).max() <= 1e-5 * np.abs(wanted[0]).max()
+            assert np.abs(found[1] - wanted[1]).max() <= 2e-5
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_the_count_of_flops_is_torch_s_own(kind: str) -> None:
 
 
 def test_constants_follow_to_a_device_and_never_to_another_precision() -> None:
-    for module in (Rope((4, 6, 6)), Positions(32, 0.5), Sinusoids()):
+    for module in (Rope((4, 6, 6), 10000.0), Positions(32, 0.5), Sinusoids()):
         assert isinstance(module, Constants)
         for narrow in (module.half(), module.double()):
             values = narrow.frequencies if isinstance(narrow.frequencies, list) else [narrow.frequencies]

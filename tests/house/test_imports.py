@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import pytest
 
-PACKAGES = ("elastic_runtime", "elastic_bench", "elastic_serve", "elastic_targets", "elastic_export")
+PACKAGES = ("elastic_runtime", "elastic_bench", "elastic_serve", "elastic_web", "elastic_targets", "elastic_export")
 
 Imports = Mapping[str, Iterable[str]]
 

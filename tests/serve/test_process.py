@@ -167,3 +167,14 @@ def test_a_package_that_is_missing_is_advice(package: str, digits: Path) -> None
     done = subprocess.run([sys.executable, "-c", program, "serve", str(digits)], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 3
     assert "pip install 'elastic-export[serve]'" in done.stderr
+
+
+def test_pictures_take_turns_where_the_command_says_so(digits: Path) -> None:
+    with process(digits, "--batch", "1") as (_, address, _):
+        drawn = httpx2.post(f"{address}/v1/images/generations", json={"class_labels": 7, "n": 3, "steps": 3}, timeout=60)
+        (model,) = httpx2.get(f"{address}/v1/models").json()["data"]
+        metrics = httpx2.get(f"{address}/metrics").text
+    assert drawn.status_code == 200
+    assert (model["elastic"]["rows"], model["elastic"]["takes_turns"]) == (1, "the server was told so, by --batch 1")
+    assert f'elastic_run_rows_bucket{{le="1.0",model="{model["id"]}"}} 9.0' in metrics
+    assert f'elastic_run_rows_count{{model="{model["id"]}"}} 9.0' in metrics

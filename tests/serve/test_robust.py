@@ -2,8 +2,6 @@
 
 import contextlib
 import socket
-import threading
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -172,30 +170,6 @@ def test_any_bytes_are_a_body_or_an_error(text: bytes) -> None:
 
     with contextlib.suppress(BodyError):
         read(text, Limits())
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read where there is /proc")
-def test_memory_stays_flat(server: Running) -> None:
-    def resident() -> int:
-        with open("/proc/self/statm", encoding="ascii") as statistics:
-            return int(statistics.read().split()[1]) * 4096
-
-    def ask(count: int) -> None:
-        with server.http() as http:
-            for number in range(count):
-                assert http.post(CREATE, json={"class_labels": number % 10, "steps": 2}).status_code == 200
-
-    def everyone(count: int) -> None:
-        threads = [threading.Thread(target=ask, args=(count,)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    everyone(50)
-    before = resident()
-    everyone(150)
-    assert resident() - before < 16e6, "600 pictures leave nothing behind"
 
 
 HUGE = ("drop_fraction", "guidance_drop_fraction", "guidance_scale", "true_cfg_scale", "temperature", "deadline_ms")

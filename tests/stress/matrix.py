@@ -1,7 +1,10 @@
 """Every family on every target, small models through the public API: how far each artifact is from its original.
 
-    python tests/stress/matrix.py --page PAGE.md        (half an hour)
+    python tests/stress/matrix.py --rows build/matrix.json --page README.md        (half an hour)
     python tests/stress/matrix.py elit-sit flux
+
+Rows that are in the file of `--rows` are taken from there, and new ones are added to it as they are done, so that a run goes on where it
+was stopped; delete the file to begin anew.
 
 ONNX artifacts run in ONNX Runtime on this machine's CPU, Core ML packages are evaluated operator by operator, engines of TensorRT-RTX are
 built. A cell is the largest difference over all recorded budgets, in units of the tolerance's scale (1, or the largest value), or why there
@@ -9,6 +12,7 @@ is none.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -70,6 +74,9 @@ SUBJECTS = (
     Subject("flux", "ralu-digits", {"components": "transformer"}),
     Subject("sd3", "sd3", {"components": "transformer"}, lambda folder: folders.write(folder, folders.sd3())),
     Subject("qwen-image", GOLDEN / "qwen-image-a", {"components": "transformer"}),
+    Subject("flux2", "flux2", {"components": "transformer"}, lambda folder: folders.write(folder, folders.flux2())),
+    Subject("z-image", "z-image", {"components": "transformer"}, lambda folder: folders.write(folder, folders.z_image())),
+    Subject("krea2", "krea2", {"components": "transformer"}, lambda folder: folders.write(folder, folders.krea2())),
 )
 
 
@@ -121,16 +128,23 @@ def table(rows: Sequence[tuple[str, list[str]]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="all where none is named")
+    parser.add_argument("--rows", type=Path, help="a file of rows that are kept")
     parser.add_argument("--page", type=Path, help="a page that holds the table between its markers")
     options = parser.parse_args(arguments)
     known = [subject.family for subject in SUBJECTS]
     if unknown := set(options.families) - set(known):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    wanted = [subject for subject in SUBJECTS if not options.families or subject.family in options.families]
+    kept: dict[str, list[str]] = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        rows: list[tuple[str, list[str]]] = []
-        for subject in (subject for subject in SUBJECTS if not options.families or subject.family in options.families):
-            rows.append((subject.family, cells(subject, Path(folder))))
-            print(table(rows).splitlines()[-1], flush=True)  # a run that is cut off has lost nothing
+        for subject in wanted:
+            if subject.family in kept:
+                continue
+            kept[subject.family] = cells(subject, Path(folder))
+            print(table([(subject.family, kept[subject.family])]).splitlines()[-1], flush=True)
+            if options.rows:
+                save(options.rows, json.dumps(kept, indent=1).encode())
+    rows = [(subject.family, kept[subject.family]) for subject in wanted]
     if options.page:
         page = options.page.read_text(encoding="utf-8")
         save(options.page, filled(page, "families", table(rows), str(options.page)).encode())

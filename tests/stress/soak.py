@@ -25,9 +25,9 @@ GROWTH = 0.05  # of what is held after the first tenth
 KEPT = 8  # pictures that may be drawn again
 
 
-def resident() -> int:
-    """Bytes that this process holds."""
-    line = next(line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:"))
+def resident(process: int | str = "self") -> int:
+    """Bytes that a process holds, this one or another."""
+    line = next(line for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024
 
 

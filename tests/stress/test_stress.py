@@ -28,5 +28,13 @@ def test_pictures_come_out_the_same_again_and_memory_stays() -> None:
     assert "100 pictures" in run("soak", "--pictures", "100", "--backend", "ort")
 
 
+def test_a_server_holds_as_much_after_some_hundred_pictures(digits: Path) -> None:
+    pytest.importorskip("uvicorn", reason="serving needs uvicorn")
+    pytest.importorskip("httpx2", reason="what talks to the server")
+    told = run("soak_serve", str(digits), "--pictures", "400")
+    assert "faults: none" in told
+    assert " 0 differed" in told
+
+
 def test_what_is_killed_leaves_the_old_or_the_new() -> None:
     assert "extend" in run("crash", "generate", "extend", "--kills", "1", "--disks", "1")

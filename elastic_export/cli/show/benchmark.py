@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from elastic_bench.compare import Change
 from elastic_bench.figures import Figures, figures, method
+from elastic_bench.load import COLUMNS, LoadReport, cells
 from elastic_bench.pareto import SAME
 from elastic_bench.records import BundleReport, Report
 from elastic_export.cli.show import line, table
@@ -51,6 +52,12 @@ def benchmark(report: Report) -> None:
     line(f"{report.machine}: peaks {most.flops_per_second / 1e9:.0f} GFLOP/s, {most.bytes_per_second / 1e9:.1f} GB/s")
     line("energy: " + "; ".join(f"{name} {what}" for name, what in report.energy.items()))
     line(method(report.settings, report.bundles))
+
+
+def load(report: LoadReport) -> None:
+    """Who was on time at which load, and how that was measured."""
+    table(f"{report.bundle}: {report.model} on {report.where}", COLUMNS, [cells(row) for row in report.rows])
+    line(f"{report.method} {report.machine}.")
 
 
 def _runtimes(opened: BundleReport) -> None:

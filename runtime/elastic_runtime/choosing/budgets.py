@@ -1,6 +1,6 @@
 """The outlook of a model that is drawn at budgets on its axes, on the times of a sampler."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -8,11 +8,20 @@ import numpy as np
 from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook, improving
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sampling.fitting import least_steps, resumable, times
 from elastic_runtime.sessions.session import batches
+
+
+def graded(quality: Sequence[Quality], flops: Callable[[Budget], float]) -> np.ndarray | None:
+    """FLOPs of a card's rows, rising; accuracy over the best; Frechet distance over the least: (3, rows). None where they grade nothing."""
+    rows = np.array(sorted((flops(Budget(**row.budget)), row.accuracy, row.frechet_distance) for row in quality)).T
+    if not rows.size or not rows[1].max() > 0 or not rows[2].min() > 0:
+        return None
+    return np.stack([rows[0], rows[1] / rows[1].max(), rows[2] / rows[2].min()])
 
 
 class BudgetOutlook(Outlook):
@@ -34,12 +43,7 @@ class BudgetOutlook(Outlook):
 
     @cached_property
     def _rows(self) -> np.ndarray | None:
-        """FLOPs of the card's rows, rising; accuracy over the best; Frechet distance over the least: (3, rows)."""
-        quality = self.gauge.manifest.quality
-        rows = np.array(sorted((self._flops(Budget(**row.budget)), row.accuracy, row.frechet_distance) for row in quality)).T
-        if not rows.size or not rows[1].max() > 0 or not rows[2].min() > 0:
-            return None
-        return np.stack([rows[0], rows[1] / rows[1].max(), rows[2] / rows[2].min()])
+        return graded(self.gauge.manifest.quality, self._flops)
 
     def quality(self, option: Option) -> float:
         """A straight line in FLOPs between the table's rows and level beyond them; without one the share of the

@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -126,15 +126,15 @@ def calibrate(who: Identity, measure: Callable[[], Measured]) -> Calibration:
     return calibration
 
 
-def offered(axes: Sequence[Axis], session: Session) -> list[Budget]:
-    """Budgets of a session, at most about `MOST`: every one, or evenly chosen ones with the ends and the default of
-    each axis.
+def offered(axes: Sequence[Axis], compiled: Sequence[Mapping[str, int]] | None = None) -> list[Budget]:
+    """Budgets of a session that has `compiled` ones, or takes all of its axes: at most about `MOST`, every one, or evenly
+    chosen ones with the ends and the default of each axis.
 
     Where an axis is carried by a picture's own tokens, they are those of the stages of RALU's plans at the largest
     picture.
     """
-    if session.budgets is not None:
-        return [Budget(**{axis.name: budget[axis.name] for axis in axes}) for budget in session.budgets]
+    if compiled is not None:
+        return [Budget(**{axis.name: budget[axis.name] for axis in axes}) for budget in compiled]
     count = max(2, round(MOST ** (1 / max(len(axes), 1))))
     values = [_stages(axis) if axis.carrier == "shape" else _evenly(axis, count) for axis in axes]
     names = [axis.name for axis in axes]

@@ -184,7 +184,8 @@ def plan_flops(manifest: Manifest, plan: Plan, size: tuple[int, int], skipped: C
     table.
     """
     work = Costs(manifest, Rates(1.0, 1.0)).work
-    tokens = plan.step_tokens(*size)
+    assert manifest.model.patches is not None  # it draws along plans
+    tokens = manifest.model.patches.filled_all(plan.step_tokens(*size))
     return round(sum(work(Budget(tokens=count)).flops for step, count in enumerate(tokens) if step not in skipped))
 
 

@@ -13,6 +13,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality, plan_label
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.pictures import nearest
+from elastic_runtime.denoising.tokens import samples
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.plan import FULL, Plan, named
 from elastic_runtime.sampling.course import Course
@@ -25,8 +26,8 @@ class PlanOutlook(Outlook):
     """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns)
     of whole-picture tokens.
 
-    `usual_name` is the one that is drawn where nothing is asked for. `apart` says that branches of guidance never share
-    a run, since their texts differ in length.
+    `usual_name` is the one that is drawn where nothing is asked for. `lengths` are those of the texts by branch of
+    guidance and picture, on which depends what shares a run.
     """
 
     named, table = "a plan", "accuracy by plan"
@@ -40,14 +41,15 @@ class PlanOutlook(Outlook):
         plans: Mapping[str, Plan],
         size: tuple[int, int],
         usual_name: str,
+        lengths: tuple[tuple[int, ...], ...],
         finishes: bool = True,
-        apart: bool = False,
     ):
-        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, apart)
+        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, lengths)
         patches = gauge.manifest.model.patches
         assert patches is not None
+        self._patches = patches
         self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
-        self.plans, self.size, self.usual_name, self.apart = plans, size, usual_name, apart
+        self.plans, self.size, self.usual_name, self.lengths = plans, size, usual_name, lengths
 
     @property
     def _grades(self) -> dict[str, Grades]:
@@ -226,10 +228,8 @@ class PlanOutlook(Outlook):
         """In the mixed stage each picture runs by itself, both of its branches together (see
         `TokenDenoiser.guided`)."""
         alone = _plan(option).mixed and stage == 1
-        rows, times = (1, self.count) if alone else (self.count, 1)
-        together = rows * (2 if guided and not self.apart else 1)
-        sizes = [part.stop - part.start for part in batches(self.gauge.session, together)] * (2 if guided and self.apart else 1)
-        return [(option.budgets[stage], size) for size in sizes] * times
+        runs = [part for rows in samples(self.lengths, guided, alone) for part in batches(self.gauge.session, rows)]
+        return [(option.budgets[stage], part.stop - part.start) for part in runs]
 
     def peak_seconds(self, option: Option) -> float:
         return sum(count * self.seconds(option, stage, True, self.gauge.peak) for stage, count in enumerate(option.steps))
@@ -248,7 +248,7 @@ class PlanOutlook(Outlook):
         return math.prod(self.size) / self._measured
 
     def _option(self, name: str, plan: Plan) -> Option:
-        budgets = tuple(Budget(tokens=count) for count in plan.tokens(*self.size))
+        budgets = tuple(Budget(tokens=count) for count in self._patches.filled_all(plan.tokens(*self.size)))
         return Option(plan_label(name, plan.steps), budgets, budgets, plan.steps, plan)
 
     def _shaped(self, name: str, steps: tuple[int, ...]) -> Option:

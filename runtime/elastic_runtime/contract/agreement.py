@@ -5,12 +5,13 @@ that meets a size that cannot be, a name that is not there, or a graph that does
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import msgspec
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
-from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model
+from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches, TextEncoder
 from elastic_runtime.contract.records import read_record
 from elastic_runtime.errors import BundleError
 
@@ -26,17 +27,34 @@ def decode(text: bytes, where: str) -> Manifest:
     """Read a manifest; raise BundleError naming the field, the schema or the place that is wrong.
 
     One of version 1 is one of this version without a word changed, unless its model draws from patches: it lacks their
-    axis.
+    axis. Version 2 says of `img_ids` only whether they are centred, and leaves it to the family whether a model is
+    distilled.
     """
     again = "export the bundle again"
-    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older=(1,))
-    if manifest.schema_version != SCHEMA_VERSION and manifest.model.patches:
+    older = {1: _as_it_is, 2: _laid_out}
+    manifest = read_record(text, where, Manifest, SCHEMA_VERSION, "manifest", again, BundleError, older)
+    if manifest.schema_version == 1 and manifest.model.patches:
         raise BundleError(
             f"{where} has schema_version {manifest.schema_version}, in which {manifest.model.name} has no axis `tokens` yet: {again}"
         )
     for complaint in _complaints(manifest):
         raise BundleError(f"{where} is not a valid manifest: {complaint}. {again[0].upper()}{again[1:]}.")
     return msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION)
+
+
+def _as_it_is(content: dict[str, Any]) -> dict[str, Any]:
+    return content
+
+
+def _laid_out(content: dict[str, Any]) -> dict[str, Any]:
+    model = content.get("model")
+    patches = model.get("patches") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(patches, dict):
+        return content
+    if isinstance(patches.get("centred"), bool):
+        patches["layout"] = "centred" if patches.pop("centred") else "origin"
+    schnell = model.get("family") == "flux" and patches.get("guidance_embeds") is False and model.get("num_classes") == 0
+    return content | {"model": model | ({"distilled": True} if schnell else {})}
 
 
 def _complaints(manifest: Manifest) -> Iterator[str]:
@@ -53,7 +71,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
     if decoder := manifest.graphs.get("decoder"):
         yield from (f"graph 'decoder': {why}" for why in _decoder(decoder, model))
     if encoder := manifest.graphs.get("encoder"):
-        yield from (f"graph 'encoder': {why}" for why in _encoder(encoder, model))
+        yield from (f"graph 'encoder': {why}" for why in _vae_encoder(encoder, model))
     for row in manifest.cost:
         yield from (f"`cost` {why}" for why in _budget(row.budget, axes))
     for place in (*manifest.quality, *manifest.precisions):
@@ -64,6 +82,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         elif place.steps is not None and len(place.steps) != STAGES.get(place.plan, len(place.steps)):
             yield f"`quality` has {len(place.steps)} stages of plan {place.plan!r}, which has {STAGES[place.plan]}"
     yield from _text(manifest)
+    yield from _fusion(manifest)
     paths = [entry.path for entry in manifest.files()]
     if len(paths) != len(set(paths)):
         yield "a file is listed twice"
@@ -128,6 +147,12 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
                 yield f"its {name} have shape {has}, and a packed sample has (B, {wanted_shape[1]}, {wanted_shape[2]})"
     if model.patches and "S" in graph.dimensions and {axis.dimension for axis in axes} != {"S"}:
         yield "it draws from patches, and no axis is their number, S"
+    if model.patches:
+        columns = model.patches.columns
+        for name in {model.patches.positions, "txt_ids"} & inputs.keys():
+            if inputs[name].shape[-1] != columns:
+                yield f"its {name} have shape {_shown(inputs[name])}, and the model's have {columns} columns"
+        yield from _filled(graph, model.patches, axes)
     for axis in axes:
         if axis.dimension is None:
             continue
@@ -136,12 +161,26 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
             yield f"axis {axis.name} makes {axis.dimension} {span}, and it says {graph.dimensions[axis.dimension]}"
 
 
-def _encoder(graph: Graph, model: Model) -> Iterator[str]:
+def _vae_encoder(graph: Graph, model: Model) -> Iterator[str]:
     shapes = {spec.name: spec.shape for spec in (*graph.inputs, *graph.outputs)}
     if shapes.keys() != {"latent", "image"} or any(len(shape) != 4 for shape in shapes.values()):
         yield "it takes an image (B, 3, H, W) and gives a latent"
     elif model.vae is None or shapes["latent"][1] != model.sample_shape[0]:
         yield f"it gives latents of {shapes['latent'][1]} channels, and the model draws {model.sample_shape[0]}, with a vae"
+
+
+def _filled(graph: Graph, patches: Patches, axes: Iterable[Axis]) -> Iterator[str]:
+    """What there is to say of tokens that come in multiples."""
+    pads = {"img_pad", "txt_pad"} & {spec.name for spec in graph.inputs}
+    if len(pads) != (0 if patches.multiple is None else 2):
+        yield f"it takes {' and '.join(sorted(pads)) or 'no img_pad and txt_pad'}, and the model's `multiple` is {patches.multiple}"
+    if patches.multiple is None:
+        return
+    sizes: dict[str, tuple[int, ...]] = {axis.name: (axis.min, axis.max, axis.step) for axis in axes}
+    sizes |= {name: (span.min, span.max) for name, span in graph.dimensions.items() if name == "T"}
+    for name, counts in sizes.items():
+        if any(count % patches.multiple for count in counts):
+            yield f"{name} spans {counts[0]}-{counts[1]}, and the model's tokens come in multiples of {patches.multiple}"
 
 
 def _decoder(graph: Graph, model: Model) -> Iterator[str]:
@@ -163,26 +202,49 @@ def _budget(budget: Mapping[str, int], axes: Mapping[str, Axis]) -> Iterator[str
 
 def _text(manifest: Manifest) -> Iterator[str]:
     text = manifest.model.text
-    for encoder in text.encoders if text else ():
+    if text is None or not text.encoders:
+        return
+    given: dict[str, list[int]] = {name: [] for name in ("pooled", "penultimate_hidden_state", "last_hidden_state", "hidden_states")}
+    for encoder in text.encoders:
         graph = manifest.graphs[encoder.graph]  # the manifest's own record has seen to that
-        if [(spec.name, spec.shape) for spec in graph.inputs] != [("input_ids", ("B", encoder.max_length))]:
-            yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.max_length}), and its graph does not"
+        yield from _encoder(encoder, graph)
         for spec in graph.outputs:
-            shape = ("B",) if spec.name == "pooled" else ("B", encoder.max_length)
-            if spec.shape[:-1] != shape or not isinstance(spec.shape[-1], int):
-                yield f"the text encoder {encoder.graph!r} gives {spec.name} of shape {_shown(spec)}"
-    if text and text.encoders:
-        given = {name: [] for name in ("pooled", "penultimate_hidden_state", "last_hidden_state")}  # type: dict[str, list[int]]
-        for encoder in text.encoders:
-            for spec in manifest.graphs[encoder.graph].outputs:
-                given[spec.name].append(int(spec.shape[-1]))
-        lengths = {encoder.max_length for encoder in text.encoders if "penultimate_hidden_state" in encoder.gives}
-        tokens = sum(encoder.max_length for encoder in text.encoders if "last_hidden_state" in encoder.gives) + max(lengths, default=0)
-        if sum(given["pooled"]) != text.pooled or any(width != text.width for width in given["last_hidden_state"]):
-            widths = f"{sum(given['pooled'])} pooled values and {given['last_hidden_state']} a token"
-            yield f"the text encoders give {widths}, not {text.pooled} and {text.width}"
-        if len(lengths) > 1 or tokens > text.length:
-            yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+            given[spec.name] += [size for size in spec.shape[-1:] if isinstance(size, int)]
+    lengths = {encoder.max_length for encoder in text.encoders if "penultimate_hidden_state" in encoder.gives}
+    after = [encoder.max_length for encoder in text.encoders if {"last_hidden_state", "hidden_states"} & set(encoder.gives)]
+    pooled, widths, tokens = sum(given["pooled"]), given["last_hidden_state"] + given["hidden_states"], sum(after) + max(lengths, default=0)
+    if pooled != text.pooled or any(width != text.width for width in widths):
+        yield f"the text encoders give {pooled} pooled values and {widths} a token, not {text.pooled} and {text.width}"
+    if len(lengths) > 1 or tokens > text.length:
+        yield f"the text encoders give {tokens} tokens, and the model takes {text.length}"
+
+
+def _fusion(manifest: Manifest) -> Iterator[str]:
+    text, graph = manifest.model.text, manifest.graphs.get("text_fusion")
+    layers = text.layers if text else None
+    if (layers is None) != (graph is None) and (graph or "denoiser" in manifest.graphs):
+        yield f"the graph 'text_fusion' goes with `layers` of a text, got {'one' if graph else 'none'} and {layers}"
+    if text and layers and graph:
+        has = {spec.name: spec.shape[:1] + spec.shape[2:] for spec in (*graph.inputs, *graph.outputs)}
+        wanted = {"tapped": ("B", layers, text.width), "fused": ("B", text.width)}
+        if has != wanted:
+            shapes = ", ".join(f"{spec.name} {_shown(spec)}" for spec in (*graph.inputs, *graph.outputs))
+            yield f"graph 'text_fusion': it has {shapes}, and makes {layers} x {text.width} values of a token into {text.width}"
+
+
+def _encoder(encoder: TextEncoder, graph: Graph) -> Iterator[str]:
+    inputs = {spec.name: spec.shape for spec in graph.inputs}
+    shape = inputs.get("input_ids", ())
+    longest = shape[1:] == (encoder.longest,)
+    whole = not encoder.padded and shape == ("B", "N") and graph.dimensions["N"] == Span(1, encoder.longest)
+    masked = encoder.padded and list(inputs) == ["input_ids", "attention_mask"]
+    if not (longest or whole) or set(inputs.values()) != {("B", *shape[1:])} or not (masked or len(inputs) == 1):
+        yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.longest}), and its graph does not"
+    for spec in graph.outputs:
+        rows, values = (1, (1,)) if spec.name == "pooled" else (2, (1, 2) if spec.name == "hidden_states" else (1,))
+        own = spec.shape[rows:]
+        if spec.shape[:rows] != ("B", *shape[1:])[:rows] or len(own) not in values or not all(isinstance(size, int) for size in own):
+            yield f"the text encoder {encoder.graph!r} gives {spec.name} of shape {_shown(spec)}"
 
 
 def _shown(spec: TensorSpec) -> str:

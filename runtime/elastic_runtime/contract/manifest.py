@@ -16,11 +16,14 @@ from elastic_runtime.contract.records import Count, Finite, Large, Natural, Reco
 from elastic_runtime.contract.schedule import Ancestral, Edm, Schedule
 from elastic_runtime.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MOST_UPSCALE = 1024  # pixels a side of a latent pixel, or latent pixels of a patch
 LEAST_SCALE = 1e-12
 # Steps by stage that a plan of this name has where none are said: the presets'.
 OWN_STEPS = {"4x": (5, 6, 7), "7x": (2, 3, 5)}
+# Where `img_ids` and `txt_ids` put tokens (see `Patches`), and how many columns they have.
+Layout = Literal["origin", "centred", "sequence", "after_text"]
+COLUMNS = {"origin": 3, "centred": 3, "sequence": 4, "after_text": 3}
 
 
 class Vae(Record, frozen=True, kw_only=True):
@@ -41,40 +44,82 @@ class Patches(Record, frozen=True, kw_only=True):
     """How a transformer over patches takes a latent: row-major patches of `size` x `size`, packed (c, ph, pw), in and
     out alike.
 
-    `positions` is the input that places each token: `img_ids` (0, row, column), with rows and columns as they are;
-    `pos_ids` (row, column) in the coordinates of a table of `table` x `table` places, in which a picture lies centred.
-    A row or a column is one patch, halves are allowed. With `centred`, the rows and columns of `img_ids` count from the
-    middle of the stage's picture, and text goes on beyond them on all axes: `txt_ids` (k, k, k); without it text has no
-    place, (0, 0, 0). With `guidance_embeds` there is an input `guidance`, the scale that the model was distilled with.
+    `positions` is the input that places each token: `pos_ids` (row, column) in the coordinates of a table of `table` x
+    `table` places, in which a picture lies centred; or `img_ids`, beside `txt_ids` for the text, by `layout`, for token
+    k of a text of T tokens:
+        origin: image (0, row, column), text (0, 0, 0). FLUX.1, Krea 2.
+        centred: image (0, row, column) counted from the middle of the stage's picture, text (k', k', k') going on beyond
+        its edge. Qwen-Image.
+        sequence: image (0, row, column, 0), text (0, 0, 0, k). FLUX.2.
+        after_text: text (1 + k, 0, 0), image (T + 1, row, column). Z-Image.
+    A row or a column is one patch, halves are allowed. With `guidance_embeds` there is an input `guidance`, the scale
+    that the model was distilled with. With `multiple` the graph takes that many tokens or a multiple of it, of the image
+    and of the text alike, and inputs `img_pad` (B, S) and `txt_pad` (B, T): 1 where a row fills up, which come last and,
+    of the image, at place 0.
     """
 
     size: int
     positions: Literal["img_ids", "pos_ids"]
     table: Count | None = None
     guidance_embeds: bool = False
-    centred: bool = False
+    layout: Layout = "origin"
+    multiple: Count | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= MOST_UPSCALE:
             raise ValueError(f"a patch has a `size` of 1 to {MOST_UPSCALE}, got {self.size}")
         if (self.positions == "pos_ids") != (self.table is not None):
             raise ValueError(f"`pos_ids` have a `table` and `img_ids` have none, got {self.positions} and {self.table}")
-        if self.centred and self.table is not None:
-            raise ValueError(f"`centred` is of `img_ids`, got {self.positions}")
+        if self.layout != "origin" and self.table is not None:
+            raise ValueError(f"a `layout` is of `img_ids`, got {self.layout} of {self.positions}")
+        if self.multiple is not None and self.table is not None:
+            raise ValueError(f"a `multiple` is of `img_ids`, got {self.multiple} of {self.positions}")
+
+    @property
+    def columns(self) -> int:
+        """How many numbers place a token."""
+        return COLUMNS[self.layout] if self.table is None else 2
+
+    def filled(self, count: int) -> int:
+        """How many tokens the graph takes for so many of the image or of the text."""
+        return count if self.multiple is None else -(-count // self.multiple) * self.multiple
+
+    def filled_all(self, counts: Iterable[int]) -> tuple[int, ...]:
+        """The same of each of `counts`."""
+        return tuple(self.filled(int(count)) for count in counts)
+
+
+class Template(Record, frozen=True, kw_only=True):
+    """What a language model is told around a prompt: `before` and `after` it, as text that the tokenizer reads together
+    with the prompt or, where `apart`, `after` by itself. The first `drop` tokens give no embeddings."""
+
+    before: str
+    after: str
+    drop: Natural = 0
+    apart: bool = False
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
-    """A graph from `input_ids` (B, max_length) int64, and its tokenizer, a file that the tokenizers package reads.
+    """A graph from `input_ids` (B, N) int64, and its tokenizer, a file that the tokenizers package reads.
 
-    Prompts are padded with `pad_token_id` to `max_length`; there is no mask. `gives` names the graph's outputs: see
-    `Text`.
+    Where it is `padded`, prompts are padded with `pad_token_id` to N = `max_length`, a graph that takes an
+    `attention_mask` (B, N) int64 is told which tokens are the prompt's (1), and the padding gives embeddings like the
+    rest. Where it is not, the graph is causal, N is open or the longest, and the prompt's own tokens alone give
+    embeddings. A `template` adds `drop` tokens to N that give none. `gives` names the graph's outputs: see `Text`.
     """
 
     graph: str
     tokenizer: FileEntry
     max_length: Count
     pad_token_id: Natural
-    gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state"], ...]
+    gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state", "hidden_states"], ...]
+    template: Template | None = None
+    padded: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the graph takes at most."""
+        return self.max_length + (self.template.drop if self.template else 0)
 
 
 class Text(Record, frozen=True, kw_only=True):
@@ -82,14 +127,18 @@ class Text(Record, frozen=True, kw_only=True):
     `pooled`), which it has none of where `pooled` is 0.
 
     In the order of `encoders`: their `pooled` are joined by features. Their `penultimate_hidden_state` are joined by
-    features too and padded with zeros to `width`; each `last_hidden_state` follows as further tokens; what then lacks
-    to `length` are zeros. Without encoders the embeddings come from elsewhere.
+    features too and padded with zeros to `width`; each `last_hidden_state` or `hidden_states` follows as further tokens;
+    what then lacks to `length` are zeros. Where an encoder is not `padded`, texts are as long as their prompts, `length`
+    at most. Without encoders the embeddings come from elsewhere. Where there are `layers`, an embedding has so many rows
+    of `width` a token, and the graph `text_fusion` makes one of them: `tapped` (B, T, layers, width) -> `fused` (B, T,
+    width).
     """
 
     encoders: tuple[TextEncoder, ...]
     length: Count
     width: Count
     pooled: Natural
+    layers: Count | None = None
 
 
 class Model(Record, frozen=True, kw_only=True):
@@ -97,10 +146,13 @@ class Model(Record, frozen=True, kw_only=True):
 
     Where `patches` tells how tokens are made of the sample, its size is a default and others are allowed. `text` models
     take prompts and have no classes. `tokens` says what a masked model's token ids are: grey levels from black to
-    white, or codes of a decoder that is not here. With `guidance_rescale` "norm" a prediction that guidance led has,
-    token by token, the length of the one without. Where `packed` is set, the graph takes and gives a sample as tokens,
-    row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one. `few_steps` are those that
-    it was distilled to draw in.
+    white, or codes of a decoder that is not here. Where `packed` is set, the graph takes and gives a sample as tokens,
+    row-major patches of `packed` x `packed` laid out (c, ph, pw), and its size is the only one.
+
+    Of guidance: with `guidance_rescale` "norm" a prediction that it led has, token by token, the length of the one
+    without. `guidance_off` is the largest `guidance_scale` that is none, in the words of the model's pipeline: 1 where a
+    scale g gives `weak + g (strong - weak)`, 0 where it gives `strong + g (strong - weak)`. A `distilled` one draws
+    without guidance of its own, and `few_steps` are those that it was distilled to draw in.
     """
 
     name: str
@@ -119,6 +171,8 @@ class Model(Record, frozen=True, kw_only=True):
     learned_variance: bool = False
     guided_channels: int | None = None
     guidance_rescale: Literal["norm"] | None = None
+    guidance_off: Literal[0, 1] = 1
+    distilled: bool = False
     packed: Count | None = None
     few_steps: Count | None = None
 
@@ -129,6 +183,10 @@ class Model(Record, frozen=True, kw_only=True):
             raise ValueError(f"the prediction and the schedule are both edm or neither, got {self.prediction} and {self.schedule}")
         if self.guided_channels is not None and not 1 <= self.guided_channels <= self.sample_shape[0]:
             raise ValueError(f"`guided_channels` must be 1 to {self.sample_shape[0]}, the sample's, got {self.guided_channels}")
+
+    def guidance_scale(self, scale: float) -> float:
+        """What its pipeline calls the scale s of `weak + s (strong - weak)`."""
+        return scale - (1 - self.guidance_off)
 
     @property
     def unconditional(self) -> bool:
@@ -187,9 +245,17 @@ def plan_label(name: str, steps: Sequence[int] | None) -> str:
     return name if steps is None or tuple(steps) == OWN_STEPS.get(name) else f"{name}, {'+'.join(map(str, steps))} steps"
 
 
+class Adapter(Record, frozen=True, kw_only=True):
+    """A LoRA file that was fused into the weights, `scale` times."""
+
+    name: str
+    sha256: str
+    scale: Finite
+
+
 class Provenance(Record, frozen=True, kw_only=True):
     """Where the bundle came from. `checkpoint_sha256` is the transformer's, `weights_sha256` are those of all components, as their files
-    were read."""
+    were read, before `adapters` changed them."""
 
     command: str
     created: str
@@ -198,6 +264,7 @@ class Provenance(Record, frozen=True, kw_only=True):
     checkpoint_sha256: str | None = None
     ignored_weights: tuple[str, ...] = ()
     weights_sha256: dict[str, str] = msgspec.field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
 
 
 class Manifest(Record, frozen=True, kw_only=True):

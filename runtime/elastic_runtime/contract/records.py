@@ -1,12 +1,16 @@
 """Records that are kept in files: strict, and read with their schema's version and with advice where they cannot be read."""
 
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from elastic_runtime.errors import ElasticError
 
 R = TypeVar("R")
+# The content of an older version's file in today's fields.
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 # Numbers as a file may hold them: what memory and int64 have room for, and no infinity.
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -20,22 +24,31 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_record(
-    text: bytes, where: str, kind: type[R], version: int, what: str, again: str, error: type[ElasticError], older: tuple[int, ...] = ()
+    text: bytes,
+    where: str,
+    kind: type[R],
+    version: int,
+    what: str,
+    again: str,
+    error: type[ElasticError],
+    older: Mapping[int, Upgrade] = MappingProxyType({}),
 ) -> R:
     """Read a record with a schema version strictly; `what` it is and how to make it `again` are for the message of `error`.
 
-    `older` versions are read by the same fields.
+    `older` versions are read as what their upgrade makes of them.
     """
     advice = again[0].upper() + again[1:]
     try:
-        found = msgspec.json.decode(text).get("schema_version")
+        content = msgspec.json.decode(text)
+        found = content.get("schema_version")
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
         raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
-    if found != version and found not in older:
-        newer = isinstance(found, int) and found > version
+    known = isinstance(found, int) and not isinstance(found, bool)
+    if found != version and not (known and found in older):
+        newer = known and found > version
         way = "upgrade with: pip install -U elastic-export" if newer else again
         raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")
     try:
-        return msgspec.json.decode(text, type=kind)
+        return msgspec.json.decode(text, type=kind) if found == version else msgspec.convert(older[found](content), kind)
     except msgspec.ValidationError as reason:
         raise error(f"{where} is not a valid {what}: {reason}. {advice}.") from None

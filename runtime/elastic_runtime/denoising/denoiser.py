@@ -170,14 +170,16 @@ class Denoiser:
         return self._outputs(x, time, branch.conditions, _rows(branch), budget)
 
     def _outputs(self, x: np.ndarray, time: float, conditions: Conditions, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
-        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the session's batch span
-        allows."""
+        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the texts' lengths and the
+        session's batch span allow."""
+        groups = conditions.alike()
         runs = []
-        for rows in batches(self._session, len(x)):
+        for rows in (alike[part] for alike in groups for part in batches(self._session, len(alike))):
             feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
             feeds |= {name: array for name, array in conditions.rows(rows).feeds.items() if name in self._inputs}
             runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
-        return joined(runs)
+        outputs, order = joined(runs), np.concatenate(groups)
+        return outputs if len(groups) == 1 else {name: array[np.argsort(order)] for name, array in outputs.items()}
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:

@@ -18,7 +18,8 @@ class Guidance:
     (classifier-free guidance) or, with `auto`, the same label (autoguidance: the weak branch differs by its smaller
     budget only). With a smaller budget and no label it is CCFG (arXiv 2603.12245, section 3.4) or Lite-CFG (arXiv
     2603.06351). With `rescale` "norm" what comes out has, token by token, the conditional prediction's length
-    (Qwen-Image).
+    (Qwen-Image). With `cap` above 0 no prediction is longer than so many times the conditional one, a picture's values
+    taken together (Z-Image's `cfg_normalization`).
     """
 
     scale: float = 1.0
@@ -26,9 +27,15 @@ class Guidance:
     high: float = 1.0
     auto: bool = False
     rescale: Literal["norm"] | None = None
+    cap: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("guidance_scale", self.scale), ("the guidance interval's low end", self.low), ("high end", self.high)):
+        for name, value in (
+            ("guidance_scale", self.scale),
+            ("the guidance interval's low end", self.low),
+            ("high end", self.high),
+            ("its cap", self.cap),
+        ):
             if not is_number(value):
                 raise UsageError(f"{name} is a number, got {value!r}")
         if not self.scale >= 1.0 or self.scale == float("inf"):
@@ -42,12 +49,14 @@ class Guidance:
         return self.scale == 1.0 or (self.low == 0.0 and self.high == 1.0)
 
     def lead(self, strong: np.ndarray, weak: np.ndarray) -> np.ndarray:
-        """The `strong` prediction led away from the `weak` one; values of a token along the last axis, where lengths matter."""
+        """The `strong` prediction led away from the `weak` one, a picture each along the first axis; values of a token along
+        the last one, where their lengths matter."""
         led = weak + self.scale * (strong - weak)
-        if self.rescale is None:
-            return led
-        wanted, has = (np.linalg.norm(each, axis=-1, keepdims=True) for each in (strong, led))
-        return led * (wanted / np.maximum(has, np.finfo(has.dtype).tiny))
+        if self.rescale is not None:
+            led = led * _ratio(strong, led, (-1,))
+        if self.cap:
+            led = led * np.minimum(1.0, self.cap * _ratio(strong, led, tuple(range(1, led.ndim))))
+        return led
 
     def active(self, time: float) -> bool:
         return self.scale > 1.0 and self.low <= time <= self.high
@@ -55,6 +64,13 @@ class Guidance:
     def actives(self, times: np.ndarray) -> np.ndarray:
         """Where among many times it acts, as 0 and 1, int64."""
         return ((self.low <= times) & (times <= self.high) & (self.scale > 1.0)).astype(np.int64)
+
+
+def _ratio(strong: np.ndarray, led: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """The length along `axes` of the one over that of the other."""
+    wanted, has = (np.sqrt(np.square(each).sum(axis=axes, keepdims=True)) for each in (strong, led))
+    ratio: np.ndarray = wanted / np.maximum(has, np.finfo(has.dtype).tiny)
+    return ratio
 
 
 class Branches(NamedTuple):

@@ -1,8 +1,10 @@
 """From a session to a guided prediction over tokens with positions: FLUX, SD3 and Qwen-Image in diffusers' words."""
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,11 +21,25 @@ NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of in
 @dataclass(frozen=True)
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
-    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64."""
+    `pooled_projections` (B, P), float32; or `class_labels` (B,), int64.
+
+    Where texts differ in length, `lengths` (B,) int64 says how many of the T tokens each has; what follows them is no
+    text and never reaches a model.
+    """
 
     hidden: np.ndarray | None = None
     pooled: np.ndarray | None = None
     labels: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, texts: Sequence[np.ndarray], pooled: np.ndarray | None = None) -> "Conditions":
+        """Texts (T, D), each of a length of its own."""
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        if len(set(lengths.tolist())) == 1:
+            return cls(np.stack(texts), pooled)
+        ends = [[(0, int(lengths.max()) - len(text))] + [(0, 0)] * (text.ndim - 1) for text in texts]
+        return cls(np.stack([np.pad(text, end) for text, end in zip(texts, ends, strict=True)]), pooled, lengths=lengths)
 
     @classmethod
     def blank(cls, graph: Graph, batch: int) -> "Conditions":
@@ -35,39 +51,72 @@ class Conditions:
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
-        """The denoiser's inputs."""
+        """The denoiser's inputs, of rows whose texts have one length: see `alike`."""
         return {name: array for name, array in zip(NAMES, self._arrays, strict=True) if array is not None}
 
     @property
     def length(self) -> int:
-        """T, text tokens; 0 without a text."""
+        """T, text tokens of the longest; 0 without a text."""
         return 0 if self.hidden is None else self.hidden.shape[1]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Text tokens of each (B,), int64."""
+        return np.full(len(self), self.length) if self.lengths is None else self.lengths
 
     def __len__(self) -> int:
         return len(next(array for array in self._arrays if array is not None))
 
+    def alike(self, filled: Callable[[int], int] = int) -> list[np.ndarray]:
+        """Rows whose texts have one length, once those of a length are `filled` up to another, as indices."""
+        lengths = np.array([filled(int(count)) for count in self.counts])
+        return [np.flatnonzero(lengths == length) for length in dict.fromkeys(lengths.tolist())]
+
     def rows(self, index: slice | np.ndarray) -> "Conditions":
-        return self._each(lambda array: array[index])
+        """Some of them, their texts as long as the longest of these."""
+        return self._each(lambda array: array[index])._cut()
 
     def repeated(self, times: int) -> "Conditions":
         """Each of them `times` in a row."""
         return self._each(lambda array: np.repeat(array, times, axis=0))
 
     def beside(self, other: "Conditions") -> bool:
-        """Whether `other` may share a run: texts of another length may not."""
-        return self.length == other.length
+        """Whether all of these and of `other` may share a run: texts of another length may not."""
+        return self.lengths is None and other.lengths is None and self.length == other.length
 
     def joined(self, *others: "Conditions") -> "Conditions":
-        """These, then those of `others`, as rows of one run."""
-        columns = zip(self._arrays, *(other._arrays for other in others), strict=True)
-        return Conditions(*(None if column[0] is None else np.concatenate(column) for column in columns))
+        """These, then those of `others`, as rows of one."""
+        every = (self, *others)
+        columns = zip(*(each._arrays[1:] for each in every), strict=True)
+        pooled, labels = (None if column[0] is None else np.concatenate(column) for column in columns)
+        if self.hidden is None:
+            return Conditions(None, pooled, labels)
+        return replace(Conditions.of([text for each in every for text in each._texts()], pooled), labels=labels)
+
+    def lengthened(self, length: int) -> "Conditions":
+        """The same with texts that all have `length` tokens, as many as the longest or more: the new ones are zeros."""
+        if self.hidden is None:
+            return self
+        ends = [(0, 0), (0, length - self.length)] + [(0, 0)] * (self.hidden.ndim - 2)
+        return replace(self, hidden=np.pad(self.hidden, ends), lengths=None)
+
+    def _texts(self) -> list[np.ndarray]:
+        """Each row's text (T, D), of its own length."""
+        assert self.hidden is not None
+        return [text[:count] for text, count in zip(self.hidden, self.counts.tolist(), strict=True)]
+
+    def _cut(self) -> "Conditions":
+        if self.lengths is None or self.hidden is None or not len(self):
+            return self
+        most = int(self.lengths.max())
+        return replace(self, hidden=self.hidden[:, :most], lengths=None if (self.lengths == most).all() else self.lengths)
 
     @property
     def _arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         return self.hidden, self.pooled, self.labels
 
     def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> "Conditions":
-        return Conditions(*(None if array is None else change(array) for array in self._arrays))
+        return Conditions(*(None if array is None else change(array) for array in (*self._arrays, self.lengths)))
 
 
 class TokenDenoiser:
@@ -94,7 +143,7 @@ class TokenDenoiser:
         """Prediction for tokens (B, S, C) at `positions` (B, S, 2) of a picture of `size` (rows, columns), float64.
 
         Pictures whose tokens lie alike share runs; where each has its own, as in the mixed stage, each runs by itself,
-        both of its branches together. Branches whose texts differ in length run apart.
+        both of its branches together. Texts of another length run apart, unless pad tokens make them as long.
         """
         alike = bool((positions == positions[:1]).all())
         parts = [slice(0, len(x))] if alike else [slice(i, i + 1) for i in range(len(x))]
@@ -104,11 +153,7 @@ class TokenDenoiser:
             if weak is None or not guidance.active(sigma):
                 predicted.append(self._predict(x[part], *where, own))
                 continue
-            other = weak.rows(part)
-            if own.beside(other):
-                halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(other)), 2)
-            else:
-                halves = [self._predict(x[part], *where, each) for each in (own, other)]
+            halves = np.split(self._predict(np.concatenate([x[part]] * 2), *where, own.joined(weak.rows(part))), 2)
             predicted.append(guidance.lead(*halves))
         return np.concatenate(predicted)
 
@@ -124,10 +169,22 @@ class TokenDenoiser:
         self.guided(x, positions, (side, side), time, conditions, None, Guidance())
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
-        """It takes as few runs as the session's batch span allows."""
-        shared: dict[str, np.ndarray] = {self._patches.positions: place(positions, size, self._patches)}
+        """It takes as few runs as the texts' lengths and the session's batch span allow."""
+        predicted = np.empty(x.shape, dtype=np.float64)
+        for alike in conditions.alike(self._patches.filled):
+            predicted[alike] = self._run(x[alike], positions, size, sigma, conditions.rows(alike))
+        return predicted
+
+    def _run(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
+        """The same for texts that have, or fill up to, one length."""
+        tokens, counts = x.shape[1], conditions.counts
+        image, text = self._patches.filled(tokens), self._patches.filled(conditions.length)
+        conditions, x = conditions.lengthened(text), np.pad(x, ((0, 0), (0, image - tokens), (0, 0)))
+        shared: dict[str, np.ndarray] = {
+            self._patches.positions: np.pad(place(positions, size, text, self._patches), ((0, image - tokens), (0, 0)))
+        }
         if self._patches.positions == "img_ids":
-            shared["txt_ids"] = text_places(conditions.length, size, self._patches)
+            shared["txt_ids"] = text_places(text, size, self._patches)
         parts = []
         for rows in batches(self._session, len(x)):
             count = len(x[rows])
@@ -135,30 +192,55 @@ class TokenDenoiser:
             feeds |= {"hidden_states": x[rows].astype(np.float32), "timestep": np.full(count, sigma, dtype=np.float32)}
             if self._patches.guidance_embeds:
                 feeds["guidance"] = np.full(count, self._embedded, dtype=np.float32)
+            if self._patches.multiple is not None:
+                feeds |= {"img_pad": pads(np.full(count, tokens), image), "txt_pad": pads(counts[rows], text)}
             parts.append(self._session.run(feeds)["prediction"])
-        return np.concatenate(parts).astype(np.float64)
+        return np.concatenate(parts)[:, :tokens]
 
 
-def place(positions: np.ndarray, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns), float32.
+def samples(lengths: Sequence[Sequence[int]], guided: bool, alone: bool) -> list[int]:
+    """How many samples each run of a step has, before the session's batch span parts them: texts of one length share a run.
 
-    `img_ids` are (0, row, column), counted from the middle where the model has them `centred`. `pos_ids` add where the
-    picture lies in the middle of the table. In every stage that is a picture of the stage's own size, so that the first
-    stage is what the model knows as a small picture, as it is for FLUX.
+    `lengths` are those of the texts, pad tokens among them, by branch and picture. `alone`: each picture by itself.
+    """
+    pictures = list(zip(*lengths[: 1 + guided], strict=True))
+    parts = [[picture] for picture in pictures] if alone else [pictures]
+    return [count for part in parts for count in Counter(itertools.chain.from_iterable(part)).values()]
+
+
+def pads(counts: np.ndarray, length: int) -> np.ndarray:
+    """1 in the rows, of `length`, that fill up what has so many of its own (B,), else 0: (B, length), float32."""
+    return (np.arange(length) >= counts[:, None]).astype(np.float32)
+
+
+def place(positions: np.ndarray, size: tuple[int, int], length: int, patches: Patches) -> np.ndarray:
+    """The graph's input that places tokens at `positions` (S, 2) of a picture of `size` (rows, columns) beside a text of
+    `length` tokens, float32: (S, columns).
+
+    `img_ids` are laid out as `Patches` says. `pos_ids` add where the picture lies in the middle of the table. In every
+    stage that is a picture of the stage's own size, so that the first stage is what the model knows as a small picture,
+    as it is for FLUX.
 
     Raises: UsageError for a picture larger than the table.
     """
     if patches.table is None:
-        middle = [-(-side // 2) if patches.centred else 0 for side in size]
-        return np.pad(positions - middle, ((0, 0), (1, 0))).astype(np.float32)
+        ids = np.zeros((len(positions), patches.columns), np.float32)
+        ids[:, 0] = length + 1 if patches.layout == "after_text" else 0
+        ids[:, 1:3] = positions - [-(-side // 2) if patches.layout == "centred" else 0 for side in size]
+        return ids
     if max(size) > patches.table:
         raise UsageError(f"this model has {patches.table} x {patches.table} places for patches, the picture has {size[0]} x {size[1]}")
     return (positions + [(patches.table - side) // 2 for side in size]).astype(np.float32)
 
 
 def text_places(length: int, size: tuple[int, int], patches: Patches) -> np.ndarray:
-    """`txt_ids` (T, 3) of `length` tokens beside a picture of `size` (rows, columns), float32: nowhere or, where the picture
-    is centred, one after the other from its edge on, on all axes alike."""
-    first = max(size) // 2
-    along = np.arange(first, first + length) if patches.centred else np.zeros(length)
-    return np.repeat(along[:, None], 3, axis=1).astype(np.float32)
+    """`txt_ids` (T, columns) of `length` tokens beside a picture of `size` (rows, columns), float32, laid out as `Patches`
+    says."""
+    ids, along = np.zeros((length, patches.columns), np.float32), np.arange(length)
+    if patches.layout == "centred":
+        ids += max(size) // 2 + along[:, None]
+    elif patches.layout == "sequence":
+        ids[:, 3] = along
+    elif patches.layout == "after_text":
+        ids[:, 0] = 1 + along
+    return ids

@@ -36,11 +36,12 @@ class BudgetDrawing(Drawing):
     kind = "at budgets"
     texts = (
         "prompt", "negative_prompt", "prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+        "prompt_embeds_mask", "negative_prompt_embeds_mask",
     )  # fmt: skip
 
     @classmethod
     def unfit(cls, model: Model) -> Sequence[str]:
-        return (*(() if model.text else cls.texts), "true_cfg_scale", "height", "width", "plan", "caching", *OVER)
+        return (*(() if model.text else cls.texts), "true_cfg_scale", "cfg_normalization", "height", "width", "plan", "caching", *OVER)
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)

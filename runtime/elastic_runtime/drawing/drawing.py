@@ -13,7 +13,7 @@ from elastic_runtime.choosing.policy import Policy
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
-from elastic_runtime.denoising.conditions import Conditioning
+from elastic_runtime.denoising.conditions import Conditioning, led_by
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.ralu.plan import Plan
@@ -113,9 +113,7 @@ class Drawing(ABC):
         default = Request()
         for name in names:
             if self.guidance.scale <= 1 and _given(getattr(self.request, name), getattr(default, name)):
-                patches = self.model.patches
-                scale = "true_cfg_scale" if patches and patches.guidance_embeds else "guidance_scale"
-                raise UsageError(f"{name} acts through guidance, which is off: give {scale} above 1")
+                raise UsageError(f"{name} acts through guidance, which is off: give {led_by(self.model)}")
 
     def _source(self) -> Any:
         """Where noise comes from: the caller's generators, or a seed for each picture."""

@@ -18,7 +18,7 @@ from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.denoising.pictures import drawable, obstacle, pictures, sides, values
 from elastic_runtime.denoising.sources import encode, pixels, resized
 from elastic_runtime.denoising.sources import obstacle as unencoded
-from elastic_runtime.denoising.tokens import TokenDenoiser
+from elastic_runtime.denoising.tokens import TokenDenoiser, samples
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
 from elastic_runtime.drawing.over import Over
 from elastic_runtime.errors import BudgetError, UsageError
@@ -56,8 +56,10 @@ class PlanDrawing(Drawing):
         self.name = next(iter(self.plans))
         if request.caching is not None:
             self._check_caching(request.caching)
-        self._embedded, self.guidance = guidance_of(self.model, request.guidance_scale, request.true_cfg_scale, request.guidance_interval)
-        self.check_guidance("guidance_interval")
+        normalization = float(flag) if isinstance(flag := request.cfg_normalization, bool) else flag
+        scales = request.guidance_scale, request.true_cfg_scale
+        self._embedded, self.guidance = guidance_of(self.model, *scales, request.guidance_interval, normalization)
+        self.check_guidance("guidance_interval", "cfg_normalization")
         if (
             request.true_cfg_scale is not None
             and request.true_cfg_scale > 1
@@ -70,9 +72,9 @@ class PlanDrawing(Drawing):
                 "caching and a guidance_interval do not go together: a prediction with guidance does not continue one without it"
             )
         self._repeats = repeats(request.num_images_per_prompt)
-        self._apart = False  # until prompts are read
         self._conditioning = conditioning(request)
         self._count = self._conditioning.check(bundle, self.guidance.scale > 1) * self._repeats
+        self._lengths: tuple[tuple[int, ...], ...] = ((1,) * self._count,) * 2  # until prompts are read
         self._noise = self._source()
         shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))
         self._start = self._noise.standard_normal(shape) if request.noise is None else initial(request.noise, shape)
@@ -96,7 +98,8 @@ class PlanDrawing(Drawing):
         opened."""
         strong, weak = self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
         self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
-        self._apart = weak is not None and not strong.beside(weak)
+        branches = [self._strong, self._weak or self._strong]
+        self._lengths = tuple(self._patches.filled_all(texts.counts) for texts in branches)
         self._open_graph = open_graph
         if self._over:
             unit = self._patches.size * self._upscale
@@ -113,7 +116,7 @@ class PlanDrawing(Drawing):
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
-        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, finishes, self._apart)
+        return PlanOutlook(gauge, self.count, self.guidance, self.plans, self.size, usual, self._lengths, finishes)
 
     def begin(self, choice: Choice) -> None:
         assert choice.plan is not None
@@ -135,7 +138,7 @@ class PlanDrawing(Drawing):
 
     def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
         assert isinstance(step, PlanStep)
-        budget = Budget(tokens=step.sample.shape[1])
+        budget = Budget(tokens=self._patches.filled(step.sample.shape[1]))
         weak = budget if self._weak and self.guidance.active(step.time) else None
         computed = not self.request.caching or step.index not in self.request.caching.skip
         details = {"predicted": choice.predicted, "reason": choice.reason, "stage": step.stage, "computed": computed}
@@ -157,9 +160,9 @@ class PlanDrawing(Drawing):
             "height": self.size[0] * unit,
             "width": self.size[1] * unit,
             "size": self.size,
-            "tokens": self.plan.tokens(*self.size),
+            "tokens": self._tokens(self.plan),
             "embedded_guidance": self._embedded,
-            "guidance": self.guidance.scale,
+            "guidance": self.model.guidance_scale(self.guidance.scale),
         }
 
     def name_of(self, plan: Plan) -> str:
@@ -254,13 +257,17 @@ class PlanDrawing(Drawing):
             raise faults[0]
         return taking
 
+    def _tokens(self, plan: Plan) -> tuple[int, ...]:
+        """Image tokens of each stage as the graph takes them."""
+        return self._patches.filled_all(plan.tokens(*self.size))
+
     def _check(self, plan: Plan) -> None:
         """Raise UsageError unless the bundle takes a plan at this size."""
         unit, latent = self._patches.size * self._upscale, self._patches.size
         height, width = (side * unit for side in self.size)
         if not plan.plain:
             self._check_sides(height, width, 2 * unit, False)
-        dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, plan.tokens(*self.size)
+        dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, self._tokens(plan)
         if wrong := [count for count in counts if "S" in dimensions and count not in dimensions["S"]]:
             raise UsageError(
                 f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]} in a stage: "
@@ -302,18 +309,17 @@ class PlanDrawing(Drawing):
         session: Session = self._session
         if session.budgets is not None:
             compiled = sorted({budget["tokens"] for budget in session.budgets if "tokens" in budget})
-            if missing := [tokens for tokens in plan.tokens(*self.size) if compiled and tokens not in compiled]:
+            if missing := [tokens for tokens in self._tokens(plan) if compiled and tokens not in compiled]:
                 wider = ",".join(map(str, sorted({*compiled, *missing})))
                 return BudgetError(
                     f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
                     f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
                 )
-        together = 1 if self._apart else 2
-        branches = {together if self.guidance.active(sigma) else 1 for stage in plan.stages() for sigma in stage.sigmas[:-1]}
+        guided = {self.guidance.active(sigma) for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:
-            for rows in {self.count, 1} if plan.mixed else {self.count}:  # in the mixed stage each picture runs alone
-                for branch in branches:
-                    batches(session, rows * branch)
+            for alone in {False, True} if plan.mixed else {False}:  # in the mixed stage each picture runs alone
+                for rows in {rows for each in guided for rows in samples(self._lengths, each, alone)}:
+                    batches(session, rows)
         except BudgetError as error:
             return error
         return None
@@ -339,5 +345,5 @@ def takes(bundle: Bundle, name: str) -> tuple[tuple[int, int], Plan]:
     Raises: UsageError where the bundle does not take it.
     """
     subject = {"class_labels": (0,)} if bundle.manifest.model.num_classes else {"prompt": ("",)}
-    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=1.0))
+    size, plans = plans_of(bundle, Request(**subject, plan=name, guidance_scale=0.0))
     return size, plans[name]

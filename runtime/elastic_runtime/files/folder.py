@@ -11,9 +11,7 @@ then, and never another's under their names. What no manifest lists is the user'
 """
 
 import contextlib
-import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,12 @@ from pathlib import Path
 import msgspec
 
 from elastic_runtime.contract.artifacts import FileEntry
-from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, manifest_text, readable, sha256
+from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, manifest_text, readable
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest
-from elastic_runtime.errors import BundleError, ElasticError
-from elastic_runtime.files import atomic, leftovers
-from elastic_runtime.files.lock import locked
+from elastic_runtime.errors import BundleError
+from elastic_runtime.files import atomic, leftovers, placing
 from elastic_runtime.files.names import apart, free, moving, records, renamed, variants
-
-# A library that fails without a reason on a disk with less room than this has failed for want of it.
-_NO_ROOM = 1 << 20
+from elastic_runtime.files.place import foreign, holding, unwritable
 
 
 @dataclass(frozen=True)
@@ -70,15 +65,9 @@ class Draft:
         Raises: BundleError where one is missing or damaged.
         """
         for entry in bundle.manifest.files():
-            source, target = bundle.file(entry.path), self.stage / entry.path
+            target = self.stage / entry.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            with readable(source):
-                content = source.open("rb")
-            with content, target.open("wb") as stream:
-                shutil.copyfileobj(content, stream, 1 << 20)
-            if sha256(target) != entry.sha256:
-                bundle.check(entry, hashes=True)
-                raise BundleError(f"{source} changed while it was copied: wait for the run that writes it, then try again.")
+            placing.copy(bundle, entry, target)
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Make `manifest` the one of the folder, with the files that were made for it; return the new bundle, open.
@@ -114,7 +103,7 @@ class Draft:
                     moved = [entry for name, entry in zip(made, new, strict=True) if not (self.stage / name).exists()]
                     leftovers.discard(self.folder, moved, kept=self.standing.files)
         except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            raise unwritable(self.folder, error) from error
         return Bundle.open(self.folder)
 
     def _places(self, manifest: Manifest, made: Mapping[str, FileEntry]) -> dict[str, str]:
@@ -157,23 +146,8 @@ def writing(folder: Path, overwrite: bool = False) -> Iterator[Draft]:
     `standing`), the place cannot be written, or the disk is full; whatever the block raises. In each case `folder` is
     as it was.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(_made(folder))
-            sole = stack.enter_context(locked(folder))
-            stands = standing(folder, overwrite)
-            if sole:
-                leftovers.sweep(folder, stands.files)
-            partial = leftovers.begin(folder)
-            stack.callback(leftovers.clear, partial)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        try:
-            yield Draft(folder, partial, stands)
-        except Exception as error:
-            if _is_full(error, folder):
-                raise _unwritable(folder, OSError(errno.ENOSPC, "")) from error
-            raise
+    with holding(folder, "bundle", lambda: standing(folder, overwrite)) as (partial, stands):
+        yield Draft(folder, partial, stands)
 
 
 def standing(folder: Path, overwrite: bool) -> Standing:
@@ -187,7 +161,7 @@ def standing(folder: Path, overwrite: bool) -> Standing:
             return Standing()
         if not (folder / MANIFEST).is_file():
             if not folder.is_dir() or not leftovers.empty(folder):
-                raise _foreign(folder)
+                raise foreign(folder, "bundle")
             return Standing()
     try:
         bundle = Bundle.open(folder, hashes=True)  # damage must not be carried into an extended bundle
@@ -210,43 +184,3 @@ def _ours(text: bytes, path: Path) -> dict[str, object]:
     if known and content["schema_version"] <= SCHEMA_VERSION:
         return content
     raise BundleError(f"{path} is not a manifest that this version may replace; it is left alone. Choose another -o/--output.")
-
-
-@contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make `folder` for the block; if it was not there, it goes again unless the block puts something into it."""
-    place = Path(os.path.realpath(folder))  # a link may point to a folder that is yet to be made
-    missing = [path for path in (place, *place.parents) if not path.exists()]
-    if missing:
-        place.mkdir(parents=True, exist_ok=True)
-    elif not place.is_dir():
-        raise _foreign(folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            for path in missing:
-                path.rmdir()
-
-
-def _foreign(folder: Path) -> BundleError:
-    return BundleError(f"{folder} exists and is not a bundle; it is left alone. Choose another -o/--output.")
-
-
-def _unwritable(folder: Path, error: OSError) -> BundleError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BundleError(f"no space left on the disk of {folder}; nothing was changed. Free some space, then try again.")
-    return BundleError(f"cannot write in {folder}: {error.strerror or error}; nothing was changed. Choose another -o/--output.")
-
-
-def _is_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error comes from a full disk, which libraries say in their own ways, or do not say."""
-    link: BaseException | None = error
-    while link:
-        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # numpy's tofile says "100 requested and 0 written", with no number
-        if isinstance(link, OSError) and link.errno is None and "written" in str(link):
-            return True
-        link = link.__cause__ or link.__context__
-    return not isinstance(error, ElasticError) and shutil.disk_usage(folder).free < _NO_ROOM

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import is_number, onward, spaced, whole_steps
 from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.schedulers import EMPIRICAL, check_scheduler, check_tokens, empirical_shift
 
 # What grows between stages: chosen patches and then the others; the spectrum of the latents; the pixels of a finished picture.
 Growth = Literal["patches", "spectrum", "pixels"]
@@ -28,8 +29,9 @@ class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
     On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
-    nothing. `shift` says how its steps are spaced. A stage that goes on along another schedule than from its own first
-    sigma has the sigma which that one is left at, `grid`: its later times are those that follow there.
+    nothing. `shift` says how its steps are spaced; `empirical` as in `Plan`. A stage that goes on along another schedule
+    than from its own first sigma has the sigma which that one is left at, `grid`: its later times are those that follow
+    there.
     """
 
     start: float
@@ -41,6 +43,7 @@ class Stage:
     least: float | None = None
     terminal: float | None = None
     grid: float | None = None
+    empirical: int | None = None
 
     @property
     def steps(self) -> int:
@@ -50,7 +53,8 @@ class Stage:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
         first = 1 - self.start
         if self.grid is None and sigma is None:
-            return sigmas(self.start, self.end, steps, self.shift, self.least, self.terminal)
+            shift = self.shift if self.empirical is None else empirical_shift(self.empirical, steps)
+            return sigmas(self.start, self.end, steps, shift, self.least, self.terminal)
         begins = self.grid is not None and (sigma is None or sigma == first)
         left = self.grid if begins else sigma
         assert left is not None
@@ -74,6 +78,8 @@ class Plan:
         one (SD3); None spaces all steps alike (FLUX).
         terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to. Both
         are of the last stage of two as well.
+        empirical: of plain sampling, the image tokens that FLUX.2's shift is of: `shifts` follow from them and the steps
+        (see `empirical_shift`).
         begin: of plain sampling, the sigma that it starts from; below 1 that of a picture which is drawn over.
         growth: what grows between stages: `patches` of three, the `spectrum` or `pixels` of two. In pixels it is a
         finished picture, so both stages end at time 1.
@@ -90,6 +96,7 @@ class Plan:
     renoise: bool = True
     least: float | None = None
     terminal: float | None = None
+    empirical: int | None = None
     growth: Growth = "patches"
     begin: float = 1.0
     again: float | None = None
@@ -123,17 +130,27 @@ class Plan:
         if not (is_number(self.begin) and 0 < self.begin <= 1) or (self.begin < 1 and not self.plain):
             raise UsageError(f"begin is a sigma above 0, and below 1 of a plan of one stage only, got {self.begin!r}")
         if not self.mixed:
+            if self.empirical is not None:
+                check_tokens(self.empirical)
+                object.__setattr__(self, "shifts", (empirical_shift(self.empirical, self.steps[0]),))
             return
-        if self.least is not None or self.terminal is not None:
-            raise UsageError(f"least and terminal are of plain sampling, not of a plan of {STAGES} stages")
+        if any(value is not None for value in (self.least, self.terminal, self.empirical)):
+            raise UsageError(f"least, terminal and empirical are of plain sampling, not of a plan of {STAGES} stages")
         if self.z is None or not is_number(self.z) or not LEAST_Z <= self.z < math.inf:
             raise UsageError(f"a plan of {STAGES} stages needs z of {LEAST_Z:g} or more, got {self.z!r}")
         check_ratio(self.up_ratio)
 
     @classmethod
-    def full(cls, steps: int, shift: float = 1.0, least: float | None = None, terminal: float | None = None) -> "Plan":
+    def full(
+        cls,
+        steps: int,
+        shift: float = 1.0,
+        least: float | None = None,
+        terminal: float | None = None,
+        empirical: int | None = None,
+    ) -> "Plan":
         """Plain sampling at full resolution; `shift` 1 spaces the steps evenly; see `full` for a model's own."""
-        return cls((steps,), shifts=(shift,), least=least, terminal=terminal)
+        return cls((steps,), shifts=(shift,), least=least, terminal=terminal, empirical=empirical)
 
     @property
     def plain(self) -> bool:
@@ -155,12 +172,12 @@ class Plan:
         if len(self.steps) == 2:
             return self._grown()
         if self.begin < 1:
-            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, self.shifts[0], self.least, self.terminal, self.begin)
+            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, self.shifts[0], self.least, self.terminal, grid=self.begin)
             return (replace(over, sigmas=over.spaced(*self.steps)),)
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
-            stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal))
+            stages.append(Stage(start, end, visited, alpha, beta, shift, self.least, self.terminal, self.empirical))
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
@@ -172,7 +189,7 @@ class Plan:
         ends = (self.least, self.terminal) if self.again else (None, None)
         left = self.again or 1 - end
         begun = Stage(0.0, end, sigmas(0.0, end, low, first, *ends), 0.0, 1.0, first, *ends)
-        grown = Stage(1 - (self.again or scale(left) * left), 1.0, (), 0.0, 1.0, second, self.least, self.terminal, left)
+        grown = Stage(1 - (self.again or scale(left) * left), 1.0, (), 0.0, 1.0, second, self.least, self.terminal, grid=left)
         return begun, replace(grown, sigmas=grown.spaced(high))
 
     def over(self, strength: float) -> "Plan":
@@ -186,7 +203,8 @@ class Plan:
             raise UsageError("a picture is drawn over along a plan of one stage from pure noise, such as 'full'")
         (steps,) = self.steps
         left_out = int(max(steps - min(steps * strength, steps), 0))
-        return replace(self, steps=(steps - left_out,), begin=self.stages()[0].sigmas[left_out])
+        begin = self.stages()[0].sigmas[left_out]
+        return replace(self, steps=(steps - left_out,), begin=begin, shifts=self.shifts, empirical=None)  # whose shift was that of all
 
     def alike(self, other: "Plan") -> bool:
         """Whether two plans differ in their steps at most."""
@@ -261,58 +279,23 @@ def sigmas(
 def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     """Plain sampling of `tokens` full-resolution tokens, with the shift of a diffusers flow-match scheduler's config.
 
-    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points. `sigma_min` is the
+    FLUX.1-dev's grows with the picture: e to a line through two (tokens, exponent) points, unless `mu` is the exponent,
+    or "empirical" for FLUX.2's rule (see `empirical_shift`), as the model's pipeline has it. `sigma_min` is the
     scheduler's own, where the model's pipeline leaves the sigmas to it. An empty config spaces steps evenly.
 
     Raises: UsageError for a config that is none (see `check_scheduler`).
     """
     check_scheduler(scheduler)
-    ends = {"least": scheduler.get("sigma_min"), "terminal": scheduler.get("shift_terminal") or None}
+    ends: dict[str, Any] = {"least": scheduler.get("sigma_min"), "terminal": scheduler.get("shift_terminal") or None}
     if not scheduler.get("use_dynamic_shifting", False):
         return Plan.full(steps, float(scheduler.get("shift", 1.0)), **ends)
     low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     base, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    exponent = base + (most - base) * (tokens - low) / (high - low)
+    if (mu := scheduler.get("mu")) == EMPIRICAL:
+        return Plan.full(steps, empirical=tokens, **ends)
+    exponent = base + (most - base) * (tokens - low) / (high - low) if mu is None else mu
     linear = scheduler.get("time_shift_type", "exponential") == "linear"
     return Plan.full(steps, exponent if linear else math.exp(exponent), **ends)
-
-
-# Keys of a diffusers flow-match scheduler that space the steps in ways that are not drawn here, and those that are drawn.
-UNDRAWN = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
-DRAWN = (
-    "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal",
-    "time_shift_type", "num_train_timesteps", "sigma_min",
-)  # fmt: skip
-MOST_EXPONENT, LEAST_SHIFT, MOST_LENGTH = 20.0, 1e-6, 1e9  # beyond which sigmas are no numbers
-
-
-def check_scheduler(scheduler: Mapping[str, Any]) -> None:
-    """Raise UsageError unless this is the config of a scheduler whose every key is drawn as it says."""
-    if not isinstance(scheduler, Mapping):
-        raise UsageError(f"the scheduler's config is an object, got {scheduler!r}")
-    if on := [name for name in UNDRAWN if scheduler.get(name)]:
-        raise UsageError(f"the scheduler has {on[0]}, which is not drawn here: turn it off in scheduler_config.json where that is meant")
-    if strange := [name for name in scheduler if name not in (*DRAWN, *UNDRAWN) and scheduler[name] not in (None, False)]:
-        raise UsageError(f"the scheduler has an unknown key {strange[0]!r}; known are {', '.join((*DRAWN, *UNDRAWN))}")
-    numbers = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    values = {name: scheduler.get(name, usual) for name, usual in numbers.items()}
-    if odd := [name for name, value in values.items() if not is_number(value) or not abs(value) < math.inf]:
-        raise UsageError(f"the scheduler's {odd[0]} is a number, got {values[odd[0]]!r}")
-    if values["shift"] <= 0 or not values["base_image_seq_len"] < values["max_image_seq_len"]:
-        raise UsageError(
-            f"the scheduler's shift is above 0 and its base_image_seq_len below max_image_seq_len, got {values['shift']}, "
-            f"{values['base_image_seq_len']} and {values['max_image_seq_len']}"
-        )
-    most = {"base_shift": MOST_EXPONENT, "max_shift": MOST_EXPONENT, "shift": 1 / LEAST_SHIFT}
-    far = [name for name, value in values.items() if abs(value) > most.get(name, MOST_LENGTH)]
-    if far or values["shift"] < LEAST_SHIFT:
-        name = far[0] if far else "shift"
-        raise UsageError(f"the scheduler's {name} is beyond any use, got {values[name]!r}")
-    if (kind := scheduler.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
-        raise UsageError(f"the scheduler's time_shift_type is exponential or linear, got {kind!r}")
-    ends = {"sigma_min": scheduler.get("sigma_min"), "shift_terminal": scheduler.get("shift_terminal") or None}
-    if odd := [name for name, value in ends.items() if value is not None and not (is_number(value) and 0 < value < 1)]:
-        raise UsageError(f"the scheduler's {odd[0]} is a sigma between 0 and 1, got {ends[odd[0]]!r}")
 
 
 def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...], finished: bool = False) -> None:
@@ -365,8 +348,7 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))} (these in any number of steps), and plans of "
-            "your own: "
+            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))}, and plans of your own: "
             "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )
     return PRESETS[name]

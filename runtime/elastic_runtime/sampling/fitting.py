@@ -54,19 +54,25 @@ OFFERED: dict[type, tuple[str, ...]] = {
 }
 
 
+def offered(model: Model) -> tuple[str, ...]:
+    """Names of the samplers that fit a model, the one that its schedule suggests first."""
+    names = OFFERED[type(model.schedule)]
+    if isinstance(model.schedule, RectifiedFlow) and model.schedule != EVEN:
+        return tuple(each for each in names if each != "sde")  # which has times of its own
+    return names
+
+
 def sampler(model: Model, name: str | None = None, temperature: float | None = None) -> tuple[str, Run]:
     """Name and loop of sampler `name` for `model`, or of the one that its schedule suggests.
 
     Raises: UsageError for a sampler that does not fit the schedule, or a temperature that the sampler does not take.
     """
-    offered = OFFERED[type(model.schedule)]
-    if isinstance(model.schedule, RectifiedFlow) and model.schedule != EVEN:
-        offered = tuple(each for each in offered if each != "sde")  # which has times of its own
-    name = offered[0] if name is None else name
-    if name not in offered:
+    fit = offered(model)
+    name = fit[0] if name is None else name
+    if name not in fit:
         every = sorted({each for names in OFFERED.values() for each in names})
         what = f"sampler {name!r} does not fit" if name in every else f"there is no sampler {name!r}"
-        fitting = " or ".join(", ".join(offered).rsplit(", ", 1))
+        fitting = " or ".join(", ".join(fit).rsplit(", ", 1))
         raise UsageError(f"{what}; {model.name}, whose schedule is {model.schedule.__struct_config__.tag}, takes {fitting}")
     if temperature is not None and name != "maskgit":
         raise UsageError(f"a temperature is for masked models; {name} takes none")

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import fake_flux
 import msgspec
 import pytest
 from fakes import manifest, write_bundle, write_manifest
@@ -68,6 +69,42 @@ def test_an_encoder_must_give_what_its_graph_gives(tmp_path: Path) -> None:
 def test_only_pos_ids_have_a_table(positions: Any, table: int | None) -> None:
     with pytest.raises(ValueError, match="table"):
         Patches(size=2, positions=positions, table=table)
+
+
+@pytest.mark.parametrize("layout", ["centred", "sequence", "after_text"])
+def test_only_img_ids_have_a_layout(layout: Any) -> None:
+    with pytest.raises(ValueError, match=f"a `layout` is of `img_ids`, got {layout} of pos_ids"):
+        Patches(size=2, positions="pos_ids", table=192, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("patches", "layout", "distilled"),
+    [
+        ({"guidance_embeds": True, "centred": False}, "origin", False),
+        ({"guidance_embeds": False, "centred": False}, "origin", True),
+        ({"guidance_embeds": False, "centred": True}, "centred", True),
+        ({"guidance_embeds": False}, "origin", True),
+    ],
+)
+def test_version_2_said_whether_places_are_centred_and_left_schnell_to_its_family(patches: Any, layout: str, distilled: bool) -> None:
+    content = msgspec.to_builtins(fake_flux.manifest())
+    content["schema_version"] = 2
+    content["model"]["patches"] = {"size": 2, "positions": "img_ids", "table": None} | patches
+    for name in ("guidance_off", "distilled"):
+        del content["model"][name]
+    model = decode(msgspec.json.encode(content), "elastic.json").model
+    assert model.patches is not None
+    assert (model.patches.layout, model.distilled, model.guidance_off) == (layout, distilled, 1)
+    content["model"]["patches"]["centred"] = "yes"
+    with pytest.raises(BundleError, match="unknown field `centred`"):
+        decode(msgspec.json.encode(content), "elastic.json")
+
+
+def test_the_layout_s_columns_are_those_of_the_graph() -> None:
+    content = msgspec.to_builtins(fake_flux.manifest())
+    content["model"]["patches"]["layout"] = "sequence"
+    with pytest.raises(BundleError, match=r"its (img|txt)_ids have shape \([ST], 3\), and the model's have 4 columns"):
+        decode(msgspec.json.encode(content), "elastic.json")
 
 
 def test_a_shape_may_be_a_multiple_of_an_open_dimension() -> None:

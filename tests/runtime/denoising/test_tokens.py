@@ -2,7 +2,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from fake_flux import FLUX, QWEN, SCHNELL, SD3, Patches, denoiser_graph
+from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph
 
 from elastic_runtime import Budget, FakeSession, Guidance, UsageError
 from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser, place, text_places
@@ -43,9 +43,9 @@ def test_sd3_is_placed_in_the_middle_of_its_table_in_every_stage() -> None:
     model.guided(TOKENS, raster(2, 2, 3), (2, 3), 0.5, STRONG, None, Guidance())
     assert fed[0].keys() == {"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "pos_ids"}
     assert fed[0]["pos_ids"][0].tolist() == [11, 10], "24 places, 2 rows and 3 columns"
-    np.testing.assert_array_equal(place(np.array([[0.5, 1.5]]), (2, 3), SD3), [[11.5, 11.5]])
+    np.testing.assert_array_equal(place(np.array([[0.5, 1.5]]), (2, 3), 0, SD3), [[11.5, 11.5]])
     with pytest.raises(UsageError, match="24 x 24 places for patches, the picture has 8 x 26"):
-        place(raster(1, 8, 26)[0], (8, 26), SD3)
+        place(raster(1, 8, 26)[0], (8, 26), 0, SD3)
 
 
 def test_sd3_s_places_are_those_that_diffusers_crops() -> None:
@@ -55,7 +55,7 @@ def test_sd3_s_places_are_those_that_diffusers_crops() -> None:
     embed.pos_embed = torch.stack(torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij"), dim=-1).reshape(1, -1, 2)
     for rows, columns in ((8, 8), (5, 8), (24, 11)):
         wanted = embed.cropped_pos_embed(2 * rows, 2 * columns)[0].numpy()
-        np.testing.assert_array_equal(place(raster(1, rows, columns)[0], (rows, columns), SD3), wanted)
+        np.testing.assert_array_equal(place(raster(1, rows, columns)[0], (rows, columns), 0, SD3), wanted)
 
 
 def test_guidance_leads_away_from_the_weak_branch_in_one_run() -> None:
@@ -86,11 +86,37 @@ def test_a_batch_larger_than_the_graph_s_takes_several_runs() -> None:
     np.testing.assert_allclose(got, 2 * rows[0], rtol=1e-6)
 
 
-def test_centred_places_count_from_the_middle_and_text_goes_on_beyond_them() -> None:
-    np.testing.assert_array_equal(place(raster(1, 2, 3)[0], (2, 3), QWEN)[[0, 5]], [[0, -1, -2], [0, 0, 0]])
-    np.testing.assert_array_equal(place(np.array([[0.5, 1.5]]), (2, 3), QWEN), [[0, -0.5, -0.5]])
-    np.testing.assert_array_equal(text_places(2, (4, 7), QWEN), [[3, 3, 3], [4, 4, 4]])
-    np.testing.assert_array_equal(text_places(2, (4, 7), FLUX), np.zeros((2, 3)))
+def test_places_of_image_and_text_by_layout() -> None:
+    """A patch at (0.5, 1.5) of 4 rows and 7 columns, beside a text of two tokens."""
+    wanted: dict[Patches, tuple[list[float], list[list[float]]]] = {
+        FLUX: ([0, 0.5, 1.5], [[0, 0, 0], [0, 0, 0]]),
+        QWEN: ([0, -1.5, -2.5], [[3, 3, 3], [4, 4, 4]]),
+        FLUX2: ([0, 0.5, 1.5, 0], [[0, 0, 0, 0], [0, 0, 0, 1]]),
+        Z_IMAGE: ([3, 0.5, 1.5], [[1, 0, 0], [2, 0, 0]]),
+    }
+    for patches, (image, text) in wanted.items():
+        ids = place(np.array([[0.5, 1.5]]), (4, 7), 2, patches), text_places(2, (4, 7), patches)
+        assert [each.tolist() for each in ids] == [[image], text], patches
+        assert {each.dtype for each in ids} == {np.dtype(np.float32)}
+        assert {each.shape[1] for each in ids} == {patches.columns}
+
+
+@pytest.mark.parametrize(("rows", "columns", "text"), [(2, 3, 32), (7, 1, 64)])
+def test_places_are_those_of_diffusers(rows: int, columns: int, text: int) -> None:
+    torch = pytest.importorskip("torch", reason="compares with diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="compares with diffusers")
+    klein, z_image = diffusers.Flux2KleinPipeline, diffusers.ZImageTransformer2DModel
+    grid = raster(1, rows, columns)[0]
+    theirs = {
+        FLUX2: (klein._prepare_latent_ids(torch.zeros(1, 1, rows, columns))[0], klein._prepare_text_ids(torch.zeros(1, text, 1))[0]),
+        Z_IMAGE: (
+            z_image.create_coordinate_grid((1, rows, columns), (text + 1, 0, 0)).flatten(0, 2),
+            z_image.create_coordinate_grid((text, 1, 1), (1, 0, 0)).flatten(0, 2),
+        ),
+    }
+    for patches, (image, words) in theirs.items():
+        np.testing.assert_array_equal(place(grid, (rows, columns), text, patches), image.numpy())
+        np.testing.assert_array_equal(text_places(text, (rows, columns), patches), words.numpy())
 
 
 def test_texts_of_other_lengths_run_apart_each_at_its_places() -> None:

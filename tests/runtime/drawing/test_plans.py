@@ -24,6 +24,7 @@ from elastic_runtime import (
     UsageError,
 )
 from elastic_runtime.contract.artifacts import FileEntry, Graph, OnnxArtifact
+from elastic_runtime.denoising.conditions import USUAL
 from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 
@@ -246,6 +247,29 @@ def test_a_model_that_was_distilled_without_guidance_refuses_it_and_takes_true_g
         pipe(**EMBEDS, plan=TINY, guidance_scale=3.5)
     pipe(**EMBEDS, **NEGATIVE, plan=TINY, true_cfg_scale=3.5)
     assert len(pooled[-1]) == 2
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(0, 1), (0.5, 1.5), (None, 5.0)])
+def test_guidance_that_is_off_at_0_leads_from_the_strong_prediction(scale: float | None, factor: float, monkeypatch: Any) -> None:
+    """`strong + g (strong - weak)`, as Z-Image's and Krea 2's pipelines have it."""
+    whole = manifest(SCHNELL)
+    off = msgspec.structs.replace(whole, model=msgspec.structs.replace(whole.model, guidance_off=0, distilled=False, family="imagen"))
+    monkeypatch.setitem(USUAL, "imagen", 4.0)
+    rows: list[int] = []
+
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        rows.append(len(feeds["hidden_states"]))
+        return np.ones_like(feeds["hidden_states"]) * feeds["pooled_projections"][:, :1, None]
+
+    pipe, _ = pipeline(off, field)
+    negative = NEGATIVE if factor > 1 else {}
+    result = pipe(**EMBEDS, **negative, plan="full", num_inference_steps=1, guidance_scale=scale, noise=np.zeros((1, 4, 16, 16)),
+        output_type="latent")  # fmt: skip
+    np.testing.assert_allclose(result.images, -factor, rtol=1e-6)  # one step from 1 to 0 of the velocity (1 + g) 1
+    assert (rows, result.facts["guidance"]) == ([1 if factor == 1 else 2], factor - 1)
+    if factor == 1:
+        with pytest.raises(UsageError, match="classifier-free guidance, which is off: give guidance_scale above 0"):
+            pipe(**EMBEDS, **NEGATIVE, plan=TINY, guidance_scale=scale)
 
 
 @pytest.mark.parametrize("text", ["cat \udcff", "\ud800"])

@@ -5,14 +5,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import FLUX, SCHNELL, SD3, Opener, manifest, to_zero
+from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, UPSCALE, Z_IMAGE, Opener, manifest, to_zero
 
 from elastic_runtime import Caching, ElasticPipeline, Plan, Request, Span, UsageError
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.ralu.offers import speed
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
-CENTRED = Patches(size=2, positions="img_ids", centred=True)
 PLAN = speed(6, 64, {"shift": 3.0})
 
 
@@ -25,19 +24,20 @@ def embeds(count: int) -> dict[str, np.ndarray]:
     return {name: np.repeat(array, count, axis=0) for name, array in EMBEDS.items()}
 
 
-@pytest.mark.parametrize("patches", [FLUX, SCHNELL, SD3, CENTRED], ids=["flux", "schnell", "sd3", "centred"])
+@pytest.mark.parametrize("patches", [FLUX, SCHNELL, SD3, QWEN, FLUX2, Z_IMAGE], ids=["flux", "schnell", "sd3", "qwen", "flux2", "z-image"])
 def test_the_low_stage_is_a_small_picture_at_whole_places(patches: Patches) -> None:
     seen: list[np.ndarray] = []
 
     def field(feeds: Any) -> np.ndarray:
-        seen.append(feeds[patches.positions][:, -2:])
+        seen.append(feeds[patches.positions][:, :2] if patches.table else feeds[patches.positions][:, 1:3])
         return to_zero(feeds)
 
     pipe, opener = pipeline(patches, field)
     result = pipe(**EMBEDS, plan="speed", num_inference_steps=6, guidance_scale=1.0, height=64, width=96)
     assert [picture.size for picture in result.images] == [(96, 64)]
-    assert [record.budget["tokens"] for record in result.steps] == [24] * 4 + [96] * 2
-    for places, (rows, columns) in zip(seen, [(4, 6)] * 4 + [(8, 12)] * 2, strict=True):
+    high, wide = (side // UPSCALE // patches.size for side in (64, 96))
+    assert [record.budget["tokens"] for record in result.steps] == [high * wide // 4] * 4 + [high * wide] * 2
+    for places, (rows, columns) in zip(seen, [(high // 2, wide // 2)] * 4 + [(high, wide)] * 2, strict=True):
         assert (places == places.round()).all()
         np.testing.assert_array_equal(np.ptp(places, axis=0), [rows - 1, columns - 1])
     assert [call["latent"][2:] for call in opener.calls("decoder")] == [(16, 24)], "no preview is decoded"

@@ -82,6 +82,28 @@ def test_full_sampling_follows_the_model_s_scheduler() -> None:
     assert full(7, 64, {}).plain
 
 
+def test_flux_2_s_shift_goes_with_the_steps() -> None:
+    known = {"use_dynamic_shifting": True, "mu": "empirical"}
+    plan = full(50, 4096, known)
+    assert plan.shifts[0] == pytest.approx(7.564, rel=1e-4)
+    assert plan.spread(4) == full(4, 4096, known)
+    assert plan.alike(full(4, 4096, known))
+    assert not plan.alike(full(50, 4000, known))
+    assert plan.stages()[0].spaced(4) == full(4, 4096, known).stages()[0].sigmas
+    assert full(4, 4096, known | {"mu": 1.15}).shifts == pytest.approx((math.exp(1.15),))
+    assert full(4, 4096, {"mu": "empirical"}).shifts == (1.0,)
+    for wrong in ("dynamic", True, 21.0, math.nan):
+        with pytest.raises(UsageError, match="the scheduler's mu is a number of at most 20 or 'empirical'"):
+            full(4, 4096, known | {"mu": wrong})
+    with pytest.raises(UsageError, match="FLUX.2's rule spaces 5,000 steps as no model was drawn"):
+        full(5000, 1024, known)
+    for wrong in (0, -1, 1.5, True, 10**6):
+        with pytest.raises(UsageError, match="a plan's empirical is the number of image tokens"):
+            Plan((4,), empirical=wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="least, terminal and empirical are of plain sampling"):
+        Plan((5, 6, 7), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 6.3, 0.3, empirical=4096)
+
+
 @pytest.mark.parametrize("size", [256, 1024, 4096])
 def test_full_sampling_visits_diffusers_own_sigmas(size: int) -> None:
     """FLUX's pipeline gives its scheduler evenly spaced sigmas, which it shifts by the size."""

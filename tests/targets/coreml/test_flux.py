@@ -1,4 +1,4 @@
-"""FLUX, SD3, Qwen-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
+"""FLUX, FLUX.2, SD3, Qwen-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +55,21 @@ def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[...,
     options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
     _, session = lowered(graph, precision="fp32", **options)
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+@pytest.mark.parametrize("shapes", ["functions", "range"])
+def test_a_flux_2_denoiser_places_its_text_too(graphs: Callable[..., Any], lowered: Lowered, error: Error, shapes: str) -> None:
+    graph = graphs(folders.flux2(guidance_embeds=True))[0]
+    points = [Budget(tokens=count, T=text) for count, text in ((16, 5), (28, 5))]
+    options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
+    _, session = lowered(graph, precision="fp32", **options)
+    assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+def test_the_decoder_of_packed_latents_keeps_its_sides_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    graph = graphs(folders.flux2())[1]
+    _, session = lowered(graph, precision="fp32", shapes="range")
+    assert max(error(graph, session, Budget(h=height, w=width)) for height, width in ((2, 2), (8, 5))) < PRECISIONS["fp32"].tolerance
 
 
 @pytest.mark.parametrize("shapes", ["functions", "range"])

@@ -1,4 +1,4 @@
-"""Engines of FLUX's and Qwen-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
+"""Engines of FLUX's, FLUX.2's and Qwen-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
 
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,23 @@ def test_a_qwen_image_denoiser_builds(room: ModuleType, tmp_path: Path) -> None:
     (engine,) = (artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact))
     assert engine.profiles[0].dimensions["S"] == Range(16, 64, 64)
     assert engine.network.attentions == 2
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["klein", "dev"])
+def test_a_flux_2_folder_builds(room: ModuleType, guided: bool, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.flux2(guidance_embeds=guided), decoder=guided)
+    captured = capture_folder(tmp_path / "f", None, Span(16, 32), Span(1, 2))
+    bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f")
+    made = export_bundle(bundle, "trt", room.TrtOptions(sms=(89,), buckets=room.read_buckets("none", bundle.manifest.axes)))
+    engines = {
+        name: artifact for name, graph in made.manifest.graphs.items() for artifact in graph.artifacts if isinstance(artifact, TrtArtifact)
+    }
+    assert engines["denoiser"].profiles[0].dimensions["S"] == (Range(4, 64, 64) if guided else Range(64, 1024, 1024))  # no VAE: latent px
+    assert engines["denoiser"].network.attentions == 3
+    if guided:
+        (decoding,) = engines["decoder"].profiles
+        assert decoding.dimensions["h"] == Range(2, 8, 8)
+        assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
 
 
 def test_elit_on_qwen_image_builds(room: ModuleType, golden: Path, tmp_path: Path) -> None:

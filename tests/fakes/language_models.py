@@ -1,0 +1,87 @@
+"""Small random language models and their tokenizer, written as transformers writes them. Import this where that is installed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+)
+from transformers.utils import logging
+
+from elastic_export.families.prompts import DESCRIBING
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+WORDS = ("system", "user", "assistant", "a red cat and a dog in the snow, photographed at night")
+# As Qwen3's: a turn a message, and thoughts that are begun or left out.
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+SIZES: dict[str, Any] = {
+    "bos_token_id": None, "eos_token_id": None,
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def tokenizer(chat: str = CHAT) -> Qwen2Tokenizer:
+    """Qwen's own splitting, with words enough that what stands before a prompt is as many tokens as in Qwen's own vocabulary."""
+    learning = Tokenizer(models.BPE())
+    learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learning.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    text = DESCRIBING[0]
+    for special in SPECIAL:
+        text = text.replace(special, " ")
+    learning.train_from_iterator([text, *WORDS], trainer)
+    merges = [tuple(pair) for pair in json.loads(learning.to_str())["model"]["merges"]]
+    made = Qwen2Tokenizer(vocab=learning.get_vocab(), merges=merges)  # type: ignore[arg-type]
+    made.add_tokens([AddedToken(word, special=word.startswith("<|")) for word in SPECIAL])
+    made.chat_template = chat
+    return made
+
+
+def vocabulary() -> int:
+    return len(tokenizer())
+
+
+def qwen25_vl(**changes: Any) -> Qwen2_5_VLForConditionalGeneration:
+    torch.manual_seed(0)
+    text = SIZES | {"vocab_size": vocabulary(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 0]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16, "fullatt_block_indexes": [0]}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text | changes, vision_config=vision)).eval()
+
+
+def qwen3(**changes: Any) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"vocab_size": vocabulary(), "head_dim": 8} | changes)).eval()
+
+
+def qwen3_vl(**changes: Any) -> Qwen3VLModel:
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = SIZES | {"vocab_size": vocabulary(), "head_dim": 8, "rope_parameters": rope}
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16, "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }  # fmt: skip
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text | changes, vision_config=vision)).eval()
+
+
+def write(folder: Path, model: Any, chat: str = CHAT) -> Path:
+    """The text encoder, where there is one, and the tokenizer of a diffusers folder."""
+    logging.disable_progress_bar()
+    if model is not None:
+        model.save_pretrained(folder / "text_encoder")
+    tokenizer(chat).save_pretrained(folder / "tokenizer")
+    return folder
