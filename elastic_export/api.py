@@ -74,8 +74,8 @@ def export(
         precision: how weights and activations are held; by default fp32, fp16 for coreml, and that of the bundle for trt. For onnx also
             one a graph, `"denoiser=int4w,text=int8w,decoder=fp16"`.
         checkpoint: weights, .pt or .safetensors. config: sizes that they do not tell, in JSON. vae: a diffusers AutoencoderKL folder.
-        components: of a diffusers folder: transformer, vae, text. size: sides of its pictures in pixels; with ELIT put in, one size,
-            `"1024x768"` (height first) or a side.
+        components: of a diffusers folder: transformer, vae, text, encoder. size: sides of its pictures in pixels; with ELIT put in, one
+            size, `"1024x768"` (height first) or a side.
         max_sequence_length: of a diffusers folder: tokens of a prompt, by default what its pipeline takes; prompts are padded to them.
         head_blocks: blocks before the core of an ELIT. random_weights: none, to measure speed.
         adapters: LoRA files to fuse into a diffusers folder, each a file, `"FILE.safetensors:0.8"` or `(file, scale)`.

@@ -3,12 +3,16 @@
     python samples/evaluate_plans.py BUNDLE --output ralu-digits.json --plot quality.png
 
 Every plan stands beside plain sampling at full resolution: with as many steps as the plan, and with as many as cost the same FLOPs
-(just fewer steps); and beside itself without renoising. The same classes are drawn from the same noise each time. Times are of one
-picture alone, its decoder included, the plans in turn: run it on a quiet machine.
+(just fewer steps); RALU's beside themselves without renoising, and beside SPEED and MrFlow in as many steps as cost the same (MrFlow where
+the bundle has its encoder: --components transformer,vae,encoder). The same classes are
+drawn from the same noise each time. Times are of one picture alone, its decoder included, the plans in turn: run it on a quiet machine.
+
+Each plan is written down when it is graded, and what an earlier run or the record has of the same protocol and weights is kept.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,8 @@ from elastic_runtime import Bundle, ElasticPipeline, UsageError
 from elastic_runtime.choosing.cost import plan_flops
 from elastic_runtime.contract.manifest import Manifest, Model, plan_label
 from elastic_runtime.denoising.pictures import pictures
-from elastic_runtime.ralu.plan import FULL, PRESETS, Plan, full
+from elastic_runtime.ralu.offers import stepped
+from elastic_runtime.ralu.plan import FULL, MRFLOW, PRESETS, SPEED, Plan, full
 from grading import Grader, integers, run, tell
 from plan_figures import ABLATION, plot, table
 from record import machine, read, versions, write
@@ -32,7 +37,12 @@ from record import machine, read, versions, write
 SIDE, CLASSES = 64, 10
 # Presets in this share of their own steps, too, and in shapes of their own: few steps of the last stage, and few of the first.
 SPREAD = {"4x": (0.22, 0.55, 2, 3), "7x": (0.4, 0.6, 2)}
+MOST = 100  # steps of SPEED and MrFlow
+SPEEDS = (4, 20)  # steps of plain sampling that these are compared with, beside the presets
 SHAPES = {"4x": ((2, 2, 2), (1, 3, 4), (5, 6, 3), (2, 6, 12), (10, 12, 4), (15, 18, 6))}
+
+
+SAME = ("samples", "guidance", "seed")  # of a protocol: what decides which pictures are drawn
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,16 @@ def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
     """What is graded, by name: plain sampling with `steps`, and as many as a preset has or costs; presets, their ablations, and presets in
     fewer and more steps, which policies interpolate between."""
     tokens = side(manifest.model) ** 2
+    scheduler = manifest.model.config.get("scheduler", {})
 
     def plain(count: int) -> Plan:
-        return full(count, tokens, manifest.model.config.get("scheduler", {}))
+        return full(count, tokens, scheduler)
+
+    def equal(name: str, target: int) -> Plan:
+        """SPEED or MrFlow in the number of steps that costs most like `target` FLOPs."""
+        return min(
+            (stepped(name, count, tokens, scheduler) for count in range(2, MOST)), key=lambda plan: abs(flops(manifest, plan) - target)
+        )
 
     one = flops(manifest, plain(1))
     alike = {plan.total for plan in PRESETS.values()} | {round(flops(manifest, plan) / one) for plan in PRESETS.values()}
@@ -86,6 +103,9 @@ def rows(manifest: Manifest, steps: tuple[int, ...]) -> dict[str, Plan]:
         spread = [plan.spread(max(len(plan.steps), round(share * plan.total))) for share in SPREAD[name]]
         shaped = [replace(plan, steps=steps) for steps in SHAPES.get(name, ())]
         plans |= {plan_label(name, each.steps): each for each in (*spread, *shaped)}
+    targets = [flops(manifest, plan) for plan in (*PRESETS.values(), *(plain(count) for count in SPEEDS))]
+    for name in (SPEED, *([MRFLOW] if "encoder" in manifest.graphs else [])):
+        plans |= {plan_label(name, plan.steps): plan for plan in (equal(name, target) for target in targets)}
     return plans
 
 
@@ -101,8 +121,21 @@ def draw(pipe: ElasticPipeline, plan: Plan, labels: np.ndarray, first: int, prot
     return result.images.mean(axis=-1)[:, None] * 2 - 1
 
 
-def evaluate(bundle: Bundle, pipe: ElasticPipeline, judge: Judge, protocol: Protocol, batch: int = 50) -> dict[str, Any]:
+Rows = list[dict[str, Any]]
+
+
+def evaluate(
+    bundle: Bundle,
+    pipe: ElasticPipeline,
+    judge: Judge,
+    protocol: Protocol,
+    batch: int = 50,
+    known: Rows | None = None,
+    keep: Callable[[Rows], None] = lambda rows: None,
+) -> dict[str, Any]:
     """Figures of each of `rows`: `quality` as the manifest holds it, and `evaluation` with all that made them.
+
+    `known` rows are not drawn again, but timed; `keep` is given all that are graded so far after each.
 
     Raises: UsageError for a bundle or protocol that does not fit.
     """
@@ -112,12 +145,16 @@ def evaluate(bundle: Bundle, pipe: ElasticPipeline, judge: Judge, protocol: Prot
     labels = np.arange(protocol.samples) % CLASSES
     plans, found = rows(manifest, protocol.full), []
     for name, plan in plans.items():
+        if kept := [row for row in known or () if (row["plan"], tuple(row["steps"])) == (name, plan.steps)]:
+            found.append(kept[0])
+            continue
         begun, parts = time.perf_counter(), []
         for first in range(0, protocol.samples, batch):
             parts.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
             tell(name, min(first + batch, protocol.samples), protocol.samples, begun)
         row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(*size)), "flops": flops(manifest, plan)}
         found.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
+        keep(found)
     for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
     names = ("steps", "accuracy", "frechet_distance")
@@ -136,6 +173,17 @@ def evaluate(bundle: Bundle, pipe: ElasticPipeline, judge: Judge, protocol: Prot
         "machine": machine(),
     }
     return {"quality": quality, "evaluation": evaluation}
+
+
+def graded(protocol: Protocol, weights: str | None, *files: Path) -> Rows:
+    """Rows of records or of what was kept of a run, where they were drawn by the same protocol with the same weights."""
+    rows: Rows = []
+    for path in files:
+        found = read(path).get("evaluation", {}) if path.exists() else {}
+        own = {name: value for name, value in found.get("protocol", {}).items() if name in SAME}
+        if own == {name: value for name, value in asdict(protocol).items() if name in SAME} and found.get("weights_sha256") == weights:
+            rows += found["plans"]
+    return rows
 
 
 def timed(pipe: ElasticPipeline, plans: list[Plan], protocol: Protocol) -> list[float]:
@@ -163,10 +211,17 @@ def main(given: argparse.Namespace) -> None:
     protocol = Protocol(given.samples, tuple(given.full), given.guidance, given.seed, given.rounds)
     old = read(given.output) if given.output.exists() else {}
     with ElasticPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
-        figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch)
+        weights, partial = bundle.manifest.provenance.checkpoint_sha256, given.output.with_suffix(".partial.json")
+        known = graded(protocol, weights, partial, given.output)
+
+        def keep(rows: Rows) -> None:
+            write(partial, {"evaluation": {"protocol": asdict(protocol), "weights_sha256": weights, "plans": rows}})
+
+        figures = evaluate(bundle, pipe, load_judge(SIDE), protocol, given.batch, known, keep)
         if given.picture:
             save(sheet(pipe, protocol), given.picture)
     write(given.output, {"family": bundle.manifest.model.family} | old | figures)
+    partial.unlink(missing_ok=True)
     record = read(given.output)  # as a card will see it
     print(table(record))
     if given.plot:

@@ -19,9 +19,9 @@ from elastic_export.families.family import priced
 from elastic_export.families.tokens import TokenFamily
 from elastic_export.foreign.adapters import Adapter
 from elastic_export.foreign.component import diffusers_class
-from elastic_export.foreign.folder import INDEX, Folder
+from elastic_export.foreign.folder import ENCODER, INDEX, Folder
 from elastic_export.foreign.reading import read_json
-from elastic_export.foreign.vae import decoder, read_vae
+from elastic_export.foreign.vae import decoder, encoder, read_vae
 from elastic_export.sides import Sides
 from elastic_runtime.contract import manifest
 from elastic_runtime.contract.axis import Axis, Span
@@ -29,7 +29,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.errors import BudgetError, ModelError, UsageError
-from elastic_runtime.ralu.plan import check_scheduler
+from elastic_runtime.ralu.schedulers import check_scheduler
 from elastic_targets.capture import GraphCapture
 
 MODULES = (flux, flux2, krea2, qwen_image, sd3, z_image)
@@ -87,6 +87,7 @@ class Outline:
         known, folder, family = self.transformer, self.transformer.folder, self.transformer.family
         facts: dict[str, Any] = {"family": family.name, "schedule": RectifiedFlow()} | dict(self.drawn.facts)
         facts["config"] = _plain(dict(known.config)) | {"scheduler": known.scheduler} | facts.get("config", {})
+        distilled = not folder.labels and family.distilled(known.config, folder.distilled)
         return manifest.Model(
             name=name,
             prediction="velocity",
@@ -97,7 +98,8 @@ class Outline:
             text=self.text,
             guidance_rescale=family.rescale,
             guidance_off=family.off,
-            distilled=not folder.labels and family.distilled(known.config, folder.distilled),
+            distilled=distilled,
+            few_steps=family.few_steps if distilled or (folder.distilled and not folder.labels) else None,
             **facts,
         )
 
@@ -145,7 +147,7 @@ def capture_folder(
     """Capture a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image; weights are read when something computes with them.
 
     Args:
-        components: of transformer, vae and text; None for all that the folder lists.
+        components: of transformer, vae, text and encoder; None for the first three, as far as the folder lists them.
         size: sides of pictures in pixels; None for the model's usual one and down to half of it. With ELIT put in (see `elit`) it is one
             size, a side or height and width.
         name: in place of the folder's own. digest: whether to read the transformer's weights through once, for their SHA-256.
@@ -186,15 +188,18 @@ def capture_folder(
         graphs.append(text_fusion(known, text.length))
     if "vae" in chosen and vae:
         one = Span(1, batch.max)  # it decodes one picture at a time, however many the denoiser is asked for at least
-        graphs.append(decoder(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one))
-    for encoder in text.encoders if text else ():
-        graphs.append(texts.graph(folder, family, encoder, Span(1, batch.max)))
-    parameters = {component: folder.component(component).parameters() for component in chosen}
+        halves = [decoder, *([encoder] if ENCODER in chosen else [])]
+        graphs += [half(path / "vae", vae, family.channels(config), drawn.heights, drawn.widths, one) for half in halves]
+    for each in text.encoders if text else ():
+        graphs.append(texts.graph(folder, family, each, Span(1, batch.max)))
+    components = tuple(component for component in chosen if component != ENCODER)
+    parameters = {component: folder.component(component).parameters() for component in components}
     costs = drawn.costs(parameters["transformer"] + drawn.parameters) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
-    values["decoder"] = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
+    picture = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
+    values |= {"decoder": picture, "encoder": picture}  # whose convolutions at full resolution are no wider
     for graph in graphs:
-        component = {"denoiser": "transformer", FUSION: "transformer", "decoder": "vae"}.get(graph.name, graph.name)
+        component = {"denoiser": "transformer", FUSION: "transformer", "decoder": "vae", "encoder": "vae"}.get(graph.name, graph.name)
         rows = min(max(2, graph.batch.min), graph.batch.max)  # of the runs that prove it
         peaks[graph.name] = peak_bytes(parameters[component], values.get(graph.name, 0) * rows)
     making = manifest.Manifest(
@@ -207,7 +212,7 @@ def capture_folder(
         precisions=precisions(name) if packaged and name else (),
         provenance=origin(
             None if packaged else path.resolve(),
-            weights=_digests(folder, chosen, drawn) if digest else {},
+            weights=_digests(folder, list(components), drawn) if digest else {},
             adapters=[each.record for each in adapters],
         ),
     )

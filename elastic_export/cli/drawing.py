@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,15 @@ class Subject:
     negative_prompt: Annotated[str | None, _planned("--negative-prompt", "What guidance leads away from.", metavar="TEXT")] = None
     height: Annotated[int | None, _planned("--height", "Height in pixels.")] = None
     width: Annotated[int | None, _planned("--width", "Width in pixels.")] = None
+    image: Annotated[Path | None, _planned("--image", "A picture that is drawn over [dim](needs the encoder)[/dim].", metavar="FILE")] = (
+        None
+    )
+    strength: Annotated[
+        float | None, _planned("--strength", "How much of it is drawn anew, above 0 to 1 [dim](default: 0.6)[/dim].", metavar="SHARE")
+    ] = None
+    mask: Annotated[
+        Path | None, _planned("--mask", "A picture of its size, white where it is drawn anew [dim](default: all)[/dim].", metavar="FILE")
+    ] = None
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture; the next ones have the seeds after it.")] = 0
 
 
@@ -68,7 +78,8 @@ class Sampling:
         str | None,
         _planned(
             "--plan",
-            "[bold]4x[/bold], [bold]7x[/bold], [bold]full[/bold], or steps/end times/share [dim](default: what suits)[/dim].",
+            "[bold]4x[/bold], [bold]7x[/bold], [bold]full[/bold], [bold]speed[/bold], [bold]mrflow[/bold], or "
+            "steps/end times/share [dim](default: what suits)[/dim].",
             metavar="PLAN",
         ),
     ] = None

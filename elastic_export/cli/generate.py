@@ -48,6 +48,7 @@ def generate(
       elastic-export generate looped -o eight.png --classes 8 --loops 4 --guidance-loops 1 --sampler ddim
       elastic-export generate routed -o three.png --classes 3 --guidance-drop 0.9 --show-tokens kept.png
       elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
+      elastic-export generate flux -o fox.png --prompt "a red fox" --image cat.png --strength 0.5
       elastic-export generate digits -o again.png --request seven.json
     """
     import warnings
@@ -93,9 +94,10 @@ def generate(
     for warning in warned:
         show.note(str(warning.message))
     facts = requests.facts(folder, asked, result)
-    save(grid([result.images], least=1 if result.plan else 64), output, show.text(facts))  # along a plan of the size that was asked for
+    told = show.text(requests.metadata(facts))
+    save(grid([result.images], least=1 if result.plan else 64), output, told)  # along a plan of the size that was asked for
     if sheet and show_tokens:
-        save(sheet, show_tokens, show.text(facts))
+        save(sheet, show_tokens, told)
     if saying.json:
         show.as_json("generate", {"output": str(output)} | facts)
     else:

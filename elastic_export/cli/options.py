@@ -89,7 +89,8 @@ def interval(text: str) -> tuple[float, float]:
 
 
 def plan(text: str) -> Any:
-    """Read `4x`, `7x` or `full`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows, with a fitted schedule."""
+    """Read a plan's name, `4x`, `7x`, `full`, `speed` or `mrflow`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows,
+    with a fitted schedule."""
     if "/" not in text:
         return text
     match = re.fullmatch(r"(\d+),(\d+),(\d+)/([\d.]+),([\d.]+),([\d.]+)/([\d.]+)", text.replace(" ", ""))
@@ -99,7 +100,7 @@ def plan(text: str) -> Any:
         share = float(ratio)
     except ValueError:
         raise typer.BadParameter(
-            f"a plan is 4x, 7x, full, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
+            f"a plan is 4x, 7x, full, speed, mrflow, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
         ) from None
     from elastic_runtime.ralu.fit import fit
 

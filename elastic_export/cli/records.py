@@ -140,7 +140,7 @@ class Source:
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Of a diffusers folder: transformer, vae, text [dim](default: all that it lists)[/dim].",
+            help="Of a diffusers folder: transformer, vae, text, and encoder, to draw from pictures [dim](default: all but that)[/dim].",
             show_default=False,
         ),
     ] = None

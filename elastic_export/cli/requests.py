@@ -1,12 +1,16 @@
 """From the options of `elastic-export generate` to a request; and from a result to what is said of it."""
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 from msgspec.structs import replace
+from PIL import Image, ImageOps
 
 from elastic_export.cli import options
 from elastic_export.cli.drawing import Goal, Guided, Sampling, Subject, typed
@@ -23,7 +27,7 @@ from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import FULL, OWN, Plan
+from elastic_runtime.ralu.plan import OWN, STEPPED, Plan
 from elastic_runtime.request import Request, Result
 
 CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
@@ -32,7 +36,8 @@ PLAIN_STEPS = 50  # that the paper compares with
 FIELDS = {
     "--prompt": "prompt", "--negative-prompt": "negative_prompt", "--height": "height", "--width": "width", "--sampler": "sampler",
     "--temperature": "temperature", "--plan": "plan", "--cache": "caching", "--true-cfg": "true_cfg_scale", "--drop": "drop_fraction",
-    "--autoguidance": "autoguidance", "--guidance-drop": "guidance_drop_fraction",
+    "--autoguidance": "autoguidance", "--guidance-drop": "guidance_drop_fraction", "--image": "image", "--strength": "strength",
+    "--mask": "mask_image",
 }  # fmt: skip
 
 
@@ -74,8 +79,8 @@ def request(
     given = typed(subject, sampling, guided, budgets=budgets, weak=weak)
     if wrong := [flag for flag in given if fields_of.get(flag) in unfitting]:
         raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
-    if model.patches and sampling.steps is not None and sampling.plan != FULL:
-        raise typer.BadParameter(f"--steps is for --plan full; plan {sampling.plan or '4x'} has steps of its own")
+    if model.patches and sampling.steps is not None and sampling.plan not in (*STEPPED, *([None] if subject.image else [])):
+        raise typer.BadParameter(f"--steps is for --plan {', '.join(STEPPED)}; plan {sampling.plan or '4x'} has steps of its own")
     labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
@@ -98,11 +103,25 @@ def request(
         drop_fraction=guided.drop,
         guidance_drop_fraction=guided.guidance_drop,
         seeds=subject.seed,
+        image=picture(subject.image, "--image", "RGB"),
+        strength=subject.strength,
+        mask_image=picture(subject.mask, "--mask", "L"),
     )
     if sampling.cache is None:
         return asked
     (plan, *_) = plans_of(bundle, asked)[1].values()
     return replace(asked, caching=Caching.every(plan, sampling.cache))
+
+
+def picture(path: Path | None, option: str, mode: str) -> np.ndarray | None:
+    """The pixels of a picture's file, uint8; raises UsageError for a file that is none."""
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert(mode))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"cannot read {option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _subject(model: Model, subject: Subject) -> None:
@@ -163,6 +182,15 @@ def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:
     else:
         told |= {"schedule": result.plan, "flops": flops(bundle, result), "skipped": sum(not step.computed for step in result.steps)}
     return {name: value for name, value in told.items() if value is not None or name in ("embedded_guidance", "flops")}
+
+
+def metadata(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture's metadata tells: as `facts`, but of pictures that were drawn over only their SHA-256."""
+    request = dict(told["request"])
+    for name in ("image", "mask_image"):
+        if name in request:
+            request[name] = {"sha256": hashlib.sha256(base64.b64decode(request[name]["npy"])).hexdigest()}
+    return {**told, "request": request}
 
 
 def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:

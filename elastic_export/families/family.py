@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import FLOAT32
-from elastic_runtime.contract.artifacts import TensorSpec
+from elastic_runtime.contract.artifacts import TensorSpec, measure
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
@@ -131,6 +131,6 @@ def example_labels(generator: np.random.Generator, num_classes: int, batch: int)
 
 def random_rows(generator: np.random.Generator, spec: TensorSpec, largest: Mapping[str, int], sizes: Mapping[str, int]) -> np.ndarray:
     """Normal values for an input of open dimensions: drawn for the `largest` sizes and cut to `sizes`, so that rows stay the same."""
-    shape = [largest[size] if isinstance(size, str) else size for size in spec.shape]
-    cut = tuple(slice(sizes[size]) if isinstance(size, str) else slice(None) for size in spec.shape)
+    shape = [measure(size, largest) for size in spec.shape]
+    cut = tuple(slice(measure(size, sizes)) for size in spec.shape)
     return np.ascontiguousarray(generator.standard_normal(shape).astype(np.float32)[cut])

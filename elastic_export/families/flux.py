@@ -76,4 +76,5 @@ FAMILY = TokenFamily(
     spaced=True,
     flops=flops,
     distilled=lambda config, stated: not config["guidance_embeds"],  # schnell
+    few_steps=4,
 )

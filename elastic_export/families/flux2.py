@@ -100,6 +100,7 @@ FAMILY = TokenFamily(
     spaced=True,
     flops=flops,
     distilled=lambda config, stated: stated,
+    few_steps=4,  # klein
     mu=lambda stated: "empirical",
     prompts=FLUX2_KLEIN,
 )

@@ -143,4 +143,5 @@ FAMILY = TokenFamily(
     mu=lambda stated: DISTILLED if stated else None,
     fusion=TextFusion,
     layers=lambda config: config["num_text_layers"],
+    few_steps=8,  # Turbo
 )

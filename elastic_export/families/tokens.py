@@ -58,9 +58,10 @@ class TokenFamily:
     flops(config, image, text): of one forward pass over so many tokens at batch 1, 2 a multiply-add. width(config), heads(config) and
     text_width(config): of the model, and of a text token that it takes.
     rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
-    `stated` is what the folder says. mu(stated): where its pipeline has a rule of its own for the scheduler's dynamic shift, see
-    `ralu.plan.full`. fusion(transformer), layers(config): what makes one text token of so many tapped layers, a graph of its own; see
-    `manifest.Text`. prompts: how its pipeline reads them with a language model; None where it has CLIP and T5.
+    `stated` is what the folder says. few_steps: those that its distilled models draw in. mu(stated): where its pipeline has a rule of its
+    own for the scheduler's dynamic shift, see `ralu.plan.full`. fusion(transformer), layers(config): what makes one text token of so many
+    tapped layers, a graph of its own; see `manifest.Text`. prompts: how its pipeline reads them with a language model; None where it has
+    CLIP and T5.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TokenFamily:
     spaced: bool
     flops: Callable[[Config, int, int], int]
     rescale: Literal["norm"] | None = None
+    few_steps: int | None = None
     off: Literal[0, 1] = 1
     distilled: Callable[[Config, bool], bool] = lambda config, stated: False
     width: Callable[[Config], int] = lambda config: config["attention_head_dim"] * config["num_attention_heads"]

@@ -20,6 +20,7 @@ COMPONENTS = {
     "vae": ("vae",),
     "text": ("text_encoder", "text_encoder_2", "text_encoder_3"),
 }
+ENCODER = "encoder"  # the other half of the VAE, which only drawing from pictures needs: made where it is asked for
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class Folder:
         return folder
 
     def choose(self, components: tuple[str, ...] | None) -> list[str]:
-        """Sub-folders of the chosen components (None: all), in the order of `COMPONENTS`.
+        """Sub-folders of the chosen components (None: all), in the order of `COMPONENTS`, and after them `ENCODER` where it is chosen.
 
         Raises: ModelError for a component that there is not, or that is listed and missing.
         """
-        if unknown := sorted(set(components or ()) - set(COMPONENTS)):
-            raise ModelError(f"--components are {', '.join(COMPONENTS)}, got {', '.join(unknown)}")
+        if unknown := sorted(set(components or ()) - {*COMPONENTS, ENCODER}):
+            raise ModelError(f"--components are {', '.join((*COMPONENTS, ENCODER))}, got {', '.join(unknown)}")
         chosen = []
         for word, names in COMPONENTS.items():
             if components is not None and word not in components:
@@ -91,7 +92,11 @@ class Folder:
                         f"{self.path} lacks its component {name}{kind}: there is no {name}/config.json. Download the folder again{instead}"
                     )
             chosen += here
-        return chosen
+        if ENCODER not in (components or ()):
+            return chosen
+        if "vae" not in chosen:
+            raise ModelError(f"the {ENCODER} goes with the rest of its VAE: --components transformer,vae,{ENCODER}")
+        return [*chosen, ENCODER]
 
     def component(self, name: str) -> Component:
         """One of its components, which may turn out not to be there."""

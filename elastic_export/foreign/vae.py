@@ -1,10 +1,11 @@
-"""The decoder graph of a diffusers VAE folder: `AutoencoderKL`, FLUX.2's that packs its latents, or Qwen-Image's for its one frame."""
+"""The decoder and encoder graphs of a diffusers VAE folder: `AutoencoderKL`, FLUX.2's that packs its latents, or Qwen-Image's for its one
+frame."""
 
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from elastic_runtime.contract.schedule import is_number
 from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
 
+Half = Literal["decoder", "encoder"]
 PACKED = 2  # latent pixels of FLUX.2's VAE a side of one that its pipelines draw
 # Attention's projections by the names of older files.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -59,6 +61,34 @@ class FrameDecoder(Constants):
         return image.float()
 
 
+class Encoder(nn.Module):
+    """`image (B, 3, 8h, 8w)` in [-1, 1] `-> latent (B, C, h, w)` as `Decoder` takes it: the mean of what the encoder gives, with no noise
+    in it."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        latent: Tensor = self.autoencoder.encode(image.to(self.autoencoder.dtype)).latent_dist.mode()
+        return latent.float()
+
+
+class FrameEncoder(Constants):
+    """As `Encoder`, of a VAE of videos and one frame: `(latent - mean) / std`."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+        config = autoencoder.config
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+
+    def forward(self, image: Tensor) -> Tensor:
+        frame = image.to(self.autoencoder.dtype)[:, :, None]  # (B, 3, 1, 8h, 8w)
+        latent: Tensor = self.autoencoder.encode(frame).latent_dist.mode()[:, :, 0]
+        return (latent.float() - self.mean) / self.std
+
+
 class PackedDecoder(nn.Module):
     """As `Decoder`, of a VAE whose latents are drawn packed, `PACKED` x `PACKED` pixels as channels (c, ph, pw), and normalised channel by
     channel by what its batch norm has seen: `latent * std + mean`."""
@@ -68,12 +98,30 @@ class PackedDecoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, latent: Tensor) -> Tensor:
-        seen = self.autoencoder.bn
-        mean, variance = (each.float()[:, None, None] for each in (seen.running_mean, seen.running_var))
-        latent = latent * torch.sqrt(variance + self.autoencoder.config.batch_norm_eps) + mean
-        latent = F.pixel_shuffle(latent, PACKED).to(self.autoencoder.dtype)  # (B, C, 2h, 2w)
+        mean, std = _seen(self.autoencoder)
+        latent = F.pixel_shuffle(latent * std + mean, PACKED).to(self.autoencoder.dtype)  # (B, C, 2h, 2w)
         image: Tensor = self.autoencoder.decode(latent, return_dict=False)[0]
         return image.float()
+
+
+class PackedEncoder(nn.Module):
+    """As `Encoder`, the other way round: `(latent - mean) / std` of packed latents."""
+
+    def __init__(self, autoencoder: Any):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean, std = _seen(self.autoencoder)
+        latent: Tensor = self.autoencoder.encode(image.to(self.autoencoder.dtype)).latent_dist.mode()  # (B, C, 2h, 2w)
+        return (F.pixel_unshuffle(latent.float(), PACKED) - mean) / std  # (B, 4C, h, w)
+
+
+def _seen(autoencoder: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each packed channel."""
+    seen = autoencoder.bn
+    mean, variance = (each.float()[:, None, None] for each in (seen.running_mean, seen.running_var))
+    return mean, torch.sqrt(variance + autoencoder.config.batch_norm_eps)
 
 
 class Seen(nn.Module):
@@ -87,7 +135,12 @@ class Seen(nn.Module):
             self.register_buffer(name, torch.empty(channels, device="meta"))
 
 
-KINDS = {"AutoencoderKL": Decoder, "AutoencoderKLFlux2": PackedDecoder, "AutoencoderKLQwenImage": FrameDecoder}
+# By diffusers' class, what decodes and what encodes.
+KINDS = {
+    "AutoencoderKL": (Decoder, Encoder),
+    "AutoencoderKLFlux2": (PackedDecoder, PackedEncoder),
+    "AutoencoderKLQwenImage": (FrameDecoder, FrameEncoder),
+}
 
 
 # How a config calls a latent's channels, how many they are where it does not say, and how many sides of them are drawn as one.
@@ -162,20 +215,20 @@ def _framed(folder: Path, config: Mapping[str, Any], channels: int) -> Vae:
     return Vae(scaling_factor=1.0, shift_factor=0.0, upscale=2 ** len(halved))
 
 
-def load_vae(folder: Path) -> nn.Module:
-    """The half of a VAE that decodes, in float32; the other half's weights may be there or not.
+def load_vae(folder: Path, half: Half = "decoder") -> nn.Module:
+    """The half of a VAE that decodes or encodes, in float32; the other half's weights may be there or not.
 
     Raises: MissingError without diffusers; ModelError for a folder that is not an AutoencoderKL, or weights that do not fit.
     """
-    return KINDS[_kind(folder)](Component(folder).fill(_built(folder), _NAMING))
-
-
-def _built(folder: Path) -> Any:
-    vae: Any = Component(folder).build(diffusers_class(_kind(folder)))
-    vae.encoder, vae.quant_conv = nn.Identity(), None  # no None: a VAE of videos counts an encoder's layers each time
+    kind = _kind(folder)
+    vae: Any = Component(folder).build(diffusers_class(kind))
+    if half == "decoder":
+        vae.encoder, vae.quant_conv = nn.Identity(), None  # no None: a VAE of videos counts an encoder's layers each time
+    else:
+        vae.decoder, vae.post_quant_conv = nn.Identity(), None
     if isinstance(norm := getattr(vae, "bn", None), nn.BatchNorm2d):
         vae.bn = Seen(norm.num_features)
-    return vae
+    return KINDS[kind][half == "encoder"](Component(folder).fill(vae, _NAMING[half]))
 
 
 def _renamed(name: str) -> str:
@@ -183,7 +236,11 @@ def _renamed(name: str) -> str:
     return f"{old[1]}{_OLDER[old[2]]}{old[3]}" if old else name
 
 
-_NAMING = Naming(_renamed, extra=re.compile(r"encoder\.|quant_conv\.|bn\.num_batches_tracked"))
+# The other half's weights, which may be there, and what a batch norm counts.
+_NAMING = {
+    "decoder": Naming(_renamed, extra=re.compile(r"encoder\.|quant_conv\.|bn\.num_batches_tracked")),
+    "encoder": Naming(_renamed, extra=re.compile(r"decoder\.|post_quant_conv\.|bn\.num_batches_tracked")),
+}
 
 
 def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, batch: Span) -> GraphCapture:
@@ -191,24 +248,35 @@ def decoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, 
 
     Raises: what `load_vae` does.
     """
-    spans = {name: span for name, span in (("h", height), ("w", width)) if span.min < span.max}
-    sides = ["h" if "h" in spans else height.max, "w" if "w" in spans else width.max]
-    latent = TensorSpec(name="latent", dtype="float32", shape=("B", channels, *sides))
-    image = [side if facts.upscale == 1 else f"{facts.upscale}*{side}" if isinstance(side, str) else side * facts.upscale for side in sides]
+    return _half("decoder", folder, facts, channels, (height, width), batch)
+
+
+def encoder(folder: Path, facts: Vae, channels: int, height: Span, width: Span, batch: Span) -> GraphCapture:
+    """Capture the encoder for pictures whose latents have these sides; else as `decoder`."""
+    return _half("encoder", folder, facts, channels, (height, width), batch)
+
+
+def _half(half: Half, folder: Path, facts: Vae, channels: int, sides: tuple[Span, Span], batch: Span) -> GraphCapture:
+    spans = {name: span for name, span in zip("hw", sides, strict=True) if span.min < span.max}
+    small = [name if name in spans else span.max for name, span in zip("hw", sides, strict=True)]
+    large = [side if facts.upscale == 1 else f"{facts.upscale}*{side}" if isinstance(side, str) else side * facts.upscale for side in small]
+    latent = TensorSpec(name="latent", dtype="float32", shape=("B", channels, *small))
+    image = TensorSpec(name="image", dtype="float32", shape=("B", 3, *large))
+    takes, gives = (latent, image) if half == "decoder" else (image, latent)
 
     def feeds(budget: Budget, size: int) -> dict[str, np.ndarray]:
         largest = {"B": size} | {name: span.max for name, span in spans.items()}
         chosen = largest | {name: value for name, value in budget.items() if name in spans}
-        return {"latent": random_rows(np.random.default_rng(0), latent, largest, chosen)}
+        return {takes.name: random_rows(np.random.default_rng(0), takes, largest, chosen)}
 
     # A preview, which has half the sides, and a picture.
-    sizes = ((height.max // 2, width.max // 2), (height.max, width.max))
+    sizes = (tuple(span.max // 2 for span in sides), tuple(span.max for span in sides))[half == "encoder" :]
     stages = [Budget(**{name: value for name, value in zip("hw", size, strict=True) if name in spans}) for size in sizes]
     return GraphCapture(
-        name="decoder",
-        module=load_vae(folder),
-        inputs=(latent,),
-        outputs=(TensorSpec(name="image", dtype="float32", shape=("B", 3, *image)),),
+        name=half,
+        module=load_vae(folder, half),
+        inputs=(takes,),
+        outputs=(gives,),
         axes=(),
         batch=batch,
         feeds=feeds,

@@ -18,6 +18,7 @@ from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
+from elastic_runtime.denoising.sources import Picture, pixels
 from elastic_runtime.device import Clock, peak_bytes
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, finite
@@ -156,6 +157,9 @@ class ElasticPipeline:
         width: int | None = None,
         plan: Plan | str | None = None,
         caching: Caching | None = None,
+        image: Picture | Sequence[Picture] | None = None,
+        strength: float | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
         budget: Budget | None = None,
         guidance_budget: Budget | None = None,
         policy: Policy | None = None,
@@ -170,10 +174,11 @@ class ElasticPipeline:
         """Draw a picture for each class label or prompt.
 
         `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of
-        `Request`; besides, `generator` is a source of all noise, or one for each picture, in place of seeds, and
-        `callback_on_step_end` is called as `callback(pipe, step_index, timestep, {"latents": state})` after each step,
-        and may return a dict with other "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the
-        model saw in the state before, and a router adds "mask", the tokens it kept, bool (B, L).
+        `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a
+        source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called as
+        `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other
+        "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the model saw in the state
+        before, and a router adds "mask", the tokens it kept, bool (B, L).
 
         Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not
         finite.
@@ -208,6 +213,9 @@ class ElasticPipeline:
             width=width,
             plan=plan,
             caching=caching,
+            image=None if image is None else pixels("image", image, "RGB"),
+            strength=strength,
+            mask_image=None if mask_image is None else pixels("mask_image", mask_image, "L"),
             budget=budget,
             guidance_budget=guidance_budget,
             policy=policy,  # type: ignore[arg-type]  # a policy of one's own is no record, and need not be

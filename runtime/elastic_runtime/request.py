@@ -40,13 +40,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         tokens and 0 for what follows them. num_images_per_prompt: pictures of each. image_latents: pictures to edit after
         (FLUX.2), as latents (C, h, w) of the model's own kind, each of a size of its own; all pictures see them all.
     How:
-        num_inference_steps: denoising steps (20); of a model that is drawn along plans those of plan `full`.
+        num_inference_steps: denoising steps (20); of a model that is drawn along plans those of `full`, `speed` and `mrflow`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
         true_cfg_scale: classifier-free guidance on top of a distilled one. guidance_interval: times between which
         guidance acts (1 is pure noise). cfg_normalization: how many times longer than the prediction without guidance the
         one with it may be, True for once. autoguidance: the weak branch keeps the label and differs by its smaller
         budget. sampler, temperature: see `sampling.fitting`. height, width: in pixels, for models that take any size.
-        plan: `4x`, `7x`, `full`, or a `Plan`. caching: steps whose prediction is extrapolated.
+        plan: `4x`, `7x`, `full`, `speed`, `mrflow`, or a `Plan`. caching: steps whose prediction is extrapolated.
+    What is drawn over, along plan `full` (a bundle with an encoder):
+        image: a picture, uint8 (H, W, 3), or several (B, H, W, 3), one for each; what is not of height and width is
+        made so, and without them the picture's are meant. strength: how much of it is drawn anew, above 0 to 1 (0.6);
+        that share of the steps is taken. mask_image: what of it is drawn anew, uint8 (H, W) of the picture's size or
+        (B, H, W): from half white on.
     What chooses:
         budget, guidance_budget: points on the bundle's axes; or policy, asked before each step. drop_fraction,
         guidance_drop_fraction: shares of a router's kept tokens to drop.
@@ -77,6 +82,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     width: int | None = None
     plan: str | Plan | None = None
     caching: Caching | None = None
+    image: np.ndarray | None = None
+    strength: float | None = None
+    mask_image: np.ndarray | None = None
     budget: Budget | None = None
     guidance_budget: Budget | None = None
     policy: Goal | None = None

@@ -64,7 +64,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     autoguidance: bool = False
     sampler: str | None = None
     temperature: Scale | None = None
-    plan: Literal["4x", "7x", "full"] | None = None
+    plan: Literal["4x", "7x", "speed", "mrflow", "full"] | None = None
     budget: dict[str, int] | None = None
     guidance_budget: dict[str, int] | None = None
     drop_fraction: float = 0.0

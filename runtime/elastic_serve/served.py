@@ -211,7 +211,7 @@ class Served:
             runs = outlook.runs(option, stage, guided)
             weak = next((budget for budget, _ in runs if budget != runs[0][0]), None)
             legs.append((Kind(self.name, runs[0][0], weak, int((led + plain).max())), len(led)))
-        return Way(tuple(legs), outlook.finish + outlook.entering() * (len(legs) - 1))
+        return Way(tuple(legs), outlook.finish + outlook.entering(option) * (len(legs) - 1))
 
 
 def _thinned(options: Sequence[T]) -> list[T]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Outcome
-from fake_flux import SCHNELL, Opener, manifest, to_zero
+from fake_flux import ENCODER, SCHNELL, Opener, manifest, to_zero
 from fake_prompts import flux as with_text
 from fakes import write_bundle, write_manifest
 from PIL import Image
@@ -104,16 +104,68 @@ def test_a_seed_gives_the_same_picture(run: Run, digits: Path, tmp_path: Path) -
     np.testing.assert_array_equal(*pictures)
 
 
+def test_plans_along_the_model_s_own_schedule_take_any_number_of_steps(run: Run, digits: Path, tmp_path: Path) -> None:
+    done = run("generate", digits, "-o", tmp_path / "a.png", "--plan", "speed", "--steps", "6", "-q")
+    assert done.code == 0, done.err
+    assert "plan speed, 6 steps at 16/64 tokens" in done.out
+    refused = run("generate", digits, "-o", tmp_path / "b.png", "--plan", "mrflow", "-q")
+    assert (refused.code, "--components transformer,vae,encoder" in refused.err.replace("\n", "")) == (2, True)
+
+
+@pytest.fixture
+def over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The command on a bundle with an encoder, and a picture to draw over."""
+    folder = opened(monkeypatch, tmp_path / "digits", Opener(manifest(SCHNELL, classes=5, encoder=ENCODER), to_zero))
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "in.png")
+    return ["generate", folder, "--image", tmp_path / "in.png", "-q"]
+
+
+def test_a_picture_is_drawn_over_and_the_metadata_do_not_hold_it(run: Run, over: list[Any], tmp_path: Path) -> None:
+    Image.new("1", (96, 64), 1).save(tmp_path / "mask.png")
+    done = run(*over, "-o", tmp_path / "a.png", "--strength", "0.5", "--steps", "6", "--mask", tmp_path / "mask.png", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["plan"], told["width"], len(told["steps"])) == ("full, 3 steps", 96, 3)
+    (tmp_path / "again.json").write_text(done.out)
+    assert run("generate", over[1], "-o", tmp_path / "b.png", "--request", tmp_path / "again.json", "-q").code == 0
+    with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "b.png") as second:
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(second))
+        request = json.loads(first.info["elastic-export"])["request"]
+    assert set(request["image"]) == set(request["mask_image"]) == {"sha256"}
+    assert request["strength"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "5x"], "there is no plan '5x'; there are 4x, 7x, full"),
-        (["--plan", "3,4/0.2,1/0.3"], "a plan is 4x, 7x, full, or steps/end times/share"),
+        (["--strength", "0"], "strength is above 0"),
+        (["--plan", "4x"], "a picture is drawn over along a plan of one stage"),
+        (["--mask", "small.png"], "mask_image has the size of image, 96 x 64 px, got 8 x 8"),
+        (["--mask", "nothing.png"], "cannot read --mask nothing.png: No such file or directory"),
+        (["--mask", "text.png"], "cannot read --mask text.png: cannot identify image file"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_over_is_said(
+    run: Run, over: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("small.png")
+    Path("text.png").write_text("no picture")
+    done = run(*over, "-o", tmp_path / "a.png", *arguments)
+    assert done.code == 2
+    assert message in " ".join(done.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan", "5x"], "there is no plan '5x'; there are 4x, 7x, full, speed, mrflow"),
+        (["--plan", "3,4/0.2,1/0.3"], "a plan is 4x, 7x, full, speed, mrflow, or steps/end times/share"),
         (["--plan", "3,4,5/0.4,0.3,1/0.3"], "end times rise"),
         (["--plan", "3,4,5/0.3,0.4,0.9/0.3"], "the last end time is 1"),
         (["--plan", "3,0,5/0.3,0.4,1/0.3"], "at least 1 step, got 0"),
         (["--plan", "3,4,5/0.3,0.4,1/1"], "up_ratio lies between 0 and 1"),
-        (["--steps", "5"], "--steps is for --plan full; plan 4x has steps of its own"),
+        (["--steps", "5"], "--steps is for --plan full, speed, mrflow; plan 4x has steps of its own"),
         (["--plan", "4x", "--height", "50"], "height is a multiple of 16 px for this plan, got 50"),
         (["--plan", "4x", "--width", "0"], "width is a multiple of 16 px for this plan, got 0"),
         (["--cache", "1"], "got an interval of 1"),

@@ -64,6 +64,14 @@ def encoder_graph(length: int, **outputs: tuple[int | str, ...]) -> Graph:
     )
 
 
+ENCODER = Graph(
+    inputs=(spec("image", "B", 3, f"{UPSCALE}*h", f"{UPSCALE}*w"),),
+    outputs=(spec("latent", "B", CHANNELS, "h", "w"),),
+    dimensions={"B": Span(1, 1), "h": Span(1, 64), "w": Span(1, 64)},
+    artifacts=(),
+)
+
+
 def encoder(graph: str, tokenizer: str, length: int, pad: int, *gives: str) -> TextEncoder:
     file = FileEntry(path=tokenizer, bytes=0, sha256="")
     return TextEncoder(graph=graph, tokenizer=file, max_length=length, pad_token_id=pad, gives=gives)  # type: ignore[arg-type]
@@ -99,6 +107,7 @@ class Opener:
         self.opened: list[tuple[str, FakeSession]] = []
         self.beside: list[tuple[str, ...]] = []
         self._functions: dict[str, Any] = {"denoiser": lambda feeds: {"prediction": field(feeds).astype(np.float32)}, "decoder": decode}
+        self._functions["encoder"] = encode
         self._functions |= others
 
     def __call__(self, graph: str) -> Session:
@@ -114,6 +123,11 @@ class Opener:
 def decode(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The first three channels, enlarged: an edge in the latent is an edge in the picture."""
     return {"image": feeds["latent"][:, :3].repeat(UPSCALE, axis=2).repeat(UPSCALE, axis=3)}
+
+
+def encode(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The picture's first channel, a pixel a latent, in all channels of the latent."""
+    return {"latent": feeds["image"][:, :1, ::UPSCALE, ::UPSCALE].repeat(CHANNELS, 1)}
 
 
 def to_zero(feeds: Mapping[str, np.ndarray]) -> np.ndarray:

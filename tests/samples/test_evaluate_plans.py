@@ -84,6 +84,12 @@ def test_rows_have_as_many_steps_as_the_plans_and_as_many_as_these_cost() -> Non
         assert f"full, {total} steps" in plans
         assert abs(script.flops(manifest, plans[cheap]) - script.flops(manifest, plans[name])) <= step / 2
         assert plans[f"{name} without renoising"] == replace(plans[name], renoise=False)
+        assert any(
+            abs(script.flops(manifest, plan) - script.flops(manifest, plans[name])) <= step / 2
+            for key, plan in plans.items()
+            if key.startswith("speed, ")
+        )
+    assert not any(key.startswith("mrflow") for key in plans), "it needs an encoder"
     assert plans["full, 50 steps"] == Plan.full(50, 2.0), "the shift is the model's"
 
 
@@ -121,3 +127,23 @@ def test_the_sheet_has_a_row_for_each_plan(digits: tuple[Digits, Digits]) -> Non
 def test_what_the_judge_cannot_grade_is_refused(whole: Manifest, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         script.check(Bundle(Path("nowhere"), whole), replace(PROTOCOL, **changes))
+
+
+def test_what_was_graded_by_the_same_protocol_with_the_same_weights_is_kept(
+    digits: tuple[Digits, Digits], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe, kept = artist(digits[1]), []
+    figures = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=20, keep=lambda rows: kept.append(len(rows)))
+    assert kept == list(range(1, len(figures["evaluation"]["plans"]) + 1))
+    record = tmp_path / "record.json"
+    script.write(record, figures)
+    weights = pipe.bundle.manifest.provenance.checkpoint_sha256
+    known = script.graded(replace(PROTOCOL, rounds=9), weights, tmp_path / "nothing.json", record)
+    assert known == figures["evaluation"]["plans"]
+    assert script.graded(replace(PROTOCOL, seed=1), weights, record) == []
+    assert script.graded(PROTOCOL, "another", record) == []
+    capsys.readouterr()
+    again = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=20, known=known[:-1])
+    told = capsys.readouterr().err
+    assert {line.partition(":")[0] for line in told.replace("\r", "\n").splitlines() if "pictures" in line} == {known[-1]["plan"]}
+    assert [row["accuracy"] for row in again["evaluation"]["plans"]] == [row["accuracy"] for row in known]

@@ -276,8 +276,8 @@ class Outlook(ABC):
     def peak_seconds(self, option: Option) -> float:
         """What a guided option takes by the device's peak rates alone, for comparing options; nothing is measured."""
 
-    def entering(self) -> float:
-        """Predicted seconds that lead from one stage to the next."""
+    def entering(self, option: Option) -> float:
+        """Predicted seconds that lead from one stage of an option to the next."""
         return 0.0
 
     def seconds(self, option: Option, stage: int, guided: bool, costs: Costs | None = None) -> float:
@@ -293,7 +293,7 @@ class Outlook(ABC):
             stage = course.first + index
             seconds += int(guided.sum()) * self.seconds(option, stage, True) if guided.any() else 0.0
             seconds += int(plain.sum()) * self.seconds(option, stage, False) if plain.any() else 0.0
-            seconds += self.entering() if stage and (index or course.enters) else 0.0
+            seconds += self.entering(option) if stage and (index or course.enters) else 0.0
         return seconds
 
     def first(self, option: Option, course: Course) -> bool:
@@ -305,7 +305,7 @@ class Outlook(ABC):
     def step(self, option: Option, course: Course) -> float:
         """Predicted seconds of the next step of a course."""
         guided, plain = self.evaluations(course)[0]
-        seconds = self.entering() if course.enters else 0.0
+        seconds = self.entering(option) if course.enters else 0.0
         for count, kind in ((int(guided[0]), True), (int(plain[0]), False)):
             seconds += count * self.seconds(option, course.first, kind) if count else 0.0
         return seconds

@@ -1,4 +1,4 @@
-"""The outlook of a model that is drawn along plans: which plan, in how many steps (RALU, arXiv 2507.08422)."""
+"""The outlook of a model that is drawn along plans: which plan, in how many steps (see `ralu.plan`)."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -189,7 +189,7 @@ class PlanOutlook(Outlook):
         """Predicted seconds (n,) of `rest` (n, stages still to come), what leads from stage to stage among them."""
         stage = len(taken) - 1
         entered = rest.shape[1] - (0 if stage and not taken[-1] else 1)
-        return sum(self._stage_seconds(option, stage + i)[rest[:, i]] for i in range(rest.shape[1])) + self.entering() * entered
+        return sum(self._stage_seconds(option, stage + i)[rest[:, i]] for i in range(rest.shape[1])) + self.entering(option) * entered
 
     def _stage_seconds(self, option: Option, stage: int) -> np.ndarray:
         """Predicted seconds of a stage by its steps, from none on."""
@@ -229,15 +229,20 @@ class PlanOutlook(Outlook):
     def runs(self, option: Option, stage: int, guided: bool) -> list[tuple[Budget, int]]:
         """In the mixed stage each picture runs by itself, both of its branches together (see
         `TokenDenoiser.guided`)."""
-        alone = len(option.steps) > 1 and stage == 1
+        alone = _plan(option).mixed and stage == 1
         runs = [part for rows in samples(self.lengths, guided, alone) for part in batches(self.gauge.session, rows)]
         return [(option.budgets[stage], part.stop - part.start) for part in runs]
 
     def peak_seconds(self, option: Option) -> float:
         return sum(count * self.seconds(option, stage, True, self.gauge.peak) for stage, count in enumerate(option.steps))
 
-    def entering(self) -> float:
-        """Half of what leads to the second and third stage: a preview, its edges, and what grows."""
+    def entering(self, option: Option) -> float:
+        """Half of what leads to the second and third stage where patches grow: a preview, its edges, and what grows. A picture that
+        grows is decoded and encoded again, which takes about what a whole one's decoding does; a spectrum takes nothing beside a step."""
+        if _plan(option).growth == "spectrum":
+            return 0.0
+        if _plan(option).growth == "pixels":
+            return (self.gauge.calibrated.preview + self.gauge.calibrated.finish) * self.area * self.count
         return self.gauge.calibrated.preview * self.area * self.count / 2
 
     @property

@@ -20,7 +20,7 @@ MOST_SIZE = 2**31 - 1  # of a dimension
 MOST_BUDGETS = 2**20  # of all axes together
 MOST_VALUES = 2**28  # of a sample, or of the smallest feed of an input
 _OPEN = re.compile(r"([1-9]\d{0,5}\*)?[A-Za-z_]\w*")
-STAGES = {"full": 1} | {name: len(steps) for name, steps in OWN_STEPS.items()}  # of plans by name
+STAGES = {"full": 1, "speed": 2, "mrflow": 2} | {name: len(steps) for name, steps in OWN_STEPS.items()}  # of plans by name
 
 
 def decode(text: bytes, where: str) -> Manifest:
@@ -70,6 +70,8 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         yield from (f"graph 'denoiser': {why}" for why in _denoiser(denoiser, model, manifest.axes))
     if decoder := manifest.graphs.get("decoder"):
         yield from (f"graph 'decoder': {why}" for why in _decoder(decoder, model))
+    if encoder := manifest.graphs.get("encoder"):
+        yield from (f"graph 'encoder': {why}" for why in _vae_encoder(encoder, model))
     for row in manifest.cost:
         yield from (f"`cost` {why}" for why in _budget(row.budget, axes))
     for place in (*manifest.quality, *manifest.precisions):
@@ -157,6 +159,14 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
         span = Span(axis.length(axis.min), axis.length(axis.max))
         if graph.dimensions.get(axis.dimension, span) != span:
             yield f"axis {axis.name} makes {axis.dimension} {span}, and it says {graph.dimensions[axis.dimension]}"
+
+
+def _vae_encoder(graph: Graph, model: Model) -> Iterator[str]:
+    shapes = {spec.name: spec.shape for spec in (*graph.inputs, *graph.outputs)}
+    if shapes.keys() != {"latent", "image"} or any(len(shape) != 4 for shape in shapes.values()):
+        yield "it takes an image (B, 3, H, W) and gives a latent"
+    elif model.vae is None or shapes["latent"][1] != model.sample_shape[0]:
+        yield f"it gives latents of {shapes['latent'][1]} channels, and the model draws {model.sample_shape[0]}, with a vae"
 
 
 def _filled(graph: Graph, patches: Patches, axes: Iterable[Axis]) -> Iterator[str]:

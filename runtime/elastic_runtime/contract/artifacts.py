@@ -39,6 +39,11 @@ def measure(size: int | str, sizes: Mapping[str, int]) -> int:
     return size if isinstance(size, int) else int(size.rpartition("*")[0] or 1) * sizes[dimension(size)]
 
 
+def sized(size: int | str, sizes: Mapping[str, int]) -> int | None:
+    """As `measure`; None where nothing says how large the open dimension is."""
+    return measure(size, sizes) if isinstance(size, int) or dimension(size) in sizes else None
+
+
 class Verification(Record, frozen=True, kw_only=True):
     """What running an artifact at one budget gave against the reference outputs.
 

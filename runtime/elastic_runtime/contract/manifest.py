@@ -157,7 +157,7 @@ class Model(Record, frozen=True, kw_only=True):
     Of guidance: with `guidance_rescale` "norm" a prediction that it led has, token by token, the length of the one
     without. `guidance_off` is the largest `guidance_scale` that is none, in the words of the model's pipeline: 1 where a
     scale g gives `weak + g (strong - weak)`, 0 where it gives `strong + g (strong - weak)`. A `distilled` one draws
-    without guidance of its own.
+    without guidance of its own, and `few_steps` are those that it was distilled to draw in.
     """
 
     name: str
@@ -179,6 +179,7 @@ class Model(Record, frozen=True, kw_only=True):
     guidance_off: Literal[0, 1] = 1
     distilled: bool = False
     packed: Count | None = None
+    few_steps: Count | None = None
 
     def __post_init__(self) -> None:
         if self.learned_variance and not isinstance(self.schedule, Ancestral):

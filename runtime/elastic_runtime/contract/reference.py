@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Graph, TensorSpec, Verification
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, Verification, sized
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key, parse_key
 
@@ -71,12 +71,13 @@ def cut(specs: Iterable[TensorSpec], feeds: Mapping[str, np.ndarray], budget: Bu
     """The first rows of `feeds`, as many along each open dimension as `budget` names, itself or by the axis that it
     carries."""
     shapes = {spec.name: spec.shape for spec in specs}
-    carried = {axis.dimension: budget[axis.name] for axis in axes if axis.carrier == "shape" and axis.name in budget}
+    carried = {axis.dimension: budget[axis.name] for axis in axes if axis.dimension and axis.carrier == "shape" and axis.name in budget}
     sizes = dict(budget) | carried
-    return {
-        name: array[tuple(slice(sizes.get(size) if isinstance(size, str) else None) for size in shapes[name])]
-        for name, array in feeds.items()
-    }
+
+    def rows(size: int | str) -> slice:
+        return slice(sized(size, sizes) if isinstance(size, str) else None)
+
+    return {name: array[tuple(rows(size) for size in shapes[name])] for name, array in feeds.items()}
 
 
 def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: float, where: str) -> Verification:

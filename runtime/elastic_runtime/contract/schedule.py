@@ -56,11 +56,22 @@ def spaced(high: float, low: float, steps: int, shift: float, least: float | Non
 
 
 def onward(sigma: float, low: float, steps: int, shift: float, least: float | None = None, terminal: float | None = None) -> np.ndarray:
-    """What is left from `sigma` on of what `spaced` gives, in `steps` steps. Of a stretched schedule it is no stretched one: it ends at the
-    same sigma, evenly."""
-    visited = spaced(sigma, low, steps, shift, least if terminal is None else unshifted(terminal, shift))
-    visited[0] = sigma
-    return visited
+    """What is left from `sigma` on of what `spaced` gives from pure noise to `low`, in `steps` steps, so that it goes on where the whole
+    would. A stretched schedule is stretched by as much as leads its last but one to `terminal`, where `sigma` is above that."""
+    if terminal is None or low > 0 or steps < 2 or not terminal < sigma < 1:
+        visited = spaced(sigma, low, steps, shift, least if terminal is None else unshifted(terminal, shift))
+        visited[0] = sigma
+        return visited
+    # With a = shift - 1 and n steps the place u of `sigma` before shift and stretching solves, for r = (1 - sigma) / (1 - terminal),
+    # (1 - u) (1 + a u / n) = r (1 - u / n) (1 + a u): the root in [0, 1].
+    a, r = shift - 1, (1 - sigma) / (1 - terminal)
+    square, line, constant = (r - 1) * a / steps, a / steps - 1 - r * (a - 1 / steps), 1 - r
+    place = 2 * constant / (math.sqrt(line**2 - 4 * square * constant) - line)
+    even = place * np.arange(steps, -1, -1) / steps
+    shifted = shift * even / (1 + a * even)
+    stretched: np.ndarray = np.append(1 - (1 - shifted[:-1]) * (1 - terminal) / (1 - shifted[-2]), low)
+    stretched[0] = sigma
+    return stretched
 
 
 def unshifted(sigma: float, shift: float) -> float:

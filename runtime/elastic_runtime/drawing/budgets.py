@@ -27,6 +27,7 @@ from elastic_runtime.sampling.multistep import History
 from elastic_runtime.sampling.noise import Generators
 
 STEPS = 20
+OVER = ("image", "strength", "mask_image")  # of a request, what is drawn over
 
 
 class BudgetDrawing(Drawing):
@@ -40,16 +41,8 @@ class BudgetDrawing(Drawing):
 
     @classmethod
     def unfit(cls, model: Model) -> Sequence[str]:
-        return (
-            *(() if model.text else cls.texts),
-            "true_cfg_scale",
-            "cfg_normalization",
-            "image_latents",
-            "height",
-            "width",
-            "plan",
-            "caching",
-        )
+        texts = () if model.text else cls.texts
+        return (*texts, "true_cfg_scale", "cfg_normalization", "image_latents", "height", "width", "plan", "caching", *OVER)
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)

@@ -1,11 +1,11 @@
-"""Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution or at mixed ones (RALU, arXiv
-2507.08422)."""
+"""Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution, at two, or at mixed ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.choosing.option import Choice
@@ -15,23 +15,27 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model, Patches, plan_label
 from elastic_runtime.denoising.conditions import guidance_of
-from elastic_runtime.denoising.pictures import drawable, obstacle, sides, values
+from elastic_runtime.denoising.pictures import drawable, obstacle, pictures, sides, values
 from elastic_runtime.denoising.references import References
+from elastic_runtime.denoising.sources import encode, pixels, resized
+from elastic_runtime.denoising.sources import obstacle as unencoded
 from elastic_runtime.denoising.tokens import TokenDenoiser, samples
 from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
+from elastic_runtime.drawing.over import Over
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
+from elastic_runtime.ralu.offers import offers, stepped, unsuited
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
-from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, Plan, full, named, preset
+from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, STEPPED, Plan, named, preset
 from elastic_runtime.request import Request, StepRecord
+from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
-from elastic_runtime.sampling.stages import RaluLoop, RaluStep, from_draws, ralu
+from elastic_runtime.sampling.stages import Keep, PlanLoop, PlanStep, along, from_draws
 from elastic_runtime.sessions.session import Session, batches
 
-USUAL = "4x"  # where nothing is asked for
-STEPS = 20  # of plan full
-MOST_STEPS = 50  # of plan full that a policy weighs: what the paper compares with
+STEPS = 20  # of plans in any number of steps
+MOST_STEPS = 50  # of them that a policy weighs: what the paper compares with
 
 
 class PlanDrawing(Drawing):
@@ -50,6 +54,7 @@ class PlanDrawing(Drawing):
         self._upscale = self.model.vae.upscale if self.model.vae else 1
         self._references = References.of(request.image_latents, self.model)
         self._beside = len(self._references or ())
+        self._over = Over.of(bundle.manifest, request)
         self.size, self.plans = self._planned()
         self.name = next(iter(self.plans))
         if request.caching is not None:
@@ -76,6 +81,9 @@ class PlanDrawing(Drawing):
         self._noise = self._source()
         shape = (self._count, self.model.sample_shape[0], *(side * self._patches.size for side in self.size))
         self._start = self._noise.standard_normal(shape) if request.noise is None else initial(request.noise, shape)
+        self._keep: Keep | None = None
+        if self._over:
+            self._over.check(self._count)
 
     @property
     def count(self) -> int:
@@ -96,6 +104,12 @@ class PlanDrawing(Drawing):
         branches = [self._strong, self._weak or self._strong]
         self._lengths = tuple(self._patches.filled_all(texts.counts) for texts in branches)
         self._open_graph = open_graph
+        if self._over:
+            unit = self._patches.size * self._upscale
+            picture = self._over.latents(open_graph, (self.size[0] * unit, self.size[1] * unit), self._count)
+            begin = next(iter(self.plans.values())).begin
+            self._keep = self._over.keep(picture, self._start, self._patches.size)
+            self._start = begin * self._start + (1 - begin) * picture
         self._session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
         if not offered:
@@ -117,8 +131,9 @@ class PlanDrawing(Drawing):
         self._left = list(choice.left(choice.plan.steps))
         self._taken = [0] * len(self._left)
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
-        noise = from_draws(self._noise.standard_normal)
-        self._loop: RaluLoop = ralu(velocity, self._start, choice.plan, self._patches.size, self._choose, noise, self._left)
+        draw = self._noise.standard_normal
+        steps = self._choose, from_draws(draw), self._enlarge
+        self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left, self._keep)
 
     def step(self, replacement: np.ndarray | None) -> Step:
         step = self._loop.send(replacement)
@@ -126,7 +141,7 @@ class PlanDrawing(Drawing):
         return step
 
     def record(self, step: Step, choice: Choice, seconds: float) -> StepRecord:
-        assert isinstance(step, RaluStep)
+        assert isinstance(step, PlanStep)
         budget = Budget(tokens=self._patches.filled(step.sample.shape[1] + self._beside))
         weak = budget if self._weak and self.guidance.active(step.time) else None
         computed = not self.request.caching or step.index not in self.request.caching.skip
@@ -143,11 +158,11 @@ class PlanDrawing(Drawing):
 
     def facts(self) -> dict[str, Any]:
         assert self.plan is not None
-        pixels = self._patches.size * self._upscale
+        unit = self._patches.size * self._upscale
         return {
             "plan": plan_label(self.name_of(self.plan), self.drawn.steps),
-            "height": self.size[0] * pixels,
-            "width": self.size[1] * pixels,
+            "height": self.size[0] * unit,
+            "width": self.size[1] * unit,
             "size": self.size,
             "tokens": self._tokens(self.plan),
             "references": self._beside,
@@ -174,42 +189,62 @@ class PlanDrawing(Drawing):
         decoder = self._open_graph("decoder") if self.model.vae else None
         return best(edge_scores(values(self.bundle.manifest, decoder, latents), self._patches.size * self._upscale), grown)
 
+    def _enlarge(self, latents: np.ndarray, sigma: float) -> np.ndarray:
+        assert self.plan is not None
+        draw = self._noise.standard_normal
+        if self.plan.again is None:
+            return spectral(latents, sigma, draw)
+        assert self.model.vae is not None  # it is checked that there is an encoder
+        small = pixels("the picture", pictures(values(self.bundle.manifest, self._open_graph("decoder"), latents), "pil"), "RGB")
+        height, width = (2 * side for side in small.shape[1:3])
+        with self._open_graph("encoder") as encoder:
+            large = encode(encoder, self.model.vae, resized(small, height, width, Image.Resampling.BICUBIC))
+        return self.plan.again * draw(large.shape) + (1 - self.plan.again) * large
+
     def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
         """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
         request, model = self.request, self.model
-        plan, recorded = USUAL if request.plan is None else request.plan, _recorded(request.policy)
-        if not isinstance(plan, str | Plan):
-            raise UsageError(f"plan is {', '.join((*PRESETS, FULL))}, or a Plan, got {plan!r}")
+        asked, recorded = request.plan, _recorded(request.policy)
+        if not isinstance(asked, str | Plan | None):
+            raise UsageError(f"plan is {', '.join((*PRESETS, *STEPPED))}, or a Plan, got {asked!r}")
+        if self._over and asked is None:
+            asked = FULL
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
-        open_choice = chooses and request.plan is None and recorded is None
-        if request.num_inference_steps is not None and plan != FULL:
-            raise UsageError(f"num_inference_steps is for plan 'full'; plan {plan!r} has steps of its own")
-        plain = recorded.plain if recorded else plan == FULL or (isinstance(plan, Plan) and plan.plain)
-        height = model.sample_shape[1] * self._upscale if request.height is None else request.height
-        width = model.sample_shape[2] * self._upscale if request.width is None else request.width
+        open_choice = chooses and asked is None and recorded is None
+        plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
+        usual = self._over.size if self._over else tuple(side * self._upscale for side in model.sample_shape[1:])
+        height, width = (side if given is None else given for side, given in zip(usual, (request.height, request.width), strict=True))
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit
-        scheduler = model.config.get("scheduler", {})
-        steps = (MOST_STEPS if chooses else STEPS) if request.num_inference_steps is None else request.num_inference_steps
-        if plan == FULL:
-            chosen = {FULL: full(steps, size[0] * size[1], scheduler)}
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = model.few_steps or (MOST_STEPS if chooses else STEPS)
+        known = steps, size[0] * size[1], model.config.get("scheduler", {}), model.few_steps
+        offered = offers(*known)
+        plan = next(iter(offered)) if asked is None else asked
+        if request.num_inference_steps is not None and plan not in STEPPED:
+            raise UsageError(f"num_inference_steps is for plans {', '.join(STEPPED)}; plan {plan!r} has steps of its own")
+        if isinstance(plan, Plan):
+            chosen = {OWN: plan}
+        elif why := unsuited(plan, *known[1:]):
+            raise UsageError(why)
         else:
-            chosen = {OWN: plan} if isinstance(plan, Plan) else {plan: preset(plan)}
+            chosen = {plan: stepped(plan, *known) if plan in STEPPED else preset(plan)}
+        if self._over:
+            chosen = {name: each.over(self._over.strength) for name, each in chosen.items()}
+        if not self._over and any(each.begin < 1 for each in (*chosen.values(), *([recorded] if recorded else []))):
+            raise UsageError("a plan that begins below sigma 1 draws over a picture: give image")
         if recorded:
             if request.plan is not None and not any(each.alike(recorded) for each in chosen.values()):
                 raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
-            chosen = {self._name(recorded): recorded}
+            chosen = {FULL if recorded.plain else named(recorded, offered): recorded}
         elif open_choice:
-            chosen |= PRESETS | {FULL: full(steps, size[0] * size[1], scheduler)}
+            chosen = offered
         if self._patches.table is not None and max(size) > self._patches.table:
             most = self._patches.table * unit
             raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
         return size, self._taking(chosen, size)
-
-    def _name(self, plan: Plan) -> str:
-        """What a plan of any number of steps is called."""
-        return FULL if plan.plain else named(plan, PRESETS)
 
     def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
         """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
@@ -244,11 +279,13 @@ class PlanDrawing(Drawing):
                 f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]}{whose} in a "
                 f"stage: take another size, or export it for that size{instead}"
             )
-        if (not plan.plain or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
+        if (plan.mixed or plan.growth == "pixels" or self.request.output_type != "latent") and not drawable(self.bundle.manifest):
             raise UsageError(str(obstacle(self.bundle.manifest)))
         if self.request.output_type != "latent":
             self._check_decoder(self.size[0] * latent, self.size[1] * latent, "the picture")
-        if not plan.plain:
+        if plan.growth == "pixels" and (why := unencoded(self.bundle.manifest)):
+            raise UsageError(why)
+        if plan.mixed or plan.growth == "pixels":
             self._check_decoder(self.size[0] * latent // 2, self.size[1] * latent // 2, "its preview")
 
     def _check_sides(self, height: Any, width: Any, unit: int, plain: bool) -> None:
@@ -286,7 +323,7 @@ class PlanDrawing(Drawing):
                 )
         guided = {self.guidance.active(sigma) for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:
-            for alone in {False} if plan.plain else {False, True}:  # in the mixed stage each picture runs alone
+            for alone in {False, True} if plan.mixed else {False}:  # in the mixed stage each picture runs alone
                 for rows in {rows for each in guided for rows in samples(self._lengths, each, alone)}:
                     batches(session, rows)
         except BudgetError as error:

@@ -8,6 +8,7 @@ from elastic_runtime.ralu.plan import LEAST_Z, STAGES, Plan, check_outline, chec
 GRID = np.linspace(0.0, 1.0, 1000)
 LEAST_DENSITY = 1e-10
 SHIFTS, ZS = (0.5, 10.0), (LEAST_Z, 100.0)
+NEAR = 1 - 1e-6  # of a bound: the search stops a rounding error before it
 
 
 def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_ratio: float, base_shift: float = 3.0) -> Plan:
@@ -15,7 +16,8 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
 
     It finds the stages' shifts and Z that minimise the Jensen-Shannon distance. scipy is needed here only.
 
-    Raises: UsageError for steps, times or a ratio that no plan can have; MissingError without scipy.
+    Raises: UsageError for steps, times or a ratio that no plan can have, and for a `base_shift` at which the search runs into its bounds:
+        the stages would then restart so close to pure noise that those before are thrown away; MissingError without scipy.
     """
     for name, given in (("steps", steps), ("end_times", end_times)):
         if not isinstance(given, tuple | list):
@@ -48,6 +50,13 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
 
     found = minimize(distance, [3.0] * STAGES + [2.0], bounds=[SHIFTS] * STAGES + [ZS])
     *shifts, z = (float(value) for value in found.x)
+    reached = [f"shift {value:g}" for value in shifts if value >= SHIFTS[1] * NEAR] + [f"z {z:g}"] * (z >= ZS[1] * NEAR)
+    if reached:
+        raise UsageError(
+            f"no schedule of steps {steps} with end times {end_times} is like plain sampling with base_shift {base_shift:g}: the search "
+            f"runs into its bound at {reached[0]}, where each stage starts again from all but pure noise. Take plan 'speed', which goes by "
+            "any shift, or 'full'"
+        )
     return Plan(steps, end_times, tuple(shifts), z, up_ratio)
 
 

@@ -1,39 +1,27 @@
-"""A RALU plan: how many steps at which resolution, between which times (arXiv 2507.08422).
+"""A plan: how many steps at which resolution, between which times.
 
-Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of three stages begins at half the height and width,
-then grows the patches with the most edges, then all of them. A plan of one stage is plain full-resolution sampling.
+Times `t = 1 - sigma` run from 0 (noise) to 1 (picture). A plan of one stage is plain full-resolution sampling. One of two
+begins at half the height and width and grows once: in its spectrum (SPEED, arXiv 2605.18736), or as a finished picture in its pixels
+(MrFlow, arXiv 2607.01642). One of three, RALU's (arXiv
+2507.08422), grows the patches with the most edges, then all of them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from elastic_runtime.contract.manifest import OWN_STEPS
 from elastic_runtime.contract.schedule import is_number, onward, spaced, whole_steps
 from elastic_runtime.errors import UsageError
+from elastic_runtime.ralu.schedulers import EMPIRICAL, check_scheduler, check_tokens, empirical_shift
 
-STAGES = 3
+# What grows between stages: chosen patches and then the others; the spectrum of the latents; the pixels of a finished picture.
+Growth = Literal["patches", "spectrum", "pixels"]
+STAGES = 3  # of RALU
 # Below it no noise makes grown patches white again: the smallest eigenvalue of a block's covariance is 1 - 4/Z^2.
 LEAST_Z = 2.0
-EMPIRICAL = "empirical"  # what a scheduler's `mu` is where it is FLUX.2's rule
-
-
-def empirical_shift(tokens: int, steps: int) -> float:
-    """FLUX.2's shift of plain sampling, `e^mu`: mu lies on two lines over the image tokens, for 10 and for 200 steps, and between them
-    in proportion to the steps; above 4,300 tokens on the second (`compute_empirical_mu` of diffusers' pipelines).
-
-    Raises: UsageError for so many steps that the line has left all use.
-    """
-    dense = 0.00016927 * tokens + 0.45666666
-    if tokens > 4300:
-        return math.exp(dense)
-    sparse = 8.73809524e-05 * tokens + 1.89833333
-    mu = dense + (sparse - dense) * (200 - steps) / 190
-    if abs(mu) > MOST_EXPONENT:
-        raise UsageError(f"FLUX.2's rule spaces {steps:,} steps as no model was drawn: take 200 or fewer")
-    return math.exp(mu)
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,9 @@ class Stage:
     """One stage: it starts at time `start`, visits `sigmas` (one more than its steps) and ends at time `end`.
 
     On entering, the sample is renoised, `alpha * n + beta * x`; the first stage has alpha 0 and beta 1, which is
-    nothing. `shift` says how its steps are spaced; `empirical` as in `Plan`.
+    nothing. `shift` says how its steps are spaced; `empirical` as in `Plan`. A stage that goes on along another schedule
+    than from its own first sigma has the sigma which that one is left at, `grid`: its later times are those that follow
+    there.
     """
 
     start: float
@@ -52,6 +42,7 @@ class Stage:
     shift: float = 1.0
     least: float | None = None
     terminal: float | None = None
+    grid: float | None = None
     empirical: int | None = None
 
     @property
@@ -60,10 +51,15 @@ class Stage:
 
     def spaced(self, steps: int, sigma: float | None = None) -> tuple[float, ...]:
         """The sigmas of `steps` steps from `sigma` (the stage's beginning where it is None) to the stage's end."""
-        if sigma is None:
+        first = 1 - self.start
+        if self.grid is None and sigma is None:
             shift = self.shift if self.empirical is None else empirical_shift(self.empirical, steps)
             return sigmas(self.start, self.end, steps, shift, self.least, self.terminal)
-        return tuple(float(s) for s in onward(sigma, 1 - self.end, steps, self.shift, self.least, self.terminal))
+        begins = self.grid is not None and (sigma is None or sigma == first)
+        left = self.grid if begins else sigma
+        assert left is not None
+        visited = onward(left, 1 - self.end, steps, self.shift, self.least, self.terminal)
+        return tuple(float(s) for s in (first if begins else visited[0], *visited[1:]))
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class Plan:
     """Stages of a drawing: for each its `steps`, the time at which it ends, and its schedule's `shifts`.
 
     Args:
-        steps: three numbers (low, mixed, full resolution), or one (full resolution).
+        steps: one number (full resolution), two (low, full) or three (low, mixed, full).
         end_times: rising, the last is 1.
         shifts: how much each stage dwells on noise; 1 is evenly.
         z: the paper's Z, at least 2: how far each stage steps back in time, and how grown patches are made white again.
@@ -80,9 +76,14 @@ class Plan:
         with.
         least: of plain sampling, the sigma before the shift that the last step starts from, where the scheduler names
         one (SD3); None spaces all steps alike (FLUX).
-        terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to.
+        terminal: of plain sampling, the sigma that the last step starts from, which the schedule is stretched to. Both
+        are of the last stage of two as well.
         empirical: of plain sampling, the image tokens that FLUX.2's shift is of: `shifts` follow from them and the steps
         (see `empirical_shift`).
+        begin: of plain sampling, the sigma that it starts from; below 1 that of a picture which is drawn over.
+        growth: what grows between stages: `patches` of three, the `spectrum` or `pixels` of two. In pixels it is a
+        finished picture, so both stages end at time 1.
+        again: the sigma from which what grew in pixels is drawn again.
 
     Raises: UsageError naming the value that is wrong.
     """
@@ -96,6 +97,9 @@ class Plan:
     least: float | None = None
     terminal: float | None = None
     empirical: int | None = None
+    growth: Growth = "patches"
+    begin: float = 1.0
+    again: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "end_times", "shifts"):
@@ -103,18 +107,29 @@ class Plan:
             if not isinstance(value, tuple | list):
                 raise UsageError(f"a plan's {name} are a tuple, one value a stage, got {value!r}")
             object.__setattr__(self, name, tuple(value))
-        check_outline(self.steps, self.end_times)
+        check_outline(self.steps, self.end_times, finished=self.growth == "pixels")
         if len(self.shifts) != len(self.steps):
             raise UsageError(f"a plan has a shift for each of its {len(self.steps)} stages, got {self.shifts}")
         if bad := [shift for shift in self.shifts if not (is_number(shift) and 0 < shift < math.inf)]:
             raise UsageError(f"a plan's shifts are above 0, got {bad[0]!r}")
-        if self.plain:
+        if not self.mixed:
             if self.z is not None or self.up_ratio is not None or not self.renoise:
-                raise UsageError("a plan of one stage has no z, no up_ratio and no renoise: nothing grows in it")
+                raise UsageError(f"z, up_ratio and renoise are of a plan of {STAGES} stages, whose patches grow, got {len(self.steps)}")
             for name in ("least", "terminal"):
                 value = getattr(self, name)
                 if value is not None and not (is_number(value) and 0 < value < 1):
                     raise UsageError(f"a plan's {name} is a sigma between 0 and 1, got {value!r}")
+        if self.growth not in (("patches",) if self.plain or self.mixed else ("spectrum", "pixels")):
+            raise UsageError(
+                f"a plan of {STAGES} stages grows in patches, one of 2 in its spectrum or in pixels (growth='spectrum' or 'pixels'), one "
+                f"of 1 not at all; got {len(self.steps)} stages and growth {self.growth!r}"
+            )
+        placed = is_number(self.again) and 0 < self.again < 1
+        if placed != (self.growth == "pixels") or not (placed or self.again is None):
+            raise UsageError(f"again is a sigma between 0 and 1 of a plan that grows in pixels, got {self.again!r} of {self.growth}")
+        if not (is_number(self.begin) and 0 < self.begin <= 1) or (self.begin < 1 and not self.plain):
+            raise UsageError(f"begin is a sigma above 0, and below 1 of a plan of one stage only, got {self.begin!r}")
+        if not self.mixed:
             if self.empirical is not None:
                 check_tokens(self.empirical)
                 object.__setattr__(self, "shifts", (empirical_shift(self.empirical, self.steps[0]),))
@@ -143,12 +158,22 @@ class Plan:
         return len(self.steps) == 1
 
     @property
+    def mixed(self) -> bool:
+        """Whether patches grow, so that in between each picture has tokens at places of its own."""
+        return len(self.steps) == STAGES
+
+    @property
     def total(self) -> int:
         """Steps in all."""
         return sum(self.steps)
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages in order, with the sigmas that each visits."""
+        if len(self.steps) == 2:
+            return self._grown()
+        if self.begin < 1:
+            over = Stage(1 - self.begin, 1.0, (), 0.0, 1.0, self.shifts[0], self.least, self.terminal, grid=self.begin)
+            return (replace(over, sigmas=over.spaced(*self.steps)),)
         stages, start, alpha, beta = [], 0.0, 0.0, 1.0
         for steps, end, shift in zip(self.steps, self.end_times, self.shifts, strict=True):
             visited = sigmas(start, end, steps, shift, self.least, self.terminal)
@@ -156,6 +181,30 @@ class Plan:
             if self.z is not None:
                 start, alpha, beta = restart(end, self.z) if self.renoise else (end, 0.0, 1.0)
         return tuple(stages)
+
+    def _grown(self) -> tuple[Stage, ...]:
+        """The low stage ends where the plan says, or in a picture; the other one goes on from the sigma that growing leads to, at the times
+        that the schedule has left."""
+        (low, high), (end, _), (first, second) = self.steps, self.end_times, self.shifts
+        ends = (self.least, self.terminal) if self.again else (None, None)
+        left = self.again or 1 - end
+        begun = Stage(0.0, end, sigmas(0.0, end, low, first, *ends), 0.0, 1.0, first, *ends)
+        grown = Stage(1 - (self.again or scale(left) * left), 1.0, (), 0.0, 1.0, second, self.least, self.terminal, grid=left)
+        return begun, replace(grown, sigmas=grown.spaced(high))
+
+    def over(self, strength: float) -> "Plan":
+        """Plain sampling that draws over a picture: of its steps the last `strength`, as diffusers' image-to-image counts them.
+
+        Raises: UsageError for a strength that is none, or a plan of several stages.
+        """
+        if not is_number(strength) or not 0 < strength <= 1:
+            raise UsageError(f"strength is above 0 (the picture as it is) and at most 1 (nothing of it is left), got {strength!r}")
+        if not self.plain or self.begin < 1:
+            raise UsageError("a picture is drawn over along a plan of one stage from pure noise, such as 'full'")
+        (steps,) = self.steps
+        left_out = int(max(steps - min(steps * strength, steps), 0))
+        begin = self.stages()[0].sigmas[left_out]
+        return replace(self, steps=(steps - left_out,), begin=begin, shifts=self.shifts, empirical=None)  # whose shift was that of all
 
     def alike(self, other: "Plan") -> bool:
         """Whether two plans differ in their steps at most."""
@@ -187,7 +236,7 @@ class Plan:
         if self.plain:
             return (height * width,)
         low = height * width // 4
-        return low, low + 3 * self.grown(low), height * width
+        return (low, low + 3 * self.grown(low), height * width) if self.mixed else (low, height * width)
 
     def step_tokens(self, height: int, width: int) -> tuple[int, ...]:
         """Image tokens of each step."""
@@ -212,6 +261,12 @@ def restart(end: float, z: float) -> tuple[float, float, float]:
     whole = z * (1 - end) + end
     start = end / whole
     return start, 1 - start, 1 / whole
+
+
+def scale(sigma: float) -> float:
+    """Of latents of twice the height and width whose spectrum was grown at `sigma`: what they are multiplied by. Their noise is then of
+    sigma times as much, and they lie on the path again (SPEED)."""
+    return 2 / (1 + sigma)
 
 
 def sigmas(
@@ -243,67 +298,19 @@ def full(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> Plan:
     return Plan.full(steps, exponent if linear else math.exp(exponent), **ends)
 
 
-# Keys of a diffusers flow-match scheduler that space the steps in ways that are not drawn here, and those that are drawn.
-UNDRAWN = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
-DRAWN = (
-    "shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "shift_terminal",
-    "time_shift_type", "num_train_timesteps", "sigma_min", "mu",
-)  # fmt: skip
-MOST_TOKENS = 100_000  # of a picture of 5,000 px a side in FLUX.2; e to more is soon no number
-MOST_EXPONENT, LEAST_SHIFT, MOST_LENGTH = 20.0, 1e-6, 1e9  # beyond which sigmas are no numbers
-
-
-def check_scheduler(scheduler: Mapping[str, Any]) -> None:
-    """Raise UsageError unless this is the config of a scheduler whose every key is drawn as it says."""
-    if not isinstance(scheduler, Mapping):
-        raise UsageError(f"the scheduler's config is an object, got {scheduler!r}")
-    if on := [name for name in UNDRAWN if scheduler.get(name)]:
-        raise UsageError(f"the scheduler has {on[0]}, which is not drawn here: turn it off in scheduler_config.json where that is meant")
-    if strange := [name for name in scheduler if name not in (*DRAWN, *UNDRAWN) and scheduler[name] not in (None, False)]:
-        raise UsageError(f"the scheduler has an unknown key {strange[0]!r}; known are {', '.join((*DRAWN, *UNDRAWN))}")
-    numbers = {"shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-    values = {name: scheduler.get(name, usual) for name, usual in numbers.items()}
-    if odd := [name for name, value in values.items() if not is_number(value) or not abs(value) < math.inf]:
-        raise UsageError(f"the scheduler's {odd[0]} is a number, got {values[odd[0]]!r}")
-    if values["shift"] <= 0 or not values["base_image_seq_len"] < values["max_image_seq_len"]:
-        raise UsageError(
-            f"the scheduler's shift is above 0 and its base_image_seq_len below max_image_seq_len, got {values['shift']}, "
-            f"{values['base_image_seq_len']} and {values['max_image_seq_len']}"
-        )
-    most = {"base_shift": MOST_EXPONENT, "max_shift": MOST_EXPONENT, "shift": 1 / LEAST_SHIFT}
-    far = [name for name, value in values.items() if abs(value) > most.get(name, MOST_LENGTH)]
-    if far or values["shift"] < LEAST_SHIFT:
-        name = far[0] if far else "shift"
-        raise UsageError(f"the scheduler's {name} is beyond any use, got {values[name]!r}")
-    if (kind := scheduler.get("time_shift_type", "exponential")) not in ("exponential", "linear"):
-        raise UsageError(f"the scheduler's time_shift_type is exponential or linear, got {kind!r}")
-    mu = scheduler.get("mu")
-    if mu is not None and mu != EMPIRICAL and not (is_number(mu) and abs(mu) <= MOST_EXPONENT):
-        raise UsageError(f"the scheduler's mu is a number of at most {MOST_EXPONENT:g} or {EMPIRICAL!r}, got {mu!r}")
-    if mu == EMPIRICAL and kind != "exponential":
-        raise UsageError(f"the scheduler's time_shift_type is exponential for FLUX.2, got {kind!r}")
-    ends = {"sigma_min": scheduler.get("sigma_min"), "shift_terminal": scheduler.get("shift_terminal") or None}
-    if odd := [name for name, value in ends.items() if value is not None and not (is_number(value) and 0 < value < 1)]:
-        raise UsageError(f"the scheduler's {odd[0]} is a sigma between 0 and 1, got {ends[odd[0]]!r}")
-
-
-def check_tokens(tokens: Any) -> None:
-    """Raise UsageError unless these may be the tokens that a shift is of."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MOST_TOKENS:
-        raise UsageError(f"a plan's empirical is the number of image tokens, 1 to {MOST_TOKENS:,}, got {tokens!r}")
-
-
-def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...]) -> None:
-    """Raise UsageError unless these are steps and end times of a plan."""
-    if len(steps) not in (1, STAGES):
-        raise UsageError(f"a plan has {STAGES} stages, or 1 at full resolution; got steps for {len(steps)}: {steps}")
+def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...], finished: bool = False) -> None:
+    """Raise UsageError unless these are steps and end times of a plan, of whose stages each may end in a `finished` picture."""
+    if not 1 <= len(steps) <= STAGES:
+        raise UsageError(f"a plan has 1 to {STAGES} stages, the last at full resolution; got steps for {len(steps)}: {steps}")
     if len(end_times) != len(steps):
         raise UsageError(f"a plan has an end time for each of its {len(steps)} stages, got {end_times}")
     for count in steps:
         whole_steps(count)
     if bad := [time for time in end_times if not is_number(time)]:
         raise UsageError(f"end times are numbers, got {bad[0]!r}")
-    if not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
+    if finished and set(end_times) != {1}:
+        raise UsageError(f"what grows in pixels is a finished picture, so both end times are 1, got {end_times}")
+    if not finished and not all(early < late for early, late in pairwise((0, *end_times))):  # nor is NaN below anything
         raise UsageError(f"end times rise from above 0, got {end_times}")
     if end_times[-1] != 1:
         raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
@@ -332,6 +339,8 @@ PRESETS = {
 
 
 FULL = "full"
+SPEED, MRFLOW = "speed", "mrflow"
+STEPPED = (FULL, SPEED, MRFLOW)  # plans by a name in any number of steps, along the model's own schedule
 OWN = "own"  # a plan of the caller's, which no card grades
 
 
@@ -339,7 +348,7 @@ def preset(name: str) -> Plan:
     """The plan of that name; raises UsageError listing those that exist."""
     if name not in PRESETS:
         raise UsageError(
-            f"there is no plan {name!r}; there are {', '.join(PRESETS)}, full (with its number of steps) and plans of your own: "
+            f"there is no plan {name!r}; there are {', '.join((*PRESETS, *STEPPED))}, and plans of your own: "
             "5,6,7/0.3,0.45,1/0.3 on the command line (steps/end times/share), fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"
         )
     return PRESETS[name]

@@ -1,7 +1,8 @@
-"""The RALU loop, as a generator: Euler steps over stages of mixed resolution (arXiv 2507.08422, sections 3.1 to 3.3).
+"""The loop along a plan, as a generator: Euler steps over stages of one resolution or of mixed ones (RALU, arXiv 2507.08422, sections
+3.1 to 3.3; SPEED, arXiv 2605.18736).
 
-It yields a `RaluStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs
-from outside are functions, so that a recorded run can be replayed: the velocity, the choice of patches, and the noise.
+It yields a `PlanStep` after every step; sending an array back replaces its tokens. The state is float64. What it needs
+from outside are functions, so that a recorded run can be replayed: the velocity, the choice of patches, the noise, and what enlarges.
 """
 
 from collections.abc import Callable, Generator
@@ -20,12 +21,16 @@ from elastic_runtime.sampling.flow import Step, after
 Choose = Callable[[np.ndarray, int], np.ndarray]
 # renoise(shape (B, S, C), grew, z): the noise of a transition, where `grew` are the tokens in blocks of four siblings
 Renoise = Callable[[tuple[int, ...], slice, float], np.ndarray]
+# enlarge(latents (B, C, h/2, w/2), sigma): latents (B, C, h, w) as the stage after one that ended at `sigma` begins with them
+Enlarge = Callable[[np.ndarray, float], np.ndarray]
+# keep(tokens (B, S, C), sigma): the tokens with what is not to be drawn put back, as it is at `sigma`
+Keep = Callable[[np.ndarray, float], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RaluStep(Step):
+class PlanStep(Step):
     """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
 
     Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution,
@@ -36,7 +41,7 @@ class RaluStep(Step):
     positions: np.ndarray
 
 
-RaluLoop = Generator[RaluStep, np.ndarray | None, None]
+PlanLoop = Generator[PlanStep, np.ndarray | None, None]
 
 
 def from_draws(draw: Draw) -> Renoise:
@@ -44,14 +49,23 @@ def from_draws(draw: Draw) -> Renoise:
     return lambda shape, grew, z: renoising(draw(shape), grew, z)
 
 
-def ralu(
-    velocity: Velocity, noise: np.ndarray, plan: Plan, size: int, choose: Choose, renoise: Renoise, left: list[int] | None = None
-) -> RaluLoop:
+def along(
+    velocity: Velocity,
+    noise: np.ndarray,
+    plan: Plan,
+    size: int,
+    choose: Choose,
+    renoise: Renoise,
+    enlarge: Enlarge,
+    left: list[int] | None = None,
+    keep: Keep | None = None,
+) -> PlanLoop:
     """Sample along `plan` from `noise`, full-resolution latents (B, C, h, w) that are packed in patches of `size`.
 
     The last step's tokens are the whole picture's, in raster order. `left` are the steps left by stage, by default the
     plan's: the loop counts them down, and between two steps the caller may change those of the stage under way and of
-    later ones, which are then spaced anew.
+    later ones, which are then spaced anew. `keep` is asked after each step of a plan of one stage, `noise` may then be
+    what its first sigma makes of a picture.
 
     Raises: UsageError for sizes that do not divide, or a picture too small for the plan; InferenceError for a choice of
     patches that is none.
@@ -61,11 +75,15 @@ def ralu(
     first, *later = plan.stages()
     left = list(plan.steps) if left is None else left
     if plan.plain:
-        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0)
+        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0, keep)
         return
     low = rows // 2, columns // 2
     x, positions = pack(noise[:, :, ::2, ::2], size), raster(batch, *low)  # every second value: the variance stays 1
     x, v, index, sigma = yield from _steps(velocity, x, positions, first, left, 0, 0)
+    if not plan.mixed:
+        x = pack(enlarge(unpack(x, *low, size), sigma), size)
+        yield from _steps(velocity, x, raster(batch, rows, columns), later[0], left, index, 1)
+        return
 
     count = plan.grown(positions.shape[1])
     chosen = _checked(choose(unpack(x - sigma * v, *low, size), count), batch, count, positions.shape[1])
@@ -92,8 +110,15 @@ def check_size(height: int, width: int, plan: Plan, size: int) -> None:
 
 
 def _steps(
-    velocity: Velocity, x: np.ndarray, positions: np.ndarray, stage: Stage, left: list[int], index: int, number: int
-) -> Generator[RaluStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
+    velocity: Velocity,
+    x: np.ndarray,
+    positions: np.ndarray,
+    stage: Stage,
+    left: list[int],
+    index: int,
+    number: int,
+    keep: Keep | None = None,
+) -> Generator[PlanStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
     """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the
     stage's last sigma."""
     x, sigmas = x.astype(np.float64), stage.sigmas
@@ -105,7 +130,9 @@ def _steps(
         sigma, following, *_ = sigmas
         v = velocity(x, positions, sigma, index, number)
         left[number] -= 1
-        step = RaluStep(index, index + 1 + sum(left), sigma, following, x + (following - sigma) * v, stage=number, positions=positions)
+        x = x + (following - sigma) * v
+        x = keep(x, following) if keep else x
+        step = PlanStep(index, index + 1 + sum(left), sigma, following, x, stage=number, positions=positions)
         x = after(step, (yield step))
         index, sigmas = index + 1, sigmas[1:]
     return x, v, index, following

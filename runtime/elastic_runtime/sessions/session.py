@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec, dimension, measure, sized
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.precision import PRECISIONS, rank
@@ -74,7 +74,7 @@ class Session(ABC):
         # A backend was seen to answer with the shape of the run before, and no error.
         for spec in (spec for spec in self.graph.outputs if spec.name in outputs):
             shape = outputs[spec.name].shape
-            asked = [sizes.get(size) if isinstance(size, str) else size for size in spec.shape]
+            asked = [sized(size, sizes) for size in spec.shape]
             if len(shape) != len(asked) or any(size not in (None, got) for size, got in zip(asked, shape, strict=True)):
                 raise InferenceError(f"{self.where} answered {spec.name} in shape {shape}, and the graph's is {_shape(spec)} of {sizes}")
         return outputs
@@ -127,8 +127,7 @@ def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
         if array.dtype != DTYPES[spec.dtype]:
             raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
         if len(array.shape) != len(spec.shape) or not all(
-            open_dimensions.setdefault(dimension, size) == size if isinstance(dimension, str) else dimension == size
-            for dimension, size in zip(spec.shape, array.shape, strict=True)
+            _fits(size, length, open_dimensions) for size, length in zip(spec.shape, array.shape, strict=True)
         ):
             raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
         if spec.dtype == "int64" and len(spec.shape) == 1 and spec.shape != ("B",) and (array != np.arange(len(array))).any():
@@ -137,6 +136,14 @@ def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
         if size not in graph.dimensions[name]:
             raise InferenceError(f"this graph takes {name} of {graph.dimensions[name]}, got {size}")
     return open_dimensions
+
+
+def _fits(size: int | str, length: int, known: dict[str, int]) -> bool:
+    """Whether a dimension has its `size`, as in `4`, `h` or `8*h`, by what is known of the open ones; a new one is known from now on."""
+    if isinstance(size, int):
+        return size == length
+    whole, rest = divmod(length, measure(size, {dimension(size): 1}))
+    return not rest and known.setdefault(dimension(size), whole) == whole
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -24,7 +24,8 @@ from elastic_targets.target import OnProgress, Target
 from elastic_targets.weights import held_in
 
 OPSETS = (20, 23)
-DENOISER, DECODER = "denoiser", "decoder"
+DENOISER, DECODER, ENCODER = "denoiser", "decoder", "encoder"
+CONVOLVED = (DECODER, ENCODER)  # of a VAE
 DEFAULT_OPSET = 23
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = (*_TYPES, *SCHEMES)
@@ -37,7 +38,7 @@ TEXT = "text"  # what `--precision` calls every text encoder
 @dataclass(frozen=True)
 class OnnxOptions:
     """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too. It is one for all graphs,
-    of which a decoder (convolutions) keeps its floats where matrices are held in fewer bits, or one a graph:
+    of which a decoder and an encoder (convolutions) keep their floats where matrices are held in fewer bits, or one a graph:
     `denoiser=int4w,text=int8w,decoder=fp16`, fp32 for those that it does not name."""
 
     opset: int = DEFAULT_OPSET
@@ -49,9 +50,9 @@ class OnnxOptions:
         Raises: UsageError for text that says none.
         """
         if not set("=,") & set(self.precision):
-            return EXACT if graph == DECODER and self.precision in SCHEMES else self.precision
+            return EXACT if graph in CONVOLVED and self.precision in SCHEMES else self.precision
         words = dict(part.partition("=")[::2] for part in self.precision.replace(" ", "").split(","))
-        graphs = (DENOISER, DECODER, TEXT)
+        graphs = (DENOISER, *CONVOLVED, TEXT)
         if unknown := [name for name, value in words.items() if not value or not (name in graphs or name.startswith(f"{TEXT}_"))]:
             raise UsageError(
                 f"--precision is one of {', '.join(PRECISIONS)}, or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; "
@@ -79,9 +80,12 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     precision = options.of(graph.name)
     if precision not in PRECISIONS:
         raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {precision}")
-    if precision in SCHEMES and graph.name == DECODER:
+    if precision in SCHEMES and graph.name in CONVOLVED:
         floats = ", ".join(name for name in PRECISIONS if name not in SCHEMES)
-        raise UsageError(f"a decoder is made of convolutions, which keep their floats: its precision is one of {floats}, got {precision}")
+        raise UsageError(
+            f"{'an' if graph.name == ENCODER else 'a'} {graph.name} is made of convolutions, which keep their floats: its precision is one "
+            f"of {floats}, got {precision}"
+        )
     if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
 

@@ -61,7 +61,7 @@ def test_a_picture_is_drawn_along_any_plan(plan: Any) -> None:
 def test_full_follows_the_bundle_s_scheduler_and_its_number_of_steps() -> None:
     pipe, _ = pipeline()
     assert pipe(**EMBEDS, plan="full", num_inference_steps=7, output_type="latent").plan == Plan.full(7, 3.0)
-    with pytest.raises(UsageError, match="num_inference_steps is for plan 'full'; plan '4x' has steps of its own"):
+    with pytest.raises(UsageError, match="num_inference_steps is for plans full, speed, mrflow; plan '4x' has steps of its own"):
         pipe(**EMBEDS, num_inference_steps=7)
 
 
@@ -288,7 +288,7 @@ def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
         (EMBEDS | {"prompt_embeds": np.float32(1)}, "prompt_embeds must have 3 dimensions, a prompt each in the first, got shape ()"),
         (EMBEDS | {"prompt_embeds": np.ones((0, 3, 6))}, "prompt_embeds must have 3 dimensions"),
         (EMBEDS | {"prompt_embeds": [[1], [2, 3]]}, "prompt_embeds must be an array of numbers, got list"),
-        (EMBEDS | {"plan": ["4x"]}, "plan is 4x, 7x, full, or a Plan, got ['4x']"),
+        (EMBEDS | {"plan": ["4x"]}, "plan is 4x, 7x, full, speed, mrflow, or a Plan, got ['4x']"),
         (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
         (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),
         (EMBEDS | {"plan": "3,4,5/0.2,0.4,1/0.3"}, "fit_plan((5, 6, 7), (0.3, 0.45, 1), 0.3) in Python"),

@@ -3,6 +3,8 @@ import sys
 import pytest
 
 from elastic_runtime import MissingError, UsageError, fit_plan
+from elastic_runtime.ralu.offers import MOST_BASE
+from elastic_runtime.ralu.plan import PRESETS
 
 PAPER = [
     ((5, 6, 7), (0.3, 0.45, 1.0), (5.019, 2.589, 2.226), 6.317),
@@ -34,6 +36,27 @@ def test_the_published_schedules_are_found_again(
 def test_what_no_plan_can_have_is_refused_before_fitting(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit_plan(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("steps", "base_shift", "bound"), [((5, 6, 7), 7.6, "shift 10"), ((5, 6, 7), 25.0, "shift 10"), ((2, 2, 4), 4.0, "z 100")]
+)
+def test_a_search_that_runs_into_its_bounds_gives_no_plan(steps: tuple[int, int, int], base_shift: float, bound: str) -> None:
+    pytest.importorskip("scipy", reason="fitting needs scipy")
+    with pytest.raises(
+        UsageError,
+        match=f"base_shift {base_shift:g}: the search runs into its bound at {bound}.*Take plan 'speed'.*'full'",
+    ):
+        fit_plan(steps, (0.3, 0.45, 1.0), 0.3, base_shift)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_suit_the_shifts_that_a_schedule_of_their_stages_can_be_fitted_to(name: str) -> None:
+    pytest.importorskip("scipy", reason="fitting needs scipy")
+    plan, most = PRESETS[name], MOST_BASE[name]
+    fit_plan(plan.steps, plan.end_times, plan.up_ratio, most)
+    with pytest.raises(UsageError, match="runs into its bound"):
+        fit_plan(plan.steps, plan.end_times, plan.up_ratio, most + 0.25)
 
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from elastic_runtime.denoising.pictures import decode
 from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import PRESETS, Plan
-from elastic_runtime.sampling.stages import RaluStep, ralu
+from elastic_runtime.sampling.stages import PlanStep, along
 
 PATCHES = Patches(size=2, positions="img_ids", guidance_embeds=True)
 VAE = Vae(scaling_factor=0.3611, shift_factor=0.1159, upscale=8)
@@ -77,6 +77,10 @@ def opened(request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytes
     return BACKENDS[request.param](golden / "ralu-flux", tmp_path_factory.mktemp("golden") / "bundle")
 
 
+def _never(latents: np.ndarray, sigma: float) -> np.ndarray:
+    raise AssertionError("patches grow here, nothing else")
+
+
 class Run:
     """One recorded run replayed; keeps what went into each stage and what the edges of the preview were."""
 
@@ -97,7 +101,7 @@ class Run:
 
         noise = unpack(self.shared["noise"][None], SIDE, SIDE, 2)
         plan = PRESETS[name.replace("preset", "") + "x"]
-        self.steps: list[RaluStep] = list(ralu(velocity, noise, plan, 2, self._choose, self._renoise))
+        self.steps: list[PlanStep] = list(along(velocity, noise, plan, 2, self._choose, self._renoise, _never))
 
     def _choose(self, latents: np.ndarray, count: int) -> np.ndarray:
         self.scores = edge_scores(decode(self._decoder, VAE, latents), 16)

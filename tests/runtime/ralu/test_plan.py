@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Plan, UsageError
+from elastic_runtime.ralu.offers import speed
 from elastic_runtime.ralu.plan import PRESETS, full, preset, restart, sigmas
 
 GOOD: dict[str, Any] = {"steps": (5, 6, 7), "end_times": (0.3, 0.45, 1.0), "shifts": (5.0, 2.6, 2.2), "z": 6.3, "up_ratio": 0.3}
@@ -67,7 +68,7 @@ def test_the_presets_grow_what_the_paper_grows_at_1024_px() -> None:
     assert PRESETS["7x"].tokens(64, 64) == (1024, 1330, 4096)
     assert PRESETS["7x"].step_tokens(64, 64) == (1024,) * 2 + (1330,) * 3 + (4096,) * 5
     assert preset("4x").total == 18
-    with pytest.raises(UsageError, match=r"no plan '5x'; there are 4x, 7x, full"):
+    with pytest.raises(UsageError, match=r"no plan '5x'; there are 4x, 7x, full, speed, mrflow"):
         preset("5x")
 
 
@@ -126,7 +127,7 @@ def test_full_sampling_visits_diffusers_own_sigmas(size: int) -> None:
         ({"end_times": (0.3, "a", 1.0)}, "end times are numbers, got 'a'"),
         ({"end_times": (float("nan"), 0.4, 1.0)}, "end times rise"),
         ({"steps": (5, 0, 7)}, "at least 1 step, got 0"),
-        ({"steps": (5, 6)}, "3 stages, or 1 at full resolution; got steps for 2"),
+        ({"steps": (5, 6, 7, 8)}, "a plan has 1 to 3 stages, the last at full resolution; got steps for 4"),
         ({"steps": (5, 6.5, 7)}, "whole number, got 6.5"),
         ({"steps": 18}, "steps are a tuple, one value a stage, got 18"),
         ({"shifts": (5.0, 2.6)}, "a shift for each of its 3 stages"),
@@ -137,8 +138,14 @@ def test_full_sampling_visits_diffusers_own_sigmas(size: int) -> None:
         ({"up_ratio": 1.0}, "got 1.0 (with 1 nothing is left to grow in the last stage)"),
         ({"up_ratio": -0.1}, "up_ratio lies between 0 and 1, got -0.1"),
         ({"up_ratio": None}, "up_ratio lies between 0 and 1, got None"),
-        ({"steps": (9,), "end_times": (1.0,), "shifts": (1.0,)}, "a plan of one stage has no z, no up_ratio and no renoise"),
-        ({"steps": (9,), "end_times": (1,), "shifts": (1,), "z": None, "up_ratio": None, "renoise": False}, "no up_ratio and no renoise"),
+        (
+            {"steps": (9,), "end_times": (1.0,), "shifts": (1.0,)},
+            "z, up_ratio and renoise are of a plan of 3 stages, whose patches grow, got 1",
+        ),
+        (
+            {"steps": (9,), "end_times": (1,), "shifts": (1,), "z": None, "up_ratio": None, "renoise": False},
+            "z, up_ratio and renoise are of",
+        ),
     ],
 )
 def test_a_wrong_plan_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -159,3 +166,50 @@ def test_as_many_patches_grow_as_the_ratio_says_or_it_is_refused(patches: int, r
 def test_a_plan_is_written_as_code() -> None:
     assert eval(repr(PRESETS["4x"])) == PRESETS["4x"]
     assert Plan([3, 4, 5], [0.2, 0.4, 1], [3, 3, 3], 4, 0.5).steps == (3, 4, 5)  # type: ignore[arg-type]
+
+
+@given(st.integers(2, 60), st.floats(0.5, 25), st.floats(0.05, 0.95), st.sampled_from([{}, {"sigma_min": 0.003}, {"shift_terminal": 0.02}]))
+def test_speed_takes_the_steps_above_its_transition_at_half_the_sides(
+    steps: int, shift: float, transition: float, ends: dict[str, float]
+) -> None:
+    plan = speed(steps, 64, {"shift": shift} | ends, transition)
+    low, high = plan.stages()
+    assert plan.total == steps
+    assert plan.tokens(8, 8) == (16, 64)
+    assert (low.sigmas[0], low.sigmas[-1], high.sigmas[-1]) == (1.0, pytest.approx(transition), 0.0)
+    assert high.sigmas[0] == pytest.approx(2 * transition / (1 + transition))
+    assert all(late < early for stage in (low, high) for early, late in pairwise(stage.sigmas))
+    assert high.spaced(high.steps) == high.sigmas == high.spaced(high.steps, high.sigmas[0])
+    if ends.get("shift_terminal") and high.steps > 1:
+        assert high.sigmas[-2] == pytest.approx(0.02)
+    assert [stage.sigmas[0] for stage in plan.spread(steps + 5).stages()] == [low.sigmas[0], high.sigmas[0]]
+
+
+def test_speed_goes_on_at_the_times_that_the_schedule_has_left() -> None:
+    whole = full(10, 64, {"shift": 2.0}).stages()[0].sigmas
+    low, high = speed(10, 64, {"shift": 2.0}, whole[4]).stages()
+    assert low.sigmas == pytest.approx(whole[:5])
+    assert high.sigmas[1:] == pytest.approx(whole[5:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 64, {}), "plan 'speed' takes a step at each of its two resolutions, got 1"),
+        ((9, 64, {}, 1.0), "the transition is a sigma between 0 and 1, got 1.0"),
+        ((9, 64, {"shift_terminal": 0.5}, 0.4), "the transition lies above the scheduler's last step, at sigma 0.5, got 0.4"),
+        ((0, 64, {}), "at least 1 step"),
+    ],
+)
+def test_speed_says_what_it_cannot_be(arguments: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        speed(*arguments)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"growth": "patches"}, {"z": 3.0}, {"up_ratio": 0.3}, {"growth": "pixels"}, {"again": 0.3}, {"steps": (2, 2, 2)}, {"least": 2.0}],
+)
+def test_a_plan_of_two_stages_has_no_more_than_it_needs(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Plan(**{"steps": (2, 3), "end_times": (0.25, 1.0), "shifts": (2.0, 2.0), "growth": "spectrum"} | changes)

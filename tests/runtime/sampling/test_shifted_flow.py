@@ -4,6 +4,8 @@ import msgspec
 import numpy as np
 import pytest
 from fakes import model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elastic_runtime import UsageError
 from elastic_runtime.contract.schedule import RectifiedFlow, onward
@@ -56,3 +58,10 @@ def test_the_sde_has_times_of_its_own() -> None:
 def test_numbers_that_cannot_be_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="needs a shift of 1/100000 to 100000 and a terminal between 0 and 1"):
         RectifiedFlow(**fields)
+
+
+@given(st.integers(2, 40), st.integers(1, 38), st.floats(0.3, 20), st.floats(0.005, 0.2))
+def test_what_is_left_of_a_stretched_schedule_is_its_own_rest(steps: int, taken: int, shift: float, terminal: float) -> None:
+    whole = RectifiedFlow(shift=shift, terminal=terminal).times(steps)
+    taken = min(taken, steps - 1)
+    np.testing.assert_allclose(onward(whole[taken], 0.0, steps - taken, shift, terminal=terminal), whole[taken:], rtol=1e-7, atol=1e-9)

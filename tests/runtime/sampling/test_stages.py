@@ -10,7 +10,8 @@ from elastic_runtime import InferenceError, Plan, UsageError
 from elastic_runtime.ralu.noise import renoising
 from elastic_runtime.ralu.patches import pack, raster
 from elastic_runtime.ralu.plan import PRESETS
-from elastic_runtime.sampling.stages import RaluStep, from_draws, ralu
+from elastic_runtime.sampling.enlarging import spectral
+from elastic_runtime.sampling.stages import PlanStep, along, from_draws
 
 PLAN = Plan((2, 2, 3), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
 
@@ -21,9 +22,14 @@ def first_ones(latents: np.ndarray, count: int) -> np.ndarray:
 
 def run(
     velocity: Any, shape: tuple[int, ...] = (2, 3, 8, 16), plan: Plan = PLAN, choose: Any = first_ones, seed: int = 0
-) -> list[RaluStep]:
+) -> list[PlanStep]:
     source = np.random.default_rng(seed)
-    return list(ralu(velocity, source.standard_normal(shape), plan, 2, choose, from_draws(source.standard_normal)))
+    draw = source.standard_normal
+    return list(along(velocity, draw(shape), plan, 2, choose, from_draws(draw), lambda latents, sigma: spectral(latents, sigma, draw)))
+
+
+def never(latents: np.ndarray, sigma: float) -> np.ndarray:
+    raise AssertionError("patches grow here, nothing else")
 
 
 @given(st.integers(1, 3), st.integers(2, 5), st.integers(2, 5), st.floats(0.26, 0.9), st.integers(0, 99))
@@ -90,7 +96,7 @@ def test_noise_comes_before_the_sort_and_where_tokens_grew() -> None:
         return np.zeros_like(x)
 
     plan = Plan((1, 1, 1), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.25)
-    list(ralu(velocity, np.zeros((1, 1, 8, 16)), plan, 2, lambda latents, count: np.array([[1, 6]]), renoise))
+    list(along(velocity, np.zeros((1, 1, 8, 16)), plan, 2, lambda latents, count: np.array([[1, 6]]), renoise, never))
     assert asked == [((1, 14, 4), slice(6, None), 4.0), ((1, 32, 4), slice(0, 24), 4.0)]
     stages = plan.stages()
     np.testing.assert_allclose(seen[1][0, :, 0], stages[1].alpha * np.arange(14))
@@ -112,7 +118,7 @@ def test_without_renoising_grown_patches_are_copies_and_no_noise_is_drawn() -> N
 
     noise = np.arange(128.0).reshape(1, 1, 8, 16)
     plan = Plan((1, 1, 1), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.25, renoise=False)
-    list(ralu(velocity, noise, plan, 2, lambda latents, count: np.array([[1, 6]]), renoise))
+    list(along(velocity, noise, plan, 2, lambda latents, count: np.array([[1, 6]]), renoise, never))
     low = pack(noise[:, :, ::2, ::2], 2)
     np.testing.assert_array_equal(seen[1][:, 6:], low[:, [1, 1, 1, 1, 6, 6, 6, 6]])
     rows, columns = np.divmod(np.arange(32), 8)
@@ -121,7 +127,7 @@ def test_without_renoising_grown_patches_are_copies_and_no_noise_is_drawn() -> N
 
 def test_a_plan_of_one_stage_is_euler_from_the_noise_itself() -> None:
     noise = np.random.default_rng(0).standard_normal((1, 3, 6, 4))  # which no plan of three stages could halve
-    steps = list(ralu(lambda x, p, sigma, i, s: x / sigma, noise, Plan.full(4, 2.0), 2, None, None))  # type: ignore[arg-type]
+    steps = list(along(lambda x, p, sigma, i, s: x / sigma, noise, Plan.full(4, 2.0), 2, None, None, None))  # type: ignore[arg-type]
     assert [step.time for step in steps] == list(Plan.full(4, 2.0).stages()[0].sigmas[:-1])
     np.testing.assert_allclose(steps[0].sample, pack(noise, 2) * steps[0].next_time)
     np.testing.assert_allclose(steps[-1].sample, 0, atol=1e-12)
@@ -134,7 +140,7 @@ def test_sending_tokens_replaces_the_state() -> None:
         seen.append(x)
         return np.zeros_like(x)
 
-    loop = ralu(velocity, np.zeros((1, 3, 8, 8)), PLAN, 2, first_ones, lambda shape, grew, z: np.zeros(shape))
+    loop = along(velocity, np.zeros((1, 3, 8, 8)), PLAN, 2, first_ones, lambda shape, grew, z: np.zeros(shape), never)
     step = next(loop)
     loop.send(np.ones(step.sample.shape, np.float32))
     assert seen[1].dtype == np.float64
@@ -176,3 +182,47 @@ def test_the_noise_of_a_source_is_correlated_where_tokens_grew() -> None:
     drawn = from_draws(np.random.default_rng(3).standard_normal)((2, 9, 5), slice(1, None), 3.0)
     white = np.random.default_rng(3).standard_normal((2, 9, 5))
     np.testing.assert_array_equal(drawn, renoising(white, slice(1, None), 3.0))
+
+
+SPEED = Plan((2, 3), (0.25, 1.0), (2.0, 2.0), growth="spectrum")
+
+
+@given(st.integers(1, 3), st.integers(2, 5), st.integers(2, 5), st.floats(0.05, 0.95), st.integers(0, 99))
+@settings(max_examples=25)
+def test_straight_paths_lead_to_the_picture_whatever_its_spectrum_was_grown_at(
+    batch: int, high: int, wide: int, sigma: float, seed: int
+) -> None:
+    """With the exact velocity to a smooth picture, of which the low stage draws a small one, noise leaves no trace."""
+    source = np.random.default_rng(seed)
+    small = source.uniform(-1, 1, (batch, 3, 2 * high, 2 * wide))
+    large = spectral(small, 0.0, lambda shape: np.zeros(shape))
+    pictures = [pack(small, 2), pack(large, 2)]
+    plan = Plan((2, 3), (1 - sigma, 1.0), (2.0, 2.0), growth="spectrum")
+    steps = run(lambda x, positions, at, index, stage: (x - pictures[stage]) / at, (batch, 3, 4 * high, 4 * wide), plan)
+    assert [step.stage for step in steps] == [0, 0, 1, 1, 1]
+    np.testing.assert_allclose(steps[-1].sample, pictures[1], atol=1e-9)
+    # what the second stage begins with lies on the path: the picture and noise in the shares of its sigma
+    assert steps[2].time == pytest.approx(2 * sigma / (1 + sigma))
+
+
+def test_a_plan_of_two_stages_runs_at_whole_places_of_its_own_two_pictures() -> None:
+    places: list[np.ndarray] = []
+
+    def velocity(x: np.ndarray, positions: np.ndarray, sigma: float, index: int, stage: int) -> np.ndarray:
+        places.append(positions)
+        return np.zeros_like(x)
+
+    steps = run(velocity, plan=SPEED)
+    for seen, size in zip(places, [(2, 4)] * 2 + [(4, 8)] * 3, strict=True):
+        np.testing.assert_array_equal(seen, raster(2, *size))
+    assert [step.index for step in steps] == list(range(5))
+
+
+@pytest.mark.parametrize("left", [[1, 3], [2, 1], [4, 6]])
+def test_a_plan_of_two_stages_takes_other_steps_than_its_own(left: list[int]) -> None:
+    taken = list(left)
+    empty, still = np.zeros((1, 1, 8, 8)), lambda x, *_: np.zeros_like(x)
+    steps = list(along(still, empty, SPEED, 2, first_ones, from_draws(np.zeros), lambda x, sigma: empty, taken))
+    assert [step.stage for step in steps] == [0] * left[0] + [1] * left[1]
+    assert (steps[0].time, steps[left[0] - 1].next_time, steps[-1].next_time) == (1.0, pytest.approx(0.75), 0.0)
+    assert steps[left[0]].time == pytest.approx(2 * 0.75 / 1.75)
