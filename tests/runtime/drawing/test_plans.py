@@ -272,6 +272,46 @@ def test_guidance_that_is_off_at_0_leads_from_the_strong_prediction(scale: float
             pipe(**EMBEDS, **NEGATIVE, plan=TINY, guidance_scale=scale)
 
 
+def test_texts_of_several_lengths_are_cut_by_their_masks_and_run_apart() -> None:
+    lengths: list[tuple[int, ...]] = []
+
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        lengths.append(feeds["encoder_hidden_states"].shape[:2])
+        return to_zero(feeds) * feeds["encoder_hidden_states"].sum((1, 2))[:, None, None]
+
+    pipe, _ = pipeline(field=field)
+    embeds = {"prompt_embeds": np.ones((3, 5, 6)), "pooled_prompt_embeds": np.ones((3, 5)), "noise": np.ones((3, 4, 16, 16))}
+    mask = np.arange(5) < np.array([[2], [5], [2]])
+    images = pipe(**embeds, prompt_embeds_mask=mask, plan="full", num_inference_steps=1, output_type="latent").images
+    assert lengths == [(2, 2), (1, 5)]
+    np.testing.assert_allclose(images[:, 0, 0, 0], 1 - 6 * np.array([2, 5, 2]))
+    lengths.clear()
+    pipe(**embeds, plan="full", num_inference_steps=1, output_type="latent")
+    assert lengths == [(3, 5)]
+
+
+def test_a_batch_that_texts_of_several_lengths_part_too_far_is_refused() -> None:
+    whole = manifest()
+    graph = whole.graphs["denoiser"]
+    pairs = msgspec.structs.replace(graph, dimensions=graph.dimensions | {"B": Span(2, 4)})
+    pipe, _ = pipeline(msgspec.structs.replace(whole, graphs=whole.graphs | {"denoiser": pairs}))
+    embeds = {"prompt_embeds": np.ones((2, 5, 6)), "pooled_prompt_embeds": np.ones((2, 5)), "plan": "full", "output_type": "latent"}
+    assert len(pipe(**embeds).images) == 2
+    with pytest.raises(BudgetError, match="takes batches of 2-4; 1 samples"):
+        pipe(**embeds, prompt_embeds_mask=[[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+
+
+def test_normalization_caps_the_guided_prediction() -> None:
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.ones_like(feeds["hidden_states"]) * feeds["pooled_projections"][:, :1, None]
+
+    pipe, _ = pipeline(field=field)
+    drawn = EMBEDS | NEGATIVE | {"true_cfg_scale": 4.0, "noise": np.zeros((1, 4, 16, 16)), "output_type": "latent", "plan": "full"}
+    for normalization, factor in ((False, 4), (True, 1), (2.5, 2.5), (9, 4)):
+        images = pipe(**drawn, num_inference_steps=1, cfg_normalization=normalization).images
+        np.testing.assert_allclose(images, -factor, rtol=1e-6)
+
+
 @pytest.mark.parametrize("text", ["cat \udcff", "\ud800"])
 def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
     pipe, _ = pipeline()
@@ -312,6 +352,21 @@ def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
         (EMBEDS | {"prompt_embeds": np.float32(1)}, "prompt_embeds must have 3 dimensions, a prompt each in the first, got shape ()"),
         (EMBEDS | {"prompt_embeds": np.ones((0, 3, 6))}, "prompt_embeds must have 3 dimensions"),
         (EMBEDS | {"prompt_embeds": [[1], [2, 3]]}, "prompt_embeds must be an array of numbers, got list"),
+        (
+            EMBEDS | {"prompt_embeds": [np.ones((3, 6)), np.ones((2, 6))]},
+            "got list: texts of several lengths are padded to one, with a mask",
+        ),
+        (
+            EMBEDS | {"prompt_embeds_mask": [[1, 1]]},
+            "prompt_embeds_mask is 1 x 3, 1 for a text's own tokens, which come first and are some",
+        ),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 1, 1]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 0, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[1, np.nan, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        ({"prompt": "a cat", "prompt_embeds_mask": [[1]]}, "prompt_embeds_mask does not go with prompt"),
+        (EMBEDS | {"negative_prompt_embeds_mask": [[1, 1, 0]]}, "negative_prompt_embeds_mask acts through classifier-free guidance, which"),
+        (EMBEDS | {"cfg_normalization": True}, "cfg_normalization acts through guidance, which is off: give true_cfg_scale above 1"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "cfg_normalization": -1}, "cfg_normalization must be a number, 0 or more, got -1"),
         (EMBEDS | {"plan": ["4x"]}, "plan is 4x, 7x, full, or a Plan, got ['4x']"),
         (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
         (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),
