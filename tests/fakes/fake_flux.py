@@ -4,15 +4,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from fakes import manifest as elit_manifest
 
-from elastic_runtime import Axis, Bundle, FakeSession, Session, Span
+from elastic_runtime import Axis, Bundle, ElasticPipeline, FakeSession, Session, Span
 from elastic_runtime.contract.artifacts import FileEntry, Graph, TensorSpec
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model, Patches, Text, TextEncoder, Vae
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 CHANNELS, SIZE, UPSCALE, WIDTH, POOLED = 4, 2, 4, 6, 5
+# of one prompt, and of what guidance leads away from
+EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
+NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prompt_embeds": np.zeros((1, 5))}
 # velocity(feeds) -> (B, S, C): what a fake denoiser computes
 Field = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
@@ -22,6 +26,7 @@ SCHNELL = Patches(size=SIZE, positions="img_ids")
 QWEN = Patches(size=SIZE, positions="img_ids", layout="centred")
 FLUX2 = Patches(size=1, positions="img_ids", layout="sequence")
 Z_IMAGE = Patches(size=SIZE, positions="img_ids", layout="after_text")
+PADDED = Patches(size=SIZE, positions="img_ids", layout="after_text", multiple=8)
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
 
 
@@ -39,10 +44,12 @@ def denoiser_graph(patches: Patches, channels: int = CHANNELS, width: int = WIDT
     inputs += [spec(patches.positions, "S", patches.columns)]
     inputs += [spec("txt_ids", "T", patches.columns)] if patches.table is None else []
     inputs += [spec("guidance", "B")] if patches.guidance_embeds else []
+    inputs += [spec("img_pad", "B", "S"), spec("txt_pad", "B", "T")] if patches.multiple else []
+    least = patches.filled(1)
     return Graph(
         inputs=tuple(inputs),
         outputs=(spec("prediction", "B", "S", channels * patches.size**2),),
-        dimensions={"B": Span(1, 4), "S": Span(1, 1024), "T": Span(1, 64)},
+        dimensions={"B": Span(1, 4), "S": Span(least, 1024), "T": Span(least, 64)},
         artifacts=(),
     )
 
@@ -96,7 +103,8 @@ def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None
         distilled=not classes and patches == SCHNELL,
     )
     every = {"denoiser": denoiser_graph(patches)} | ({"decoder": DECODER} if decoder else {}) | graphs
-    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(TOKENS,), graphs=every, cost=(), provenance=old.provenance)
+    axes = (msgspec.structs.replace(TOKENS, min=patches.filled(1), step=patches.multiple or 1),)
+    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=axes, graphs=every, cost=(), provenance=old.provenance)
 
 
 class Opener:
@@ -133,3 +141,8 @@ def encode(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def to_zero(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
     """The exact velocity of straight paths to an empty picture."""
     return feeds["hidden_states"] / feeds["timestep"][:, None, None]
+
+
+def pipeline(whole: Any = None, field: Any = to_zero) -> tuple[ElasticPipeline, Opener]:
+    opener = Opener(whole or manifest(), field)
+    return ElasticPipeline(opener.bundle, opener), opener

@@ -6,13 +6,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import SCHNELL, Opener, manifest
+from fake_flux import EMBEDS, NEGATIVE, SCHNELL, manifest, pipeline
 
-from elastic_runtime import ElasticPipeline, Plan, UsageError
+from elastic_runtime import Plan, UsageError
 from elastic_runtime.denoising.conditions import USUAL
-
-EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
-NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prompt_embeds": np.zeros((1, 5))}
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(0, 1), (0.5, 1.5), (None, 5.0)])
@@ -27,8 +24,7 @@ def test_guidance_that_is_off_at_0_leads_from_the_strong_prediction(scale: float
         rows.append(len(feeds["hidden_states"]))
         return np.ones_like(feeds["hidden_states"]) * feeds["pooled_projections"][:, :1, None]
 
-    opener = Opener(off, field)
-    pipe = ElasticPipeline(opener.bundle, opener)
+    pipe, _ = pipeline(off, field)
     negative = NEGATIVE if factor > 1 else {}
     result = pipe(**EMBEDS, **negative, plan="full", num_inference_steps=1, guidance_scale=scale, noise=np.zeros((1, 4, 16, 16)),
         output_type="latent")  # fmt: skip
@@ -37,3 +33,14 @@ def test_guidance_that_is_off_at_0_leads_from_the_strong_prediction(scale: float
     if factor == 1:
         with pytest.raises(UsageError, match="classifier-free guidance, which is off: give guidance_scale above 0"):
             pipe(**EMBEDS, **NEGATIVE, plan=Plan.full(2), guidance_scale=scale)
+
+
+def test_normalization_caps_the_guided_prediction() -> None:
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.ones_like(feeds["hidden_states"]) * feeds["pooled_projections"][:, :1, None]
+
+    pipe, _ = pipeline(field=field)
+    drawn = EMBEDS | NEGATIVE | {"true_cfg_scale": 4.0, "noise": np.zeros((1, 4, 16, 16)), "output_type": "latent", "plan": "full"}
+    for normalization, factor in ((False, 4), (True, 1), (2.5, 2.5), (9, 4)):
+        images = pipe(**drawn, num_inference_steps=1, cfg_normalization=normalization).images
+        np.testing.assert_allclose(images, -factor, rtol=1e-6)

@@ -3,14 +3,12 @@
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-from fake_flux import Opener, manifest, to_zero
+from fake_flux import EMBEDS, Opener, manifest, to_zero
 
 from elastic_runtime import Auto, Deadline, ElasticPipeline, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
 
-EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 OWN = Plan((2, 2, 4), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
 
 

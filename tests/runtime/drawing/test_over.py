@@ -5,13 +5,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import CHANNELS, ENCODER, SCHNELL, UPSCALE, Opener, encode, manifest, to_zero
+from fake_flux import CHANNELS, EMBEDS, ENCODER, SCHNELL, UPSCALE, Opener, encode, manifest, to_zero
 from PIL import Image
 
 from elastic_runtime import Deadline, ElasticPipeline, InferenceError, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
 
-EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 ROWS = tuple(Cost(budget={"tokens": n}, flops=1000 * n, weight_bytes=4000, activation_bytes=100 * n) for n in (16, 34, 64))
 GREY = np.full((64, 64, 3), 128, np.uint8)
 

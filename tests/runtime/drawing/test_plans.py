@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import SCHNELL, SD3, Opener, decode, manifest, to_zero
+from fake_flux import EMBEDS, NEGATIVE, SCHNELL, SD3, Opener, decode, manifest, pipeline, to_zero
 from fake_prompts import flux as with_text
 
 from elastic_runtime import (
@@ -27,15 +27,8 @@ from elastic_runtime.contract.artifacts import FileEntry, Graph, OnnxArtifact
 from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 
-EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 TWO = {"negative_prompt_embeds": np.ones((2, 2, 6)), "negative_pooled_prompt_embeds": np.ones((2, 5))}
-NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prompt_embeds": np.zeros((1, 5))}
 TINY = Plan((1, 1, 2), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
-
-
-def pipeline(whole: Any = None, field: Any = to_zero) -> tuple[ElasticPipeline, Opener]:
-    opener = Opener(whole or manifest(), field)
-    return ElasticPipeline(opener.bundle, opener), opener
 
 
 def seeded(*seeds: int) -> Any:
@@ -288,6 +281,8 @@ def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
         (EMBEDS | {"prompt_embeds": np.float32(1)}, "prompt_embeds must have 3 dimensions, a prompt each in the first, got shape ()"),
         (EMBEDS | {"prompt_embeds": np.ones((0, 3, 6))}, "prompt_embeds must have 3 dimensions"),
         (EMBEDS | {"prompt_embeds": [[1], [2, 3]]}, "prompt_embeds must be an array of numbers, got list"),
+        (EMBEDS | {"cfg_normalization": True}, "cfg_normalization acts through guidance, which is off: give true_cfg_scale above 1"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "cfg_normalization": -1}, "cfg_normalization must be a number, 0 or more, got -1"),
         (EMBEDS | {"plan": ["4x"]}, "plan is 4x, 7x, full, speed, mrflow, or a Plan, got ['4x']"),
         (EMBEDS | {"num_images_per_prompt": 0}, "num_images_per_prompt is a whole number from 1, got 0"),
         (EMBEDS | {"plan": "5x"}, "there is no plan '5x'"),

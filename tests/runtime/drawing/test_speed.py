@@ -5,13 +5,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, UPSCALE, Z_IMAGE, Opener, manifest, to_zero
+from fake_flux import EMBEDS, FLUX, FLUX2, QWEN, SCHNELL, SD3, UPSCALE, Z_IMAGE, Opener, manifest, to_zero
 
 from elastic_runtime import Caching, ElasticPipeline, Plan, Request, Span, UsageError
 from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.ralu.offers import speed
 
-EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 PLAN = speed(6, 64, {"shift": 3.0})
 
 

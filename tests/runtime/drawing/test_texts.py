@@ -1,0 +1,65 @@
+"""Texts of several lengths in one drawing."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from fake_flux import EMBEDS, manifest, pipeline, to_zero
+
+from elastic_runtime import BudgetError, Span, UsageError
+
+
+def test_texts_of_several_lengths_are_cut_by_their_masks_and_run_apart() -> None:
+    lengths: list[tuple[int, ...]] = []
+
+    def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        lengths.append(feeds["encoder_hidden_states"].shape[:2])
+        return to_zero(feeds) * feeds["encoder_hidden_states"].sum((1, 2))[:, None, None]
+
+    pipe, _ = pipeline(field=field)
+    embeds = {"prompt_embeds": np.ones((3, 5, 6)), "pooled_prompt_embeds": np.ones((3, 5)), "noise": np.ones((3, 4, 16, 16))}
+    mask = np.arange(5) < np.array([[2], [5], [2]])
+    images = pipe(**embeds, prompt_embeds_mask=mask, plan="full", num_inference_steps=1, output_type="latent").images
+    assert lengths == [(2, 2), (1, 5)]
+    np.testing.assert_allclose(images[:, 0, 0, 0], 1 - 6 * np.array([2, 5, 2]))
+    lengths.clear()
+    pipe(**embeds, plan="full", num_inference_steps=1, output_type="latent")
+    assert lengths == [(3, 5)]
+
+
+def test_a_batch_that_texts_of_several_lengths_part_too_far_is_refused() -> None:
+    whole = manifest()
+    graph = whole.graphs["denoiser"]
+    pairs = msgspec.structs.replace(graph, dimensions=graph.dimensions | {"B": Span(2, 4)})
+    pipe, _ = pipeline(msgspec.structs.replace(whole, graphs=whole.graphs | {"denoiser": pairs}))
+    embeds = {"prompt_embeds": np.ones((2, 5, 6)), "pooled_prompt_embeds": np.ones((2, 5)), "plan": "full", "output_type": "latent"}
+    assert len(pipe(**embeds).images) == 2
+    with pytest.raises(BudgetError, match="takes batches of 2-4; 1 samples"):
+        pipe(**embeds, prompt_embeds_mask=[[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            EMBEDS | {"prompt_embeds": [np.ones((3, 6)), np.ones((2, 6))]},
+            "got list: texts of several lengths are padded to one, with a mask",
+        ),
+        (
+            EMBEDS | {"prompt_embeds_mask": [[1, 1]]},
+            "prompt_embeds_mask is 1 x 3, 1 for a text's own tokens, which come first and are some",
+        ),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 1, 1]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 0, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[1, np.nan, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        ({"prompt": "a cat", "prompt_embeds_mask": [[1]]}, "prompt_embeds_mask does not go with prompt"),
+        (EMBEDS | {"negative_prompt_embeds_mask": [[1, 1, 0]]}, "negative_prompt_embeds_mask acts through classifier-free guidance, which"),
+    ],
+)
+def test_texts_and_masks_that_do_not_go_together_are_named(given: dict[str, Any], said: str) -> None:
+    pipe, _ = pipeline()
+    with pytest.raises(UsageError, match=re.escape(said)):
+        pipe(**given)
