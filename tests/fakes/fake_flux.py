@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from fakes import manifest as elit_manifest
 
@@ -22,6 +23,7 @@ SCHNELL = Patches(size=SIZE, positions="img_ids")
 QWEN = Patches(size=SIZE, positions="img_ids", layout="centred")
 FLUX2 = Patches(size=1, positions="img_ids", layout="sequence")
 Z_IMAGE = Patches(size=SIZE, positions="img_ids", layout="after_text")
+PADDED = Patches(size=SIZE, positions="img_ids", layout="after_text", multiple=8)
 SD3 = Patches(size=SIZE, positions="pos_ids", table=24)
 
 
@@ -39,10 +41,12 @@ def denoiser_graph(patches: Patches, channels: int = CHANNELS, width: int = WIDT
     inputs += [spec(patches.positions, "S", patches.columns)]
     inputs += [spec("txt_ids", "T", patches.columns)] if patches.table is None else []
     inputs += [spec("guidance", "B")] if patches.guidance_embeds else []
+    inputs += [spec("img_pad", "B", "S"), spec("txt_pad", "B", "T")] if patches.multiple else []
+    least = patches.filled(1)
     return Graph(
         inputs=tuple(inputs),
         outputs=(spec("prediction", "B", "S", channels * patches.size**2),),
-        dimensions={"B": Span(1, 4), "S": Span(1, 1024), "T": Span(1, 64)},
+        dimensions={"B": Span(1, 4), "S": Span(least, 1024), "T": Span(least, 64)},
         artifacts=(),
     )
 
@@ -96,7 +100,8 @@ def manifest(patches: Patches = FLUX, classes: int = 0, text: Text | None = None
         distilled=not classes and patches == SCHNELL,
     )
     every = {"denoiser": denoiser_graph(patches)} | ({"decoder": DECODER} if decoder else {}) | graphs
-    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=(TOKENS,), graphs=every, cost=(), provenance=old.provenance)
+    axes = (msgspec.structs.replace(TOKENS, min=patches.filled(1), step=patches.multiple or 1),)
+    return Manifest(schema_version=SCHEMA_VERSION, model=model, axes=axes, graphs=every, cost=(), provenance=old.provenance)
 
 
 class Opener:

@@ -160,6 +160,34 @@ def test_the_layout_s_columns_are_those_of_the_graph() -> None:
         decode(msgspec.json.encode(content), "elastic.json")
 
 
+def test_only_img_ids_come_in_multiples() -> None:
+    with pytest.raises(ValueError, match="a `multiple` is of `img_ids`, got 32 of pos_ids"):
+        Patches(size=2, positions="pos_ids", table=192, multiple=32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda content: content["model"]["patches"].update(multiple=None),
+            "takes img_pad and txt_pad, and the model's `multiple` is None",
+        ),
+        (
+            lambda content: content["graphs"]["denoiser"].update(inputs=content["graphs"]["denoiser"]["inputs"][:-1]),
+            "it takes img_pad, and the model's `multiple` is 8",
+        ),
+        (lambda content: content["axes"][0].update(step=4), "tokens spans 8-1024, and the model's tokens come in multiples of 8"),
+        (lambda content: content["graphs"]["denoiser"]["dimensions"]["T"].update(max=60), "T spans 8-60, .* in multiples of 8"),
+    ],
+)
+def test_the_graph_s_pads_and_sizes_are_those_of_the_multiple(change: Any, message: str) -> None:
+    content = msgspec.to_builtins(fake_flux.manifest(fake_flux.PADDED))
+    decode(msgspec.json.encode(content), "elastic.json")
+    change(content)
+    with pytest.raises(BundleError, match=message):
+        decode(msgspec.json.encode(content), "elastic.json")
+
+
 def test_a_shape_may_be_a_multiple_of_an_open_dimension() -> None:
     image = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
     latent = TensorSpec(name="latent", dtype="float32", shape=("B", 4, "h", "w"))

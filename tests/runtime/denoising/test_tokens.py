@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from fake_flux import FLUX, FLUX2, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph, manifest
+from fake_flux import FLUX, FLUX2, PADDED, QWEN, SCHNELL, SD3, Z_IMAGE, Patches, denoiser_graph, manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -144,6 +144,49 @@ def test_texts_of_other_lengths_run_apart_each_at_its_places() -> None:
     assert [len(feeds["hidden_states"]) for feeds in fed] == [4], "texts of one length share a run"
     model.evaluate(Budget(tokens=4), 1, 0.5, np.random.default_rng(0))
     assert fed[-1]["encoder_hidden_states"].shape == (1, 64, 6)
+
+
+def test_tokens_are_filled_up_to_multiples_and_texts_that_then_are_as_long_share_a_run() -> None:
+    fed: list[dict[str, np.ndarray]] = []
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        fed.append(dict(feeds))
+        return {"prediction": feeds["hidden_states"] + feeds["encoder_hidden_states"].sum((1, 2))[:, None, None]}
+
+    model = TokenDenoiser(FakeSession(denoiser_graph(PADDED, pooled=0), run), PADDED)
+    x = np.random.default_rng(1).standard_normal((3, 6, 16)).astype(np.float32)
+    texts = Conditions.of([np.ones((length, 6), np.float32) for length in (3, 9, 8)])
+    got = model.guided(x, raster(3, 2, 3), (2, 3), 0.5, texts, None, Guidance())
+    np.testing.assert_allclose(got, x + 6 * np.array([3, 9, 8])[:, None, None], rtol=1e-6)
+    first, second = fed
+    assert (first["hidden_states"].shape, first["encoder_hidden_states"].shape) == ((2, 8, 16), (2, 8, 6))
+    np.testing.assert_array_equal(first["img_pad"], [[0] * 6 + [1] * 2] * 2)
+    np.testing.assert_array_equal(first["txt_pad"], [[0] * 3 + [1] * 5, [0] * 8])
+    np.testing.assert_array_equal(first["img_ids"][[0, 5, 6, 7]], [[9, 0, 0], [9, 1, 2], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(first["txt_ids"], [[1 + k, 0, 0] for k in range(8)])
+    assert second["encoder_hidden_states"].shape == (1, 16, 6)
+    assert second["txt_pad"].sum() == 7
+    assert second["img_ids"][0, 0] == 17, "beside 16 text tokens, pads among them"
+    fed.clear()
+    model.guided(x, raster(3, 2, 3), (2, 3), 0.5, texts.rows(slice(0, 1)).repeated(3), texts, Guidance(2.0))
+    assert [len(feeds["hidden_states"]) for feeds in fed] == [2, 3, 1], "five texts of eight take two runs of four at most"
+
+
+def test_runs_have_texts_of_one_length() -> None:
+    lengths = ((8, 16, 8), (8, 8, 16))
+    assert samples(lengths, guided=False, alone=False) == [2, 1]
+    assert samples(lengths, guided=True, alone=False) == [4, 2]
+    assert samples(lengths, guided=True, alone=True) == [2, 1, 1, 1, 1]
+    assert samples(((4,) * 3,) * 2, guided=True, alone=False) == [6]
+
+
+def test_a_capped_prediction_is_no_longer_than_so_many_times_the_strong_one() -> None:
+    strong, weak = np.random.default_rng(1).standard_normal((2, 2, 5, 16))
+    plain, length = Guidance(4.0).lead(strong, weak), lambda each: np.sqrt(np.square(each).sum((1, 2)))
+    capped = Guidance(4.0, cap=0.5).lead(strong, weak)
+    np.testing.assert_allclose(length(capped), 0.5 * length(strong))
+    np.testing.assert_allclose(capped * (length(plain) / length(capped))[:, None, None], plain)
+    np.testing.assert_array_equal(Guidance(4.0, cap=100.0).lead(strong, weak), plain)
 
 
 def test_a_rescaled_prediction_has_the_strong_one_s_length_in_each_token() -> None:
