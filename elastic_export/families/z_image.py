@@ -16,6 +16,7 @@ from elastic_export.families.tokens import Config, Rope, TokenFamily, rotate
 from elastic_runtime.contract.manifest import Patches
 
 PATCH, SIZE = "2-1", 2  # diffusers' name of the weights for patches of 2 x 2 in one frame, which its pipeline draws with
+NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")  # of a block
 MULTIPLE = 32  # of both kinds of tokens, to which the model was trained with pad tokens
 TIME_WIDTH = 1024  # of the hidden layer that a time goes through
 MOST_CONDITION = 256  # width of a time's embedding
@@ -40,6 +41,7 @@ class JointAttention:
         *,
         freqs_cis: tuple[Tensor, Tensor],
     ) -> Tensor:
+        hidden_states = hidden_states.to(attn.to_q.weight.dtype)
         query, key, value = (split_heads(project(hidden_states), attn.heads) for project in (attn.to_q, attn.to_k, attn.to_v))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
@@ -56,6 +58,7 @@ class FeedForward(nn.Module):
         self.w1, self.w2, self.w3 = plain.w1, plain.w2, plain.w3
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.w1.weight.dtype)
         output: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x * DOWN))
         return output.float() / DOWN  # (B, N, W)
 
@@ -75,6 +78,8 @@ class ZImage(nn.Module):
         for block in (*transformer.noise_refiner, *transformer.context_refiner, *transformer.layers):
             block.attention.processor = JointAttention()
             block.feed_forward = FeedForward(block.feed_forward)
+        # Blocks sum in float32 whatever the precision, and so their norms compute.
+        self.exact = tuple(name for name, _ in self.named_modules() if name.rpartition(".")[2] in NORMS)
         # Patches are packed (ph, pw, c) in both layers: these columns and rows are put in the order (c, ph, pw).
         channels = transformer.in_channels
         order = torch.arange(SIZE**2 * channels).view(SIZE, SIZE, channels).permute(2, 0, 1).flatten()
@@ -97,7 +102,6 @@ class ZImage(nn.Module):
         dtype, length = first.weight.dtype, hidden_states.shape[1]
         time = (1000 - timestep * 1000) / 1000 * model.t_scale  # rounded as diffusers' pipeline and class do it
         condition = model.t_embedder.mlp(self.sinusoids(time).to(dtype))  # (B, 256)
-        # The residual stays in float32 whatever the precision: blocks add to it.
         image = torch.where(img_pad[:, :, None] > 0, model.x_pad_token, first(hidden_states.to(dtype))).float()  # (B, S, W)
         text = torch.where(txt_pad[:, :, None] > 0, model.cap_pad_token, model.cap_embedder(encoder_hidden_states.to(dtype))).float()
         image_angles, text_angles = self.rope(img_ids), self.rope(txt_ids)

@@ -28,7 +28,7 @@ from elastic_runtime.contract.manifest import Patches
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.tokens import Conditions, TokenDenoiser
 from elastic_runtime.ralu.patches import pack, raster
-from elastic_targets.weights import cast
+from elastic_targets.weights import cast, held_in
 
 ONE = Span(1, 1)
 PATCHES = Patches(size=2, positions="img_ids", layout="after_text", multiple=32)
@@ -198,7 +198,7 @@ def test_branches_that_overflow_in_half_precision_do_not_here() -> None:
         assert not torch.isfinite(plain.sample[0]).all()
         arrays = [pack(latents, 2), text[None], np.full(1, 0.3), np.pad(raster(1, 8, 8)[0], ((0, 0), (1, 0))), np.zeros((32, 3))]
         feeds = [torch.from_numpy(array).float() for array in (*arrays, np.zeros((1, 64)), np.zeros((1, 32)))]
-        exact, half = ZImage(loud())(*feeds), cast(ZImage(loud()), torch.float16)(*feeds)
+        exact, half = ZImage(loud())(*feeds), held_in(ZImage(loud()), torch.float16)(*feeds)
     assert half.dtype == torch.float32
     assert (half - exact).abs().max() <= 2e-2 * exact.abs().max()
 

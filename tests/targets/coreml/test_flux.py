@@ -1,4 +1,4 @@
-"""FLUX, FLUX.2, SD3, Qwen-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
+"""FLUX, FLUX.2, SD3, Qwen-Image, Z-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +55,18 @@ def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[...,
     options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
     _, session = lowered(graph, precision="fp32", **options)
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+@pytest.mark.parametrize(("precision", "shapes"), [("fp32", "functions"), ("fp32", "range"), ("fp16", "functions")])
+def test_a_z_image_denoiser_takes_pad_tokens(
+    graphs: Callable[..., Any], lowered: Lowered, error: Error, precision: str, shapes: str
+) -> None:
+    graph = graphs(folders.z_image())[0]
+    assert [point["tokens"] for point in budgets(graph, CoremlOptions())] == [32, 64]
+    points = [Budget(tokens=count, T=text) for count, text in ((32, 64), (64, 32))]
+    options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
+    _, session = lowered(graph, precision=precision, **options)
+    assert max(error(graph, session, point) for point in points) < PRECISIONS[precision].tolerance
 
 
 @pytest.mark.parametrize("shapes", ["functions", "range"])

@@ -1,4 +1,4 @@
-"""Engines of FLUX's, FLUX.2's and Qwen-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
+"""Engines of FLUX's, FLUX.2's, Qwen-Image's and Z-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
 
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +59,20 @@ def test_a_flux_2_folder_builds(room: ModuleType, guided: bool, tmp_path: Path) 
         (decoding,) = engines["decoder"].profiles
         assert decoding.dimensions["h"] == Range(2, 8, 8)
         assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_z_image_denoiser_builds(room: ModuleType, tmp_path: Path, precision: str) -> None:
+    folders.write(tmp_path / "f", folders.z_image(), decoder=False)
+    captured = capture_folder(tmp_path / "f", None, Span(16, 16), Span(1, 2))
+    onnx = target("onnx")
+    bundle = export_capture(captured, "onnx", onnx.options(precision=precision), tmp_path / "out", "elastic-export onnx f")
+    options = room.TrtOptions(sms=(89,), buckets=room.read_buckets("none", bundle.manifest.axes), precision=precision)
+    made = export_bundle(bundle, "trt", options)
+    (engine,) = (artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact))
+    dimensions = engine.profiles[0].dimensions
+    assert (dimensions["S"], dimensions["T"]) == (Range(32, 64, 64), Range(32, 512, 512))
+    assert engine.network.attentions == 4  # of two refiners and two blocks
 
 
 def test_elit_on_qwen_image_builds(room: ModuleType, golden: Path, tmp_path: Path) -> None:
