@@ -64,9 +64,9 @@ def export(
         elastic_export.export("digits", output="digits", target="trt", sms=(89,), buckets="64,128,256")
 
     Args:
-        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image, here or on
-            the hub (`org/name`, `org/name@revision`). For a target that takes ONNX (trt) also a bundle's folder, whose ONNX artifacts it
-            takes; another model is exported to ONNX first.
+        model: a packaged sample, a family or a preset (see `models`), or a diffusers folder of FLUX, FLUX.2, SD3, Qwen-Image, Z-Image or
+            Krea 2, here or on the hub (`org/name`, `org/name@revision`). For a target that takes ONNX (trt) also a bundle's folder, whose
+            ONNX artifacts it takes; another model is exported to ONNX first.
         output: the bundle's folder. Another target or precision of the same export joins the bundle that is there.
         target: onnx, coreml or trt.
         latents, tokens, loops: what to narrow an axis of the model to, `"32-256"` or a `Span`; None for all of it.

@@ -144,7 +144,7 @@ def capture_folder(
     max_sequence_length: int | None = None,
     adapters: tuple[Adapter, ...] = (),
 ) -> Capture:
-    """Capture a diffusers folder of FLUX, FLUX.2, SD3 or Qwen-Image; weights are read when something computes with them.
+    """Capture a diffusers folder of FLUX, FLUX.2, SD3, Qwen-Image, Z-Image or Krea 2; weights are read when something computes with them.
 
     Args:
         components: of transformer, vae, text and encoder; None for the first three, as far as the folder lists them.

@@ -32,4 +32,4 @@ def models(json: options.Json = False) -> None:
     from elastic_export.capture.zoo import FAMILIES
 
     show.line(f"Any other size: name a family ({', '.join(FAMILIES)}) with --checkpoint and --config.")
-    show.line("FLUX, FLUX.2, SD3 and Qwen-Image: a diffusers folder.")
+    show.line("FLUX, FLUX.2, SD3, Qwen-Image, Z-Image and Krea 2: a diffusers folder.")

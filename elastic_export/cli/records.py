@@ -117,7 +117,7 @@ GuidanceBudgets = Annotated[
 
 MODEL_HELP = (
     "A packaged sample, a family, a preset (see [bold]elastic-export models[/bold]), or a diffusers folder of FLUX, FLUX.2, SD3 or "
-    "Qwen-Image, here or on the hub ([bold]org/name[/bold])."
+    "Qwen-Image, Z-Image or Krea 2, here or on the hub ([bold]org/name[/bold])."
 )
 BUNDLE_HELP = "A bundle's folder, which needs no torch; or a model to export first, as for [bold]elastic-export onnx[/bold]."
 

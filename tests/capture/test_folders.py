@@ -63,7 +63,7 @@ def test_a_capture_reads_no_weights_and_tells_everything(whole: Path) -> None:
     assert denoiser.dimensions == {"B": Span(1, 2), "S": Span(4, 64), "T": Span(1, 6)}
     assert [point["tokens"] for point in denoiser.stages] == [16, 19, 28, 64]
     assert decoder.dimensions == {"B": Span(1, 2), "h": Span(4, 16), "w": Span(4, 16)}
-    assert captured.manifest.axes == denoiser.axes == (axis(Span(4, 64)),)
+    assert captured.manifest.axes == denoiser.axes == (axis(Span(4, 64), FLUX.patches(folders.flux().config)),)
     assert set(captured.peaks) == {graph.name for graph in captured.graphs}
     assert captured.manifest.cost[0].flops > 0
     assert set(captured.files) == {"tokenizer/text_encoder/tokenizer.json", "tokenizer/text_encoder_2/tokenizer.json"}
@@ -156,8 +156,9 @@ def test_three_costs_give_every_other_and_the_decoder_s_peak_grows_with_the_pict
 def test_sizes_are_of_pictures_and_of_the_stages_of_the_largest() -> None:
     sizes = Sizes(Span(512, 1024), 8, 2)
     assert (sizes.latent, sizes.tokens) == (Span(32, 128), Span(256, 4096))
-    assert stages(axis(sizes.tokens)) == [1024, 1330, 1945, 4096]  # as the paper's presets have them at 1024 px
-    assert stages(axis(Span(1500, 4096))) == [1945, 4096]
+    patches = FLUX.patches(folders.flux().config)
+    assert stages(axis(sizes.tokens, patches), patches, 4096) == [1024, 1330, 1945, 4096]  # as the paper's presets have them at 1024 px
+    assert stages(axis(Span(1500, 4096), patches), patches, 4096) == [1945, 4096]
 
 
 def test_tokens_narrow_the_axis_that_the_sides_set(whole: Path) -> None:
