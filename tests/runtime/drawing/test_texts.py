@@ -1,5 +1,6 @@
 """Embeddings of several lengths in one drawing, and the cap of what guidance gives."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from fake_flux import Opener, manifest, to_zero
 
-from elastic_runtime import BudgetError, ElasticPipeline, Span
+from elastic_runtime import BudgetError, ElasticPipeline, Span, UsageError
 
 EMBEDS = {"prompt_embeds": np.ones((1, 3, 6)), "pooled_prompt_embeds": np.ones((1, 5))}
 NEGATIVE = {"negative_prompt_embeds": np.zeros((1, 3, 6)), "negative_pooled_prompt_embeds": np.zeros((1, 5))}
@@ -57,3 +58,30 @@ def test_normalization_caps_the_guided_prediction() -> None:
     for normalization, factor in ((False, 4), (True, 1), (2.5, 2.5), (9, 4)):
         images = pipe(**drawn, num_inference_steps=1, cfg_normalization=normalization).images
         np.testing.assert_allclose(images, -factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            EMBEDS | {"prompt_embeds": [np.ones((3, 6)), np.ones((2, 6))]},
+            "got list: texts of several lengths are padded to one, with a mask",
+        ),
+        (
+            EMBEDS | {"prompt_embeds_mask": [[1, 1]]},
+            "prompt_embeds_mask is 1 x 3, 1 for a text's own tokens, which come first and are some",
+        ),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 1, 1]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[0, 0, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        (EMBEDS | {"prompt_embeds_mask": [[1, np.nan, 0]]}, "prompt_embeds_mask is 1 x 3, 1 for"),
+        ({"prompt": "a cat", "prompt_embeds_mask": [[1]]}, "prompt_embeds_mask does not go with prompt"),
+        (EMBEDS | {"negative_prompt_embeds_mask": [[1, 1, 0]]}, "negative_prompt_embeds_mask acts through classifier-free guidance, which"),
+        (EMBEDS | {"cfg_normalization": True}, "cfg_normalization acts through guidance, which is off: give true_cfg_scale above 1"),
+        (EMBEDS | NEGATIVE | {"true_cfg_scale": 2.0, "cfg_normalization": -1}, "cfg_normalization must be a number, 0 or more, got -1"),
+    ],
+)
+def test_wrong_masks_and_normalizations_are_named_before_anything_is_opened(arguments: dict[str, Any], message: str) -> None:
+    pipe, opener = pipeline()
+    with pytest.raises(UsageError, match=re.escape(message)):
+        pipe(**arguments)
+    assert not opener.opened
