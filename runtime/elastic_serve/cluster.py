@@ -192,6 +192,7 @@ def serve(folders: Sequence[Path], settings: Settings, cluster: Cluster, ready: 
         raise UsageError("--port 0 is for one machine: with --ray name a port, which every node then has")
     for folder in folders:
         servable(folder)
+    places = [str(folder.resolve() if folder.exists() else folder) for folder in folders]  # or names on the hub, for each node to fetch
     for each in bound(settings.host, settings.port):  # which Ray would find out after a long time, and not say
         each.close()
     ended = threading.Event()
@@ -205,7 +206,7 @@ def serve(folders: Sequence[Path], settings: Settings, cluster: Cluster, ready: 
             signal.signal(number, lambda *_: ended.set())
         try:
             ray_serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
-            ray_serve.run(build([str(folder.resolve()) for folder in folders], settings, cluster, secret), name=NAME)
+            ray_serve.run(build(places, settings, cluster, secret), name=NAME)
         except (RuntimeError, ray.exceptions.RayError) as error:  # which Ray has told of in many lines
             raise MissingError(f"Ray did not start the server: {str(error).strip().splitlines()[-1]}. Its lines above say why") from error
         if ready:

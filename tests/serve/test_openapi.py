@@ -107,3 +107,35 @@ def test_the_document_tells_of_the_server_to_those_who_may_know(serving: Serving
         document = http.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()
         assert document["security"] == [{"key": []}]
         assert http.get("/openapi.json", headers={"host": "evil.example", "Authorization": "Bearer secret"}).status_code == 403
+
+
+def test_a_server_of_several_models_allows_what_one_of_them_takes(digits: Path, tmp_path: Path) -> None:
+    validator = pytest.importorskip("jsonschema", reason="what reads a schema").Draft202012Validator
+    from fake_flux import SCHNELL, Opener, manifest, to_zero
+    from fakes import write_manifest
+
+    from elastic_runtime import Bundle, ElasticPipeline
+    from elastic_serve.body import Limits
+    from elastic_serve.fields import request
+    from elastic_serve.served import Served
+
+    opener = Opener(manifest(SCHNELL, classes=5), to_zero)
+    write_manifest(tmp_path, opener.bundle.manifest)
+    opener.bundle = Bundle.open(tmp_path)
+    models = [
+        Served("digits", ElasticPipeline.from_pretrained(digits, "ort", lanes=1)),
+        Served("plans", ElasticPipeline(opener.bundle, opener)),
+    ]
+    try:
+        schema = request(models, Limits())
+        validator.check_schema(schema)
+        allows = validator(schema).is_valid
+    finally:
+        for each in models:
+            each.close()
+    assert allows({"class_labels": 9})
+    assert not allows({"class_labels": 9, "plan": "4x"}), "the first is meant, and draws along none"
+    assert allows({"class_labels": 4, "plan": "4x", "model": "plans"})
+    assert not allows({"class_labels": 5, "model": "plans"})
+    assert not allows({"class_labels": 4, "plan": "4x", "budget": {"tokens": 4}, "model": "plans"})
+    assert not allows({"class_labels": 4, "model": "neither"})
