@@ -11,6 +11,7 @@ pytest.importorskip("diffusers", reason="the models are diffusers'")
 pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import folders  # noqa: E402
+from diffusers import Flux2KleinPipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import elastic_export  # noqa: E402
@@ -80,3 +81,18 @@ def test_an_encoder_whose_weights_are_missing_is_refused_and_a_decoder_s_need_no
     save_file({name: value for name, value in whole.items() if not name.startswith(("encoder.", "quant_conv."))}, file)
     with pytest.raises(ModelError, match=r"vae does not fit .*: it lacks .*encoder"):
         load_vae(folder / "vae", "encoder")
+
+
+def test_flux_2_s_latents_are_packed_and_normalised_as_its_pipeline_has_them(tmp_path: Path) -> None:
+    vae = folders.packed_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    image = torch.rand(2, 3, 16, 24, generator=torch.manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        packed = Flux2KleinPipeline._patchify_latents(vae.encode(image).latent_dist.mode())
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        wanted = (packed - vae.bn.running_mean[:, None, None]) / std[:, None, None]
+        found = load_vae(tmp_path / "vae", "encoder")(image)
+        assert found.shape == (2, 16, 4, 6)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+        again = load_vae(tmp_path / "vae")(found)  # what it gives is what the decoder takes
+        torch.testing.assert_close(again, vae.decode(vae.encode(image).latent_dist.mode(), return_dict=False)[0], atol=1e-5, rtol=1e-4)

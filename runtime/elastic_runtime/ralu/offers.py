@@ -1,11 +1,12 @@
 """The plans that go by a name, for a model's scheduler and a picture's tokens: which suit them, and why others do not."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_runtime.contract.schedule import is_number, unshifted, whole_steps
 from elastic_runtime.errors import UsageError
-from elastic_runtime.ralu.plan import FULL, MRFLOW, PRESETS, SPEED, STEPPED, Plan, full
+from elastic_runtime.ralu.plan import FULL, MRFLOW, PRESETS, SPEED, Plan, full
 
 # The base shift up to which a schedule can be fitted to a preset's outline before the search runs into its bounds (see `fit`).
 MOST_BASE = {"4x": 5.5, "7x": 3.5}
@@ -40,7 +41,11 @@ def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: in
 def offers(steps: int, tokens: int, scheduler: Mapping[str, Any], few_steps: int | None = None) -> dict[str, Plan]:
     """The plans that suit, by name, the usual one first; those along the model's own schedule in so many `steps`."""
     suited = {name: plan for name, plan in PRESETS.items() if unsuited(name, tokens, scheduler, few_steps) is None}
-    return suited | {name: stepped(name, steps, tokens, scheduler, few_steps) for name in STEPPED if name == FULL or steps > 1}
+    suited[FULL] = full(steps, tokens, scheduler)
+    for name in (SPEED, MRFLOW):
+        with contextlib.suppress(UsageError):  # so few steps, or a schedule that ends above where it would grow
+            suited[name] = stepped(name, steps, tokens, scheduler, few_steps)
+    return suited
 
 
 def stepped(name: str, steps: int, tokens: int, scheduler: Mapping[str, Any], few_steps: int | None = None) -> Plan:

@@ -8,6 +8,7 @@ from fake_flux import EMBEDS, Opener, manifest, to_zero
 
 from elastic_runtime import Auto, Deadline, ElasticPipeline, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
+from elastic_runtime.ralu.offers import offers
 
 OWN = Plan((2, 2, 4), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
 
@@ -63,3 +64,9 @@ def test_steps_are_those_of_full_where_that_is_what_is_drawn() -> None:
 
 def test_a_plan_of_one_s_own_is_one_s_own_business() -> None:
     assert pipeline(9.0, 4)(**EMBEDS, plan=OWN, output_type="latent").plan == OWN
+
+
+def test_a_schedule_that_ends_above_where_speed_grows_leaves_it_out_and_nothing_else() -> None:
+    odd = offers(9, 64, {"shift": 2.0, "shift_terminal": 0.7})
+    assert set(odd) == {"4x", "7x", "full", "mrflow"}
+    assert set(offers(1, 64, {})) == {"4x", "7x", "full"}
