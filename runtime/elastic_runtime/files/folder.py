@@ -146,7 +146,7 @@ def writing(folder: Path, overwrite: bool = False) -> Iterator[Draft]:
     `standing`), the place cannot be written, or the disk is full; whatever the block raises. In each case `folder` is
     as it was.
     """
-    with holding(folder, "bundle", lambda: standing(folder, overwrite)) as (partial, stands):
+    with holding(folder, "bundle", lambda sole: standing(folder, overwrite)) as (partial, stands):
         yield Draft(folder, partial, stands)
 
 

@@ -29,10 +29,11 @@ Standing = TypeVar("Standing", bound=Stands)
 
 
 @contextlib.contextmanager
-def holding(folder: Path, kind: str, look: Callable[[], Standing]) -> Iterator[tuple[Path, Standing]]:
+def holding(folder: Path, kind: str, look: Callable[[bool], Standing]) -> Iterator[tuple[Path, Standing]]:
     """Yield a partial folder in `folder` and what `look` says stands there, while nobody else can write there.
 
-    `kind` is what the folder is to hold, as its user calls it. A folder that was not there, and that nothing is put into, goes again.
+    `kind` is what the folder is to hold, as its user calls it. `look(sole)` is told whether the lock is held, which some disks do not
+    have. A folder that was not there, and that nothing is put into, goes again.
 
     Raises: BundleError where another run writes there, the place is no folder or cannot be written, or the disk is full; whatever `look`
     and the block raise.
@@ -41,7 +42,7 @@ def holding(folder: Path, kind: str, look: Callable[[], Standing]) -> Iterator[t
         try:
             stack.enter_context(_made(folder, kind))
             sole = stack.enter_context(locked(folder))
-            stands = look()
+            stands = look(sole)
             if sole:
                 leftovers.sweep(folder, stands.files)
             partial = leftovers.begin(folder)

@@ -15,7 +15,7 @@ from elastic_runtime.contract.artifacts import FileEntry
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, readable, sha256
 from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.files import atomic, leftovers
-from elastic_runtime.files.lock import locked
+from elastic_runtime.files.place import holding
 
 BEFORE = "before-"  # what stood in a place, until the new one is there
 # ours(path): whether what stands there was written by us, and nothing beside it
@@ -51,6 +51,13 @@ def link(bundle: Bundle, entry: FileEntry, target: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What stands in a folder of others' things: no file that a killed run's journal may tell of."""
+
+    files: tuple[FileEntry, ...] = ()
+
+
+@dataclass(frozen=True)
 class Placing:
     """What is made in `stage`, by name, to have its place in `folder`."""
 
@@ -64,8 +71,17 @@ class Placing:
     def commit(self) -> None:
         """Move all that is staged to its place, one after the other; what stood there goes when the new one has its place.
 
-        Raises: OSError where the folder cannot be written; what was in the way is then back.
+        Raises: BundleError where the folder cannot be written; what was in the way is then back.
         """
+        try:
+            self._move()
+        except OSError as error:
+            raise BundleError(
+                f"cannot write in {self.folder}: {error.strerror or error}; what is not replaced is as it was. Choose another "
+                "-o/--output, or make room for it."
+            ) from error
+
+    def _move(self) -> None:
         for staged in sorted(self.stage.iterdir()):
             for path in (*staged.rglob("*"), staged):
                 atomic.flush(path)
@@ -91,30 +107,22 @@ def placing(folder: Path, places: Mapping[str, Ours], overwrite: bool = False) -
 
     Without a commit nothing has changed.
 
-    Raises: UsageError where a place is taken and `overwrite` is not given, or what stands there is not ours, or the folder cannot be
-    written; BundleError where another run writes there; whatever the block raises.
+    Raises: UsageError where a place is taken and `overwrite` is not given, or what stands there is not ours; BundleError where another run
+    writes there, the place cannot be written, or the disk is full; whatever the block raises.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def look(sole: bool) -> Standing:
         if os.path.lexists(folder / MANIFEST):
             raise UsageError(f"{folder} is a bundle, which has its own files: choose another -o/--output")
-        with locked(folder) as sole:
-            if sole:
-                _settle(folder)
-            for name, ours in places.items():
-                if os.path.lexists(folder / name):
-                    _check(folder / name, ours, overwrite)
-            if sole:
-                leftovers.sweep(folder, ())
-            partial = leftovers.begin(folder)
-            try:
-                yield Placing(folder, partial)
-            finally:
-                leftovers.clear(partial)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write in {folder}: {error.strerror or error}. Choose another -o/--output, or make room for it."
-        ) from error
+        if sole:
+            _settle(folder)
+        for name, ours in places.items():
+            if os.path.lexists(folder / name):
+                _check(folder / name, ours, overwrite)
+        return Standing()
+
+    with holding(folder, "repository of models", look) as (partial, _):
+        yield Placing(folder, partial)
 
 
 def _settle(folder: Path) -> None:

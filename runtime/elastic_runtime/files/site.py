@@ -86,7 +86,7 @@ def writing(folder: Path, overwrite: bool = False) -> Iterator[Draft]:
 
     Raises: as `standing`; BundleError where another run writes there, the place cannot be written, or the disk is full.
     """
-    with holding(folder, "site of ours", lambda: standing(folder, overwrite)) as (partial, stands):
+    with holding(folder, "site of ours", lambda sole: standing(folder, overwrite)) as (partial, stands):
         yield Draft(folder, partial, stands)
 
 
