@@ -103,7 +103,7 @@ def test_arrays_travel_too() -> None:
         ('{"budget": 64}', "a budget is an object of whole numbers"),
         ('{"noise": [1, 2]}', 'an array is an object {"npy": "base64 of a .npy file"}'),
         ('{"noise": {"npy": "AAAA"}}', "an array that numpy does not read"),
-        ('{"plan": {"steps": [1, 2], "end_times": [1]}}', "a plan has 3 stages, or 1"),
+        ('{"plan": {"steps": [1, 2], "end_times": [1]}}', "a plan has an end time for each of its 2 stages"),
         ('{"plan": {"step": [1]}}', "step"),
         ('{"output_type": "tensor"}', "output_type"),
         ("[]", "got `array`"),
