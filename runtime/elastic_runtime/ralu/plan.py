@@ -42,8 +42,8 @@ class Stage:
     shift: float = 1.0
     least: float | None = None
     terminal: float | None = None
-    grid: float | None = None
     empirical: int | None = None
+    grid: float | None = None
 
     @property
     def steps(self) -> int:

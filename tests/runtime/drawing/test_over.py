@@ -10,6 +10,7 @@ from PIL import Image
 
 from elastic_runtime import Deadline, ElasticPipeline, InferenceError, Plan, Request, UsageError
 from elastic_runtime.contract.manifest import Cost
+from elastic_runtime.ralu.plan import full
 
 ROWS = tuple(Cost(budget={"tokens": n}, flops=1000 * n, weight_bytes=4000, activation_bytes=100 * n) for n in (16, 34, 64))
 GREY = np.full((64, 64, 3), 128, np.uint8)
@@ -143,3 +144,10 @@ def test_an_encoder_that_gives_nonsense_is_found() -> None:
     pipe, _ = pipeline(encoder=lambda feeds: {"latent": np.full((1, CHANNELS, 16, 16), np.nan, np.float32)})
     with pytest.raises(InferenceError, match="the encoder on fake gave values that are not finite"):
         pipe(**EMBEDS, image=GREY)
+
+
+def test_the_shift_of_flux_2_is_that_of_all_steps_though_some_are_taken() -> None:
+    whole = full(10, 4096, {"use_dynamic_shifting": True, "mu": "empirical"})
+    over = whole.over(0.4)
+    assert (over.steps, over.shifts, over.empirical) == ((4,), whole.shifts, None)
+    assert over.stages()[0].sigmas == pytest.approx(whole.stages()[0].sigmas[6:])
