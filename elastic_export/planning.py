@@ -4,6 +4,7 @@ Configs alone are read, no weights. FLOPs are the families' own formulas and, of
 without memory; time and memory are the cost model's (`choosing.cost`), as a policy has them before anything was measured.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.device import Peak
 from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.errors import ModelError, UsageError
-from elastic_runtime.ralu.plan import FULL, PRESETS, Plan
+from elastic_runtime.ralu.offers import offers, unsuited
+from elastic_runtime.ralu.plan import FULL, PRESETS, SPEED
 
 HERE = "here"
 DENOISER, DECODER = "denoiser", "decoder"
@@ -292,7 +294,9 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
     height, width = sides or (known.drawn.heights.max * upscale, known.drawn.widths.max * upscale)
     if model.patches:
         tokens = height // upscale // unit, width // upscale // unit
-        plans = {FULL: Plan.full(asked.steps), **PRESETS}
+        offered = offers(asked.steps, math.prod(tokens), transformer.scheduler, model.few_steps)
+        # MrFlow's needs an encoder, as a usual export has none.
+        plans = {name: offered[name] for name in (FULL, *PRESETS, SPEED) if name in offered}
         ways = {
             each: [costs.work(Budget(tokens=count)) for count in model.patches.filled_all(plan.step_tokens(*tokens))]
             for each, plan in plans.items()
@@ -307,6 +311,9 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
         parts[DECODER] = decoder
     lacking = [part for part in folder.listed if not (path / part / "config.json").is_file()]
     told = list(notes(folder, transformer.vae, list(folder.listed)))
+    if model.patches:
+        known_to = math.prod(tokens), transformer.scheduler, model.few_steps
+        told += [why for name in PRESETS if (why := unsuited(name, *known_to))]
     told += [f"{', '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no config.json here and are not counted"] if lacking else []
     told += [f"guidance {embedded:g} is an input of the model, and takes no second branch"] if embedded else []
     return Subject(name, model.family, (height, width), length, branches, parameters, ways, parts, tuple(told))

@@ -26,7 +26,7 @@ from elastic_runtime import BudgetError, ModelError, Span, UsageError  # noqa: E
 from elastic_runtime.choosing.cost import Costs, Rates, plan_flops  # noqa: E402
 from elastic_runtime.contract.budget import Budget  # noqa: E402
 from elastic_runtime.device import catalogue, listed_peak  # noqa: E402
-from elastic_runtime.ralu.plan import PRESETS, Plan  # noqa: E402
+from elastic_runtime.ralu.offers import offers  # noqa: E402
 
 ORIN = "jetson-agx-orin-64"
 PEAK = next(listed_peak(entry) for entry in catalogue() if entry.id == ORIN)
@@ -66,7 +66,8 @@ def test_configs_alone_tell_what_an_export_does(name: str, tmp_path: Path) -> No
     assert manifest.model.patches is not None
     unit = manifest.model.patches.size * (manifest.model.vae.upscale if manifest.model.vae else 1)
     tokens = told.size[0] // unit, told.size[1] // unit
-    plans = {"full": Plan.full(3), **PRESETS}
+    offered = offers(3, tokens[0] * tokens[1], manifest.model.config["scheduler"], manifest.model.few_steps)
+    plans = {each: offered[each] for each in ("full", "4x", "7x", "speed")}
     assert [way.name for way in told.ways] == list(plans)
     for way in told.ways:
         assert way.flops == pytest.approx(branches * plan_flops(manifest, plans[way.name], tokens), rel=1e-9)

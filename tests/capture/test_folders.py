@@ -264,12 +264,12 @@ def test_a_scheduler_that_follows_no_flow_is_refused(copy: Path) -> None:
 def test_what_is_no_such_folder_is_said_to_be_none(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a diffusers folder of a diffusion transformer: it has no transformer, but copy"):
         capture_folder(tmp_path, None, None, ONE)
-    with pytest.raises(ModelError, match="--components are transformer, vae, text, got unet"):
+    with pytest.raises(ModelError, match="--components are transformer, vae, text, encoder, got unet"):
         capture_folder(copy, ("unet",), None, ONE)
     with pytest.raises(BudgetError, match="--batch must start at 1 or more, got 0-1"):
         capture_folder(copy, None, None, Span(0, 1))
     (copy / "transformer" / "config.json").write_text('{"_class_name": "PixArtTransformer2DModel"}')
-    with pytest.raises(ModelError, match=r"is a PixArtTransformer2DModel; diffusers folders of FluxTransformer2DModel, SD3"):
+    with pytest.raises(ModelError, match=r"is a PixArtTransformer2DModel; diffusers folders of FluxTransformer2DModel, Flux2"):
         capture_folder(copy, None, None, ONE)
     (copy / "transformer" / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json is not JSON: .*Download or copy it again"):

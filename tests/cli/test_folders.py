@@ -53,7 +53,7 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
     )
     assert manifest.provenance.checkpoint == "tiny-flux"
     assert json.loads(done.out)["manifest"]["model"]["patches"] == {
-        "size": 2, "positions": "img_ids", "table": None, "guidance_embeds": True, "layout": "origin",
+        "size": 2, "positions": "img_ids", "table": None, "guidance_embeds": True, "layout": "origin", "multiple": None,
     }  # fmt: skip
     model = onnx.load(bundle.file("onnx/denoiser.onnx"))
     assert {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in model.graph.input} == {
@@ -131,7 +131,7 @@ def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_
     ("options", "message"),
     [
         (["--latents", "4-8", "--vae", "x"], "has its own sizes and weights: --latents, --vae do not go with it"),
-        (["--components", "vae,unet"], "--components are transformer, vae, text, got unet"),
+        (["--components", "vae,unet"], "--components are transformer, vae, text, encoder, got unet"),
         (["--tokens", "4-65"], "--tokens 4-65 does not go with sides of 16-32 pixels"),
     ],
 )
@@ -141,7 +141,7 @@ def test_options_of_other_models_are_refused(run: Run, tmp_path: Path, options: 
     assert done.code == 2
     assert message in " ".join(done.err.split())
     other = run("onnx", "elit-sit", "--random-weights", "-o", tmp_path / "out", "--components", "vae")
-    assert "--components, --size and --max-sequence-length are for a diffusers folder, and elit-sit is none" in other.err
+    assert "--components, --size, --max-sequence-length and --adapter are for a diffusers folder, and elit-sit is none" in other.err
 
 
 def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> None:
