@@ -69,12 +69,12 @@ class TokenFamily:
     wrap: Callable[[Any], nn.Module]
     patches: Callable[[Config], Patches]
     channels: Callable[[Config], int]
-    refusal: Callable[[Config], str | None]
-    side: Callable[[Config], int | None]
-    text_length: Callable[[Config], int]
-    beside: int
-    spaced: bool
     flops: Callable[[Config, int, int], int]
+    refusal: Callable[[Config], str | None] = lambda config: None
+    side: Callable[[Config], int | None] = lambda config: None
+    text_length: Callable[[Config], int] = lambda config: 512
+    beside: int = 0
+    spaced: bool = True
     rescale: Literal["norm"] | None = None
     few_steps: int | None = None
     off: Literal[0, 1] = 1
