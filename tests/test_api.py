@@ -14,7 +14,7 @@ from elastic_runtime import Bundle, Span, UsageError
 def test_importing_it_imports_nothing_and_names_what_it_offers() -> None:
     script = (
         "import sys, elastic_export\n"
-        "assert dir(elastic_export) == ['__version__', 'elasticize', 'export', 'models', 'verify'], dir(elastic_export)\n"
+        "assert dir(elastic_export) == ['__version__', 'elasticize', 'export', 'models', 'plan', 'push', 'verify'], dir(elastic_export)\n"
         "heavy = {'torch', 'numpy', 'typer', 'msgspec'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "from elastic_export import export, models, verify\n"
@@ -51,7 +51,7 @@ def test_a_model_is_exported_verified_and_told_of(golden: Path, tmp_path: Path) 
     [
         ({"target": "abacus"}, "no target 'abacus'; there are onnx, trt, coreml"),
         ({"target": "onnx", "shapes": "range"}, "the onnx target has no option shapes; it has opset, precision"),
-        ({"components": "vae"}, "--components, --size and --max-sequence-length are for a diffusers folder"),
+        ({"components": "vae"}, "--components, --size, --max-sequence-length and --adapter are for a diffusers folder"),
         ({"latents": "256-32"}, "reversed: write 32-256"),
     ],
 )
