@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from fakes import LATENTS, manifest, session
@@ -85,7 +87,7 @@ def test_check_runs_every_recorded_budget_in_runs_that_the_session_takes(tmp_pat
     wrong = {Budget(latents=64): {"prediction": x * 16 + 0.5}}
     fake = session(field)
     fake.batch = type(fake.batch)(1, 2)
-    rows = list(check(Bundle(None, manifest()), "denoiser", fake, 1e-5, pack("denoiser", feeds, right | wrong)))  # type: ignore[arg-type]
+    rows = list(check(Bundle(Path("b"), manifest()), "denoiser", fake, 1e-5, pack("denoiser", feeds, right | wrong)))
     assert [(row.budget["latents"], row.passed) for row in rows] == [(4, True), (12, True), (64, False)]
     assert rows[-1].max_abs == pytest.approx(0.5, rel=1e-4)
     assert {call["sample"][0] for call in fake.calls} == {1, 2}
