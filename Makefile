@@ -126,7 +126,7 @@ ray-check: .venv/.dev
 
 # Every family on every target: how far each artifact is from its original (half an hour).
 matrix: .venv/.dev
-	$(BIN)/python tests/stress/matrix.py --rows build/matrix.json --page README.md
+	$(BIN)/python tests/stress/matrix.py --rows build/matrix.json
 
 clean:
 	rm -rf .venv build dist demo
