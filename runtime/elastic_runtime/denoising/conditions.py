@@ -252,11 +252,8 @@ def _embeddings(bundle: Bundle, prefix: str, hidden: np.ndarray | None, pooled: 
     if any(value is None for value in given):
         raise UsageError(f"{both} go together: give both")
     arrays = [_numbers(name, value, dimensions) for name, value, dimensions in zip(names, given, (_dimensions(bundle), 2), strict=False)]
-    layers, (hidden_width, *pooled_width) = (
-        _layers(bundle),
-        [width(bundle, name) for name in ("encoder_hidden_states", POOLED)[: len(arrays)]],
-    )
-    shapes = [("B", "T", *([layers] if layers else []), hidden_width), *(("B", size) for size in pooled_width)]
+    layers, widths = _layers(bundle), [width(bundle, name) for name in ("encoder_hidden_states", POOLED)[: len(arrays)]]
+    shapes = [("B", "T", *([layers] if layers else []), widths[0]), *(("B", size) for size in widths[1:])]
     fits = [array.shape[dims:] == shape[dims:] for array, shape, dims in zip(arrays, shapes, (2, 1), strict=False)]
     if not all(fits) or len({len(array) for array in arrays}) > 1:
         wanted = " and ".join(f"({', '.join(map(str, shape))})" for shape in shapes)

@@ -174,12 +174,16 @@ class Denoiser:
         session's batch span allow."""
         groups = conditions.alike()
         runs = []
-        for rows in (alike[part] for alike in groups for part in batches(self._session, len(alike))):
+        whole = len(groups) == 1  # then rows are slices, and nothing is copied
+        for rows in (part if whole else alike[part] for alike in groups for part in batches(self._session, len(alike))):
             feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
             feeds |= {name: array for name, array in conditions.rows(rows).feeds.items() if name in self._inputs}
             runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
-        outputs, order = joined(runs), np.concatenate(groups)
-        return outputs if len(groups) == 1 else {name: array[np.argsort(order)] for name, array in outputs.items()}
+        outputs = joined(runs)
+        if whole:
+            return outputs
+        order = np.argsort(np.concatenate(groups))
+        return {name: array[order] for name, array in outputs.items()}
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:

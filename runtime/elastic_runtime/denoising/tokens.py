@@ -70,6 +70,8 @@ class Conditions:
 
     def alike(self, filled: Callable[[int], int] = int) -> list[np.ndarray]:
         """Rows whose texts have one length, once those of a length are `filled` up to another, as indices."""
+        if self.lengths is None:  # which is asked at every step
+            return [np.arange(len(self))]
         lengths = np.array([filled(int(count)) for count in self.counts])
         return [np.flatnonzero(lengths == length) for length in dict.fromkeys(lengths.tolist())]
 
@@ -96,7 +98,7 @@ class Conditions:
 
     def lengthened(self, length: int) -> "Conditions":
         """The same with texts that all have `length` tokens, as many as the longest or more: the new ones are zeros."""
-        if self.hidden is None:
+        if self.hidden is None or (self.lengths is None and length == self.length):
             return self
         ends = [(0, 0), (0, length - self.length)] + [(0, 0)] * (self.hidden.ndim - 2)
         return replace(self, hidden=np.pad(self.hidden, ends), lengths=None)
@@ -173,8 +175,11 @@ class TokenDenoiser:
 
     def _predict(self, x: np.ndarray, positions: np.ndarray, size: tuple[int, int], sigma: float, conditions: Conditions) -> np.ndarray:
         """It takes as few runs as the texts' lengths and the session's batch span allow."""
+        groups = conditions.alike(self._patches.filled)
+        if len(groups) == 1:
+            return self._run(x, positions, size, sigma, conditions).astype(np.float64)
         predicted = np.empty(x.shape, dtype=np.float64)
-        for alike in conditions.alike(self._patches.filled):
+        for alike in groups:
             predicted[alike] = self._run(x[alike], positions, size, sigma, conditions.rows(alike))
         return predicted
 
