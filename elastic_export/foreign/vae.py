@@ -152,9 +152,9 @@ def _kind(folder: Path) -> str:
     """Which of `KINDS` a folder holds; raises ModelError for another."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no config.json: give the folder of a diffusers AutoencoderKL")
-    if (kind := Component(folder).config.get("_class_name", "AutoencoderKL")) not in KINDS:
+    if (kind := str(Component(folder).config.get("_class_name", "AutoencoderKL"))) not in KINDS:
         raise ModelError(f"{folder} is not a diffusers AutoencoderKL: it is a {kind}; there are {', '.join(KINDS)}")
-    return str(kind)
+    return kind
 
 
 def read_vae(folder: Path, channels: int) -> Vae:
