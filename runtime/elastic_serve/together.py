@@ -14,7 +14,7 @@ import numpy as np
 from greenlet import getcurrent, greenlet
 
 from elastic_runtime.errors import ElasticError, InferenceError
-from elastic_runtime.sessions.session import Arrays, Session, batches, check_feeds, joined
+from elastic_runtime.sessions.session import Arrays, Session, batches, joined
 
 
 class Shared(Session):
@@ -27,7 +27,7 @@ class Shared(Session):
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         if not isinstance(getcurrent(), _Coroutine):
             return self.session.run(feeds)
-        check_feeds(self.graph, feeds)  # what is wrong with these is no fault of those that they would run with
+        self.interface.check(feeds)  # what is wrong with these is no fault of those that they would run with
         answer: dict[str, np.ndarray] = _out(feeds)
         return answer
 

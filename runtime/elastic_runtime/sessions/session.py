@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, Graph, TensorSpec, dimension, measure, sized
+from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.precision import PRECISIONS, rank
 from elastic_runtime.device import Processor
-from elastic_runtime.errors import BudgetError, InferenceError
+from elastic_runtime.errors import BudgetError
+from elastic_runtime.sessions.interface import Interface
 
 if TYPE_CHECKING:
     from typing import Self  # since Python 3.11
 
+
 Arrays = Mapping[str, np.ndarray]
-DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}  # a dtype's own name is slow to ask for
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Session(ABC):
 
     def __init__(self, graph: Graph, batch: Span | None = None, budgets: tuple[Budget, ...] | None = None):
         self.graph = graph
+        self.interface = Interface(graph)
         self.batch = batch or graph.batch
         self.budgets = budgets
 
@@ -69,14 +71,9 @@ class Session(ABC):
         Raises: InferenceError if a feed is missing, unknown, or of another dtype or shape than the graph's, if the
         backend fails, or if it answers in another shape than the feeds ask for.
         """
-        sizes = check_feeds(self.graph, feeds)
+        sizes = self.interface.check(feeds)
         outputs = self._run(feeds)
-        # A backend was seen to answer with the shape of the run before, and no error.
-        for spec in (spec for spec in self.graph.outputs if spec.name in outputs):
-            shape = outputs[spec.name].shape
-            asked = [sized(size, sizes) for size in spec.shape]
-            if len(shape) != len(asked) or any(size not in (None, got) for size, got in zip(asked, shape, strict=True)):
-                raise InferenceError(f"{self.where} answered {spec.name} in shape {shape}, and the graph's is {_shape(spec)} of {sizes}")
+        self.interface.check_answer(outputs, sizes, self.where)
         return outputs
 
     @abstractmethod
@@ -110,41 +107,3 @@ def batches(session: Session, size: int) -> list[slice]:
 def joined(outputs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Outputs of the runs of `batches`, row after row."""
     return outputs[0] if len(outputs) == 1 else {name: np.concatenate([output[name] for output in outputs]) for name in outputs[0]}
-
-
-def check_feeds(graph: Graph, feeds: Arrays) -> dict[str, int]:
-    """The sizes of the open dimensions; raises InferenceError unless `feeds` are exactly the graph's inputs, with equal ones.
-
-    An int64 vector over an open dimension of its own carries a budget by its length and is always arange: graphs read
-    nothing else of it, so another selection would silently be taken for a prefix.
-    """
-    names = {spec.name for spec in graph.inputs}
-    if names != set(feeds):
-        raise InferenceError(f"the graph takes {sorted(names)}, got {sorted(feeds)}")
-    open_dimensions: dict[str, int] = {}
-    for spec in graph.inputs:
-        array = feeds[spec.name]
-        if array.dtype != DTYPES[spec.dtype]:
-            raise InferenceError(f"{spec.name} must be {spec.dtype}, got {array.dtype.name}")
-        if len(array.shape) != len(spec.shape) or not all(
-            _fits(size, length, open_dimensions) for size, length in zip(spec.shape, array.shape, strict=True)
-        ):
-            raise InferenceError(f"{spec.name} must have shape {_shape(spec)} with equal letters equal, got {array.shape}")
-        if spec.dtype == "int64" and len(spec.shape) == 1 and spec.shape != ("B",) and (array != np.arange(len(array))).any():
-            raise InferenceError(f"{spec.name} must be arange({len(array)}): kept ones are always the first, got {array[:8].tolist()}")
-    for name, size in open_dimensions.items():
-        if size not in graph.dimensions[name]:
-            raise InferenceError(f"this graph takes {name} of {graph.dimensions[name]}, got {size}")
-    return open_dimensions
-
-
-def _fits(size: int | str, length: int, known: dict[str, int]) -> bool:
-    """Whether a dimension has its `size`, as in `4`, `h` or `8*h`, by what is known of the open ones; a new one is known from now on."""
-    if isinstance(size, int):
-        return size == length
-    whole, rest = divmod(length, measure(size, {dimension(size): 1}))
-    return not rest and known.setdefault(dimension(size), whole) == whole
-
-
-def _shape(spec: TensorSpec) -> str:
-    return f"({', '.join(map(str, spec.shape))})"

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import BudgetError, BundleError, FakeSession, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime.sessions.interface import Interface
 from elastic_runtime.sessions.opening import backend, backends, obstacles
-from elastic_runtime.sessions.session import batches, check_feeds
+from elastic_runtime.sessions.session import batches
 
 
 def feeds(batch: int = 2, kept: int = 16, **changes: Any) -> dict[str, np.ndarray]:
@@ -24,7 +25,7 @@ def feeds(batch: int = 2, kept: int = 16, **changes: Any) -> dict[str, np.ndarra
 
 @given(st.integers(1, 4), st.integers(1, 16))
 def test_feeds_of_every_size_in_the_spans_pass(batch: int, kept: int) -> None:
-    check_feeds(denoiser_graph(), feeds(batch, kept))
+    Interface(denoiser_graph()).check(feeds(batch, kept))
 
 
 def test_an_answer_of_another_shape_than_was_asked_for_is_no_answer() -> None:
@@ -48,14 +49,14 @@ def test_an_answer_of_another_shape_than_was_asked_for_is_no_answer() -> None:
 )
 def test_a_wrong_feed_is_named(changes: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(InferenceError, match=message):
-        check_feeds(denoiser_graph(), feeds(**changes))
+        Interface(denoiser_graph()).check(feeds(**changes))
 
 
 def test_a_missing_feed_is_named() -> None:
     fewer = feeds()
     del fewer["latent_ids"]
     with pytest.raises(InferenceError, match="latent_ids"):
-        check_feeds(denoiser_graph(), fewer)
+        Interface(denoiser_graph()).check(fewer)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_a_missing_feed_is_named() -> None:
 )
 def test_sizes_outside_the_spans_are_named(batch: int, kept: int, message: str) -> None:
     with pytest.raises(InferenceError, match=message):
-        check_feeds(denoiser_graph(), feeds(batch, kept))
+        Interface(denoiser_graph()).check(feeds(batch, kept))
 
 
 def test_a_session_checks_before_it_runs_and_closes_with_its_block() -> None:
