@@ -17,7 +17,7 @@ from elastic_runtime.choosing.option import Choice
 from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
+from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, preview, sides, values
 from elastic_runtime.denoising.sources import Picture, pixels
 from elastic_runtime.device import Clock, peak_bytes
 from elastic_runtime.drawing.budgets import BudgetDrawing
@@ -177,8 +177,8 @@ class ElasticPipeline:
         `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a
         source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called as
         `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other
-        "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the model saw in the state
-        before, and a router adds "mask", the tokens it kept, bool (B, L).
+        "latents". All but masked models add "denoised", the picture that the model saw in the state before as latents (see
+        `preview`), and a router adds "mask", the tokens it kept, bool (B, L).
 
         Raises: UsageError and its kinds for wrong arguments; InferenceError if the backend fails or the result is not
         finite.
@@ -287,12 +287,21 @@ class ElasticPipeline:
         pixels."""
         return latents if output_type == "latent" else pictures(self.decode(latents), output_type)
 
+    def preview(self, denoised: np.ndarray, height: int, width: int) -> list[Any]:
+        """What a model saw in a step, `denoised` latents (B, C, h, w), as PIL pictures of the size of the last ones: those of the first
+        stage of a plan, which have half the sides, are enlarged."""
+        return preview(self.bundle.manifest, self._decoder(), denoised, height, width)
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures (B, C, H, W) with values in about [-1, 1] of latents (B, C, h, w): the last ones, or a preview."""
+        """Pictures (B, C, H, W) with values in about [-1, 1] of latents (B, C, h, w)."""
+        return values(self.bundle.manifest, self._decoder(), latents)
+
+    def _decoder(self) -> Session | None:
+        """The bundle's decoder, where pictures are made through one."""
         manifest = self.bundle.manifest
         if why := obstacle(manifest):
             raise UsageError(why)
-        return values(manifest, self.session("decoder") if manifest.model.vae else None, latents)
+        return self.session("decoder") if manifest.model.vae else None
 
     def _drawing(self, request: Request, generator: Generators | None) -> Drawing:
         """The request on this bundle, checked; nothing is opened for it."""

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,6 @@ from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
 from elastic_serve.body import BodyError
 from elastic_serve.metrics import Metrics
-from elastic_serve.previews import Seen
 from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
 from elastic_serve.served import Prospect, Served, Steered
 from elastic_serve.times import Learned
@@ -92,7 +91,7 @@ class _Flight:
     drawing: Drawing | None = None
     policy: Steered | None = None
     previews: frozenset[int] = frozenset()
-    seen: Seen = field(default_factory=Seen)
+    seen: np.ndarray | None = None
     steps: int = 0
     taken: int = 0
 
@@ -286,7 +285,7 @@ class Engine:
 
     def _between(self, flight: _Flight) -> Callable[[ElasticPipeline, int, float, dict[str, np.ndarray]], dict[str, np.ndarray]]:
         def between(pipe: ElasticPipeline, index: int, moment: float, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            flight.seen.see(moment, arrays)
+            flight.seen = arrays.get("denoised", arrays["latents"])  # of masked models the state is what is known by now
             pause()
             return {}
 
@@ -319,8 +318,9 @@ class Engine:
         with self._changed:
             if self.scheduler.spare(self._clock()) < flight.job.way(0.0).finish:  # which decodes a picture, too
                 return None
+        assert flight.seen is not None  # a step was taken
         try:
-            return flight.seen.picture(flight.order.served.pipe)
+            return flight.order.served.pipe.preview(flight.seen, *flight.order.served.sides(flight.order.request))[0]
         except Exception as error:  # without which the picture is as good
             _log.warning("no preview: %s", error, exc_info=not isinstance(error, ElasticError))
             return None

@@ -115,6 +115,11 @@ class Served:
         upscale = model.vae.upscale if model.vae else 1
         return model.sample_shape[1] * upscale, model.sample_shape[2] * upscale
 
+    def sides(self, request: Request) -> tuple[int, int]:
+        """Height and width in pixels of the picture that is asked for."""
+        height, width = self.size
+        return request.height or height, request.width or width
+
     @property
     def most(self) -> int:
         """Rows of the largest run that pictures share."""

@@ -85,6 +85,23 @@ def test_along_a_plan_a_picture_is_what_the_pipeline_draws(plans: Served) -> Non
         assert drawn.result.facts["plan"].startswith("4x")
 
 
+@pytest.mark.parametrize("plan", ["4x", "speed", "full"])
+def test_previews_along_a_plan_have_the_size_of_the_picture(plans: Served, plan: str) -> None:
+    request = Request(class_labels=1, seeds=(0,), plan=plan, height=64, width=96)
+    with Asking(plans) as asking:
+        asking.ask((plans, request), previews=16)
+        told = []
+        while not isinstance(event := asking.told.get(timeout=30)[1], Drawn):
+            assert isinstance(event, Stepped), event
+            told.append(event)
+    assert told[-1].preview is None, "the last step's is the picture"
+    seen = [event.preview for event in told if event.preview is not None]
+    assert len(seen) == min(16, len(told) - 1)
+    assert {picture.size for picture in seen} == {(96, 64)} == {event.result.images[0].size}
+    # the velocity leads to an empty picture from the first step on
+    assert all(np.array_equal(np.asarray(picture), np.asarray(event.result.images[0])) for picture in seen)
+
+
 def test_the_plan_is_chosen_before_the_first_step_and_kept(plans: Served) -> None:
     prospect = plans.prospect(Request(class_labels=1))
     assert len(prospect.options) > 1

@@ -63,28 +63,6 @@ def test_the_official_client_streams_previews(server: Running) -> None:
     assert all(image(each.b64_json).size == (16, 16) for each in told)
 
 
-def test_a_preview_of_a_straight_flow_is_what_the_model_saw() -> None:
-    from elastic_serve.previews import Seen
-
-    class Flow:
-        class bundle:  # noqa: N801
-            class manifest:  # noqa: N801
-                class model:  # noqa: N801
-                    from elastic_runtime.contract.schedule import RectifiedFlow
-
-                    schedule, patches = RectifiedFlow(), None
-
-        def images(self, latents: np.ndarray) -> list[np.ndarray]:
-            return [latents]
-
-    picture, noise = np.full((1, 1, 2, 2), 0.25), np.ones((1, 1, 2, 2))
-    seen = Seen()
-    assert seen.picture(Flow()) is None  # type: ignore[arg-type]
-    for began, ended in ((1.0, 0.8), (0.8, 0.6)):
-        seen.see(began, {"latents": (1 - ended) * picture + ended * noise})
-    assert np.allclose(seen.picture(Flow()), picture)  # type: ignore[arg-type]
-
-
 def test_previews_give_way_to_promises(serving: Serving) -> None:
     with serving() as server, server.http() as http:
         body = {"class_labels": 1, "steps": 6, "stream": True, "partial_images": 2, "deadline_ms": 60_000}

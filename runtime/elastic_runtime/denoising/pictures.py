@@ -66,6 +66,19 @@ def values(manifest: Manifest, decoder: Session | None, latents: np.ndarray) -> 
     return latents
 
 
+def preview(manifest: Manifest, decoder: Session | None, seen: np.ndarray, height: int, width: int) -> list[Image.Image]:
+    """Latents (B, C, h, w) that a model saw in a step as PIL pictures of `height` x `width` px.
+
+    Those of half the sides, as the first stage of a plan has them, are decoded as they are, and their pictures enlarged; where the decoder
+    takes no latents so small, each latent becomes several first.
+    """
+    upscale, takes = manifest.model.vae.upscale if manifest.model.vae else 1, sides(manifest)
+    if takes and any(side not in span for side, span in zip(seen.shape[2:], takes, strict=True)):
+        seen = seen.repeat(height // upscale // seen.shape[2], axis=2).repeat(width // upscale // seen.shape[3], axis=3)
+    made = pictures(values(manifest, decoder, seen), "pil")
+    return [each if each.size == (width, height) else each.resize((width, height), Image.Resampling.BICUBIC) for each in made]
+
+
 def decode(decoder: Session, vae: Vae, latents: np.ndarray) -> np.ndarray:
     """Pictures (B, 3, H, W) with values in about [-1, 1] of latents (B, C, h, w), one at a time: decoders take much
     memory.

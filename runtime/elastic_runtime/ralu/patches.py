@@ -59,6 +59,16 @@ def grow(tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.repeat(tokens, 4, axis=1), placed
 
 
+def mixed(tokens: np.ndarray, positions: np.ndarray, coarse: int, rows: int, columns: int, size: int) -> np.ndarray:
+    """Latents (B, C, h, w) of the `rows` x `columns` tokens that a picture has where those at `positions`, in units of the low resolution,
+    have all grown: of the first `coarse`, which have not, each latent is four."""
+    (batch, _, width), kept = tokens.shape, tokens[:, :coarse]
+    large = unpack(kept.reshape(-1, 1, width), 1, 1, size).repeat(2, axis=2).repeat(2, axis=3)
+    placed = np.concatenate([grow(kept, positions[:, :coarse])[1], positions[:, coarse:]], axis=1)
+    fine = np.concatenate([pack(large, size).reshape(batch, 4 * coarse, width), tokens[:, coarse:]], axis=1)
+    return unpack(take(fine, order(placed)), rows, columns, size)
+
+
 def take(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Rows `indices` (B, k) of values (B, S, C), each picture its own."""
     return np.take_along_axis(values, indices[:, :, None], axis=1)

@@ -21,15 +21,15 @@ EVEN = RectifiedFlow()
 Predict = Callable[[np.ndarray, float, int], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
-# slope(x, t, index): how the state changes with its place on the path, and the picture that the model saw in it, if any
-Slope = Callable[[np.ndarray, float, int], tuple[np.ndarray, np.ndarray | None]]
+# slope(x, t, index): how the state changes with its place on the path, and the picture that the model saw in it
+Slope = Callable[[np.ndarray, float, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Step:
     """The state after step `index` (from 0) of `steps`, which went from `time` to `next_time`.
 
-    `denoised` is the picture that the model saw in the state before, where the loop works with it.
+    `denoised` is the picture that the model saw in the state before; None of masked models, whose state is one itself.
     """
 
     index: int
@@ -58,7 +58,8 @@ def euler(
     """Euler's method on the `steps + 1` times of `schedule` from `begin`; one evaluation a step."""
     x, times = noise.astype(np.float64), schedule.times(steps, begin)
     for i, (t, t_next) in enumerate(pairwise(times)):
-        step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * velocity(x, float(t), i))
+        v = velocity(x, float(t), i)
+        step = Step(i, steps, float(t), float(t_next), x + (t_next - t) * v, x - t * v)
         x = after(step, (yield step))
 
 
@@ -67,7 +68,17 @@ def heun(
 ) -> Loop:
     """Heun's method: every step but the last is corrected with the velocity at its end; two evaluations a step."""
     times = schedule.times(steps, begin)
-    return corrected(lambda x, t, i: (velocity(x, t, i), None), noise, times, times, np.ones(len(times)))
+    return corrected(seeing(velocity), noise, times, times, np.ones(len(times)))
+
+
+def seeing(velocity: Predict) -> Slope:
+    """How a state of the flow changes as time goes, and the picture that the velocity leads to."""
+
+    def slope(x: np.ndarray, t: float, index: int) -> tuple[np.ndarray, np.ndarray]:
+        v = velocity(x, t, index)
+        return v, x - t * v
+
+    return slope
 
 
 def corrected(slope: Slope, noise: np.ndarray, times: np.ndarray, places: np.ndarray, scales: np.ndarray) -> Loop:
@@ -104,7 +115,7 @@ def sde(velocity: Predict, noise: np.ndarray, steps: int, draw: Draw | None = No
         ahead = x + (v - 0.5 * w * score) * dt
         if i < steps - 1:
             ahead = ahead + np.sqrt(w * -dt) * draw(x.shape)
-        step = Step(i, steps, float(t), float(t_next), ahead)
+        step = Step(i, steps, float(t), float(t_next), ahead, x - t * v)
         x = after(step, (yield step))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from elastic_runtime.contract.schedule import Path, RectifiedFlow
 from elastic_runtime.sampling.diffusion import split
-from elastic_runtime.sampling.flow import EVEN, Loop, Predict, Slope, Step, after
+from elastic_runtime.sampling.flow import EVEN, Loop, Predict, Slope, Step, after, seeing
 
 ORDERS = {"ab2": 2, "ab3": 3}
 
@@ -53,7 +53,7 @@ def flow_adams(
 ) -> Loop:  # fmt: skip
     """Adams-Bashforth of `order` for rectified flow, whose state changes by the velocity as time goes."""
     times = schedule.times(steps, begin)
-    return _adams(order, lambda x, t, i: (velocity(x, t, i), None), noise, times, times, history or History())
+    return _adams(order, seeing(velocity), noise, times, times, history or History())
 
 
 def path_adams(

@@ -7,13 +7,14 @@ from outside are functions, so that a recorded run can be replayed: the velocity
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.ralu.caching import Velocity
 from elastic_runtime.ralu.noise import renoising
-from elastic_runtime.ralu.patches import grow, order, others, pack, raster, take, unpack
+from elastic_runtime.ralu.patches import grow, mixed, order, others, pack, raster, take, unpack
 from elastic_runtime.ralu.plan import Plan, Stage
 from elastic_runtime.sampling.flow import Step, after
 
@@ -25,6 +26,8 @@ Renoise = Callable[[tuple[int, ...], slice, float], np.ndarray]
 Enlarge = Callable[[np.ndarray, float], np.ndarray]
 # keep(tokens (B, S, C), sigma): the tokens with what is not to be drawn put back, as it is at `sigma`
 Keep = Callable[[np.ndarray, float], np.ndarray]
+# whole(tokens (B, S, C) of a stage): latents of the picture that they are of
+Whole = Callable[[np.ndarray], np.ndarray]
 # draw(shape) -> standard normal float64
 Draw = Callable[[tuple[int, ...]], np.ndarray]
 
@@ -34,7 +37,8 @@ class PlanStep(Step):
     """A `Step` whose sample is tokens (B, S, C) at `positions` (B, S, 2), in stage `stage` (from 0).
 
     Positions are (row, column) in the units of the stage's picture: before the last stage those of the low resolution,
-    with halves.
+    with halves. `denoised` are latents of the whole picture at the stage's resolution: (B, C, h/2, w/2) in the first of
+    several stages, (B, C, h, w) in the others; in the mixed one, those of patches that have not grown are four times there.
     """
 
     stage: int
@@ -73,31 +77,34 @@ def along(
     check_size(noise.shape[2], noise.shape[3], plan, size)
     batch, rows, columns = len(noise), noise.shape[2] // size, noise.shape[3] // size
     first, *later = plan.stages()
+    whole: Whole = partial(unpack, rows=rows, columns=columns, size=size)
     left = list(plan.steps) if left is None else left
     if plan.plain:
-        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0, keep)
+        yield from _steps(velocity, pack(noise, size), raster(batch, rows, columns), first, left, 0, 0, whole, keep)
         return
     low = rows // 2, columns // 2
+    small: Whole = partial(unpack, rows=low[0], columns=low[1], size=size)
     x, positions = pack(noise[:, :, ::2, ::2], size), raster(batch, *low)  # every second value: the variance stays 1
-    x, v, index, sigma = yield from _steps(velocity, x, positions, first, left, 0, 0)
+    x, v, index, sigma = yield from _steps(velocity, x, positions, first, left, 0, 0, small)
     if not plan.mixed:
-        x = pack(enlarge(unpack(x, *low, size), sigma), size)
-        yield from _steps(velocity, x, raster(batch, rows, columns), later[0], left, index, 1)
+        x = pack(enlarge(small(x), sigma), size)
+        yield from _steps(velocity, x, raster(batch, rows, columns), later[0], left, index, 1, whole)
         return
 
     count = plan.grown(positions.shape[1])
-    chosen = _checked(choose(unpack(x - sigma * v, *low, size), count), batch, count, positions.shape[1])
+    chosen = _checked(choose(small(x - sigma * v), count), batch, count, positions.shape[1])
     kept = others(chosen, positions.shape[1])
     x, positions = _grown(x, positions, chosen, kept, children_first=False)
     x = _renoised(x, slice(kept.shape[1], None), plan, later[0], renoise)
-    x, _, index, _ = yield from _steps(velocity, x, positions, later[0], left, index, 1)
+    between: Whole = partial(mixed, positions=positions, coarse=kept.shape[1], rows=rows, columns=columns, size=size)
+    x, _, index, _ = yield from _steps(velocity, x, positions, later[0], left, index, 1, between)
 
     coarse = np.broadcast_to(np.arange(kept.shape[1]), kept.shape)
     x, positions = _grown(x, positions, coarse, others(coarse, x.shape[1]), children_first=True)
     x = _renoised(x, slice(0, 4 * coarse.shape[1]), plan, later[1], renoise)
-    whole = 2 * positions
-    sort = order(whole)
-    yield from _steps(velocity, take(x, sort), take(whole, sort), later[1], left, index, 2)
+    placed = 2 * positions
+    sort = order(placed)
+    yield from _steps(velocity, take(x, sort), take(placed, sort), later[1], left, index, 2, whole)
 
 
 def check_size(height: int, width: int, plan: Plan, size: int) -> None:
@@ -117,6 +124,7 @@ def _steps(
     left: list[int],
     index: int,
     number: int,
+    whole: Whole,
     keep: Keep | None = None,
 ) -> Generator[PlanStep, np.ndarray | None, tuple[np.ndarray, np.ndarray, int, float]]:
     """Euler's method within stage `number`; returns the state, the last velocity, the next step's index, and the
@@ -130,9 +138,10 @@ def _steps(
         sigma, following, *_ = sigmas
         v = velocity(x, positions, sigma, index, number)
         left[number] -= 1
-        x = x + (following - sigma) * v
-        x = keep(x, following) if keep else x
-        step = PlanStep(index, index + 1 + sum(left), sigma, following, x, stage=number, positions=positions)
+        x, seen = x + (following - sigma) * v, x - sigma * v
+        if keep:
+            x, seen = keep(x, following), keep(seen, 0.0)
+        step = PlanStep(index, index + 1 + sum(left), sigma, following, x, whole(seen), stage=number, positions=positions)
         x = after(step, (yield step))
         index, sigmas = index + 1, sigmas[1:]
     return x, v, index, following

@@ -19,12 +19,10 @@ from elastic_runtime import (
     InferenceError,
     MissingError,
     Plan,
-    Request,
     Span,
     UsageError,
 )
 from elastic_runtime.contract.artifacts import FileEntry, Graph, OnnxArtifact
-from elastic_runtime.ralu.patches import unpack
 from elastic_runtime.ralu.plan import PRESETS
 
 TWO = {"negative_prompt_embeds": np.ones((2, 2, 6)), "negative_pooled_prompt_embeds": np.ones((2, 5))}
@@ -380,14 +378,3 @@ def test_a_bundle_that_nothing_here_can_run_is_refused_at_once() -> None:
     with pytest.raises(MissingError, match="nothing here can run 'denoiser' of nowhere"):
         ElasticPipeline.from_pretrained(opened, "ort")
     assert repr(ElasticPipeline(opened, lambda graph: pytest.fail(graph))) == "ElasticPipeline.from_pretrained('nowhere')"
-
-
-def test_the_loop_itself_can_be_watched_and_stopped() -> None:
-    pipe, opener = pipeline()
-    steps = pipe.iterate(Request(**EMBEDS, plan=TINY, height=32, width=64), generator=seeded(0))
-    progress = next(steps)
-    assert progress.record.budget == Budget(tokens=8)
-    preview = pipe.decode(unpack(progress.step.sample, 2, 4, 2))
-    assert preview.shape == (1, 3, 16, 32)
-    steps.close()
-    assert len(opener.calls("denoiser")) == 1

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_runtime.ralu.patches import best, edge_scores, grow, order, others, pack, raster, take, unpack
+from elastic_runtime.ralu.patches import best, edge_scores, grow, mixed, order, others, pack, raster, take, unpack
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
@@ -48,3 +48,19 @@ def test_edges_are_counted_where_they_are_in_the_bright_half_only() -> None:
     assert np.flatnonzero(scores[0]).tolist() == [1]
     assert scores[0, 1] > 16
     assert not scores[1].any()
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(2, 4), st.integers(1, 2), st.data())
+def test_tokens_of_two_sizes_are_a_picture_whose_small_latents_are_four(
+    batch: int, rows: int, columns: int, size: int, data: st.DataObject
+) -> None:
+    low = np.random.default_rng(0).standard_normal((batch, 3, rows * size, columns * size))
+    whole = low.repeat(2, axis=2).repeat(2, axis=3)
+    count = data.draw(st.integers(1, rows * columns - 1))
+    chosen = np.stack([np.sort(np.random.default_rng(i).permutation(rows * columns)[:count]) for i in range(batch)])
+    rest, positions = others(chosen, rows * columns), raster(batch, rows, columns)
+    places = grow(take(positions, chosen), take(positions, chosen))[1]
+    numbers = (2 * places @ (2 * columns, 1)).astype(int)  # of fine tokens, in raster order
+    tokens = np.concatenate([take(pack(low, size), rest), take(pack(whole, size), numbers)], axis=1)
+    found = mixed(tokens, np.concatenate([take(positions, rest), places], axis=1), rest.shape[1], 2 * rows, 2 * columns, size)
+    np.testing.assert_array_equal(found, whole)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from elastic_runtime import InferenceError, Plan, UsageError
 from elastic_runtime.ralu.noise import renoising
-from elastic_runtime.ralu.patches import pack, raster
+from elastic_runtime.ralu.patches import pack, raster, take
 from elastic_runtime.ralu.plan import PRESETS
 from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.stages import PlanStep, along, from_draws
@@ -226,3 +226,25 @@ def test_a_plan_of_two_stages_takes_other_steps_than_its_own(left: list[int]) ->
     assert [step.stage for step in steps] == [0] * left[0] + [1] * left[1]
     assert (steps[0].time, steps[left[0] - 1].next_time, steps[-1].next_time) == (1.0, pytest.approx(0.75), 0.0)
     assert steps[left[0]].time == pytest.approx(2 * 0.75 / 1.75)
+
+
+def test_each_step_tells_the_picture_that_was_seen_at_the_resolution_of_its_stage() -> None:
+    low = np.random.default_rng(3).uniform(-1, 1, (2, 3, 4, 8))
+    whole = low.repeat(2, axis=2).repeat(2, axis=3)
+    coarse, fine = pack(low, 2), pack(whole, 2)
+
+    def velocity(x: np.ndarray, positions: np.ndarray, sigma: float, index: int, stage: int) -> np.ndarray:
+        places = positions if stage == 2 else 2 * positions
+        clean = take(fine, (places @ (8, 1)).astype(int))
+        kept = x.shape[1] if stage == 0 else 8 - PLAN.grown(8)
+        if stage < 2:
+            clean[:, :kept] = take(coarse, (positions[:, :kept] @ (4, 1)).astype(int))
+        return (x - clean) / sigma
+
+    steps = run(velocity)
+    for step in steps:
+        np.testing.assert_allclose(step.denoised, (low, whole, whole)[step.stage], atol=1e-9)
+    for plan in (Plan.full(2), Plan((2, 2), (0.3, 1.0), (3.0, 3.0), growth="spectrum")):
+        told = run(lambda x, *_: np.zeros_like(x), plan=plan)
+        sides = [(4, 8), (8, 16)] if len(plan.steps) == 2 else [(8, 16)]
+        assert [step.denoised.shape[2:] for step in told if step.denoised is not None] == [sides[step.stage] for step in told]
