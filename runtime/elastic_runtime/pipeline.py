@@ -21,7 +21,7 @@ from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, ob
 from elastic_runtime.denoising.sources import Picture, pixels
 from elastic_runtime.device import Clock, peak_bytes
 from elastic_runtime.drawing.budgets import BudgetDrawing
-from elastic_runtime.drawing.drawing import Drawing, finite
+from elastic_runtime.drawing.drawing import Drawing, Texts, finite
 from elastic_runtime.drawing.plans import PlanDrawing
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.caching import Caching
@@ -109,10 +109,10 @@ class ElasticPipeline:
         with self._lock:
             if graph in self._sessions:
                 return self._sessions[graph]
-            session = self._open_graph(graph)
             if graph in ("denoiser", "decoder"):
-                self._sessions[graph] = session
-            return session
+                self._sessions[graph] = self._open_graph(graph)
+                return self._sessions[graph]
+        return self._open_graph(graph)  # which takes long, and whoever draws meanwhile need not wait for it
 
     @property
     def where(self) -> str:
@@ -227,11 +227,26 @@ class ElasticPipeline:
         )
         return self.draw(request, generator=generator, callback_on_step_end=callback_on_step_end)
 
-    def draw(self, request: Request, *, generator: Generators | None = None, callback_on_step_end: Callback | None = None) -> Result:
-        """Draw what a request says; see `__call__` for the other two arguments and for errors."""
+    def read(self, request: Request) -> Texts | None:
+        """Read a request's prompts, through text encoders one after the other; None where the model takes none. The denoiser is not opened.
+
+        Raises: UsageError and its kinds for wrong arguments; MissingError without tokenizers.
+        """
+        return self._drawing(request, None).read(self.session)
+
+    def draw(
+        self,
+        request: Request,
+        *,
+        generator: Generators | None = None,
+        callback_on_step_end: Callback | None = None,
+        texts: Texts | None = None,
+    ) -> Result:
+        """Draw what a request says; see `__call__` for `generator`, the callback and errors. With `texts`, what `read` gave of its
+        prompts, maybe on another thread, no text encoder is opened."""
         begun, measuring = self._clock(), self._measuring
         drawing = self._drawing(request, generator)
-        steps = self._iterate(drawing, begun, measuring)
+        steps = self._iterate(drawing, begun, measuring, texts)
         records, choices, replacement, state = [], [], None, None
         while True:
             try:
@@ -313,10 +328,12 @@ class ElasticPipeline:
             raise UsageError(why)  # not after minutes of denoising
         return BudgetDrawing(self.bundle, request, generator)
 
-    def _iterate(self, drawing: Drawing, begun: float, measuring: float) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
+    def _iterate(
+        self, drawing: Drawing, begun: float, measuring: float, texts: Texts | None = None
+    ) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
         """The one loop: every step is chosen for, taken, recorded and checked here. `begun` is when the pictures were
         asked for."""
-        drawing.prepare(self.session)
+        drawing.prepare(self.session, texts)
         gauge, policy = self.gauge, drawing.policy()
         state = policy.init(drawing.outlook(gauge, finishes=drawing.request.output_type != "latent"))
         begun += self._measuring - measuring  # measuring is no part of this picture

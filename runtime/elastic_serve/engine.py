@@ -1,4 +1,4 @@
-"""The thread that draws: it asks the scheduler what is next, and takes the step."""
+"""The thread that draws: it asks the scheduler what is next, and takes the step. Prompts are read on another."""
 
 import logging
 import threading
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from elastic_runtime.device import Clock
+from elastic_runtime.drawing.drawing import Texts
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
 from elastic_serve.body import BodyError
 from elastic_serve.metrics import Metrics
+from elastic_serve.reading import Reader
 from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
-from elastic_serve.served import Prospect, Served, Steered
+from elastic_serve.served import Prompt, Prospect, Served, Steered
 from elastic_serve.times import Learned
 from elastic_serve.together import Drawing, pause, step
 
@@ -62,7 +64,7 @@ Event = Stepped | Drawn | Failed
 
 @dataclass(frozen=True)
 class Order:
-    """One picture as it is asked for; `tell` is called from the engine's thread.
+    """One picture as it is asked for; `tell` is called from the engine's threads.
 
     deadline: seconds, from when it was `received` on the engine's clock, or None. most: steps that it may have, whoever chose them. again:
     whether a server that is gone had taken it in: it is not refused, however late it will be.
@@ -88,6 +90,7 @@ class _Flight:
     order: Order
     prospect: Prospect
     job: Job
+    texts: Texts | None = None  # what its prompt was read as
     drawing: Drawing | None = None
     policy: Steered | None = None
     previews: frozenset[int] = frozenset()
@@ -97,7 +100,7 @@ class _Flight:
 
 
 class Engine:
-    """Draws what it is given, on one thread, until it is closed. Any thread may `submit` and `cancel`."""
+    """Draws what it is given, on one thread, and reads its prompts on another, until it is closed. Any thread may `submit` and `cancel`."""
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class Engine:
         self._left: list[_Flight] = []  # cancelled, with a coroutine that only its own thread may end
         self._changed = threading.Condition()
         self._closing = False
+        self._reader = Reader(self._changed, self._unread, lambda prompt: self.models[prompt.model].read(prompt), self._was_read, clock)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -146,7 +150,7 @@ class Engine:
             for number, order, prospect, job in zip(numbers, orders, prospects, jobs, strict=True):
                 self._flights[number] = _Flight(order, prospect, job)
             self._gauges()
-            self._changed.notify()
+            self._changed.notify_all()
         return numbers
 
     def cancel(self, numbers: Sequence[int]) -> None:
@@ -164,13 +168,14 @@ class Engine:
         """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._flights, timeout=drain)
             rest = tuple(self._flights.values())
         for flight in rest:
             flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
         self.cancel(tuple(self._flights))
         self._thread.join()
+        self._reader.close()
 
     def forecast(self) -> dict[str, dict[str, float]]:
         """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
@@ -180,7 +185,9 @@ class Engine:
             now = self._clock()
             for name, served in self.models.items():
                 usual = served.usual
-                job = Job(-1, "", now, now, False, usual.rows, usual.ways)  # a number that none has
+                reading = self.times.reading(name, served.reading)
+                # a number and a prompt that none has
+                job = Job(-1, "", now, now, False, usual.rows, usual.ways, prompt=object() if reading else None, reading=reading)
                 told[name] = {"wait": self.scheduler.behind([job], now), "alone": self.scheduler.behind([job], now, idle=True)}
         return told
 
@@ -190,15 +197,17 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and self._reader.alive
 
     def _job(self, order: Order, prospect: Prospect) -> Job:
-        best = prospect.ways[-1]
-        whole = sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
+        best, prompt = prospect.ways[-1], order.served.prompt(order.request)
+        reading = self.times.reading(order.served.name, order.served.reading) if prompt else 0.0
+        whole = reading + sum(self.times.seconds(kind, prospect.rows) * steps for kind, steps in best.legs) + best.finish
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
         promised = order.deadline is not None and not order.again
-        return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, user=order.user)
+        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading}
+        return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, **told)
 
     def _run(self) -> None:
         while True:
@@ -214,13 +223,34 @@ class Engine:
                         continue
                     flights = dict(self._flights)  # which a fault of the scheduler ends, all of them
                     turn = self.scheduler.turn(begun)
-                    assert turn is not None  # what is in flight, the scheduler knows
+                    if turn is None:  # no prompt is read yet
+                        self._changed.wait()
+                        continue
                     flights = {number: self._flights[number] for number in turn.jobs}
                 self._step(turn, flights, begun)
             except Exception as error:  # a fault of ours: those pictures end with it, and the others go on
                 _log.exception("a step failed")
                 for number in flights:
                     self._end(number, Failed(error))
+
+    def _unread(self) -> Prompt | None:
+        prompt = self.scheduler.unread(self._clock())
+        assert prompt is None or isinstance(prompt, Prompt)  # which `_job` gave it
+        return prompt
+
+    def _was_read(self, prompt: Prompt, answer: Texts | Exception, seconds: float) -> None:
+        """Let the pictures begin that waited for a prompt, or end them where it could not be read."""
+        with self._changed:
+            numbers = self.scheduler.read(prompt)
+            if isinstance(answer, Exception):
+                for number in numbers:
+                    self._end(number, Failed(answer))
+                return
+            for number in numbers:
+                self._flights[number].texts = answer
+            self.times.read(prompt.model, seconds)
+            self._changed.notify_all()
+        self.metrics.reading.labels(prompt.model).observe(seconds)
 
     def _leave(self) -> None:
         """End what was cancelled."""
@@ -234,7 +264,6 @@ class Engine:
 
     def _step(self, turn: Turn, flights: Mapping[int, _Flight], begun: float) -> None:
         served, session = self.models[turn.kind.model], self.models[turn.kind.model].session
-        fresh = any(flight.drawing is None for flight in flights.values())
         flights = {each: flight for each, flight in flights.items() if self._tried(each, partial(self._steer, each, flight, turn.level))}
         if not flights:
             return
@@ -243,8 +272,7 @@ class Engine:
         seconds = self._clock() - begun
         budgets = [flight.policy.option.budget for flight in flights.values() if flight.policy]
         with self._changed:
-            reading = fresh and served.bundle.manifest.model.text  # new ones read their prompts, too
-            if not reading and len(flights) == len(turn.jobs):
+            if len(flights) == len(turn.jobs):
                 self.times.observe(turn.kind, turn.rows, seconds)
             for number, flight in flights.items():
                 flight.taken += 1
@@ -277,7 +305,8 @@ class Engine:
         request, flight.policy = served.steered(flight.order.request, option)
         flight.steps = sum(option.steps)
         flight.previews = _spread(flight.order.previews, flight.steps)
-        flight.drawing = Drawing(lambda: served.pipe.draw(request, callback_on_step_end=self._between(flight)))
+        texts, flight.texts = flight.texts, None
+        flight.drawing = Drawing(lambda: served.pipe.draw(request, callback_on_step_end=self._between(flight), texts=texts))
         if not served.elastic:
             with self._changed:
                 if number in self._flights:

@@ -29,6 +29,9 @@ class Metrics:
             "elastic_picture_seconds", "From the request to the picture.", ("model",), buckets=SECONDS, registry=self._registry
         )
         self.rows = Histogram("elastic_run_rows", "Rows of the largest run of a step.", ("model",), buckets=ROWS, registry=self._registry)
+        self.reading = Histogram(
+            "elastic_prompt_seconds", "Reading a prompt, beside the steps.", ("model",), buckets=SECONDS, registry=self._registry
+        )
         self.waiting = Gauge("elastic_pictures_waiting", "Pictures that no step was taken of.", registry=self._registry)
         self.drawing = Gauge("elastic_pictures_drawing", "Pictures in flight.", registry=self._registry)
         self.level = Gauge("elastic_level", "Level of the budgets, 0 the cheapest to 1 the best.", registry=self._registry)

@@ -4,11 +4,13 @@ Pictures go by earliest deadline first. Before each step all that is in flight i
 all: the highest is taken at which every deadline is kept with some time left, and at which arrivals like those of late would find a device
 that is not busy all the time. So budgets fall as work comes in and rise as it is done. What cannot be kept even at the lowest level is
 refused before it begins.
+
+A picture takes no step before its prompt is read. Prompts are read beside the steps, one after the other, in the order of their pictures.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import NoReturn
@@ -23,6 +25,7 @@ EQUAL = 0.1  # seconds between deadlines that count as equal, among which client
 QUEUE = 64
 BUSY = 0.8  # of the device's time that arrivals may take: beyond it whoever comes next waits ever longer
 LOWEST = 0.0  # of the levels of the budgets; the highest is 1
+AHEAD = 8  # pictures that wait with their prompts read: embeddings may take many megabytes each
 HALVINGS = 10  # of what lies between a deadline that is refused and one that is kept
 
 
@@ -50,7 +53,8 @@ class Job:
 
     due: when it should be done, on the scheduler's clock; `promised` tells a deadline that was asked for, and is kept or refused, from one
     that is a wish. rows: of the denoiser's batch in each step. client: whose turns it takes; user: who among that client's. turn and own
-    count the turns of both.
+    count the turns of both. prompt: what is to be read before its first step, in `reading` seconds, once for all whose prompts are equal;
+    None where nothing is.
     """
 
     id: int
@@ -64,6 +68,8 @@ class Job:
     turn: int = 0
     user: str = ""
     own: int = 0
+    prompt: Hashable | None = None
+    reading: float = 0.0
 
     def way(self, level: float) -> Way:
         """The way at a level of the budgets, from 0, the cheapest, to 1."""
@@ -106,6 +112,7 @@ class Scheduler:
         self.times, self.queue, self.margin = times, queue, margin
         self._busy, self._demand = busy, Demand()
         self._jobs: dict[int, Job] = {}
+        self._read: tuple[Hashable, float] | None = None  # which prompt is being read, and when that is to be over
         self._numbers = count()
 
     def __len__(self) -> int:
@@ -145,10 +152,10 @@ class Scheduler:
         return tuple(job.id for job in jobs)
 
     def turn(self, now: float) -> Turn | None:
-        """What to run now; None where there is nothing."""
-        if not self._jobs:
+        """What to run now; None where there is nothing, or nothing whose prompt is read."""
+        order = self._order(job for job in self._jobs.values() if job.prompt is None)
+        if not order:
             return None
-        order = self._order(self._jobs.values())
         level = self.level(now)
 
         def kind_of(job: Job) -> Kind:
@@ -173,6 +180,25 @@ class Scheduler:
             middle = (low + high) // 2
             low, high = (middle, high) if self._kept(jobs, levels[middle], now) else (low, middle)
         return levels[max(low, 0)]
+
+    def unread(self, now: float) -> Hashable | None:
+        """The prompt to read now; None where there is none, or enough pictures that come before wait with theirs read."""
+        ahead = 0
+        for job in self._order(self._jobs.values()):
+            if job.prompt is not None:
+                self._read = job.prompt, now + job.reading
+                return job.prompt
+            ahead += not job.started
+            if ahead == AHEAD:
+                break
+        return None
+
+    def read(self, prompt: Hashable) -> tuple[int, ...]:
+        """Note that a prompt was read; returns the pictures that waited for it."""
+        self._read = None
+        numbers = tuple(job.id for job in self._jobs.values() if job.prompt == prompt)
+        self._jobs |= {number: replace(self._jobs[number], prompt=None) for number in numbers}
+        return numbers
 
     def stepped(self, number: int) -> Job:
         """Note that a picture took a step."""
@@ -208,11 +234,19 @@ class Scheduler:
         """Pictures with the time when each would be done, the first one first."""
         waiting, clock = self._order(jobs), now
         left = {job.id: job.way(level).after(job.taken) for job in waiting}
+        begins = self._begins(waiting, now)
         while waiting:
-            group = self._group(waiting, lambda job: left[job.id][-1][0])
+            unread = [begins[job.id] for job in waiting if begins[job.id] > clock]
+            if len(unread) == len(waiting):
+                clock = min(unread)
+                continue
+            able = [job for job in waiting if begins[job.id] <= clock] if unread else waiting
+            group = self._group(able, lambda job: left[job.id][-1][0])
             kind, rows = left[group[0].id][-1][0], sum(job.rows for job in group)
-            steps = min(left[job.id][-1][1] for job in group)
-            clock += steps * self.times.seconds(kind, rows)
+            steps, seconds = min(left[job.id][-1][1] for job in group), self.times.seconds(kind, rows)
+            if unread and steps * seconds > min(unread) - clock:
+                steps = min(steps, math.ceil((min(unread) - clock) / seconds))
+            clock += steps * seconds
             for job in group:
                 ahead = left[job.id]
                 same, more = ahead.pop()
@@ -222,6 +256,15 @@ class Scheduler:
                     clock += job.way(level).finish
                     waiting.remove(job)
                     yield job, clock
+
+    def _begins(self, order: Sequence[Job], now: float) -> dict[int, float]:
+        """When each picture's prompt would be read."""
+        read = {} if self._read is None else {self._read[0]: max(self._read[1], now)}
+        last = max(read.values(), default=now)
+        for job in order:
+            if job.prompt is not None and job.prompt not in read:
+                last = read[job.prompt] = last + job.reading
+        return {job.id: now if job.prompt is None else read[job.prompt] for job in order}
 
     def _seconds(self, way: Way, rows: int) -> float:
         """What a picture takes in runs as large as pay, of which it has its share."""

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.pictures import drawable, obstacle
 from elastic_runtime.device import Clock
+from elastic_runtime.drawing.drawing import Texts
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request
@@ -36,6 +37,7 @@ QUALITIES: Mapping[str, str] = MappingProxyType({"standard": "auto", "hd": "high
 
 LEVELS = 8  # of the budgets: what is between two of them nobody would see, and each has a shape of its own to plan
 WARMING = 5.0  # seconds
+WORDS = "a cat"  # how many hardly matters beside the opening of an encoder, and any takes these
 T = TypeVar("T")
 
 
@@ -56,6 +58,16 @@ class Row:
     budget: Budget
     seconds: float
     quality: float | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read for a picture before it is begun: equal ones once."""
+
+    model: str
+    words: tuple[str | tuple[str, ...] | None, ...]
+    guidance: tuple[float | bool | None, ...]  # which says whether the negative prompt is read, too
+    request: Request = field(compare=False)
 
 
 class Steered:
@@ -82,6 +94,7 @@ class Served:
         self._shared = Shared(self.session)
         self.pipe = ElasticPipeline(pipe.bundle, lambda graph: self._shared if graph == "denoiser" else pipe.session(graph))
         self._warm()
+        self.reading = self._timed()
 
     @classmethod
     def open(
@@ -177,6 +190,19 @@ class Served:
         steps = max(sum(outlook.course(option).steps) for option in options)
         return Prospect(tuple(options), tuple(self._way(outlook, option) for option in options), max(rows), steps)
 
+    def prompt(self, request: Request) -> Prompt | None:
+        """What is to be read for a request; None where the model takes no prompts."""
+        if request.prompt is None:
+            return None
+        words, scales = (request.prompt, request.negative_prompt), (request.guidance_scale, request.true_cfg_scale)
+        return Prompt(self.name, words, (*scales, request.autoguidance), request)
+
+    def read(self, prompt: Prompt) -> Texts:
+        """Read a prompt, on whichever thread; raises as `ElasticPipeline.read`."""
+        texts = self.pipe.read(prompt.request)
+        assert texts is not None  # it takes prompts
+        return texts
+
     def steered(self, request: Request, option: Option) -> tuple[Request, Steered]:
         """The request as it is drawn, and what steers it."""
         policy = Steered(option)
@@ -193,6 +219,20 @@ class Served:
                 if clock() - begun > WARMING:
                     return
                 denoiser.evaluate(budget, rows, middle(manifest.model), np.random.default_rng(0))
+
+    def _timed(self, clock: Clock = time.perf_counter) -> float:
+        """Seconds that a prompt takes to be read, by the second of two unless the first took long: that reads files, too; 0 where the model
+        takes none."""
+        if self.bundle.manifest.model.text is None or self.by_classes:
+            return 0.0
+        seconds = math.inf
+        for _ in range(2):
+            begun = clock()
+            self.pipe.read(Request(prompt=WORDS))
+            seconds = min(seconds, clock() - begun)
+            if seconds > WARMING:
+                break
+        return seconds
 
     def prior(self, kind: Kind, rows: int) -> float:
         """Predicted seconds of one step, by what was measured when the bundle was opened."""
@@ -243,8 +283,14 @@ def servable(folder: str | os.PathLike[str]) -> Bundle:
     Raises: UsageError for one that does not; as `Bundle.open`.
     """
     bundle = Bundle.open(folder)
+    name, model = Path(folder).resolve().name, bundle.manifest.model
     if not drawable(bundle.manifest):
-        raise UsageError(f"{Path(folder).resolve().name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
+        raise UsageError(f"{name} cannot be served, since pictures alone are: {obstacle(bundle.manifest)}")
+    if not (model.num_classes or model.unconditional or (model.text and model.text.encoders)):
+        raise UsageError(
+            f"{name} cannot be served, since requests are prompts and it holds no text encoders to read them with: export it again with "
+            "--components transformer,vae,text"
+        )
     return bundle
 
 

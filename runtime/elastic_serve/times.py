@@ -53,6 +53,7 @@ class Learned:
         self._paces: dict[str, float] = {}
         self._seen: set[tuple[Kind, int]] = set()
         self._sizes: dict[Kind, int] = {}
+        self._readings: dict[str, float] = {}
 
     def seconds(self, kind: Kind, rows: int) -> float:
         ratio = self._ratios.get((kind, rows))
@@ -73,6 +74,15 @@ class Learned:
             self._sizes[kind] = rows
         return self._sizes[kind]
 
+    def reading(self, model: str, prior: float) -> float:
+        """Seconds that a prompt takes to be read; `prior` before any was."""
+        return self._readings.get(model, prior)
+
+    def read(self, model: str, seconds: float) -> None:
+        """Take the reading of one prompt into the predictions."""
+        known = self.reading(model, seconds)
+        self._readings[model] = _towards(known, seconds)
+
     def observe(self, kind: Kind, rows: int, seconds: float) -> None:
         """Take one step of `kind` on so many rows into the predictions."""
         key = kind, rows
@@ -86,5 +96,5 @@ class Learned:
         self._sizes.pop(kind, None)
 
 
-def _towards(known: float, ratio: float) -> float:
-    return known + (WEIGHT if ratio > known else DOUBT) * (ratio - known)
+def _towards(known: float, seen: float) -> float:
+    return known + (WEIGHT if seen > known else DOUBT) * (seen - known)

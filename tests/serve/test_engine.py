@@ -2,37 +2,22 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_flux import SCHNELL, Opener, manifest, to_zero
-from fake_prompts import flux
+from asking import Asking, served
+from fake_flux import FLUX, SCHNELL, manifest, to_zero
 from fakes import write_manifest
 from msgspec.structs import replace
 
-from elastic_runtime import Bundle, ElasticPipeline, InferenceError, Request, UsageError
-from elastic_runtime.contract.manifest import Cost
+from elastic_runtime import InferenceError, Request, UsageError
 from elastic_serve.body import BodyError
-from elastic_serve.engine import ClosingError, Drawn, Engine, Event, Failed, Order, Stepped
-from elastic_serve.metrics import Metrics
+from elastic_serve.engine import ClosingError, Drawn, Event, Failed, Order, Stepped
 from elastic_serve.scheduler import RefusedError, Scheduler, Turn
 from elastic_serve.served import Served
-
-COST = tuple(
-    Cost(budget={"tokens": count}, flops=count**2 + 100 * count, weight_bytes=1000, activation_bytes=10 * count) for count in (1, 512, 1024)
-)
-
-
-def served(folder: Path, name: str = "plans", field: Callable[[Any], np.ndarray] = to_zero) -> Served:
-    """A model of five classes that is drawn along plans, over sessions that need no backend."""
-    opener = Opener(replace(manifest(SCHNELL, classes=5), cost=COST), field)
-    folder.mkdir(exist_ok=True)
-    write_manifest(folder, opener.bundle.manifest)
-    opener.bundle = Bundle.open(folder)
-    return Served(name, ElasticPipeline(opener.bundle, opener))
 
 
 @pytest.fixture
@@ -40,36 +25,6 @@ def plans(tmp_path: Path) -> Iterator[Served]:
     opened = served(tmp_path / "plans")
     yield opened
     opened.close()
-
-
-class Asking:
-    """An engine over some bundles, and what it tells."""
-
-    def __init__(self, *models: Served, **words: Any):
-        self.engine = Engine(models, Metrics(), **words)
-        self.told: queue.Queue[tuple[int, Event]] = queue.Queue()
-
-    def __enter__(self) -> "Asking":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.engine.close()
-
-    def ask(self, *requests: tuple[Served, Request], **words: Any) -> tuple[int, ...]:
-        def tell(place: int) -> Callable[[Event], None]:
-            return lambda event: self.told.put((place, event))
-
-        orders = [Order(model, request, tell(place), self.engine.now(), **words) for place, (model, request) in enumerate(requests)]
-        return self.engine.submit(orders)
-
-    def ends(self, count: int) -> dict[int, Drawn | Failed]:
-        """How `count` pictures ended, by their places."""
-        ended: dict[int, Drawn | Failed] = {}
-        while len(ended) < count:
-            place, event = self.told.get(timeout=30)
-            if not isinstance(event, Stepped):
-                ended[place] = event
-        return ended
 
 
 def test_along_a_plan_a_picture_is_what_the_pipeline_draws(plans: Served) -> None:
@@ -133,29 +88,16 @@ def test_a_plan_of_more_steps_than_are_allowed_is_refused(plans: Served) -> None
         assert isinstance(asking.ends(1)[0], Drawn)
 
 
-def test_a_prompt_is_read_when_its_picture_is_begun_and_not_before(tmp_path: Path) -> None:
-    opener = flux(tmp_path)
-    whole = opener.bundle.manifest
-    opener.bundle = Bundle(tmp_path, replace(whole, cost=COST))
-    model = Served("prompts", ElasticPipeline(opener.bundle, opener))
-    encoders = [graph for graph, _ in opener.opened if graph.startswith("text")]
-    assert model.prospect(Request(prompt="a cat")).options
-    assert encoders == []
-    requests = [Request(prompt=prompt, seeds=(seed,), plan="4x") for seed, prompt in enumerate(("a red cat", "a blue dog"))]
-    with Asking(model) as asking:
-        asking.ask(*((model, request) for request in requests))
-        ended = asking.ends(2)
-    for place, request in enumerate(requests):
-        drawn = ended[place]
-        assert isinstance(drawn, Drawn), drawn
-        assert np.array_equal(np.asarray(drawn.result.images[0]), np.asarray(model.pipe.draw(request).images[0]))
-    model.close()
-
-
 def test_a_bundle_that_makes_no_pictures_is_not_opened(tmp_path: Path) -> None:
     whole = manifest(SCHNELL, classes=5)
     write_manifest(tmp_path, replace(whole, graphs={name: graph for name, graph in whole.graphs.items() if name != "decoder"}))
     with pytest.raises(UsageError, match="cannot be served, since pictures alone are: this bundle holds no decoder.*export it again"):
+        Served.open(tmp_path)
+
+
+def test_a_bundle_that_cannot_read_prompts_is_not_opened(tmp_path: Path) -> None:
+    write_manifest(tmp_path, manifest(FLUX))
+    with pytest.raises(UsageError, match="cannot be served, since requests are prompts and it holds no text encoders.*vae,text"):
         Served.open(tmp_path)
 
 

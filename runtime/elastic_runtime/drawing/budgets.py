@@ -18,7 +18,7 @@ from elastic_runtime.denoising.conditions import guidance_of, whole_labels
 from elastic_runtime.denoising.denoiser import Answer, Denoiser
 from elastic_runtime.denoising.guidance import Branches
 from elastic_runtime.denoising.tokens import Conditions
-from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, finite, repeats
+from elastic_runtime.drawing.drawing import Drawing, Opener, Texts, checked, conditioning, finite, repeats
 from elastic_runtime.errors import UsageError
 from elastic_runtime.request import Progress, Request, StepRecord
 from elastic_runtime.sampling.fitting import sampler, start
@@ -95,10 +95,13 @@ class BudgetDrawing(Drawing):
             return Fixed(request.policy.budget, request.guidance_budget)
         raise UsageError("give the policy its guidance_budget, not the pipeline")
 
-    def prepare(self, open_graph: Opener) -> None:
+    def read(self, open_graph: Opener) -> Texts | None:
+        return self._conditioning.conditions(self.bundle, open_graph, self._led) if self.model.text else None
+
+    def prepare(self, open_graph: Opener, texts: Texts | None = None) -> None:
         """Text encoders, where there are any, are read one after the other and before the denoiser is opened."""
-        if self.model.text:
-            strong, weak = self._conditioning.conditions(self.bundle, open_graph, self._led)
+        if texts := self.read(open_graph) if texts is None else texts:
+            strong, weak = checked(texts, self._count // self._repeats, self._led)
             self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
         self._denoiser = Denoiser(open_graph("denoiser"), self.bundle.manifest)
         self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)

@@ -15,6 +15,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
 from elastic_runtime.denoising.conditions import Conditioning, led_by
 from elastic_runtime.denoising.guidance import Guidance
+from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import InferenceError, UsageError
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, StepRecord
@@ -24,6 +25,8 @@ from elastic_runtime.sessions.session import Session
 
 # opens a graph of the bundle, or gives the session that is open
 Opener = Callable[[str], Session]
+# what prompts are to a denoiser: the conditions of each and, where guidance leads away from some, those of the weak branch
+Texts = tuple[Conditions, Conditions | None]
 
 
 class Drawing(ABC):
@@ -73,8 +76,12 @@ class Drawing(ABC):
         """What chooses: what the request says, or what suits it."""
 
     @abstractmethod
-    def prepare(self, open_graph: Opener) -> None:
-        """Read prompts, where there are any, and open the denoiser."""
+    def read(self, open_graph: Opener) -> Texts | None:
+        """Read prompts, through text encoders one after the other, or take embeddings; None where the model takes neither."""
+
+    @abstractmethod
+    def prepare(self, open_graph: Opener, texts: Texts | None = None) -> None:
+        """Read prompts, where there are any and `texts` are not what they were read as, and open the denoiser."""
 
     @abstractmethod
     def outlook(self, gauge: Gauge, finishes: bool) -> Outlook:
@@ -123,6 +130,17 @@ class Drawing(ABC):
             return source(self._generator, self.count)
         self.seeds = seeds(self.request.seeds, self.count)
         return source([np.random.default_rng(seed) for seed in self.seeds], self.count)
+
+
+def checked(texts: Texts, count: int, led: bool) -> Texts:
+    """Texts that were read before; raises UsageError unless they are of so many prompts, and of what guidance leads away from where it is
+    `led`."""
+    strong, weak = texts
+    if len(strong) != count or (weak is not None) != led:
+        found = f"{len(strong)} prompts {'without' if weak is None else 'with'} negative ones"
+        wanted = f"{count} {'with' if led else 'without'}"
+        raise UsageError(f"texts are of {found}, and the request is of {wanted}: give what `read` says of this request")
+    return texts
 
 
 def _given(value: Any, default: Any) -> bool:

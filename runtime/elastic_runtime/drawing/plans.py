@@ -20,7 +20,7 @@ from elastic_runtime.denoising.references import References
 from elastic_runtime.denoising.sources import encode, pixels, resized
 from elastic_runtime.denoising.sources import obstacle as unencoded
 from elastic_runtime.denoising.tokens import TokenDenoiser, samples
-from elastic_runtime.drawing.drawing import Drawing, Opener, conditioning, repeats
+from elastic_runtime.drawing.drawing import Drawing, Opener, Texts, checked, conditioning, repeats
 from elastic_runtime.drawing.over import Over
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.caching import Caching
@@ -96,10 +96,14 @@ class PlanDrawing(Drawing):
     def policy(self) -> Policy:
         return Fixed() if self.request.policy is None else self.request.policy
 
-    def prepare(self, open_graph: Opener) -> None:
+    def read(self, open_graph: Opener) -> Texts:
+        return self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
+
+    def prepare(self, open_graph: Opener, texts: Texts | None = None) -> None:
         """Text encoders are read one after the other, each closed before the next, and all before the denoiser is
         opened."""
-        strong, weak = self._conditioning.conditions(self.bundle, open_graph, self.guidance.scale > 1)
+        texts = self.read(open_graph) if texts is None else texts
+        strong, weak = checked(texts, self._count // self._repeats, self.guidance.scale > 1)
         self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
         branches = [self._strong, self._weak or self._strong]
         self._lengths = tuple(self._patches.filled_all(texts.counts) for texts in branches)

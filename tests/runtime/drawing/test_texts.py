@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from fake_flux import EMBEDS, manifest, pipeline, to_zero
+from fake_prompts import flux
 
-from elastic_runtime import BudgetError, Span, UsageError
+from elastic_runtime import BudgetError, ElasticPipeline, Request, Span, UsageError
 
 
 def test_texts_of_several_lengths_are_cut_by_their_masks_and_run_apart() -> None:
@@ -63,3 +65,19 @@ def test_texts_and_masks_that_do_not_go_together_are_named(given: dict[str, Any]
     pipe, _ = pipeline()
     with pytest.raises(UsageError, match=re.escape(said)):
         pipe(**given)
+
+
+def test_prompts_may_be_read_before_they_are_drawn(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    request = Request(prompt="a cat", negative_prompt="blue", true_cfg_scale=2.0, plan="full", num_inference_steps=1, seeds=0)
+    with ElasticPipeline(opener.bundle, opener) as pipe:
+        texts = pipe.read(request)
+        assert [name for name, _ in opener.opened] == ["text_encoder", "text_encoder_2"]
+        drawn = pipe.draw(request, texts=texts)
+        assert [name for name, _ in opener.opened][2:] == ["denoiser", "decoder"]
+        assert np.array_equal(np.asarray(drawn.images[0]), np.asarray(pipe.draw(request).images[0]))
+        unguided = Request(prompt=("a cat", "a dog"), plan="full", num_inference_steps=1)
+        with pytest.raises(
+            UsageError, match="texts are of 1 prompts with negative ones, and the request is of 2 without: give what `read`"
+        ):
+            pipe.draw(unguided, texts=texts)
