@@ -6,13 +6,16 @@ import re
 from functools import cache
 from pathlib import Path
 
+from elastic_runtime.files.site import STYLE
+
 PAGE = Path(__file__).with_name("page.html")
 
 
 @cache
 def html() -> bytes:
-    """The page."""
-    return PAGE.read_bytes()
+    """The page, with the style that it shares with sites."""
+    head, style, rest = PAGE.read_text(encoding="utf-8").partition("<style>\n")
+    return (head + style + STYLE.read_text(encoding="utf-8") + rest).encode()
 
 
 @cache

@@ -56,6 +56,7 @@ def write(
     on_stage("site")
     with site.writing(folder, overwrite) as draft:
         shutil.copytree(SOURCES, draft.stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(site.PAGE, "__pycache__"))
+        shutil.copyfile(site.STYLE, draft.stage / site.STYLE.name)
         _place(runtime, draft.stage / NAME)
         models = {graph: _model(bundle, graph, artifact, draft.stage) for graph, artifact in chosen.items()}
         about = facts(bundle, chosen) | {"library": f"{NAME} {runtime.version}"}

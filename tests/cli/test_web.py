@@ -55,9 +55,10 @@ def test_a_site_lists_its_files_and_holds_the_bundles_own(run: Run, grey: Path, 
     (model,) = [name for name in listed if name.endswith(".onnx")]
     assert (tmp_path / "site" / model).read_bytes() == (grey / "onnx" / "denoiser.onnx").read_bytes()
     assert about["models"]["denoiser"]["sha256"] == listed[model] == told["model"]["sha256"]
-    assert {Path(name).name for name in listed} >= {"page.js", "page.css", "worker.js", "LICENSE.txt", *library.FILES}
+    assert {Path(name).name for name in listed} >= {"page.js", "page.css", "site.css", "worker.js", "LICENSE.txt", *library.FILES}
     folder = model.partition("/")[0]
     assert set(re.findall(r'(?:href|src)="(?!data:)([^"]+)"', (tmp_path / "site" / "index.html").read_text())) == {
+        f"{folder}/site.css",
         f"{folder}/page.css",
         f"{folder}/page.js",
     }

@@ -1,11 +1,15 @@
 """The page at `/`: it loads nothing from elsewhere, and a real browser draws with it."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
 
 import pytest
 from chromium import CHROMIUM, Browser, browser
 from serving import Running, Serving
+
+from elastic_runtime.files.site import STYLE
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium-headless-shell")
 
@@ -32,6 +36,17 @@ def test_the_page_loads_nothing_from_elsewhere(server: Running) -> None:
     assert "unsafe" not in policy
     assert set(re.findall(r"https?://[^\"'\s<)]+", answer.text)) == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"@import|url\(|<script [^>]*src|<link [^>]*stylesheet| style=| on\w+=", answer.text)
+
+
+def test_its_policy_allows_its_own_script_and_the_style_that_it_shares(server: Running) -> None:
+    with server.http() as http:
+        answer = http.get("/")
+    for kind in ("script", "style"):
+        (body,) = re.findall(rf"<{kind}>(.*?)</{kind}>", answer.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in answer.headers["content-security-policy"]
+    assert STYLE.read_text() in body
+    assert ".classes input[type=radio]" in body, "a number among many classes is to be seen"
 
 
 def test_everything_that_is_filled_in_has_a_label(server: Running) -> None:

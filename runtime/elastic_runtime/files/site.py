@@ -27,6 +27,7 @@ from elastic_runtime.files.names import free, records, variants
 from elastic_runtime.files.place import foreign, holding, unwritable
 
 PAGE = "index.html"
+STYLE = Path(__file__).with_suffix(".css")  # what all pages look like, the server's too; each adds its own
 GENERATOR = "elastic-export web"
 # What the page says about itself, and by which it is known as ours.
 FACTS = re.compile(rb'<script type="application/json" id="site">(.*?)</script>', re.DOTALL)
