@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import Browser, browser
+from chromium import CHROMIUM, Browser, browser
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline
 
@@ -105,6 +105,7 @@ def test_a_seed_is_numpys_noise(visit: Any, sited: Callable[..., Path], digits: 
             np.testing.assert_allclose(page.value(numbers), np.random.default_rng(seed).standard_normal(20000), atol=1e-13, rtol=0)
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium-headless-shell")
 def test_webgpu_answers_the_same(
     showing: Any, sited: Callable[..., Path], digits: Path, pipe: ElasticPipeline, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
