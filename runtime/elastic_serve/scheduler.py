@@ -235,8 +235,9 @@ class Scheduler:
         waiting, clock = self._order(jobs), now
         left = {job.id: job.way(level).after(job.taken) for job in waiting}
         begins = self._begins(waiting, now)
+        last = max(begins.values(), default=now)
         while waiting:
-            unread = [begins[job.id] for job in waiting if begins[job.id] > clock]
+            unread = [begins[job.id] for job in waiting if begins[job.id] > clock] if clock < last else []
             if len(unread) == len(waiting):
                 clock = min(unread)
                 continue
