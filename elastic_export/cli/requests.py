@@ -27,7 +27,9 @@ from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import OWN, STEPPED, Plan
+from elastic_runtime.ralu.fit import fit
+from elastic_runtime.ralu.offers import base_shift
+from elastic_runtime.ralu.plan import FULL, OWN, STEPPED, Plan
 from elastic_runtime.request import Request, Result
 
 CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
@@ -85,6 +87,7 @@ def request(
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
         chooser = None  # the plan is said
+    outline = options.outline(sampling.plan) if sampling.plan else None
     asked = Request(
         class_labels=labels,
         prompt=tuple(subject.prompt) if subject.prompt else None,
@@ -98,7 +101,7 @@ def request(
         temperature=sampling.temperature,
         height=subject.height,
         width=subject.width,
-        plan=options.plan(sampling.plan) if sampling.plan else None,
+        plan=FULL if outline else sampling.plan,
         policy=chooser,
         drop_fraction=guided.drop,
         guidance_drop_fraction=guided.guidance_drop,
@@ -107,6 +110,10 @@ def request(
         strength=subject.strength,
         mask_image=picture(subject.mask, "--mask", "L"),
     )
+    if outline:
+        (steps, *_), (rows, columns) = outline, plans_of(bundle, asked)[0]
+        shift = base_shift(sum(steps), rows * columns, model.config.get("scheduler", {}))
+        asked = replace(asked, plan=fit(*outline, shift))
     if sampling.cache is None:
         return asked
     (plan, *_) = plans_of(bundle, asked)[1].values()
