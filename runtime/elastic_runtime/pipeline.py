@@ -18,8 +18,9 @@ from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, sides, values
-from elastic_runtime.denoising.sources import Picture, pixels
+from elastic_runtime.denoising.sources import Picture, pixels, several
 from elastic_runtime.device import Clock, peak_bytes
+from elastic_runtime.drawing.beside import edits
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, finite
 from elastic_runtime.drawing.plans import PlanDrawing
@@ -144,6 +145,7 @@ class ElasticPipeline:
         prompt_embeds_mask: np.ndarray | None = None,
         negative_prompt_embeds_mask: np.ndarray | None = None,
         image_latents: np.ndarray | Sequence[np.ndarray] | None = None,
+        image_reference: Picture | Sequence[Picture] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -174,7 +176,8 @@ class ElasticPipeline:
         """Draw a picture for each class label or prompt.
 
         `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of
-        `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a
+        `Request`, and `image`, `image_reference` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]. Of a
+        model that edits after references `image` alone is `image_reference`, as in its pipelines. Besides, `generator` is a
         source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called as
         `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other
         "latents"; loops on other paths than a rectified flow's add "denoised", the picture that the model saw in the state
@@ -189,6 +192,8 @@ class ElasticPipeline:
             if (class_labels, prompt)[names.index(takes)] is not None:
                 raise UsageError(f"{takes} is given twice: by its name and as the first argument")
             class_labels, prompt = (subject, prompt) if takes == names[0] else (class_labels, subject)  # type: ignore[assignment]
+        if image is not None and edits(self.bundle.manifest.model, image_reference, strength, mask_image):
+            image, image_reference = None, image
         request = Request(
             class_labels=class_labels,  # type: ignore[arg-type]  # what they hold is checked where it is read
             prompt=prompt,  # type: ignore[arg-type]
@@ -200,6 +205,7 @@ class ElasticPipeline:
             prompt_embeds_mask=prompt_embeds_mask,
             negative_prompt_embeds_mask=negative_prompt_embeds_mask,
             image_latents=(image_latents,) if isinstance(image_latents, np.ndarray) else image_latents,  # type: ignore[arg-type]
+            image_reference=None if image_reference is None else tuple(several("a reference picture", image_reference, "RGB")),
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

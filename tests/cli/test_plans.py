@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Outcome
-from fake_flux import ENCODER, SCHNELL, Opener, manifest, to_zero
+from fake_flux import ENCODER, FLUX2, SCHNELL, Opener, manifest, to_zero
 from fake_prompts import flux as with_text
 from fakes import write_bundle, write_manifest
 from msgspec.structs import replace
@@ -164,12 +164,29 @@ def test_a_picture_is_drawn_over_and_the_metadata_do_not_hold_it(run: Run, over:
     assert request["strength"] == 0.5
 
 
+def test_pictures_are_edited_after_and_the_metadata_do_not_hold_them(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = opened(monkeypatch, tmp_path / "klein", Opener(manifest(FLUX2, classes=5, encoder=ENCODER), to_zero))
+    for name, size in (("a", (96, 64)), ("b", (64, 64))):
+        Image.new("RGB", size, "teal").save(tmp_path / f"{name}.png")
+    words = ["generate", folder, "--plan", "full", "--steps", "2", "--image", tmp_path / "a.png", "-q"]
+    done = run(*words, "--image", tmp_path / "b.png", "-o", tmp_path / "c.png", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["references"], told["height"], told["width"]) == (16 * 24 + 16 * 16, 64, 96)
+    with Image.open(tmp_path / "c.png") as drawn:
+        kept = json.loads(drawn.info["elastic-export"])["request"]["image_reference"]
+    assert [set(each) for each in kept] == [{"sha256"}, {"sha256"}]
+    over = json.loads(run(*words, "--strength", "0.5", "-o", tmp_path / "d.png", "--json").out)
+    assert (over["references"], len(over["steps"]), over["request"]["strength"]) == (0, 1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--strength", "0"], "strength is above 0"),
         (["--plan", "4x"], "a picture is drawn over along a plan of one stage"),
         (["--mask", "small.png"], "mask_image has the size of image, 96 x 64 px, got 8 x 8"),
+        (["--image", "small.png"], "image is a picture, or several of one size, got 96 x 64, 8 x 8"),
         (["--mask", "nothing.png"], "cannot read --mask nothing.png: No such file or directory"),
         (["--mask", "text.png"], "cannot read --mask text.png: cannot identify image file"),
     ],

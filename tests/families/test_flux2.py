@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 import folders
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +31,7 @@ from elastic_runtime import BudgetError, Bundle, ElasticPipeline, ModelError, Pl
 from elastic_runtime.contract.bundle import MANIFEST
 from elastic_runtime.contract.manifest import Patches, Text, Vae
 from elastic_runtime.denoising.tokens import place, text_places
+from elastic_runtime.drawing.beside import fitted
 from elastic_runtime.ralu.patches import raster
 
 ONE = Span(1, 1)
@@ -94,8 +96,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             "scheduler": scheduler, "vae": folders.packed_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
         }  # fmt: skip
         verify = "ends" if name == "base" else "none"
-        wide = {"tokens": "4-800"} if name == "base" else {}  # room for references
-        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-48", batch="1-4", verify=verify, **wide)
+        wide = {"tokens": "4-800", "components": "transformer,vae,encoder"}  # with room for references
+        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-96", batch="1-4", verify=verify, **wide)
         found[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
         if name == "base":
             index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
@@ -191,6 +193,44 @@ def test_pictures_that_are_edited_after_references_are_those_of_diffusers(made: 
     beside = sum(width * height // 16 for width, height in sides)
     assert (drawn.facts["references"], drawn.facts["tokens"]) == (beside, (48 + beside,))
     assert {step.budget["tokens"] for step in drawn.steps} == {48 + beside}
+
+
+@pytest.mark.parametrize(
+    ("sides", "size"), [([(75, 70)], {}), ([(75, 70), (66, 64)], {"height": 32, "width": 24})], ids=["of its size", "two"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_references_may_be_pictures_which_are_made_to_fit_and_encoded_as_there(
+    made: Made, name: str, sides: list[tuple[int, int]], size: dict[str, int]
+) -> None:
+    pipeline, bundle = made[name]
+    colours = np.random.default_rng(5)
+    pictures = [Image.fromarray(colours.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sides]
+    rows, columns = size.get("height", 68) // 4, size.get("width", 72) // 4
+    embeds, noise = random(2, 2, 6, TEXT), random(3, 2, 16, rows, columns)
+    negative = {"negative_prompt_embeds": random(4, 2, 3, TEXT)} if name == "base" else {}
+    known = size | {"num_inference_steps": 3} | CASES[name]
+    latents: list[torch.Tensor] = []
+    with torch.inference_mode():
+        wanted = pipeline(
+            image=pictures, prompt_embeds=torch.from_numpy(embeds), **tensors(negative), **known, latents=torch.from_numpy(noise),
+            output_type="np", callback_on_step_end=lambda pipe, index, time, arrays: latents.append(arrays["latents"].clone()) or {},
+        ).images  # fmt: skip
+    ours: dict[str, Any] = known | negative | {"prompt_embeds": embeds, "plan": "full", "noise": noise, "image": pictures}
+    with ElasticPipeline.from_pretrained(bundle.folder, "ort", threads=1) as pipe:
+        drawn = pipe(**ours, output_type="latent")
+        assert np.abs(pipe(**ours, output_type="np").images - wanted).max() < 1 / 255
+    last = latents[-1].numpy().transpose(0, 2, 1).reshape(noise.shape)
+    assert np.abs(drawn.images - last).max() <= 1e-5 * np.abs(last).max()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1500, 1100), (701, 1999), (97, 130)])
+def test_a_reference_is_made_to_fit_as_by_diffusers_processor(width: int, height: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    large = picture if width * height <= 1024**2 else processor._resize_to_target_area(picture, 1024**2)
+    wide, high = (side // 16 * 16 for side in large.size)
+    wanted = processor.preprocess(large, height=high, width=wide, resize_mode="crop")[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(fitted(np.asarray(picture), 16), np.rint((wanted + 1) * 127.5))
 
 
 def test_references_that_do_not_fit_are_named(made: Made) -> None:
