@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import folders
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -102,7 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         if name == "base":
             index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
             (folder / "model_index.json").write_text(json.dumps(index))
-            model = capture_folder(folder, None, Span(16, 48), Span(1, 4)).manifest.model
+            model = capture_folder(folder, None, Span(16, 96), Span(1, 4)).manifest.model
             copy = Path(shutil.copytree(bundle.folder, root / "distilled-b"))
             whole = msgspec.structs.replace(bundle.manifest, model=msgspec.structs.replace(model, name=bundle.manifest.model.name))
             (copy / MANIFEST).write_bytes(msgspec.json.encode(whole))
@@ -223,6 +223,35 @@ def test_references_may_be_pictures_which_are_made_to_fit_and_encoded_as_there(
     assert np.abs(drawn.images - last).max() <= 1e-5 * np.abs(last).max()
 
 
+def test_inpainting_with_the_picture_and_another_as_references_is_diffusers_own(made: Made) -> None:
+    """Its pipeline takes the picture that is drawn over for the first reference, and a soft mask, which is a hard one on the grid of
+    tokens."""
+    plain, bundle = made["distilled"]
+    pipeline = Flux2KleinInpaintPipeline(
+        **{name: part for name, part in plain.components.items() if name != "is_distilled"}, is_distilled=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    colours, mask = np.random.default_rng(5), np.zeros((64, 68), np.uint8)
+    picture, other = (
+        Image.fromarray(colours.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in ((68, 64), (64, 64))
+    )
+    mask[8:44, 16:40] = 255
+    embeds, seed = random(2, 1, 6, TEXT), 7
+    known: dict[str, Any] = {"image": picture, "mask_image": Image.fromarray(mask), "strength": 0.6, "num_inference_steps": 5}
+    latents: list[torch.Tensor] = []
+    with torch.inference_mode():
+        pipeline(
+            **known, image_reference=other, prompt_embeds=torch.from_numpy(embeds), generator=torch.manual_seed(seed), guidance_scale=1.0,
+            callback_on_step_end=lambda pipe, index, time, arrays: latents.append(arrays["latents"].clone()) or {},
+        )  # fmt: skip
+    noise = torch.randn((1, 16, 16, 17), generator=torch.manual_seed(seed)).numpy()
+    with ElasticPipeline.from_pretrained(bundle.folder, "ort", threads=1) as pipe:
+        drawn = pipe(**known, image_reference=[picture, other], prompt_embeds=embeds, noise=noise, output_type="latent")
+    last = latents[-1].numpy().transpose(0, 2, 1).reshape(noise.shape)
+    assert len(drawn.steps) == len(latents) == 3
+    assert np.abs(drawn.images - last).max() <= 1e-5 * np.abs(last).max()
+
+
 @pytest.mark.parametrize(("width", "height"), [(1500, 1100), (701, 1999), (97, 130)])
 def test_a_reference_is_made_to_fit_as_by_diffusers_processor(width: int, height: int) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -289,12 +318,12 @@ def test_a_folder_says_what_the_runtime_must_know(made: Made) -> None:
     for name, (_, bundle) in made.items():
         model = bundle.manifest.model
         assert model.patches == msgspec.structs.replace(PATCHES, guidance_embeds=name == "dev")
-        assert (model.family, model.sample_shape, model.distilled) == ("flux2", (16, 12, 12), name == "distilled")
+        assert (model.family, model.sample_shape, model.distilled) == ("flux2", (16, 24, 24), name == "distilled")
         assert model.vae == Vae(scaling_factor=1.0, shift_factor=0.0, upscale=4)
         assert model.text == Text(encoders=(), length=512, width=TEXT, pooled=0)
         assert model.config["scheduler"]["mu"] == "empirical"
         denoiser, decoder = (bundle.manifest.graphs[graph] for graph in ("denoiser", "decoder"))
-        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 144 if name == "dev" else 800), "T": Span(1, 512)}
+        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 800), "T": Span(1, 512)}
         assert {spec.name: spec.shape for spec in (*decoder.inputs, *decoder.outputs)} == {
             "latent": ("B", 16, "h", "w"), "image": ("B", 3, "4*h", "4*w"),
         }  # fmt: skip
