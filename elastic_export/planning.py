@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastic_export.capture.capture import all_budgets, origin
 from elastic_export.capture.elit import is_elit
 from elastic_export.capture.folders import Outline, notes, outline
+from elastic_export.capture.fusion import NAME as FUSION
 from elastic_export.capture.zoo import Request, locate, sized
 from elastic_export.families.bricks import FLOAT32, decoder_values
 from elastic_export.foreign import hub as hubs
@@ -288,7 +289,7 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
     span = None if sides is None else Span(min(sides), max(sides))
     known = outline(folder, [], sides if sides and is_elit(path) else span, Span(1, 2), name, max_sequence_length=asked.length)
     model, transformer = known.model(name), known.transformer
-    parameters = _count(transformer.built) + known.drawn.parameters
+    parameters = _count(transformer.built) - transformer.fusion_parameters + known.drawn.parameters
     costs = Costs(_manifest(known, model, parameters), Rates(1.0, 1.0))
     unit, upscale = transformer.family.patches(transformer.config).size, transformer.upscale
     height, width = sides or (known.drawn.heights.max * upscale, known.drawn.widths.max * upscale)
@@ -307,6 +308,9 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
     branches = 2 if cfg.scale > 1 else 1
     length = known.text.length if known.text else 0
     parts = dict(_texts(folder, known, branches, asked.length))
+    if fused := transformer.fusion_parameters:
+        work = Work(transformer.family.fusion_flops(transformer.config, length), fused * FLOAT32, 0)
+        parts[FUSION] = Part(fused, work, branches)
     if decoder := _decoder(folder, known, height, width):
         parts[DECODER] = decoder
     lacking = [part for part in folder.listed if not (path / part / "config.json").is_file()]

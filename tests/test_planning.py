@@ -56,8 +56,8 @@ def test_configs_alone_tell_what_an_export_does(name: str, tmp_path: Path) -> No
     folder = folders.write(tmp_path / "m", make(), text=text)
     told = elastic_export.plan(bare(folder, tmp_path / "bare"), device=ORIN, steps=3, precisions="fp16")
     captured = capture_folder(folder, None, None, Span(1, 2), digest=False)
-    sizes = {graph.name: sum(p.numel() for p in graph.module.parameters()) for graph in captured.graphs if graph.name != "text_fusion"}
-    unwrapped = sum(parameter.numel() for parameter in make().parameters())
+    sizes = {graph.name: sum(p.numel() for p in graph.module.parameters()) for graph in captured.graphs}
+    unwrapped = sum(parameter.numel() for parameter in make().parameters()) - sizes.get("text_fusion", 0)
     # T5's module holds its embedding under two names, and its graph once.
     t5 = {each: sum(p.numel() for p in folders.t5().parameters()) for each in sizes if each == LAST.get(name)}
     assert told.parameters == sizes | {"denoiser": unwrapped} | t5
@@ -90,6 +90,19 @@ def test_text_and_decoder_are_counted_as_the_exported_graphs_run(tmp_path: Path)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()
         assert told.flops[name] == counter.get_total_flops(), name
+
+
+def test_the_fusion_of_text_is_counted_once_a_picture_and_branch(tmp_path: Path) -> None:
+    transformer = folders.krea2()
+    folder = bare(folders.write(tmp_path / "m", transformer), tmp_path / "bare")
+    guided, alone = (elastic_export.plan(folder, device=ORIN, steps=2, precisions="fp32", guidance=scale) for scale in (3.0, 0.0))
+    tapped = torch.zeros(1, guided.text_tokens, transformer.config.num_text_layers, folders.WIDTH)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        transformer.text_fusion(tapped)
+    assert guided.flops["text_fusion"] == counter.get_total_flops()
+    assert guided.parameters["text_fusion"] == sum(parameter.numel() for parameter in transformer.text_fusion.parameters())
+    assert guided.memory[0].weights["text_fusion"] == 4 * guided.parameters["text_fusion"]
+    assert (guided.branches, alone.branches) == (2, 1)
 
 
 def test_a_language_model_is_counted_down_to_the_last_state_that_is_kept(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def capture_folder(
         graphs.append(texts.graph(folder, family, each, Span(1, batch.max)))
     components = tuple(component for component in chosen if component != ENCODER)
     parameters = {component: folder.component(component).parameters() for component in components}
-    costs = drawn.costs(parameters["transformer"] + drawn.parameters) if "transformer" in chosen else ()
+    costs = drawn.costs(parameters["transformer"] - known.fusion_parameters + drawn.parameters) if "transformer" in chosen else ()
     values = {"denoiser": costs[-1].activation_bytes // FLOAT32 if costs else 0}
     picture = decoder_values(folder.component("vae").config, max(drawn.heights.max, drawn.widths.max) * vae.upscale) if vae else 0
     values |= {"decoder": picture, "encoder": picture}  # whose convolutions at full resolution are no wider

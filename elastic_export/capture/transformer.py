@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_export.families.tokens import Config, TokenFamily
+from elastic_export.foreign.component import diffusers_class
 from elastic_export.foreign.folder import Folder
 from elastic_runtime.contract import manifest
 from elastic_runtime.contract.axis import Axis, Span
@@ -32,6 +33,14 @@ class Transformer:
     def upscale(self) -> int:
         """Pixels a latent pixel; without a VAE pixels are those of the latent."""
         return self.vae.upscale if self.vae else 1
+
+    @property
+    def fusion_parameters(self) -> int:
+        """Those of what fuses its text, which are in a graph of their own; 0 without one."""
+        if self.family.fusion is None:
+            return 0
+        another = self.folder.component("transformer").build(diffusers_class(self.family.class_name))  # the denoiser takes `built` over
+        return sum(parameter.numel() for parameter in self.family.fusion(another).parameters())
 
 
 @dataclass(frozen=True)

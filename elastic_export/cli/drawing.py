@@ -33,9 +33,15 @@ class Subject:
     negative_prompt: Annotated[str | None, _planned("--negative-prompt", "What guidance leads away from.", metavar="TEXT")] = None
     height: Annotated[int | None, _planned("--height", "Height in pixels.")] = None
     width: Annotated[int | None, _planned("--width", "Width in pixels.")] = None
-    image: Annotated[Path | None, _planned("--image", "A picture that is drawn over [dim](needs the encoder)[/dim].", metavar="FILE")] = (
-        None
-    )
+    image: Annotated[
+        list[Path] | None,
+        _planned(
+            "--image",
+            "A picture that is drawn over, or of FLUX.2 edited after unless there is a strength or a mask; again for another "
+            "[dim](needs the encoder)[/dim].",
+            metavar="FILE",
+        ),
+    ] = None
     strength: Annotated[
         float | None, _planned("--strength", "How much of it is drawn anew, above 0 to 1 [dim](default: 0.6)[/dim].", metavar="SHARE")
     ] = None

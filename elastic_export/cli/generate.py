@@ -49,6 +49,7 @@ def generate(
       elastic-export generate routed -o three.png --classes 3 --guidance-drop 0.9 --show-tokens kept.png
       elastic-export generate flux -o cat.png --prompt "a red cat" --plan 4x --height 1024 --width 768
       elastic-export generate flux -o fox.png --prompt "a red fox" --image cat.png --strength 0.5
+      elastic-export generate klein -o hat.png --prompt "the cat with this hat" --image cat.png --image hat.png
       elastic-export generate digits -o again.png --request seven.json
     """
     import warnings

@@ -88,23 +88,18 @@ def interval(text: str) -> tuple[float, float]:
     return float(match[1]), float(match[2])
 
 
-def plan(text: str) -> Any:
-    """Read a plan's name, `4x`, `7x`, `full`, `speed` or `mrflow`, or `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows,
-    with a fitted schedule."""
+def outline(text: str) -> tuple[tuple[int, int, int], tuple[float, float, float], float] | None:
+    """Read a plan of one's own, `3,4,5/0.25,0.4,1/0.3`: steps, end times and the share that grows; None for a plan's name."""
     if "/" not in text:
-        return text
+        return None
     match = re.fullmatch(r"(\d+),(\d+),(\d+)/([\d.]+),([\d.]+),([\d.]+)/([\d.]+)", text.replace(" ", ""))
     try:
-        first, second, third, low, mixed, end, ratio = match.groups() if match else ()
-        steps, end_times = (int(first), int(second), int(third)), (float(low), float(mixed), float(end))
-        share = float(ratio)
+        first, second, third, low, mixed, end, share = match.groups() if match else ()
+        return (int(first), int(second), int(third)), (float(low), float(mixed), float(end)), float(share)
     except ValueError:
         raise typer.BadParameter(
             f"a plan is 4x, 7x, full, speed, mrflow, or steps/end times/share, for three stages, as in 3,4,5/0.25,0.4,1/0.3; got {text!r}"
         ) from None
-    from elastic_runtime.ralu.fit import fit
-
-    return fit(steps, end_times, share)
 
 
 def command_line() -> str:

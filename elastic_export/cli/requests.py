@@ -22,12 +22,16 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
 from elastic_runtime.contract.precision import EXACT
+from elastic_runtime.denoising.sources import pixels
+from elastic_runtime.drawing.beside import edits
 from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
-from elastic_runtime.ralu.plan import OWN, STEPPED, Plan
+from elastic_runtime.ralu.fit import fit
+from elastic_runtime.ralu.offers import base_shift
+from elastic_runtime.ralu.plan import FULL, OWN, STEPPED, Plan
 from elastic_runtime.request import Request, Result
 
 CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
@@ -85,6 +89,9 @@ def request(
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
         chooser = None  # the plan is said
+    outline = options.outline(sampling.plan) if sampling.plan else None
+    pictures = [picture(path, "--image", "RGB") for path in subject.image or ()]
+    edited = bool(pictures) and edits(model, subject.strength, subject.mask)
     asked = Request(
         class_labels=labels,
         prompt=tuple(subject.prompt) if subject.prompt else None,
@@ -98,25 +105,28 @@ def request(
         temperature=sampling.temperature,
         height=subject.height,
         width=subject.width,
-        plan=options.plan(sampling.plan) if sampling.plan else None,
+        plan=FULL if outline else sampling.plan,
         policy=chooser,
         drop_fraction=guided.drop,
         guidance_drop_fraction=guided.guidance_drop,
         seeds=subject.seed,
-        image=picture(subject.image, "--image", "RGB"),
+        image_reference=tuple(pictures) if edited else None,
+        image=None if edited or not pictures else pictures[0] if len(pictures) == 1 else pixels("image", pictures, "RGB"),
         strength=subject.strength,
-        mask_image=picture(subject.mask, "--mask", "L"),
+        mask_image=None if subject.mask is None else picture(subject.mask, "--mask", "L"),
     )
+    if outline:
+        (steps, *_), (rows, columns) = outline, plans_of(bundle, asked)[0]
+        shift = base_shift(sum(steps), rows * columns, model.config.get("scheduler", {}))
+        asked = replace(asked, plan=fit(*outline, shift))
     if sampling.cache is None:
         return asked
     (plan, *_) = plans_of(bundle, asked)[1].values()
     return replace(asked, caching=Caching.every(plan, sampling.cache))
 
 
-def picture(path: Path | None, option: str, mode: str) -> np.ndarray | None:
+def picture(path: Path, option: str, mode: str) -> np.ndarray:
     """The pixels of a picture's file, uint8; raises UsageError for a file that is none."""
-    if path is None:
-        return None
     try:
         with Image.open(path) as opened:
             return np.asarray(ImageOps.exif_transpose(opened).convert(mode))
@@ -185,11 +195,17 @@ def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:
 
 
 def metadata(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture's metadata tells: as `facts`, but of pictures that were drawn over only their SHA-256."""
+    """What a picture's metadata tells: as `facts`, but of pictures that were drawn over or edited after only their SHA-256."""
+
+    def digest(array: Mapping[str, str]) -> dict[str, str]:
+        return {"sha256": hashlib.sha256(base64.b64decode(array["npy"])).hexdigest()}
+
     request = dict(told["request"])
     for name in ("image", "mask_image"):
         if name in request:
-            request[name] = {"sha256": hashlib.sha256(base64.b64decode(request[name]["npy"])).hexdigest()}
+            request[name] = digest(request[name])
+    if references := request.get("image_reference"):
+        request["image_reference"] = [digest(each) for each in references]
     return {**told, "request": request}
 
 

@@ -137,6 +137,7 @@ FAMILY = TokenFamily(
     text_width=lambda config: config["text_hidden_dim"],
     mu=lambda stated: DISTILLED if stated else None,
     fusion=TextFusion,
+    fusion_flops=fusion_flops,
     layers=lambda config: config["num_text_layers"],
     few_steps=8,  # Turbo
 )

@@ -8,18 +8,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from msgspec.structs import replace
 
 from elastic_runtime.choosing.artifacts import ArtifactOpener
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.choosing.option import Choice
-from elastic_runtime.choosing.policy import Policy, Replay
+from elastic_runtime.choosing.policy import Policy
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, preview, sides, values
-from elastic_runtime.denoising.sources import Picture, pixels
+from elastic_runtime.denoising.sources import Picture, pixels, several
 from elastic_runtime.device import Clock, peak_bytes
+from elastic_runtime.drawing.beside import edits
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, Texts, finite
 from elastic_runtime.drawing.plans import PlanDrawing
@@ -144,6 +144,7 @@ class ElasticPipeline:
         prompt_embeds_mask: np.ndarray | None = None,
         negative_prompt_embeds_mask: np.ndarray | None = None,
         image_latents: np.ndarray | Sequence[np.ndarray] | None = None,
+        image_reference: Picture | Sequence[Picture] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -174,7 +175,8 @@ class ElasticPipeline:
         """Draw a picture for each class label or prompt.
 
         `subject` stands for class_labels where the model draws classes, else for prompt. The other words are those of
-        `Request`, and `image` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]; besides, `generator` is a
+        `Request`, and `image`, `image_reference` and `mask_image` may be PIL pictures, or arrays of floats in [0, 1]. Of a
+        model that edits after references `image` alone is `image_reference`, as in its pipelines. Besides, `generator` is a
         source of all noise, or one for each picture, in place of seeds, and `callback_on_step_end` is called as
         `callback(pipe, step_index, timestep, {"latents": state})` after each step, and may return a dict with other
         "latents". All but masked models add "denoised", the picture that the model saw in the state before as latents (see
@@ -189,6 +191,8 @@ class ElasticPipeline:
             if (class_labels, prompt)[names.index(takes)] is not None:
                 raise UsageError(f"{takes} is given twice: by its name and as the first argument")
             class_labels, prompt = (subject, prompt) if takes == names[0] else (class_labels, subject)  # type: ignore[assignment]
+        if image is not None and edits(self.bundle.manifest.model, image_reference, strength, mask_image):
+            image, image_reference = None, image
         request = Request(
             class_labels=class_labels,  # type: ignore[arg-type]  # what they hold is checked where it is read
             prompt=prompt,  # type: ignore[arg-type]
@@ -200,6 +204,7 @@ class ElasticPipeline:
             prompt_embeds_mask=prompt_embeds_mask,
             negative_prompt_embeds_mask=negative_prompt_embeds_mask,
             image_latents=(image_latents,) if isinstance(image_latents, np.ndarray) else image_latents,  # type: ignore[arg-type]
+            image_reference=None if image_reference is None else tuple(several("a reference picture", image_reference, "RGB")),
             num_images_per_prompt=num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -266,11 +271,12 @@ class ElasticPipeline:
         assert state is not None  # there is no drawing of no steps
         images = self.images(drawing.latents(state), request.output_type)
         seconds = self._clock() - begun - (self._measuring - measuring)
-        again = _again(request, drawing, tuple(choices))
         origin = self.session("denoiser").origin
         facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": self.where}
         facts |= ({"artifact": origin.artifact.path, "precision": origin.precision} if origin else {}) | drawing.facts()
-        return Result(images, tuple(records), seconds, again, drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts)
+        return Result(
+            images, tuple(records), seconds, drawing.again(choices), drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts
+        )
 
     def iterate(self, request: Request, *, generator: Generators | None = None) -> Generator[Progress, np.ndarray | None, None]:
         """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state.
@@ -386,14 +392,3 @@ def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
     """Fields of a request that a bundle's kind of model does not take, and how it draws, in words."""
     drawing = PlanDrawing if bundle.manifest.model.patches else BudgetDrawing
     return drawing.unfit(bundle.manifest.model), drawing.kind
-
-
-def _again(request: Request, drawing: Drawing, choices: tuple[Choice, ...]) -> Request:
-    """The request that draws the same pictures again: with its seeds, and with what the policy chose."""
-    changes: dict[str, Any] = {"seeds": drawing.seeds}
-    if request.class_labels is not None and not isinstance(request.class_labels, int):
-        changes["class_labels"] = tuple(int(label) for label in np.atleast_1d(request.class_labels))
-    if request.policy is not None:
-        first, *rest = (replace(choice, predicted=None, reason="") for choice in choices)
-        changes |= {"policy": Replay((first, *(replace(choice, plan=None) for choice in rest))), "guidance_budget": None}
-    return replace(request, **changes)

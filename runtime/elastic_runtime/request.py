@@ -38,7 +38,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         negative_prompt, what guidance leads away from. Or embeddings: prompt_embeds (B, T, D) with pooled_prompt_embeds
         (B, P), and their negative ones; where texts differ in length prompt_embeds_mask (B, T) is 1 for a text's own
         tokens and 0 for what follows them. num_images_per_prompt: pictures of each. image_latents: pictures to edit after
-        (FLUX.2), as latents (C, h, w) of the model's own kind, each of a size of its own; all pictures see them all.
+        (FLUX.2), as latents (C, h, w) of the model's own kind, each of a size of its own; all pictures see them all. Or
+        image_reference: the pictures themselves, uint8 (H, W, 3) (a bundle with an encoder), made to fit as diffusers does it;
+        height and width are then the first one's unless they are given.
     How:
         num_inference_steps: denoising steps (20); of a model that is drawn along plans those of `full`, `speed` and `mrflow`.
         guidance_scale: 1 is off; where the model was distilled with guidance (FLUX.1-dev) the scale it takes in.
@@ -69,6 +71,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_embeds_mask: np.ndarray | None = None
     negative_prompt_embeds_mask: np.ndarray | None = None
     image_latents: tuple[np.ndarray, ...] | None = None
+    image_reference: tuple[np.ndarray, ...] | None = None
     num_images_per_prompt: int = 1
     num_inference_steps: int | None = None
     guidance_scale: float | None = None

@@ -22,9 +22,12 @@ from elastic_runtime.ralu.patches import pack  # noqa: E402
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
 KINDS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "flux": (folders.flux, folders.vae, DYNAMIC | {"shift": 3.0}, "Flux"),
-    "sd3": (folders.sd3, folders.vae, {"shift": 3.0}, "StableDiffusion3"),
+    "sd3": (
+        # its inpainting pipeline blends latents of transformers of 16 channels alone
+        lambda: folders.sd3(in_channels=16, out_channels=16), lambda: folders.vae(latent_channels=16), {"shift": 3.0}, "StableDiffusion3",
+    ),
     "qwen": (folders.qwen_image, folders.frame_vae, DYNAMIC | {"shift_terminal": 0.02}, "QwenImage"),
-}
+}  # fmt: skip
 TEXT = {"flux": 6, "sd3": 18, "qwen": 5}  # tokens
 SIDE, WIDE = 24, 32
 CASES = [(5, 0.3), (5, 0.6), (4, 1.0), (3, 0.05)]  # steps and strength
@@ -44,6 +47,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp(request.param)
     folder = folders.write(root / "m", make())
     scheduler.save_pretrained(folder / "scheduler")
+    vae().save_pretrained(folder / "vae")
     bundle = elastic_export.export(
         folder, output=root / "b", size="16-32", batch="1-2", components="transformer,vae,encoder", verify="none"
     )  # fmt: skip
@@ -73,6 +77,12 @@ def embeddings(name: str) -> dict[str, np.ndarray]:
     )
 
 
+def drawn_noise(ours: ElasticPipeline) -> np.ndarray:
+    """What diffusers draws of seed 7."""
+    shape = 1, ours.bundle.manifest.model.sample_shape[0], SIDE // 2, WIDE // 2
+    return torch.randn(shape, generator=torch.manual_seed(7)).numpy()
+
+
 def drawn(both: Any, kind: str, steps: int, strength: float, image: Image.Image, mask: Image.Image | None = None) -> tuple[Any, Any]:
     """Latents of both, as tokens."""
     name, ours, theirs = both
@@ -86,7 +96,7 @@ def drawn(both: Any, kind: str, steps: int, strength: float, image: Image.Image,
     wanted = theirs(kind)(
         **given, **common, **scales, generator=torch.manual_seed(7), output_type="latent"
     ).images  # fmt: skip
-    noise = torch.randn((1, 4, SIDE // 2, WIDE // 2), generator=torch.manual_seed(7)).numpy()
+    noise = drawn_noise(ours)
     scale = 3.5 if name == "flux" else 1.0
     found = ours(**embeds, **common, plan="full", guidance_scale=scale, noise=noise, output_type="latent")
     left = max(steps - int(max(steps - steps * strength, 0)), 1)
@@ -114,8 +124,6 @@ def test_a_picture_of_another_size_is_made_to_fit_as_there(both: Any) -> None:
 
 @pytest.mark.parametrize(("steps", "strength"), [(5, 0.6), (4, 1.0)])
 def test_inpainting_is_diffusers_own(both: Any, steps: int, strength: float) -> None:
-    if both[0] == "sd3":
-        pytest.skip("diffusers' SD3 inpainting takes transformers of 16 or 33 channels, and these have 4")
     mask = np.zeros((SIDE, WIDE), np.uint8)
     mask[4:17, 9:30] = 255
     mask[0:2, 0:2] = 127  # just below half white
@@ -132,6 +140,6 @@ def test_the_pictures_are_theirs_too(both: Any) -> None:
     scales = {"guidance_scale": 1.0} if name == "sd3" else {"true_cfg_scale": 1.0} if name == "qwen" else {"guidance_scale": 3.5}
     common: dict[str, Any] = {"image": picture(SIDE, WIDE), "strength": 0.5, "height": SIDE, "width": WIDE, "num_inference_steps": 4}
     wanted = theirs("Img2Img")(**given, **common, **scales, generator=torch.manual_seed(7), output_type="np").images
-    noise = torch.randn((1, 4, SIDE // 2, WIDE // 2), generator=torch.manual_seed(7)).numpy()
+    noise = drawn_noise(ours)
     found = ours(**embeddings(name), **common, guidance_scale=3.5 if name == "flux" else 1.0, noise=noise, output_type="np").images
     assert np.abs(found - wanted).max() <= 1 / 255

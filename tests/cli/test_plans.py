@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Outcome
-from fake_flux import ENCODER, SCHNELL, Opener, manifest, to_zero
+from fake_flux import ENCODER, FLUX2, SCHNELL, Opener, manifest, to_zero
 from fake_prompts import flux as with_text
 from fakes import write_bundle, write_manifest
+from msgspec.structs import replace
 from PIL import Image
 
-from elastic_runtime import Bundle, ElasticPipeline
+from elastic_runtime import Bundle, ElasticPipeline, fit_plan
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import Cost, Manifest
+from elastic_runtime.ralu.plan import full
 
 Run = Callable[..., Outcome]
 # Exactly quadratic in the tokens, as attention is.
@@ -23,18 +25,18 @@ COST = tuple(
     Cost(budget={"tokens": count}, flops=count**2 + 100 * count, weight_bytes=1000, activation_bytes=10 * count) for count in (1, 512, 1024)
 )
 
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+
 
 def opened(monkeypatch: pytest.MonkeyPatch, folder: Path, opener: Opener) -> Path:
     """Write the opener's manifest and let the pipeline of any folder open its sessions."""
-    import msgspec
-
     whole: Manifest = opener.bundle.manifest
     model = whole.model
     if model.text:
-        encoders = tuple(msgspec.structs.replace(one, tokenizer=entry(folder, folder / one.tokenizer.path)) for one in model.text.encoders)
-        model = msgspec.structs.replace(model, text=msgspec.structs.replace(model.text, encoders=encoders))
+        encoders = tuple(replace(one, tokenizer=entry(folder, folder / one.tokenizer.path)) for one in model.text.encoders)
+        model = replace(model, text=replace(model.text, encoders=encoders))
     folder.mkdir(exist_ok=True)
-    write_manifest(folder, msgspec.structs.replace(whole, model=model, cost=COST))
+    write_manifest(folder, replace(whole, model=model, cost=COST))
     monkeypatch.setattr(ElasticPipeline, "from_pretrained", lambda bundle, backend=None, precisions=(): ElasticPipeline(bundle, opener))
     opener.bundle = Bundle.open(folder)
     return folder
@@ -80,6 +82,33 @@ def test_a_plan_of_one_s_own_gets_a_fitted_schedule(run: Run, digits: Path, tmp_
     schedule = json.loads(done.out)["schedule"]
     assert (schedule["steps"], schedule["up_ratio"]) == ([2, 3, 5], 0.25)
     assert schedule["z"] == pytest.approx(6.261, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "size", "shift"),
+    [
+        ({"shift": 2.0}, (64, 64), 2.0),
+        (DYNAMIC, (64, 64), full(10, 64, DYNAMIC).shifts[0]),
+        (DYNAMIC, (64, 96), full(10, 96, DYNAMIC).shifts[0]),
+        ({"use_dynamic_shifting": True, "mu": "empirical"}, (64, 64), None),
+    ],
+    ids=["static", "dynamic", "of a larger picture", "none"],
+)
+def test_its_schedule_is_fitted_to_the_shift_that_the_bundle_has_at_that_size(
+    run: Run, digits: Path, tmp_path: Path, scheduler: dict[str, Any], size: tuple[int, int], shift: float | None
+) -> None:
+    pytest.importorskip("scipy", reason="fitting needs scipy")
+    whole = Bundle.open(digits).manifest
+    write_manifest(digits, replace(whole, model=replace(whole.model, config={"scheduler": scheduler})))
+    words = ["--plan", "2,3,5/0.2,0.3,1/0.25", "--height", size[0], "--width", size[1], "--json", "-q"]
+    done = run("generate", digits, "-o", tmp_path / "a.png", *words)
+    if shift is None:
+        said = " ".join(done.err.replace("│", " ").split())
+        assert (done.code, f"with base_shift {full(10, 64, scheduler).shifts[0]:g}: the search runs into its bound" in said) == (2, True)
+        return
+    schedule, wanted = json.loads(done.out)["schedule"], fit_plan((2, 3, 5), (0.2, 0.3, 1.0), 0.25, shift)
+    assert (schedule["z"], schedule["shifts"]) == (pytest.approx(wanted.z), pytest.approx(wanted.shifts))
+    assert schedule["z"] != pytest.approx(6.261, abs=0.1)
 
 
 def test_prompts_are_drawn_and_a_cut_one_is_noted(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -135,12 +164,29 @@ def test_a_picture_is_drawn_over_and_the_metadata_do_not_hold_it(run: Run, over:
     assert request["strength"] == 0.5
 
 
+def test_pictures_are_edited_after_and_the_metadata_do_not_hold_them(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = opened(monkeypatch, tmp_path / "klein", Opener(manifest(FLUX2, classes=5, encoder=ENCODER), to_zero))
+    for name, size in (("a", (96, 64)), ("b", (64, 64))):
+        Image.new("RGB", size, "teal").save(tmp_path / f"{name}.png")
+    words = ["generate", folder, "--plan", "full", "--steps", "2", "--image", tmp_path / "a.png", "-q"]
+    done = run(*words, "--image", tmp_path / "b.png", "-o", tmp_path / "c.png", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["references"], told["height"], told["width"]) == (16 * 24 + 16 * 16, 64, 96)
+    with Image.open(tmp_path / "c.png") as drawn:
+        kept = json.loads(drawn.info["elastic-export"])["request"]["image_reference"]
+    assert [set(each) for each in kept] == [{"sha256"}, {"sha256"}]
+    over = json.loads(run(*words, "--strength", "0.5", "-o", tmp_path / "d.png", "--json").out)
+    assert (over["references"], len(over["steps"]), over["request"]["strength"]) == (0, 1, 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--strength", "0"], "strength is above 0"),
         (["--plan", "4x"], "a picture is drawn over along a plan of one stage"),
         (["--mask", "small.png"], "mask_image has the size of image, 96 x 64 px, got 8 x 8"),
+        (["--image", "small.png"], "image is a picture, or several of one size, got 96 x 64, 8 x 8"),
         (["--mask", "nothing.png"], "cannot read --mask nothing.png: No such file or directory"),
         (["--mask", "text.png"], "cannot read --mask text.png: cannot identify image file"),
     ],

@@ -107,12 +107,14 @@ READERS: dict[type, Any] = {
 SD35 = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 
 
-def vae() -> AutoencoderKL:
+def vae(**changes: Any) -> AutoencoderKL:
     torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1, sample_size=SIDE, scaling_factor=0.5,
-        shift_factor=0.1, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4, "layers_per_block": 1, "sample_size": SIDE,
+        "scaling_factor": 0.5, "shift_factor": 0.1, "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    return AutoencoderKL(**sizes | changes)
 
 
 def packed_vae(**changes: Any) -> AutoencoderKLFlux2:

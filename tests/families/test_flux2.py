@@ -16,7 +16,8 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import folders
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,6 +31,7 @@ from elastic_runtime import BudgetError, Bundle, ElasticPipeline, ModelError, Pl
 from elastic_runtime.contract.bundle import MANIFEST
 from elastic_runtime.contract.manifest import Patches, Text, Vae
 from elastic_runtime.denoising.tokens import place, text_places
+from elastic_runtime.drawing.beside import fitted
 from elastic_runtime.ralu.patches import raster
 
 ONE = Span(1, 1)
@@ -94,13 +96,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             "scheduler": scheduler, "vae": folders.packed_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
         }  # fmt: skip
         verify = "ends" if name == "base" else "none"
-        wide = {"tokens": "4-800"} if name == "base" else {}  # room for references
-        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-48", batch="1-4", verify=verify, **wide)
+        wide = {"tokens": "4-800", "components": "transformer,vae,encoder"}  # with room for references
+        bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-96", batch="1-4", verify=verify, **wide)
         found[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
         if name == "base":
             index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
             (folder / "model_index.json").write_text(json.dumps(index))
-            model = capture_folder(folder, None, Span(16, 48), Span(1, 4)).manifest.model
+            model = capture_folder(folder, None, Span(16, 96), Span(1, 4)).manifest.model
             copy = Path(shutil.copytree(bundle.folder, root / "distilled-b"))
             whole = msgspec.structs.replace(bundle.manifest, model=msgspec.structs.replace(model, name=bundle.manifest.model.name))
             (copy / MANIFEST).write_bytes(msgspec.json.encode(whole))
@@ -193,6 +195,73 @@ def test_pictures_that_are_edited_after_references_are_those_of_diffusers(made: 
     assert {step.budget["tokens"] for step in drawn.steps} == {48 + beside}
 
 
+@pytest.mark.parametrize(
+    ("sides", "size"), [([(75, 70)], {}), ([(75, 70), (66, 64)], {"height": 32, "width": 24})], ids=["of its size", "two"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_references_may_be_pictures_which_are_made_to_fit_and_encoded_as_there(
+    made: Made, name: str, sides: list[tuple[int, int]], size: dict[str, int]
+) -> None:
+    pipeline, bundle = made[name]
+    colours = np.random.default_rng(5)
+    pictures = [Image.fromarray(colours.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sides]
+    rows, columns = size.get("height", 68) // 4, size.get("width", 72) // 4
+    embeds, noise = random(2, 2, 6, TEXT), random(3, 2, 16, rows, columns)
+    negative = {"negative_prompt_embeds": random(4, 2, 3, TEXT)} if name == "base" else {}
+    known = size | {"num_inference_steps": 3} | CASES[name]
+    latents: list[torch.Tensor] = []
+    with torch.inference_mode():
+        wanted = pipeline(
+            image=pictures, prompt_embeds=torch.from_numpy(embeds), **tensors(negative), **known, latents=torch.from_numpy(noise),
+            output_type="np", callback_on_step_end=lambda pipe, index, time, arrays: latents.append(arrays["latents"].clone()) or {},
+        ).images  # fmt: skip
+    ours: dict[str, Any] = known | negative | {"prompt_embeds": embeds, "plan": "full", "noise": noise, "image": pictures}
+    with ElasticPipeline.from_pretrained(bundle.folder, "ort", threads=1) as pipe:
+        drawn = pipe(**ours, output_type="latent")
+        assert np.abs(pipe(**ours, output_type="np").images - wanted).max() < 1 / 255
+    last = latents[-1].numpy().transpose(0, 2, 1).reshape(noise.shape)
+    assert np.abs(drawn.images - last).max() <= 1e-5 * np.abs(last).max()
+
+
+def test_inpainting_with_the_picture_and_another_as_references_is_diffusers_own(made: Made) -> None:
+    """Its pipeline takes the picture that is drawn over for the first reference, and a soft mask, which is a hard one on the grid of
+    tokens."""
+    plain, bundle = made["distilled"]
+    pipeline = Flux2KleinInpaintPipeline(
+        **{name: part for name, part in plain.components.items() if name != "is_distilled"}, is_distilled=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    colours, mask = np.random.default_rng(5), np.zeros((64, 68), np.uint8)
+    picture, other = (
+        Image.fromarray(colours.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in ((68, 64), (64, 64))
+    )
+    mask[8:44, 16:40] = 255
+    embeds, seed = random(2, 1, 6, TEXT), 7
+    known: dict[str, Any] = {"image": picture, "mask_image": Image.fromarray(mask), "strength": 0.6, "num_inference_steps": 5}
+    latents: list[torch.Tensor] = []
+    with torch.inference_mode():
+        pipeline(
+            **known, image_reference=other, prompt_embeds=torch.from_numpy(embeds), generator=torch.manual_seed(seed), guidance_scale=1.0,
+            callback_on_step_end=lambda pipe, index, time, arrays: latents.append(arrays["latents"].clone()) or {},
+        )  # fmt: skip
+    noise = torch.randn((1, 16, 16, 17), generator=torch.manual_seed(seed)).numpy()
+    with ElasticPipeline.from_pretrained(bundle.folder, "ort", threads=1) as pipe:
+        drawn = pipe(**known, image_reference=[picture, other], prompt_embeds=embeds, noise=noise, output_type="latent")
+    last = latents[-1].numpy().transpose(0, 2, 1).reshape(noise.shape)
+    assert len(drawn.steps) == len(latents) == 3
+    assert np.abs(drawn.images - last).max() <= 1e-5 * np.abs(last).max()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1500, 1100), (701, 1999), (97, 130)])
+def test_a_reference_is_made_to_fit_as_by_diffusers_processor(width: int, height: int) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    large = picture if width * height <= 1024**2 else processor._resize_to_target_area(picture, 1024**2)
+    wide, high = (side // 16 * 16 for side in large.size)
+    wanted = processor.preprocess(large, height=high, width=wide, resize_mode="crop")[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(fitted(np.asarray(picture), 16), np.rint((wanted + 1) * 127.5))
+
+
 def test_references_that_do_not_fit_are_named(made: Made) -> None:
     ours: dict[str, Any] = {"prompt_embeds": random(2, 1, 6, TEXT), "plan": "full", "height": 48, "width": 48}
     with ElasticPipeline.from_pretrained(made["distilled"][1].folder, "ort", threads=1) as pipe:
@@ -249,12 +318,12 @@ def test_a_folder_says_what_the_runtime_must_know(made: Made) -> None:
     for name, (_, bundle) in made.items():
         model = bundle.manifest.model
         assert model.patches == msgspec.structs.replace(PATCHES, guidance_embeds=name == "dev")
-        assert (model.family, model.sample_shape, model.distilled) == ("flux2", (16, 12, 12), name == "distilled")
+        assert (model.family, model.sample_shape, model.distilled) == ("flux2", (16, 24, 24), name == "distilled")
         assert model.vae == Vae(scaling_factor=1.0, shift_factor=0.0, upscale=4)
         assert model.text == Text(encoders=(), length=512, width=TEXT, pooled=0)
         assert model.config["scheduler"]["mu"] == "empirical"
         denoiser, decoder = (bundle.manifest.graphs[graph] for graph in ("denoiser", "decoder"))
-        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 144 if name == "dev" else 800), "T": Span(1, 512)}
+        assert denoiser.dimensions == {"B": Span(1, 4), "S": Span(4, 800), "T": Span(1, 512)}
         assert {spec.name: spec.shape for spec in (*decoder.inputs, *decoder.outputs)} == {
             "latent": ("B", 16, "h", "w"), "image": ("B", 3, "4*h", "4*w"),
         }  # fmt: skip

@@ -38,12 +38,13 @@ def obstacle(manifest: Manifest) -> str | None:
     )
 
 
-def sides(manifest: Manifest) -> tuple[Span, Span] | None:
-    """Heights and widths of the latents that the decoder takes; None where the bundle holds none."""
-    if "decoder" not in manifest.graphs:
+def sides(manifest: Manifest, half: Literal["decoder", "encoder"] = "decoder") -> tuple[Span, Span] | None:
+    """Heights and widths of the latents that the decoder takes, or the encoder gives; None where the bundle holds none."""
+    if half not in manifest.graphs:
         return None
-    graph = manifest.graphs["decoder"]
-    height, width = (graph.dimensions[side] if isinstance(side, str) else Span(int(side), int(side)) for side in graph.inputs[0].shape[2:])
+    graph = manifest.graphs[half]
+    latent = next(spec for spec in (*graph.inputs, *graph.outputs) if spec.name == "latent")
+    height, width = (graph.dimensions[side] if isinstance(side, str) else Span(int(side), int(side)) for side in latent.shape[2:])
     return height, width
 
 

@@ -20,15 +20,12 @@ class References:
     ids: np.ndarray
 
     @classmethod
-    def of(cls, image_latents: Any, model: Model) -> "References | None":
-        """Those of latents (C, h, w), one or several of sizes of their own, scaled as the model draws them; None for none.
+    def of(cls, image_latents: Any, model: Model) -> "References":
+        """Those of latents (C, h, w), one or several of sizes of their own, scaled as the model draws them.
 
-        Raises: UsageError for a model that takes none, and for what are no such latents.
+        Raises: UsageError for what are no such latents.
         """
-        if image_latents is None:
-            return None
-        if model.patches is None or not model.patches.references:
-            raise UsageError(f"{model.name} draws beside no reference pictures: leave image_latents out")
+        assert model.patches is not None  # a model without draws beside none
         several = [image_latents] if isinstance(image_latents, np.ndarray) else image_latents
         if not isinstance(several, Sequence) or not several:
             raise UsageError(f"image_latents are one array or several, got {image_latents!r}")

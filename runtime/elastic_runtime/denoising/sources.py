@@ -1,4 +1,4 @@
-"""From pictures that are given to latents: what is drawn over, and the mask of what of it is drawn anew."""
+"""From pictures that are given to latents: what is drawn over or edited after, and the mask of what is drawn anew."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,22 @@ CHANNELS = (1, 3)  # of one picture, as the last side of an array
 DRAWN = 0.5  # grey of a mask from which on a pixel is drawn anew, as diffusers has it
 
 
+def several(name: str, given: Picture | Sequence[Picture], mode: str) -> list[np.ndarray]:
+    """Pictures, or one alone, as uint8 (H, W) of mode L or (H, W, 3) of mode RGB, each of a size of its own.
+
+    Raises: UsageError for something else than pictures.
+    """
+    grey = mode == "L" and isinstance(given, np.ndarray) and given.ndim == 3 and given.shape[2] not in CHANNELS
+    more = grey or isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
+    return [_one(name, each, mode) for each in (given if more else [given])]
+
+
 def pixels(name: str, given: Picture | Sequence[Picture], mode: str) -> np.ndarray:
     """Pictures as uint8 (B, H, W) of mode L or (B, H, W, 3) of mode RGB, which may be given again; one alone is a batch of one.
 
     Raises: UsageError for something else than pictures of one size.
     """
-    grey = mode == "L" and isinstance(given, np.ndarray) and given.ndim == 3 and given.shape[2] not in CHANNELS
-    several = grey or isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
-    pictures = [_one(name, each, mode) for each in (given if several else [given])]
+    pictures = several(name, given, mode)
     if not pictures or len({each.shape for each in pictures}) > 1:
         sizes = ", ".join(dict.fromkeys(f"{each.shape[1]} x {each.shape[0]}" for each in pictures)) or "none"
         raise UsageError(f"{name} is a picture, or several of one size, got {sizes}")
@@ -71,10 +79,10 @@ def masked(masks: np.ndarray, vae: Vae) -> np.ndarray:
 
 
 def obstacle(manifest: Manifest) -> str | None:
-    """Why no picture can be drawn over with this bundle, and what to do; None where one can."""
+    """Why no picture becomes latents with this bundle, and what to do; None where one does."""
     if "encoder" in manifest.graphs and manifest.model.vae:
         return None
     return (
-        "this bundle holds no encoder, without which no picture becomes latents that could be drawn over: export it again with its VAE's "
-        "encoder (--components transformer,vae,encoder, and text where it has text encoders)"
+        "this bundle holds no encoder, without which no picture that is given becomes latents: export it again with its VAE's encoder "
+        "(--components transformer,vae,encoder, and text where it has text encoders)"
     )

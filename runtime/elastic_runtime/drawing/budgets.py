@@ -42,7 +42,18 @@ class BudgetDrawing(Drawing):
     @classmethod
     def unfit(cls, model: Model) -> Sequence[str]:
         texts = () if model.text else cls.texts
-        return (*texts, "true_cfg_scale", "cfg_normalization", "image_latents", "height", "width", "plan", "caching", *OVER)
+        return (
+            *texts,
+            "true_cfg_scale",
+            "cfg_normalization",
+            "image_latents",
+            "image_reference",
+            "height",
+            "width",
+            "plan",
+            "caching",
+            *OVER,
+        )
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)

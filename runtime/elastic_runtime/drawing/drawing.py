@@ -6,10 +6,11 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.option import Choice
-from elastic_runtime.choosing.policy import Policy
+from elastic_runtime.choosing.policy import Policy, Replay
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
@@ -114,6 +115,16 @@ class Drawing(ABC):
     def facts(self) -> dict[str, Any]:
         """What a picture's metadata tells beside the request."""
         return {}
+
+    def again(self, choices: Sequence[Choice]) -> Request:
+        """The request that draws the same pictures again: with its seeds, and with what the policy chose for each step."""
+        request, changes = self.request, dict[str, Any](seeds=self.seeds)
+        if request.class_labels is not None and not isinstance(request.class_labels, int):
+            changes["class_labels"] = tuple(int(label) for label in np.atleast_1d(request.class_labels))
+        if request.policy is not None:
+            first, *rest = (replace(choice, predicted=None, reason="") for choice in choices)
+            changes |= {"policy": Replay((first, *(replace(choice, plan=None) for choice in rest))), "guidance_budget": None}
+        return replace(request, **changes)
 
     def check_guidance(self, *names: str) -> None:
         """Raise UsageError for fields of the request that act through guidance, where it is off."""

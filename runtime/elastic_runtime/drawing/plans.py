@@ -16,10 +16,10 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model, Patches, plan_label
 from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.denoising.pictures import drawable, obstacle, pictures, sides, values
-from elastic_runtime.denoising.references import References
 from elastic_runtime.denoising.sources import encode, pixels, resized
 from elastic_runtime.denoising.sources import obstacle as unencoded
 from elastic_runtime.denoising.tokens import TokenDenoiser, samples
+from elastic_runtime.drawing.beside import Beside
 from elastic_runtime.drawing.drawing import Drawing, Opener, Texts, checked, conditioning, repeats
 from elastic_runtime.drawing.over import Over
 from elastic_runtime.errors import BudgetError, UsageError
@@ -52,7 +52,7 @@ class PlanDrawing(Drawing):
         assert self.model.patches is not None
         self._patches: Patches = self.model.patches
         self._upscale = self.model.vae.upscale if self.model.vae else 1
-        self._references = References.of(request.image_latents, self.model)
+        self._references = Beside.of(bundle.manifest, request)
         self._beside = len(self._references or ())
         self._over = Over.of(bundle.manifest, request)
         self.size, self.plans = self._planned()
@@ -114,12 +114,13 @@ class PlanDrawing(Drawing):
             begin = next(iter(self.plans.values())).begin
             self._keep = self._over.keep(picture, self._start, self._patches.size)
             self._start = begin * self._start + (1 - begin) * picture
+        references = self._references.references(open_graph) if self._references else None
         self._session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
         if not offered:
             raise self._refusal(self.plans[self.name]) or UsageError("there is no plan")
         self.plans = offered if self.request.policy else self.plans
-        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded, self._references)
+        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded, references)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
@@ -216,8 +217,11 @@ class PlanDrawing(Drawing):
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
         open_choice = chooses and asked is None and recorded is None
         plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
-        usual = self._over.size if self._over else tuple(side * self._upscale for side in model.sample_shape[1:])
-        height, width = (side if given is None else given for side, given in zip(usual, (request.height, request.width), strict=True))
+        given = self._over.size if self._over else self._references.size if self._references else None
+        usual = given or tuple(side * self._upscale for side in model.sample_shape[1:])
+        height, width = (
+            side if asked_for is None else asked_for for side, asked_for in zip(usual, (request.height, request.width), strict=True)
+        )
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit

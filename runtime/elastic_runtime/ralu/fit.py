@@ -8,7 +8,7 @@ from elastic_runtime.ralu.plan import LEAST_Z, STAGES, Plan, check_outline, chec
 GRID = np.linspace(0.0, 1.0, 1000)
 LEAST_DENSITY = 1e-10
 SHIFTS, ZS = (0.5, 10.0), (LEAST_Z, 100.0)
-NEAR = 1 - 1e-6  # of a bound: the search stops a rounding error before it
+NEAR = 1 - 1e-3  # of a bound: the distance is flat there, and on some machines the search stops this far before it
 
 
 def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_ratio: float, base_shift: float = 3.0) -> Plan:
@@ -50,7 +50,8 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
 
     found = minimize(distance, [3.0] * STAGES + [2.0], bounds=[SHIFTS] * STAGES + [ZS])
     *shifts, z = (float(value) for value in found.x)
-    reached = [f"shift {value:g}" for value in shifts if value >= SHIFTS[1] * NEAR] + [f"z {z:g}"] * (z >= ZS[1] * NEAR)
+    ends = [("shift", value, SHIFTS[1]) for value in shifts] + [("z", z, ZS[1])]
+    reached = [f"{name} {most:g}" for name, value, most in ends if value >= most * NEAR]
     if reached:
         raise UsageError(
             f"no schedule of steps {steps} with end times {end_times} is like plain sampling with base_shift {base_shift:g}: the search "

@@ -15,6 +15,14 @@ TRANSITION = 0.6  # the sigma at which plan `speed` grows: of 0.9, 0.75, 0.6 and
 AGAIN = 0.4  # the sigma from which plan `mrflow` draws again what it enlarged
 
 
+def base_shift(steps: int, tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """The shift of plain sampling of so many full-resolution `tokens` in `steps`, which a plan's schedule is fitted to: see `fit`.
+
+    Raises: UsageError as `full`.
+    """
+    return full(steps, tokens, scheduler).shifts[0]
+
+
 def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: int | None = None) -> str | None:
     """Why the preset `name` does not suit pictures of so many full-resolution `tokens` of a model with this scheduler, and what to take
     instead; None where it does.
@@ -24,7 +32,7 @@ def unsuited(name: str, tokens: int, scheduler: Mapping[str, Any], few_steps: in
     if name not in PRESETS:
         return None
     plan, instead = PRESETS[name], f"take plan {SPEED!r} or {FULL!r}"
-    base = full(plan.total, tokens, scheduler).shifts[0]
+    base = base_shift(plan.total, tokens, scheduler)
     if base > MOST_BASE[name]:
         return (
             f"plan {name!r} does not suit this model at {tokens} image tokens: no schedule of its stages is like plain sampling with a "
