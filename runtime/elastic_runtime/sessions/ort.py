@@ -139,6 +139,9 @@ class OrtSession(Session):
             spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
         settings.log_severity_level = 3
+        # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
+        # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
         self._outputs = [spec.name for spec in graph.outputs]
         path, asked = bundle.file(artifact.path), providers is not None or device is not None
         self._graphs = None

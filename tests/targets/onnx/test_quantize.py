@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import denoiser_graph, write_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX
 from onnx import numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import Bundle, ElasticPipeline, Span, UsageError, VerificationError  # noqa: E402
+from elastic_runtime import Bundle, ElasticPipeline, Span, UsageError, VerificationError, open_session  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, quantize, stream  # noqa: E402
 from elastic_targets.onnx.quantize import BLOCKS, blocks, rows  # noqa: E402
@@ -147,6 +148,26 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(backend: str, bundle: Bundle
         both = pipe([3, 8], seeds=[5, 6], **words).images
         alone = pipe([8], seeds=[6], **words).images
     np.testing.assert_allclose(both[1:], alone, atol=1e-6)
+
+
+def test_products_of_bytes_do_not_overflow_where_the_processor_has_no_vnni(tmp_path: Path) -> None:
+    """255 x 127 twice is more than 16 bits hold. All values are alike, so that nothing is rounded and the product is exact."""
+    codes = numpy_helper.from_array(np.full((8, 8), 127, np.int8), "codes")
+    scales = numpy_helper.from_array(np.full(8, 1 / 127, np.float32), "scales")
+    kinds = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+    ports = denoiser_graph()
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape) for spec in specs]
+        for specs in (ports.inputs, ports.outputs)
+    )
+    node = onnx.helper.make_node("DynamicQuantizeMatMul", ["sample", "codes", "scales"], ["prediction"], domain="com.microsoft")
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    graph = onnx.helper.make_graph([node], "product", inputs, outputs, [codes, scales])
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    with open_session(write_bundle(tmp_path / "b", model.SerializeToString()), "denoiser", "ort", lanes=1) as session:
+        feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.zeros(1, np.float32)}
+        feeds |= {"class_labels": np.zeros(1, np.int64), "latent_ids": np.arange(1)}
+        np.testing.assert_allclose(session.run(feeds)["prediction"], 8, atol=1e-5)
 
 
 def test_a_loop_s_body_is_held_in_few_bits_too(tmp_path: Path) -> None:
