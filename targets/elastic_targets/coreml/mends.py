@@ -58,8 +58,8 @@ def alias(context: Any, node: Any) -> None:
 
 
 def rms_norm(context: Any, node: Any) -> None:
-    """Fault: epsilon is added to values that were divided by the largest among them, so it counts for as many times too much as that one
-    is below 1, squared; and rows of zeros, whose largest is 0, become NaN. 3e-5 in what makes one text of Krea 2's layers.
+    """Fault: epsilon is added to the squares of values that were divided by the largest of them, so it counts as many times as that one's
+    square: small values become large ones, and rows of zeros NaN. 3e-5 in what makes one text of Krea 2's layers.
 
     Values are still divided, since squares are beyond fp16 or lost in it; epsilon's root is divided with them, and is the least divisor.
     """
