@@ -338,10 +338,11 @@ def _manifest(known: Outline, model: manifest.Model, parameters: int) -> manifes
 def _texts(folder: Folder, known: Outline, branches: int, asked: int | None) -> Iterator[tuple[str, Part]]:
     """Text encoders, each run once a branch for as many tokens as it may take, those of a template that is left out among them."""
     family = known.transformer.family
-    rule, length = family.prompts, asked or family.text_length(known.transformer.config)
+    length = asked or family.text_length(known.transformer.config)
     for name in folder.listed:
         if not name.startswith("text_encoder") or not (folder.path / name / "config.json").is_file():
             continue
+        rule = language_models.rule_of(folder, name, family.prompts) if family.prompts else None
         module = language_models.built(folder, name, rule) if rule else text_encoders.built(folder, name)[0]
         most = None if rule else getattr(module.config, "max_position_embeddings", None)  # CLIP's
         tokens = min(length, most) if isinstance(most, int) else length + (rule.drop if rule else 0)

@@ -24,12 +24,12 @@ def described(folder: Folder, family: TokenFamily, config: tokens.Config, encode
 
     Raises: BudgetError for more tokens than its pipeline takes; ModelError for encoders or tokenizers that do not fit the transformer.
     """
-    rule = family.prompts
-    most = rule.most if rule else MOST_TEXT
+    most = max((rule.most for rule in family.prompts), default=MOST_TEXT)
     if asked is not None and not 1 <= asked <= most:
         raise BudgetError(f"--max-sequence-length is 1 to {most} tokens, got {asked}")
     longest = asked or family.text_length(config)
-    if rule and encoders:
+    if family.prompts and encoders:
+        rule = language_models.rule_of(folder, encoders[0], family.prompts)
         return read_by_language_model(folder, rule, encoders, longest, family.text_width(config), family.layers(config))
     return _read_by_clip_and_t5(folder, family, config, encoders, longest)
 
@@ -37,7 +37,8 @@ def described(folder: Folder, family: TokenFamily, config: tokens.Config, encode
 def graph(folder: Folder, family: TokenFamily, encoder: manifest.TextEncoder, batch: Span) -> GraphCapture:
     """An encoder that a manifest tells of."""
     if family.prompts:
-        return language_models.language_model(folder, encoder.graph, family.prompts, encoder.longest, batch)
+        rule = language_models.rule_of(folder, encoder.graph, family.prompts)
+        return language_models.language_model(folder, encoder.graph, rule, encoder.longest, batch, encoder.padding_side)
     return text_encoder(folder, encoder.graph, encoder.max_length, batch)
 
 
@@ -63,17 +64,19 @@ def read_by_language_model(
         )
     tokenizer = read_tokenizer(folder, component)
     around = language_models.template(folder, component, tokenizer, rule)
-    if (least := len(tokenizer.fast(around.before + around.after).input_ids) - rule.drop) >= longest:
+    marked = not (rule.system and tokenizer.begins(around.before))
+    if (least := len(tokenizer.fast(around.before + around.after, add_special_tokens=marked).input_ids) - rule.drop) >= longest:
         raise BudgetError(
             f"--max-sequence-length {longest} leaves no room for a prompt: {tokenizer.path} makes {least} tokens of its template alone"
         )
     path = f"tokenizer/{component}/tokenizer.json"
-    entry = FileEntry(path=path, bytes=len(tokenizer.run), sha256=hashlib.sha256(tokenizer.run).hexdigest())
+    run = tokenizer.run(marked)
+    entry = FileEntry(path=path, bytes=len(run), sha256=hashlib.sha256(run).hexdigest())
     encoder = manifest.TextEncoder(
         graph=component, tokenizer=entry, max_length=longest, pad_token_id=tokenizer.pad_token_id, gives=language_models.GIVES,
-        template=around, padded=rule.padded,
+        template=around, padded=rule.padded, padding_side=tokenizer.padding_side if rule.padded else "right",
     )  # fmt: skip
-    return manifest.Text(encoders=(encoder,), length=longest, width=width, pooled=0, layers=layers), {path: tokenizer.run}
+    return manifest.Text(encoders=(encoder,), length=longest, width=width, pooled=0, layers=layers), {path: run}
 
 
 def _read_by_clip_and_t5(folder: Folder, family: TokenFamily, config: tokens.Config, encoders: list[str], longest: int) -> Described:

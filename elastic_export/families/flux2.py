@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elastic_export.families.bricks import embedder
 from elastic_export.families.layers import Sinusoids
-from elastic_export.families.prompts import FLUX2_KLEIN
+from elastic_export.families.prompts import FLUX2_DEV, FLUX2_KLEIN
 from elastic_export.families.tokens import Config, Rope, TokenFamily, draws_over
 from elastic_runtime.contract.manifest import COLUMNS, Patches
 
@@ -98,5 +98,5 @@ FAMILY = TokenFamily(
     distilled=lambda config, stated: stated,
     few_steps=4,  # klein
     mu=lambda stated: "empirical",
-    prompts=FLUX2_KLEIN,
+    prompts=(FLUX2_KLEIN, FLUX2_DEV),
 )

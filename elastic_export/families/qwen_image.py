@@ -124,5 +124,5 @@ FAMILY = TokenFamily(
     text_length=lambda config: QWEN_IMAGE.usual,
     flops=flops,
     rescale="norm",
-    prompts=QWEN_IMAGE,
+    prompts=(QWEN_IMAGE,),
 )

@@ -60,8 +60,8 @@ class TokenFamily:
     rescale, off: see `guidance_rescale` and `guidance_off` of `manifest.Model`. distilled(config, stated): see the field of that name;
     `stated` is what the folder says. few_steps: those that its distilled models draw in. mu(stated): where its pipeline has a rule of its
     own for the scheduler's dynamic shift, see `ralu.plan.full`. fusion(transformer), layers(config): what makes one text token of so many
-    tapped layers, a graph of its own; see `manifest.Text`. fusion_flops(config, text): of a run of that. prompts: how its pipeline reads
-    them with a language model; None where it has CLIP and T5.
+    tapped layers, a graph of its own; see `manifest.Text`. fusion_flops(config, text): of a run of that. prompts: how its pipelines read
+    them, each with a language model of its own; none where it has CLIP and T5.
     """
 
     name: str
@@ -86,7 +86,7 @@ class TokenFamily:
     fusion: Callable[[Any], nn.Module] | None = None
     fusion_flops: Callable[[Config, int], int] = lambda config, text: 0
     layers: Callable[[Config], int | None] = lambda config: None
-    prompts: PromptRule | None = None
+    prompts: tuple[PromptRule, ...] = ()
 
 
 def draws_over(takes: int, gives: int) -> str | None:

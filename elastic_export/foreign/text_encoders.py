@@ -1,11 +1,12 @@
 """Text encoders and tokenizers of a diffusers folder: CLIP and T5, by transformers, and what language models are read with, too."""
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,10 +62,19 @@ class Tokenizer:
     path: Path
     fast: Any
 
+    def run(self, marked: bool = True) -> bytes:
+        """In the same format, what transformers runs: for Qwen's it takes the words from the file, and how text is split from itself.
+        `marked`: whether it adds its marks at the ends of a text."""
+        made = str(self.fast.backend_tokenizer.to_str())
+        return (made if marked else json.dumps(json.loads(made) | {"post_processor": None})).encode()
+
+    def begins(self, text: str) -> bool:
+        """Whether a text begins with the mark of a beginning."""
+        return self.fast.bos_token is not None and text.startswith(self.fast.bos_token)
+
     @property
-    def run(self) -> bytes:
-        """In the same format, what transformers runs: for Qwen's it takes the words from the file, and how text is split from itself."""
-        return str(self.fast.backend_tokenizer.to_str()).encode()
+    def padding_side(self) -> Literal["left", "right"]:
+        return "left" if self.fast.padding_side == "left" else "right"
 
 
 def kind(folder: Folder, component: str, known: Collection[str] = tuple(GIVES)) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("onnxruntime", reason="ours read through ONNX Runtime")
 
 import language_models  # noqa: E402
 import onnx  # noqa: E402
-from diffusers import Flux2KleinPipeline, Krea2Pipeline, QwenImagePipeline, ZImagePipeline  # noqa: E402
+from diffusers import Flux2KleinPipeline, Flux2Pipeline, Krea2Pipeline, QwenImagePipeline, ZImagePipeline  # noqa: E402
 from fake_flux import manifest  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -36,22 +37,26 @@ from elastic_runtime.contract.manifest import TextEncoder  # noqa: E402
 from elastic_runtime.denoising.prompts import Reader, encode  # noqa: E402
 from elastic_targets.onnx.lower import OnnxOptions, lower  # noqa: E402
 
-LENGTH = 40  # tokens with states that are kept
+LENGTH = 56  # tokens with states that are kept
 FEW = (0, 2)  # of three layers, in place of some of dozens
 PROMPTS = ("a red cat and a dog", "", "a cat", "  snow\n", "caf\u00e9 <|im_end|> {}\n\n<think>\u732b", "\u0301a")
 AWKWARD = st.text(st.sampled_from("a c\n\t\r\u0301\u00e9e{}<|>\u732b'sS1") | st.characters(codec="utf-8"), max_size=12) | st.lists(
-    st.sampled_from([*language_models.SPECIAL, "\n", "\n\n", " ", "cat", "user", "'", "\u0301", "<|im_", "end|>"]), max_size=6
+    st.sampled_from([*language_models.SPECIAL, *language_models.MARKS, "\n", "\n\n", " ", "cat", "user", "'", "\u0301", "<|im_", "end|>"]),
+    max_size=6,
 ).map("".join)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A pipeline's rule, its language model in small, and how to ask the pipeline for the rows of one prompt after the other."""
+    """A pipeline's rule, its language model in small, and how to ask the pipeline for the rows of one prompt after the other; what reads in
+    it, and the tokenizer of that."""
 
     rule: PromptRule
     model: Callable[[], Any]
     pipeline: type
     rows: Callable[[Any, list[str]], list[np.ndarray]]
+    reads: Callable[[], Any] = language_models.tokenizer
+    tokenizer: Callable[[], Any] = language_models.tokenizer
 
 
 def masked(pipe: Any, texts: list[str]) -> list[np.ndarray]:
@@ -60,7 +65,7 @@ def masked(pipe: Any, texts: list[str]) -> list[np.ndarray]:
     return [row[kept] for row, kept in zip(hidden.float().numpy(), mask, strict=True)]
 
 
-def klein(pipe: Any, texts: list[str]) -> list[np.ndarray]:
+def flux2(pipe: Any, texts: list[str]) -> list[np.ndarray]:
     hidden, _ = pipe.encode_prompt(texts, device="cpu", max_sequence_length=LENGTH, text_encoder_out_layers=FEW)
     return list(hidden.numpy())
 
@@ -72,7 +77,18 @@ def z_image(pipe: Any, texts: list[str]) -> list[np.ndarray]:
 
 CASES = {
     "qwen-image": Case(prompts.QWEN_IMAGE, language_models.qwen25_vl, QwenImagePipeline, masked),
-    "flux2-klein": Case(replace(prompts.FLUX2_KLEIN, layers=FEW), language_models.qwen3, Flux2KleinPipeline, klein),
+    "flux2-klein": Case(replace(prompts.FLUX2_KLEIN, layers=FEW), language_models.qwen3, Flux2KleinPipeline, flux2),
+    **{
+        f"flux2-dev-{side}": Case(
+            replace(prompts.FLUX2_DEV, layers=FEW),
+            language_models.mistral,
+            Flux2Pipeline,
+            flux2,
+            partial(language_models.processor, side),
+            partial(language_models.marked_tokenizer, side),
+        )
+        for side in ("left", "right")
+    },
     "z-image": Case(prompts.Z_IMAGE, language_models.qwen3, ZImagePipeline, z_image),
     "krea2": Case(replace(prompts.KREA2, layers=FEW), language_models.qwen3_vl, Krea2Pipeline, masked),
 }
@@ -97,20 +113,20 @@ def read(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     case = CASES[request.param]
     root = tmp_path_factory.mktemp(request.param)
     model = case.model()
-    return Read(exported(root, case.rule, model), pipeline(case, model), case)
+    return Read(exported(root, case.rule, model, reads=case.tokenizer()), pipeline(case, model), case)
 
 
 def pipeline(case: Case, model: Any) -> Any:
     layers = {"text_encoder_select_layers": case.rule.layers} if case.rule.stacked else {}
     parts = dict.fromkeys(("scheduler", "vae", "transformer"))
-    return case.pipeline(**parts, text_encoder=model, tokenizer=language_models.tokenizer(), **layers)
+    return case.pipeline(**parts, text_encoder=model, tokenizer=case.reads(), **layers)
 
 
-def exported(root: Path, rule: PromptRule, model: Any, options: OnnxOptions = OnnxOptions()) -> Bundle:  # noqa: B008  it is frozen
-    folder = Folder(language_models.write(root / "m", model), {"transformer": "", "text_encoder": ""})
+def exported(root: Path, rule: PromptRule, model: Any, options: OnnxOptions = OnnxOptions(), reads: Any = None) -> Bundle:  # noqa: B008  frozen
+    folder = Folder(language_models.write(root / "m", model, reads=reads), {"transformer": "", "text_encoder": ""})
     width = model.config.get_text_config().hidden_size * (1 if rule.stacked else len(rule.layers))
     text, files = read_by_language_model(folder, rule, ["text_encoder"], LENGTH, width)
-    graph = language_model(folder, "text_encoder", rule, text.encoders[0].longest, Span(1, 4))
+    graph = language_model(folder, "text_encoder", rule, text.encoders[0].longest, Span(1, 4), text.encoders[0].padding_side)
     (artifact,) = lower(graph, options, root)
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True)
@@ -152,7 +168,7 @@ def test_other_opsets_and_precisions(options: OnnxOptions, operator: str, tolera
     assert operator in {node.op_type for node in onnx.load(str(bundle.file(artifact.path)), load_external_data=False).graph.node}
     found = encode(bundle, PROMPTS[:2], lambda graph: open_session(bundle, graph, "ort", threads=1)).hidden
     with torch.inference_mode():
-        wanted = np.stack(klein(pipeline(case, model), list(PROMPTS[:2])))
+        wanted = np.stack(flux2(pipeline(case, model), list(PROMPTS[:2])))
     assert found is not None
     assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
 
@@ -166,7 +182,9 @@ def test_rules_are_the_pipelines_own() -> None:
     assert krea.text_encoder_select_layers == prompts.KREA2.layers
     usual = {name: inspect.signature(pipe.__call__).parameters["max_sequence_length"].default for name, pipe in made.items()}
     assert usual == {name: case.rule.usual for name, case in CASES.items()}
-    assert inspect.signature(Flux2KleinPipeline.encode_prompt).parameters["text_encoder_out_layers"].default == prompts.FLUX2_KLEIN.layers
+    for kind, rule in ((Flux2KleinPipeline, prompts.FLUX2_KLEIN), (Flux2Pipeline, prompts.FLUX2_DEV)):
+        assert inspect.signature(kind.encode_prompt).parameters["text_encoder_out_layers"].default == rule.layers
+    assert made["flux2-dev-left"].system_message == prompts.REASONING
 
 
 class Asked(torch.nn.Module):  # type: ignore[misc]
@@ -192,15 +210,16 @@ def tokens(pipe: Any, prompt: str) -> list[int]:
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Reader]]:
     """Each pipeline, and what makes tokens of prompts for it in a bundle."""
     made = {}
-    folder = Folder(language_models.write(tmp_path_factory.mktemp("tokens"), None), {"transformer": "", "text_encoder": ""})
-    made_of = read_tokenizer(folder, "text_encoder")
     for name, case in CASES.items():
+        root = language_models.write(tmp_path_factory.mktemp("tokens"), None, reads=case.tokenizer())
+        folder = Folder(root, {"transformer": "", "text_encoder": ""})
+        made_of = read_tokenizer(folder, "text_encoder")
         around = template(folder, "text_encoder", made_of, case.rule)
         file = FileEntry(path="tokenizer.json", bytes=0, sha256="")
         encoder = TextEncoder(
             graph="", tokenizer=file, max_length=LENGTH, pad_token_id=0, gives=("hidden_states",), template=around, padded=case.rule.padded
         )
-        made[name] = (pipeline(case, None), Reader(Tokenizer.from_str(made_of.run.decode()), encoder))
+        made[name] = (pipeline(case, None), Reader(Tokenizer.from_str(made_of.run(not case.rule.system).decode()), encoder))
     return made
 
 

@@ -116,13 +116,26 @@ CONFIG = {
 
 
 @pytest.mark.parametrize(
-    ("config", "bias"),
-    [(None, False), (None, True), (CONFIG, False), (CONFIG | {"transformer.use_rslora": True}, False)],
-    ids=["plain", "bias", "header", "rslora"],
+    ("config", "bias", "lengths"),
+    [
+        (None, False, ""),
+        (None, True, ""),
+        (CONFIG, False, ""),
+        (CONFIG | {"transformer.use_rslora": True}, False, ""),
+        (None, False, ".weight"),
+        (CONFIG | {"transformer.use_dora": True}, False, " "),
+    ],
+    ids=["plain", "bias", "header", "rslora", "dora", "dora in the header"],
 )
-def test_fused_weights_are_diffusers_own(config: dict[str, Any] | None, bias: bool, made: tuple[str, Path], tmp_path: Path) -> None:
+def test_fused_weights_are_diffusers_own(
+    config: dict[str, Any] | None, bias: bool, lengths: str, made: tuple[str, Path], tmp_path: Path
+) -> None:
     kind, folder = made
     weights = low_rank(KINDS[kind][0](), "transformer")
+    for name, value in list(weights.items()) if lengths else ():
+        if ".lora_B." in name:  # where the row's own length would be about 1
+            shape = (len(value),) if value.dim() == 2 else (1, len(value), 1, 1)
+            weights[name.split(".lora_B.")[0] + ".lora_magnitude_vector" + lengths.strip()] = torch.rand(shape) + 0.5
     weights |= {
         name.replace("weight", "bias"): value[:, 0].contiguous() for name, value in weights.items() if bias and "to_q.lora_B" in name
     }
@@ -248,8 +261,15 @@ KEY = "transformer.transformer_blocks.0.attn.to_q"
         (lambda w: w.update({f"{KEY}.lora_A.weight": torch.ones(2, 32)}), r"have shapes \(2, 32\) and \(32, 3\), and should share a rank"),
         (lambda w: w.pop(f"{KEY}.lora_B.weight") is None, "has .*to_q.lora_A.weight and not the other half"),
         (lambda w: w.update({f"{KEY}.lora_A.weight": torch.ones(3, 32).to(torch.int8)}), "lora_A.weight as int8: take the LoRA"),
-        (lambda w: w.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}), "lora_magnitude_vector: that is DoRA"),
-        (lambda w: w.update({"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(3, 32)}), "that is a name of kohya's"),
+        (lambda w: w.update({f"{KEY}.lora_magnitude_vector": torch.ones(32)}), "has lora_magnitude_vector of some modules, and of "),
+        (lambda w: w.update({f"{KEY}.dora_scale": torch.ones(32)}), "dora_scale: that is DoRA as LyCORIS writes it"),
+        (lambda w: w.update({"lora_te3_wo.lora_down.weight": torch.ones(3, 32)}), "kohya's change of a second text encoder"),
+        (lambda w: w.update({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(3, 32),
+                             "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(96, 3)}),
+         r"qkv.lora_down.weight and transformer.transformer_blocks.0.attn.to_k.lora_A.weight, which both change"),
+        (lambda w: w.update({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(3, 32),
+                             "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(95, 3)}),
+         "has no double_blocks_0_img_attn_qkv"),
         (lambda w: w.update({"transformer.norm_out.scale": torch.ones(3)}), "has transformer.norm_out.scale, which no LoRA of diffusers"),
         (lambda w: w.update({f"{KEY}.alpha": torch.tensor(2.0)}), "has alphas of transformer.transformer_blocks.0.attn.to_q, and none of"),
         (lambda w: w.update({"transformer.other.alpha": torch.tensor(2.0)}), "has an alpha of transformer.other and no weights of it"),

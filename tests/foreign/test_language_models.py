@@ -18,7 +18,7 @@ import onnx  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from elastic_export.capture.texts import read_by_language_model  # noqa: E402
-from elastic_export.families.prompts import DESCRIBING, FLUX2_KLEIN, KREA2, QWEN_IMAGE, Z_IMAGE, PromptRule  # noqa: E402
+from elastic_export.families.prompts import DESCRIBING, FLUX2_DEV, FLUX2_KLEIN, KREA2, QWEN_IMAGE, REASONING, Z_IMAGE, PromptRule  # noqa: E402
 from elastic_export.foreign.folder import Folder  # noqa: E402
 from elastic_export.foreign.language_models import language_model, template  # noqa: E402
 from elastic_export.foreign.text_encoders import read_tokenizer  # noqa: E402
@@ -166,6 +166,39 @@ def test_layers_that_see_or_turn_otherwise_are_refused(change: dict[str, Any], m
     edited(own / "text_encoder" / "config.json", lambda content: content.update(change))
     with pytest.raises(ModelError, match=message):
         language_model(folder_of(own), "text_encoder", Z_IMAGE, 16, Span(1, 1))
+
+
+@pytest.fixture
+def mistral(tmp_path: Path) -> Path:
+    return language_models.write(tmp_path / "mistral", language_models.mistral(), reads=language_models.marked_tokenizer())
+
+
+DEV = replace(FLUX2_DEV, layers=(0, 2))
+
+
+def test_a_processors_template_may_be_a_file_of_its_own(mistral: Path) -> None:
+    (mistral / "tokenizer" / "chat_template.json").write_text(json.dumps({"chat_template": language_models.PARTS.replace("INST", "USER")}))
+    text, files = described(folder_of(mistral), DEV, width=32, length=64)
+    (encoder,) = text.encoders
+    assert encoder.template == Template(before=f"<s>[SYSTEM_PROMPT]{REASONING}[/SYSTEM_PROMPT][USER]", after="[/USER]", without=("[IMG]",))
+    assert (encoder.padded, encoder.padding_side) == (True, "left")
+    assert json.loads(files[encoder.tokenizer.path])["post_processor"] is None, "the template begins with the mark itself"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 8}, "layer 0 has sliding_attention over 8 tokens, fewer than the 16 that a prompt may have"),
+        (
+            {"model_type": "ministral3"},
+            "its text half is a ministral3, and Mistral3ForConditionalGeneration is read with a mistral: leave it",
+        ),
+    ],
+)
+def test_a_mistral_of_another_kind_is_refused(change: dict[str, Any], message: str, mistral: Path) -> None:
+    edited(mistral / "text_encoder" / "config.json", lambda content: content["text_config"].update(change))
+    with pytest.raises(ModelError, match=message):
+        language_model(folder_of(mistral), "text_encoder", DEV, 16, Span(1, 1), "left")
 
 
 def test_an_encoder_of_another_model_is_named(qwen3: Path, tmp_path: Path) -> None:

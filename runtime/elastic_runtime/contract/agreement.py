@@ -240,6 +240,8 @@ def _encoder(encoder: TextEncoder, graph: Graph) -> Iterator[str]:
     masked = encoder.padded and list(inputs) == ["input_ids", "attention_mask"]
     if not (longest or whole) or set(inputs.values()) != {("B", *shape[1:])} or not (masked or len(inputs) == 1):
         yield f"the text encoder {encoder.graph!r} takes input_ids (B, {encoder.longest}), and its graph does not"
+    if encoder.padding_side == "left" and not (encoder.padded and encoder.longest == encoder.max_length):
+        yield f"the text encoder {encoder.graph!r} pads on the left, where padding gives embeddings and no token of a template is left out"
     for spec in graph.outputs:
         rows, values = (1, (1,)) if spec.name == "pooled" else (2, (1, 2) if spec.name == "hidden_states" else (1,))
         own = spec.shape[rows:]

@@ -96,18 +96,20 @@ class Patches(Record, frozen=True, kw_only=True):
 
 class Template(Record, frozen=True, kw_only=True):
     """What a language model is told around a prompt: `before` and `after` it, as text that the tokenizer reads together
-    with the prompt or, where `apart`, `after` by itself. The first `drop` tokens give no embeddings."""
+    with the prompt or, where `apart`, `after` by itself. The first `drop` tokens give no embeddings. What `without` lists
+    is taken out of a prompt first."""
 
     before: str
     after: str
     drop: Natural = 0
     apart: bool = False
+    without: tuple[str, ...] = ()
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
     """A graph from `input_ids` (B, N) int64, and its tokenizer, a file that the tokenizers package reads.
 
-    Where it is `padded`, prompts are padded with `pad_token_id` to N = `max_length`, a graph that takes an
+    Where it is `padded`, prompts are padded with `pad_token_id` on their `padding_side` to N = `max_length`, a graph that takes an
     `attention_mask` (B, N) int64 is told which tokens are the prompt's (1), and the padding gives embeddings like the
     rest. Where it is not, the graph is causal, N is open or the longest, and the prompt's own tokens alone give
     embeddings. A `template` adds `drop` tokens to N that give none. `gives` names the graph's outputs: see `Text`.
@@ -120,6 +122,7 @@ class TextEncoder(Record, frozen=True, kw_only=True):
     gives: tuple[Literal["pooled", "penultimate_hidden_state", "last_hidden_state", "hidden_states"], ...]
     template: Template | None = None
     padded: bool = True
+    padding_side: Literal["left", "right"] = "right"
 
     @property
     def longest(self) -> int:

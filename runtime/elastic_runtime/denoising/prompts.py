@@ -53,8 +53,11 @@ def _outputs(session: Session, encoder: TextEncoder, rows: Sequence[list[int]]) 
     outputs: list[dict[str, np.ndarray]] = [{} for _ in rows]
     for length in dict.fromkeys(lengths):
         alike = [i for i, each in enumerate(lengths) if each == length]
-        padded = np.array([rows[i] + [encoder.pad_token_id] * (length - len(rows[i])) for i in alike], dtype=np.int64)
         mask = np.array([[1] * len(rows[i]) + [0] * (length - len(rows[i])) for i in alike], dtype=np.int64)
+        if encoder.padding_side == "left":
+            mask = mask[:, ::-1].copy()
+        padded = np.full(mask.shape, encoder.pad_token_id, dtype=np.int64)
+        padded[mask == 1] = [token for i in alike for token in rows[i]]
         for part in batches(session, len(alike)):
             run = session.run({"input_ids": padded[part]} | ({"attention_mask": mask[part]} if masked else {}))
             for row, i in enumerate(alike[part]):
@@ -118,6 +121,8 @@ class Reader:
         template = self.encoder.template
         if template is None:
             return list(self._tokenizer.encode(prompt).ids)
+        for word in template.without:
+            prompt = prompt.replace(word, "")
         texts = [template.before + prompt, template.after] if template.apart else [template.before + prompt + template.after]
         return [token for text in texts for token in self._tokenizer.encode(text).ids]
 

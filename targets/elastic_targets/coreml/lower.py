@@ -16,7 +16,7 @@ import coremltools as ct
 import numpy as np
 import torch
 
-from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, measure
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, dimension, measure
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
@@ -125,7 +125,9 @@ def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans:
     example = {spec.name: torch.from_numpy(feeds[spec.name]) for spec in inputs}
     values = {name: int(array) for name, array in feeds.items() if name not in example}
     module = Baked(graph.module, values) if values else graph.module  # with a value no length is open, so the wrapper hides no names
-    dynamic = {spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if size in spans} or None for spec in inputs}
+    dynamic = {
+        spec.name: {i: torch.export.Dim.DYNAMIC for i, size in enumerate(spec.shape) if _open(size, spans)} or None for spec in inputs
+    }
     exported = torch.export.export(module, (), example, dynamic_shapes=dynamic if spans else None, strict=False)
     with mended():
         return ct.convert(
@@ -147,16 +149,23 @@ def _tensor(
     spans: Mapping[str, Span],
 ) -> Any:
     shape: Any = feeds[spec.name].shape or (1,)  # there are no scalars in Core ML
-    if any(size in spans for size in spec.shape):
+    if any(_open(size, spans) for size in spec.shape):
         if options.shapes == "enumerated":
             every = dict.fromkeys(each[spec.name].shape for each in points.values())
             shape = ct.EnumeratedShapes(shapes=[list(each) for each in every], default=list(max(every)))
         else:
-            shape = [
-                ct.RangeDim(spans[size].min, spans[size].max, default=spans[size].max) if size in spans else length
-                for size, length in zip(spec.shape, shape, strict=True)
-            ]
+            shape = [_range(size, spans) if _open(size, spans) else length for size, length in zip(spec.shape, shape, strict=True)]
     return ct.TensorType(name=spec.name, shape=shape, dtype=_TYPES[spec.dtype])
+
+
+def _open(size: int | str, spans: Mapping[str, Span]) -> bool:
+    return isinstance(size, str) and dimension(size) in spans
+
+
+def _range(size: str, spans: Mapping[str, Span]) -> Any:
+    """From the least to the most of an open size; of `8*h` Core ML takes what lies between the multiples too, and a session does not."""
+    least, most = (measure(size, {dimension(size): end}) for end in (spans[dimension(size)].min, spans[dimension(size)].max))
+    return ct.RangeDim(least, most, default=most)
 
 
 @contextlib.contextmanager

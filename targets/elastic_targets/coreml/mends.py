@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from coremltools.converters.mil import Builder as mb  # noqa: N813  its name everywhere
 from coremltools.converters.mil.frontend.torch import ops
@@ -56,6 +57,28 @@ def alias(context: Any, node: Any) -> None:
     context.add(mb.identity(x=ops._get_inputs(context, node, expected=1)[0], name=node.name))
 
 
+def rms_norm(context: Any, node: Any) -> None:
+    """Fault: epsilon is added to the squares of values that were divided by the largest of them, so it counts as many times as that one's
+    square: small values become large ones, and rows of zeros NaN. 3e-5 in what makes one text of Krea 2's layers.
+
+    Values are still divided, since squares are beyond fp16 or lost in it; epsilon's root is divided with them, and is the least divisor.
+    """
+    x, shape, weight, eps = ops._get_inputs(context, node, expected=4)
+    axes = list(range(-len(shape.val), 0))
+    root = np.sqrt(np.finfo(np.float32).eps if eps is None else eps.val).astype(np.float32)  # torch's own, of a float32
+    largest = mb.maximum(x=mb.reduce_max(x=mb.abs(x=x), axes=axes, keep_dims=True), y=root)
+    small = mb.real_div(x=x, y=largest)
+    mean = mb.reduce_mean(x=mb.square(x=small), axes=axes, keep_dims=True)
+    normal = mb.real_div(x=small, y=mb.sqrt(x=mb.add(x=mean, y=mb.square(x=mb.real_div(x=root, y=largest)))))
+    context.add(normal if weight is None else mb.mul(x=normal, y=weight), torch_name=node.name)
+
+
+def floordiv(context: Any, node: Any) -> None:
+    """Fault: half of an open length becomes a float, and no shape takes it beside whole numbers (the VAE encoder of one frame)."""
+    x, y = ops._get_inputs(context, node, expected=2)
+    context.add(mb.floor_div(x=x, y=y, name=node.name))  # Python's, which is of sizes alone: tensors are divided by floor_divide
+
+
 def while_loop(context: Any, node: Any) -> None:
     """Fault: an exported loop is refused, although MIL has one: its graphs are no tensors. `rewrite` puts them into the node's `meta`.
 
@@ -86,7 +109,8 @@ def _inlined(context: Any, graph: torch.fx.Graph, values: Sequence[Var]) -> list
 
 _LOOP_GRAPHS = "graphs of the loop"
 TRANSLATIONS: dict[str, Callable[[Any, Any], None]] = {
-    "gelu": gelu, "split_with_sizes": split_with_sizes, "alias": alias, "while_loop": while_loop,
+    "gelu": gelu, "split_with_sizes": split_with_sizes, "alias": alias, "rms_norm": rms_norm, "floordiv": floordiv,
+    "while_loop": while_loop,
 }  # fmt: skip
 
 

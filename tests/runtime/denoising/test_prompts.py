@@ -105,11 +105,11 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         encode(opener.bundle, ["a cat"], opener)
 
 
-def reading(tmp_path: Path, template: Template, tokens: int | str = "N", padded: bool = False) -> Opener:
+def reading(tmp_path: Path, template: Template, tokens: int | str = "N", padded: bool = False, side: str = "right") -> Opener:
     """A model whose prompts a language model reads, which gives each token itself twice, and the mask where it has one."""
     write_tokenizer(tmp_path / "tokenizer" / "tokenizer.json")
     made = encoder("text_encoder", "tokenizer/tokenizer.json", 6, 0, "hidden_states")
-    made = msgspec.structs.replace(made, template=template, padded=padded)
+    made = msgspec.structs.replace(made, template=template, padded=padded, padding_side=side)
     inputs = tuple(spec(name, "B", tokens, dtype="int64") for name in ("input_ids", "attention_mask")[: 1 + padded])
     spans = {"B": Span(1, 4)} | ({"N": Span(1, made.longest)} if tokens == "N" else {})
     graph = Graph(inputs=inputs, outputs=(spec("hidden_states", "B", tokens, 2),), dimensions=spans, artifacts=())
@@ -148,6 +148,16 @@ def test_a_padded_prompt_s_padding_gives_embeddings_and_the_graph_is_told(tmp_pa
     assert found.hidden.tolist() == [
         [[5, 1], [6, 1], [2, 1], [4, 1], [1, 1], [0, 0]],
         [[5, 1], [6, 1], [4, 1], [1, 1], [0, 0], [0, 0]],
+    ]
+
+
+def test_padding_may_stand_before_a_prompt_and_words_are_taken_out_of_it(tmp_path: Path) -> None:
+    opener = reading(tmp_path, msgspec.structs.replace(AROUND, drop=0, without=("cat",)), tokens=6, padded=True, side="left")
+    found = encode(opener.bundle, ["a cat", "cat"], opener)
+    assert found.hidden is not None
+    assert found.hidden.tolist() == [
+        [[0, 0], [5, 1], [6, 1], [2, 1], [4, 1], [1, 1]],
+        [[0, 0], [0, 0], [5, 1], [6, 1], [4, 1], [1, 1]],
     ]
 
 

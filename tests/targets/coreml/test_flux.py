@@ -1,4 +1,5 @@
-"""FLUX, FLUX.2, SD3, Qwen-Image, Z-Image and an open VAE decoder as Core ML packages: one static function a stage, or open sizes."""
+"""FLUX, FLUX.2, SD3, Qwen-Image, Z-Image, Krea 2 and both halves of their VAEs as Core ML packages: one static function a stage, or open
+sizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import folders
 
 from elastic_export.capture.folders import capture_folder
 from elastic_export.sides import Sides
-from elastic_runtime import Budget, BudgetError, Span
+from elastic_runtime import Budget, BudgetError, InferenceError, Span
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions
@@ -25,9 +26,9 @@ Error = Callable[..., float]
 
 @pytest.fixture
 def graphs(tmp_path: Path) -> Callable[..., list[GraphCapture]]:
-    def make(transformer: Any) -> list[GraphCapture]:
+    def make(transformer: Any, components: tuple[str, ...] | None = None, text: int | None = None) -> list[GraphCapture]:
         folders.write(tmp_path / "f", transformer)
-        return capture_folder(tmp_path / "f", None, Span(16, 32), Span(1, 2)).graphs
+        return capture_folder(tmp_path / "f", components, Span(16, 32), Span(1, 2), max_sequence_length=text).graphs
 
     return make
 
@@ -76,6 +77,37 @@ def test_a_flux_2_denoiser_places_its_text_too(graphs: Callable[..., Any], lower
     options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
     _, session = lowered(graph, precision="fp32", **options)
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
+
+
+@pytest.mark.parametrize(("precision", "shapes"), [("fp32", "range"), ("fp16", "functions")])
+def test_krea_2_turns_groups_of_heads_and_fuses_its_text_apart(
+    graphs: Callable[..., Any], lowered: Lowered, error: Error, precision: str, shapes: str
+) -> None:
+    denoiser, fusion = graphs(folders.krea2(), ("transformer",), 16)
+    assert (denoiser.name, fusion.name) == ("denoiser", "text_fusion")
+    for graph, points in ((denoiser, [Budget(tokens=28, T=5)]), (fusion, [Budget(T=16)])):
+        options = {"budgets": tuple(points)} if shapes == "functions" else {"shapes": "range"}
+        _, session = lowered(graph, precision=precision, **options)
+        assert max(error(graph, session, point) for point in points) < PRECISIONS[precision].tolerance
+
+
+def test_an_encoder_has_one_function_for_the_picture(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    *_, graph = graphs(folders.flux(), ("transformer", "vae", "encoder"))
+    artifact, session = lowered(graph, precision="fp16")
+    whole = {"h": 16, "w": 16}
+    assert [(call.budget, call.sizes) for call in artifact.calls] == [(whole, whole | {"B": 1})]
+    assert error(graph, session, Budget(**whole)) < PRECISIONS["fp16"].tolerance
+
+
+@pytest.mark.parametrize("make", [folders.krea2, folders.flux2])  # one of a frame, and one that packs what it gives
+def test_an_encoder_with_open_sides_takes_whole_latents(
+    make: Callable[..., Any], graphs: Callable[..., Any], lowered: Lowered, error: Error
+) -> None:
+    *_, graph = graphs(make(), ("transformer", "vae", "encoder"), 16)
+    _, session = lowered(graph, precision="fp32", shapes="range")
+    assert error(graph, session, Budget(h=4, w=7)) < PRECISIONS["fp32"].tolerance
+    with pytest.raises(InferenceError, match=r"image must have shape \(B, 3, \d\*h, \d\*w\)"):
+        session.run({"image": graph.feeds(Budget(h=4, w=4), 1)["image"][..., 1:]})
 
 
 def test_the_decoder_of_packed_latents_keeps_its_sides_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:

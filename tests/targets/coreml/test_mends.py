@@ -141,6 +141,33 @@ def test_a_split_of_constant_sizes_converts(convert: Convert) -> None:
     np.testing.assert_allclose(convert(Fixed(), X)(X), Fixed()(X).numpy())
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_an_rms_norm_keeps_its_epsilon(convert: Convert, half: bool) -> None:
+    """Of small values, of zeros, and of values whose squares are beyond fp16."""
+
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, (3,), torch.tensor([1.0, -2.0, 3.0]), 1e-5)
+
+    x = X * torch.tensor([0, 1e-3, 1e-2, 1, 300, 3000])[:, None].repeat(2, 1)
+    wanted = Norm()(x).numpy()
+    np.testing.assert_allclose(convert(Norm(), x, half=half)(x), wanted, atol=1e-2 if half else 2e-6)
+    assert not np.abs(convert(Norm(), x, without="rms_norm", half=half)(x) - wanted).max() < 0.1
+
+
+def test_half_of_an_open_length_is_a_whole_number(convert: Convert) -> None:
+    class Rows(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            x, ids = tensors
+            return x[:1, :1].expand(1, ids.shape[0] // 2 + 1, 3) * 2
+
+    run = convert(Rows(), X, torch.arange(6))
+    for length in (1, 5, 12):
+        np.testing.assert_allclose(run(X, torch.arange(length)), Rows()(X, torch.arange(length)).numpy(), atol=1e-6)
+    with pytest.raises(ValueError, match="should share the same data type"):
+        convert(Rows(), X, torch.arange(6), without="floordiv")
+
+
 def test_an_open_prefix_of_everything_has_no_empty_tail(convert: Convert) -> None:
     ids = torch.arange(5)
     run = convert(Prefix(), X, ids)

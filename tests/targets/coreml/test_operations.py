@@ -178,6 +178,11 @@ def test_what_a_vae_decoder_is_made_of(program: Program) -> None:
     np.testing.assert_allclose(program(body, x=PICTURE.shape)(x=PICTURE), wanted.numpy(), atol=2e-5)
 
 
+def test_packing_as_a_vae_encoder_does(program: Program) -> None:
+    run = program(lambda x: mb.pixel_unshuffle(x=x, downscale_factor=np.uint32(2)), x=(1, 4, 6, 4))
+    np.testing.assert_array_equal(run(x=PICTURE[..., :4]), F.pixel_unshuffle(T(PICTURE[..., :4]), 2).numpy())
+
+
 def test_normalisation_by_stored_and_by_own_moments(program: Program) -> None:
     mean, variance = PICTURE.mean((0, 2, 3)), PICTURE.var((0, 2, 3))
     run = program(lambda x: mb.batch_norm(x=x, mean=mean, variance=variance, epsilon=1e-5), x=PICTURE.shape)

@@ -1,4 +1,4 @@
-"""Engines of FLUX's, FLUX.2's, Qwen-Image's and Z-Image's denoisers, with a profile a stage, and of a decoder whose sides are open."""
+"""Engines of FLUX's, FLUX.2's, Qwen-Image's, Z-Image's and Krea 2's denoisers, with a profile a stage, and of VAEs whose sides are open."""
 
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +73,23 @@ def test_a_z_image_denoiser_builds(room: ModuleType, tmp_path: Path, precision: 
     dimensions = engine.profiles[0].dimensions
     assert (dimensions["S"], dimensions["T"]) == (Range(32, 64, 64), Range(32, 512, 512))
     assert engine.network.attentions == 4  # of two refiners and two blocks
+
+
+def test_krea_2_builds_with_what_fuses_its_text_and_both_halves_of_its_vae(room: ModuleType, tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.krea2())
+    captured = capture_folder(tmp_path / "f", ("transformer", "vae", "encoder"), Span(16, 32), Span(1, 2), max_sequence_length=16)
+    bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f", verify="none")
+    options = room.TrtOptions(sms=(89,), buckets=room.read_buckets("none", bundle.manifest.axes))
+    made = export_bundle(bundle, "trt", options)
+    graphs = made.manifest.graphs
+    engines = {name: artifact for name, graph in graphs.items() for artifact in graph.artifacts if isinstance(artifact, TrtArtifact)}
+    assert {name: engine.network.attentions for name, engine in engines.items()} == {
+        "denoiser": 2, "text_fusion": 3, "decoder": 1, "encoder": 1,
+    }  # fmt: skip
+    assert engines["text_fusion"].profiles[0].dimensions["T"] == Range(1, 16, 16)
+    (encoding,) = engines["encoder"].profiles
+    ends = [encoding.shape(graphs["encoder"].inputs[0], end) for end in ("min", "max")]
+    assert ends == [(1, 3, 8, 8), (2, 3, 32, 32)]  # the picture has twice the latent's sides
 
 
 def test_elit_on_qwen_image_builds(room: ModuleType, golden: Path, tmp_path: Path) -> None:

@@ -115,6 +115,10 @@ def pixel_shuffle(x: Tensor, upscale_factor: Tensor) -> Tensor:
     return F.pixel_shuffle(x, int(upscale_factor))
 
 
+def pixel_unshuffle(x: Tensor, downscale_factor: Tensor) -> Tensor:
+    return F.pixel_unshuffle(x, int(downscale_factor))
+
+
 def _sizes(values: Tensor | None, spatial: int) -> list[int]:
     return [1] * spatial if values is None else values.tolist()
 
@@ -145,6 +149,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "matmul": matmul,
     "pixel_shuffle": pixel_shuffle,
+    "pixel_unshuffle": pixel_unshuffle,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "upsample_bilinear": upsample_bilinear,
     "upsample_nearest_neighbor": upsample_nearest_neighbor,
