@@ -51,7 +51,7 @@ lint: .venv/.dev
 	$(BIN)/lint-imports --no-logo
 
 check: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30 --durations-min 10
 
 # The wheel by itself, away from the sources: torch-free tests and --help in an empty environment of each Python that is here. Devices
 # have other ones than the exporter asks for: a Jetson's JetPack 6 has 3.10.

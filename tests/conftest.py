@@ -1,6 +1,7 @@
 """What several tests share. Torch and the compilers are imported only by the fixtures that need them."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -54,31 +55,61 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """Bundles of the golden ELIT checkpoints `a`, `uvit-a`, ... and an opset, each made once through the real export path. Tests must not
-    change them."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Folders by name, each made by the process that asks first and shared by all: an export is most of what these tests take."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / name).exists():
+                make(shared / name)
+        return shared / name
+
+    return folder
+
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(once: Once) -> Callable[..., Bundle]:
+    """Bundles of the golden ELIT checkpoints `a`, `uvit-a`, ... and an opset, through the real export path. Tests must not change them."""
+    elastic_export = exporter()
+
+    def bundle(name: str, opset: int = 23) -> Bundle:
+        config = GOLDEN / f"elit-{name}.json"
+        family, checkpoint = json.loads(config.read_text())["family"], config.with_suffix(".pt")
+        words = {"checkpoint": checkpoint, "config": config, "opset": opset, "command": f"elastic-export onnx {family}"}
+        return Bundle.open(once(f"elit-{name}-{opset}", lambda folder: elastic_export.export(family, output=folder, **words)))
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def backbone_bundle(once: Once, backbone: Callable[[str], Any]) -> Callable[[str, int], Bundle]:
+    """The same of the recorded plain backbones."""
+    elastic_export = exporter()
+
+    def bundle(name: str, opset: int) -> Bundle:
+        recorded = backbone(name)
+        words = {"checkpoint": recorded.checkpoint, "config": recorded.config, "opset": opset}
+        return Bundle.open(once(f"{name}-{opset}", lambda folder: elastic_export.export(recorded.family, output=folder, **words)))
+
+    return bundle
+
+
+def exporter() -> Any:
+    """The package that exports; where it cannot, tests that need it are skipped."""
     pytest.importorskip("torch", reason="exporting needs torch")
     pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript")
     pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
     import elastic_export
 
-    made: dict[tuple[str, int], Bundle] = {}
-
-    def bundle(name: str, opset: int = 23) -> Bundle:
-        if (name, opset) not in made:
-            config = GOLDEN / f"elit-{name}.json"
-            family = json.loads(config.read_text())["family"]
-            made[name, opset] = elastic_export.export(
-                family,
-                output=tmp_path_factory.mktemp("bundles") / f"elit-{name}",
-                checkpoint=config.with_suffix(".pt"),
-                config=config,
-                opset=opset,
-                command=f"elastic-export onnx {family}",
-            )
-        return made[name, opset]
-
-    return bundle
+    return elastic_export
 
 
 @pytest.fixture
@@ -88,19 +119,20 @@ def bundle_copy(golden_bundle: Callable[[str], Bundle], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(once: Once) -> Path:
     """A bundle that draws one-channel pictures, with random weights."""
-    pytest.importorskip("torch", reason="exporting needs torch")
-    pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
-    import elastic_export
-
-    folder = tmp_path_factory.mktemp("digits")
+    elastic_export = exporter()
     config = {
         "input_size": 16, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2,
         "num_classes": 10, "group_size": 2, "head_blocks": 1, "tail_blocks": 1,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return elastic_export.export("elit-sit", output=folder / "bundle", config=folder / "config.json", random_weights=True).folder
+
+    def make(folder: Path) -> None:
+        file = folder.with_suffix(".json")
+        file.write_text(json.dumps(config))
+        elastic_export.export("elit-sit", output=folder, config=file, random_weights=True)
+
+    return once("digits", make)
 
 
 @pytest.fixture

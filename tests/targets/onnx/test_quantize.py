@@ -97,9 +97,9 @@ def test_the_first_and_last_layers_keep_floats_and_conditions_eight_bits(bundle:
     assert conditions > 0 or precision == "int8w"
 
 
-def test_what_multiplies_by_weights_alone_multiplies_by_what_was_rounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bundle", ["int4w"], indirect=True)
+def test_what_multiplies_by_weights_alone_multiplies_by_what_was_rounded(bundle: Bundle) -> None:
     """The artifact against the same graph with the matrices unpacked into floats: equal to float32's rounding."""
-    bundle = exported(tmp_path, "int4w")
     model = model_of(bundle)
     held = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
