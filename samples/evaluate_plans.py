@@ -211,7 +211,7 @@ def main(given: argparse.Namespace) -> None:
     protocol = Protocol(given.samples, tuple(given.full), given.guidance, given.seed, given.rounds)
     old = read(given.output) if given.output.exists() else {}
     with ElasticPipeline.from_pretrained(bundle, **({"threads": given.threads} if given.threads else {})) as pipe:
-        weights, partial = bundle.manifest.provenance.checkpoint_sha256, given.output.with_suffix(".partial.json")
+        weights, partial = bundle.manifest.provenance.checkpoint_sha256, given.output.with_name(given.output.name + ".partial")
         known = graded(protocol, weights, partial, given.output)
 
         def keep(rows: Rows) -> None:
