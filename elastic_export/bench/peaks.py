@@ -1,11 +1,13 @@
 """The most that this machine's processor does: the best product of several libraries at each rate, since none is best everywhere."""
 
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -14,9 +16,15 @@ from elastic_bench.machine import fastest
 from elastic_bench.machine import peaks as of_numpy
 from elastic_bench.records import Peaks
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.device import Clock
 
-SIDES = (1024, 2048, 4096)
+SIDES = (256, 1024, 2048, 4096)
 RUNS = 5
+# Seconds of a product. Without instructions for a rate (bfloat16 before AVX-512) torch multiplies in a plain loop, and its largest product
+# takes minutes.
+LONGEST = 3.0
+EXACT_RATE, INT8_RATE = (PRECISIONS[name].rate for name in (EXACT, "int8"))
+RATES = (EXACT_RATE, PRECISIONS["bf16"].rate, INT8_RATE)
 MISLEADING = "OPENBLAS_CORETYPE"  # makes numpy multiply as an older processor would
 
 
@@ -40,21 +48,29 @@ def _measured(threads: int) -> Peaks:
     import torch
 
     torch.set_num_threads(threads)
-    rates = {PRECISIONS[EXACT].rate: copied.flops_per_second}
-    for side in SIDES:
-        for rate, product in _products(torch, side).items():
-            rates[rate] = max(rates.get(rate, 0.0), 2 * side**3 / fastest(product, RUNS, time.perf_counter))
-    return replace(copied, flops_per_second=rates[PRECISIONS[EXACT].rate], rates=rates)
+    rates = {rate: highest(partial(_product, torch, rate), time.perf_counter) for rate in RATES}
+    rates[EXACT_RATE] = max(rates[EXACT_RATE], copied.flops_per_second)
+    return replace(copied, flops_per_second=rates[EXACT_RATE], rates=rates)
 
 
-def _products(torch: Any, side: int) -> dict[str, Callable[[], Any]]:
-    """A product of (side, side) matrices at each rate that a precision of ours may run at on a processor."""
+def highest(product: Callable[[int], Callable[[], object]], clock: Clock) -> float:
+    """FLOP/s of the best of the products of (side, side) matrices; what would take too long, by the side before, is left out."""
+    best = seconds = 0.0
+    for before, side in itertools.pairwise((SIDES[0], *SIDES)):
+        if seconds * (side / before) ** 3 > LONGEST:
+            break
+        seconds = fastest(product(side), RUNS, clock)
+        best = max(best, 2 * side**3 / seconds)
+    return best
+
+
+def _product(torch: Any, rate: str, side: int) -> Callable[[], object]:
+    """A product of (side, side) matrices at a rate that a precision of ours may run at on a processor."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, side, side, generator=generator)
-    half = a.bfloat16(), b.bfloat16()
-    whole = (20 * a).to(torch.int8), (20 * b).to(torch.int8)
-    return {
-        PRECISIONS[EXACT].rate: lambda: a @ b,
-        PRECISIONS["bf16"].rate: lambda: half[0] @ half[1],
-        PRECISIONS["int8"].rate: lambda: torch._int_mm(*whole),
-    }
+    if rate == INT8_RATE:
+        a, b = (20 * a).to(torch.int8), (20 * b).to(torch.int8)
+        return lambda: torch._int_mm(a, b)
+    if rate != EXACT_RATE:
+        a, b = a.bfloat16(), b.bfloat16()
+    return lambda: a @ b

@@ -26,7 +26,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     make, vae = KINDS[request.param]
     root = tmp_path_factory.mktemp(request.param)
     folder = folders.write(root / "m", make())
-    components = "transformer,vae,encoder"
+    components = "vae,encoder"
     return elastic_export.export(folder, output=root / "b", size="16-32", batch="1-2", components=components, verify="ends"), vae().eval()
 
 
