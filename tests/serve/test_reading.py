@@ -1,6 +1,8 @@
 """Prompts that are read beside the steps: in what order, what they cost a promise, and what becomes of those that cannot be read."""
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,16 @@ STEP, STEPS = 0.125, 8  # of the pictures on paper
 
 
 class Reading:
-    """A bundle that reads prompts; those with a dog in them only once they are `let`."""
+    """A bundle that reads prompts; those with a dog in them only once they are `let`. It draws unless its steps are held."""
 
     def __init__(self, folder: Path):
         self.opener = flux(folder)
+        self.stepping = threading.Event()
+        self.stepping.set()
         self.opener.bundle = Bundle(folder, msgspec.structs.replace(self.opener.bundle.manifest, cost=COST))
         self.opener._functions["text_encoder"] = self._pooled
+        denoise = self.opener._functions["denoiser"]
+        self.opener._functions["denoiser"] = lambda feeds: denoise(feeds) if self.stepping.wait(30) else None
         self.let, self.asked = threading.Event(), threading.Event()
         self.served = Served("prompts", ElasticPipeline(self.opener.bundle, self.opener))
         self.opener.opened.clear()
@@ -51,6 +57,7 @@ def reading(tmp_path: Path) -> Iterator[Reading]:
     opened = Reading(tmp_path)
     yield opened
     opened.let.set()
+    opened.stepping.set()
     opened.served.close()
 
 
@@ -78,6 +85,20 @@ def test_pictures_of_one_prompt_have_it_read_once(reading: Reading) -> None:
         assert all(isinstance(ended, Drawn) for ended in asking.ends(4).values())
     assert reading.read == 1
     assert all(session.closed for graph, session in reading.opener.opened if graph.startswith("text"))
+
+
+def test_those_after_as_many_as_wait_with_their_prompts_read_are_read_when_these_are_begun(reading: Reading) -> None:
+    prompts = [" ".join(words) for words in itertools.product(("a", "red", "blue", "cat"), repeat=2)]
+    assert len(prompts) > AHEAD
+    reading.stepping.clear()
+    with Asking(reading.served) as asking:
+        asking.ask(*(reading.of(prompt) for prompt in prompts))
+        until = time.monotonic() + 30
+        while sum(job.prompt is None for job in asking.engine.scheduler.jobs) < AHEAD:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        reading.stepping.set()
+        assert all(isinstance(ended, Drawn) for ended in asking.ends(len(prompts)).values())
 
 
 def test_a_prompt_that_cannot_be_read_ends_its_own_pictures_alone(reading: Reading) -> None:
