@@ -11,7 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 from asking import COST, Asking
+from fake_flux import Opener
 from fake_prompts import WORDS, flux, pooling
+from fakes import manifest as elit
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, Request, UsageError
 from elastic_serve.engine import ClosingError, Drawn, Failed
@@ -25,11 +27,14 @@ STEP, STEPS = 0.125, 8  # of the pictures on paper
 class Reading:
     """A bundle that reads prompts; those with a dog in them only once they are `let`. It draws unless its steps are held."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, elastic: bool = False):
         self.opener = flux(folder)
+        if elastic:
+            _at_budgets(self.opener)
         self.stepping = threading.Event()
         self.stepping.set()
-        self.opener.bundle = Bundle(folder, msgspec.structs.replace(self.opener.bundle.manifest, cost=COST))
+        if not elastic:
+            self.opener.bundle = Bundle(folder, msgspec.structs.replace(self.opener.bundle.manifest, cost=COST))
         self.opener._functions["text_encoder"] = self._pooled
         denoise = self.opener._functions["denoiser"]
         self.opener._functions["denoiser"] = lambda feeds: denoise(feeds) if self.stepping.wait(30) else None
@@ -50,6 +55,22 @@ class Reading:
 
     def of(self, prompt: str, seed: int = 0) -> tuple[Served, Request]:
         return self.served, Request(prompt=prompt, seeds=(seed,), plan="4x")
+
+
+def _at_budgets(opener: Opener) -> None:
+    """Make of it a bundle that reads the same prompts, and draws at budgets, not along plans."""
+    old, whole = opener.bundle.manifest, elit(channels=3)
+    sample, timestep, *_, latents = whole.graphs["denoiser"].inputs
+    texts = [each for each in old.graphs["denoiser"].inputs if each.name in ("encoder_hidden_states", "pooled_projections")]
+    denoiser = msgspec.structs.replace(
+        whole.graphs["denoiser"],
+        inputs=(sample, timestep, *texts, latents),
+        dimensions=whole.graphs["denoiser"].dimensions | {"T": old.graphs["denoiser"].dimensions["T"]},
+    )
+    model = msgspec.structs.replace(whole.model, num_classes=0, null_label=0, text=old.model.text)
+    graphs = {name: graph for name, graph in old.graphs.items() if name.startswith("text")} | {"denoiser": denoiser}
+    opener.bundle = Bundle(opener.bundle.folder, msgspec.structs.replace(whole, model=model, graphs=graphs))
+    opener._functions["denoiser"] = lambda feeds: {"prediction": feeds["sample"]}
 
 
 @pytest.fixture
@@ -99,6 +120,17 @@ def test_those_after_as_many_as_wait_with_their_prompts_read_are_read_when_these
             time.sleep(0.001)
         reading.stepping.set()
         assert all(isinstance(ended, Drawn) for ended in asking.ends(len(prompts)).values())
+
+
+def test_what_else_a_request_asks_for_has_no_part_in_how_its_prompt_is_read(tmp_path: Path) -> None:
+    """A budget of guidance that is off has no effect here, and is refused by a pipeline."""
+    reading = Reading(tmp_path, elastic=True)
+    asked = Request(prompt="a red cat", seeds=(0,), guidance_scale=1.0, guidance_budget=Budget(latents=32), num_inference_steps=2)
+    with Asking(reading.served) as asking:
+        asking.ask((reading.served, asked), (reading.served, msgspec.structs.replace(asked, guidance_budget=None)))
+        assert [type(ended) for ended in asking.ends(2).values()] == [Drawn, Drawn]
+    assert reading.read == 1
+    reading.served.close()
 
 
 def test_a_prompt_that_cannot_be_read_ends_its_own_pictures_alone(reading: Reading) -> None:
