@@ -19,7 +19,7 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.cuda_graphs import CudaGraphs
+from elastic_runtime.sessions.cuda_graphs import GPU, CudaGraphs
 from elastic_runtime.sessions.lanes import Lanes, example, splits
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -145,10 +145,11 @@ class OrtSession(Session):
         self._outputs = [spec.name for spec in graph.outputs]
         path, asked = bundle.file(artifact.path), providers is not None or device is not None
         self._graphs = None
-        if cuda_graphs and chosen[0][0] == CUDA:
-            self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
-        self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
-        provider = self._session.get_providers()[0]
+        with _working(chosen[0][0]):
+            if cuda_graphs and chosen[0][0] == CUDA:
+                self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
+            self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
+        provider = self._provider = self._session.get_providers()[0]
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
         if self._graphs and (provider != CUDA or not self._graphs.captures):
@@ -179,11 +180,12 @@ class OrtSession(Session):
         return lanes.run(feeds) if lanes else self._infer(session, feeds)
 
     def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
-        with _failures():
+        with _failures(), _working(self._provider):
             return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
 
     def close(self) -> None:
-        self._session, self._graphs, lanes, self._lanes = None, None, self._lanes, None
+        with _working(self._provider):
+            self._session, self._graphs, lanes, self._lanes = None, None, self._lanes, None
         if lanes:
             lanes.close()
 
@@ -195,6 +197,11 @@ def _failures() -> Iterator[None]:
         yield
     except Exception as error:  # its exception types are private
         raise InferenceError(f"ONNX Runtime failed: {error}") from error
+
+
+def _working(provider: str) -> contextlib.AbstractContextManager[None]:
+    """A block that works on what `provider` runs on."""
+    return contextlib.nullcontext() if provider == CPU else GPU.work()
 
 
 def library() -> Any:
