@@ -1,9 +1,11 @@
 """Prompts that are read beside the steps: in what order, what they cost a promise, and what becomes of those that cannot be read."""
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,18 @@ def test_on_paper_readings_follow_one_another_beside_the_steps() -> None:
     assert [done[number] for number in numbers] == [1.5, 5.5, 2.0, 3.0]
     assert scheduler.unread(0.0) == "b"
     assert scheduler.finishes(scheduler.jobs, 0.0, 0.25)[numbers[0]] == 1.5, "half of it is read by then"
+
+
+def test_an_idle_machine_reads_no_other_prompt() -> None:
+    scheduler = Scheduler(Exact(), margin=0.0)
+    scheduler.admit([job(math.inf, "long", 20.0)], 0.0)
+    assert scheduler.unread(0.0) == "long"
+    short = replace(job(0.0, "short", 1.0), id=-1)
+    assert scheduler.behind([short], 5.0, idle=True) == 1.0 + STEPS * STEP
+    assert scheduler.behind([short], 5.0) == 15.0 + 1.0 + STEPS * STEP
+    with pytest.raises(RefusedError, match="1 pictures are ahead") as refused:
+        scheduler.admit([job(10.0, "short", 1.0)], 5.0)
+    assert refused.value.wait is not None, "it may ask again"
 
 
 def test_so_many_wait_with_their_prompts_read_and_an_urgent_one_is_read_all_the_same() -> None:
