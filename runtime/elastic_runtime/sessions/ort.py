@@ -129,7 +129,7 @@ class OrtSession(Session):
                 options.setdefault("use_tf32", 0)  # on by default, from Ampere on, and off by 1e-3
         if any(name == CUDA for name, _ in chosen):
             _preload(onnxruntime)
-        settings = onnxruntime.SessionOptions()
+        settings = session_options(onnxruntime)
         settings.intra_op_num_threads = threads or thread_limit()
         # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds
         # while it draws, and nothing in time, where a step takes seconds.
@@ -138,10 +138,6 @@ class OrtSession(Session):
         if spinning is None:
             spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-        settings.log_severity_level = 3
-        # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
-        # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
         self._outputs = [spec.name for spec in graph.outputs]
         path, asked = bundle.file(artifact.path), providers is not None or device is not None
         self._graphs = None
@@ -210,6 +206,16 @@ def library() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+def session_options(onnxruntime: Any) -> Any:
+    """What every model of ours is opened with."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
+    # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    return settings
 
 
 def _providers(providers: Sequence[Provider] | None, device: str | None, available: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
