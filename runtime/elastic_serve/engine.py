@@ -278,6 +278,8 @@ class Engine:
                 flight.taken += 1
                 if number in self._flights and flight.taken < flight.steps:
                     self.scheduler.stepped(number)
+            if any(flight.taken == 1 for flight in flights.values()):  # no longer waiting, so that another prompt may be read
+                self._changed.notify_all()
             self._gauges()
         self.metrics.stepped(served.name, budgets, ran.runs, ran.rows, self.times.pace(served.name))
         self.metrics.level.set(turn.level)
@@ -361,8 +363,7 @@ class Engine:
             if flight and isinstance(event, Failed):
                 self._left.append(flight)
             self._gauges()
-            if not self._flights:
-                self._changed.notify_all()
+            self._changed.notify_all()
         if flight is None:
             return
         if isinstance(event, Failed):

@@ -220,7 +220,7 @@ class Scheduler:
 
     def behind(self, jobs: Sequence[Job], now: float, idle: bool = False) -> float:
         """The deadline in seconds that pictures would keep behind all others, or alone."""
-        return self._behind(() if idle else tuple(self._jobs.values()), jobs, now)
+        return self._behind(() if idle else tuple(self._jobs.values()), jobs, now, idle)
 
     def spare(self, now: float) -> float:
         """Seconds that may pass without a step before a promise could not be kept at the lowest level."""
@@ -230,11 +230,11 @@ class Scheduler:
         done = self.finishes(self._jobs.values(), LOWEST, now)
         return min(self._target(job) - done[job.id] for job in promised)
 
-    def _played(self, jobs: Iterable[Job], level: float, now: float) -> Iterator[tuple[Job, float]]:
+    def _played(self, jobs: Iterable[Job], level: float, now: float, idle: bool = False) -> Iterator[tuple[Job, float]]:
         """Pictures with the time when each would be done, the first one first."""
         waiting, clock = self._order(jobs), now
         left = {job.id: job.way(level).after(job.taken) for job in waiting}
-        begins = self._begins(waiting, now)
+        begins = self._begins(waiting, now, None if idle else self._read)
         last = max(begins.values(), default=now)
         while waiting:
             unread = [begins[job.id] for job in waiting if begins[job.id] > clock] if clock < last else []
@@ -258,9 +258,9 @@ class Scheduler:
                     waiting.remove(job)
                     yield job, clock
 
-    def _begins(self, order: Sequence[Job], now: float) -> dict[int, float]:
-        """When each picture's prompt would be read."""
-        read = {} if self._read is None else {self._read[0]: max(self._read[1], now)}
+    def _begins(self, order: Sequence[Job], now: float, reading: tuple[Hashable, float] | None) -> dict[int, float]:
+        """When each picture's prompt would be read, after the one that is being read."""
+        read = {} if reading is None else {reading[0]: max(reading[1], now)}
         last = max(read.values(), default=now)
         for job in order:
             if job.prompt is not None and job.prompt not in read:
@@ -331,7 +331,7 @@ class Scheduler:
         present = tuple(self._jobs.values())
         asked = max(job.due - job.arrived for job in jobs)
         what = f"{1e3 * asked:.0f} ms cannot be kept, not even at the cheapest budget"
-        alone = self._behind((), jobs, now)
+        alone = self.behind(jobs, now, idle=True)
         if alone > asked:
             raise RefusedError(f"{what} on an idle machine: the nearest deadline is {1e3 * alone:.0f} ms, allow at least that", None, alone)
         nearest = self._nearest(present, jobs, asked, now)
@@ -348,10 +348,10 @@ class Scheduler:
             return [replace(job, due=math.inf) for job in jobs]
         return later
 
-    def _behind(self, others: Sequence[Job], jobs: Sequence[Job], now: float) -> float:
-        """The deadline that `jobs` would keep behind all `others`."""
+    def _behind(self, others: Sequence[Job], jobs: Sequence[Job], now: float, idle: bool = False) -> float:
+        """The deadline that `jobs` would keep behind all `others`; `idle` where no prompt is being read, either."""
         last = [replace(job, due=math.inf) for job in jobs]
-        done = self.finishes([*others, *last], LOWEST, now)
+        done = {job.id: time for job, time in self._played([*others, *last], LOWEST, now, idle)}
         return (max(done[job.id] for job in last) - now) / (1 - self.margin)
 
     def _nearest(self, others: Sequence[Job], jobs: Sequence[Job], asked: float, now: float) -> float:

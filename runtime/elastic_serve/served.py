@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +38,8 @@ QUALITIES: Mapping[str, str] = MappingProxyType({"standard": "auto", "hd": "high
 LEVELS = 8  # of the budgets: what is between two of them nobody would see, and each has a shape of its own to plan
 WARMING = 5.0  # seconds
 WORDS = "a cat"  # how many hardly matters beside the opening of an encoder, and any takes these
+# Of a request, what its prompt is read by; guidance says whether the negative one is, too.
+READ = ("prompt", "negative_prompt", "guidance_scale", "true_cfg_scale", "autoguidance")
 T = TypeVar("T")
 
 
@@ -62,12 +64,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is read for a picture before it is begun: equal ones once."""
+    """What is read for a picture before it is begun: equal ones once. `request` holds nothing but that."""
 
     model: str
-    words: tuple[str | tuple[str, ...] | None, ...]
-    guidance: tuple[float | bool | None, ...]  # which says whether the negative prompt is read, too
-    request: Request = field(compare=False)
+    request: Request
 
 
 class Steered:
@@ -194,8 +194,7 @@ class Served:
         """What is to be read for a request; None where the model takes no prompts."""
         if request.prompt is None:
             return None
-        words, scales = (request.prompt, request.negative_prompt), (request.guidance_scale, request.true_cfg_scale)
-        return Prompt(self.name, words, (*scales, request.autoguidance), request)
+        return Prompt(self.name, Request(**{name: getattr(request, name) for name in READ}))
 
     def read(self, prompt: Prompt) -> Texts:
         """Read a prompt, on whichever thread; raises as `ElasticPipeline.read`."""

@@ -1,8 +1,11 @@
 """A stand-in for ONNX Runtime with CUDA built in, which keeps what it was asked for, computes the sum of what it is fed, and has the
-library's rules of CUDA graphs: a graph is captured by the first run of its number and answers from the arrays that were bound to it.
+library's rules of CUDA graphs: a graph is captured by the first run of its number on a thread, while no other thread opens a session, and
+answers from the arrays that were bound to it.
 """
 
 import sys
+import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -67,6 +70,8 @@ class Library(ModuleType):
         super().__init__("onnxruntime")
         self.up, self.error, self.uncapturable = up, error, uncapturable
         self.runs: list[str] = []
+        self.opening: Callable[[], None] = lambda: None
+        self.busy = 0
         self.calls: list[str] = []
         self.providers: list[tuple[str, dict[str, Any]]] = []
         self.threads: int | None = None
@@ -92,6 +97,9 @@ class Library(ModuleType):
     def InferenceSession(self, path: str, settings: Any, providers: Any, enable_fallback: int) -> Any:  # noqa: N802
         assert not enable_fallback
         self.calls.append("open")
+        self.busy += 1
+        self.opening()
+        self.busy -= 1
         self.providers, self.threads = providers, settings.intra_op_num_threads
         if self.error and providers[0][0] not in self.up:
             raise self.error
@@ -111,7 +119,7 @@ class Options:
 class Opened:
     def __init__(self, library: Library, captures: bool, providers: list[str]):
         self._library, self._captures, self._providers = library, captures, providers
-        self._graphs: dict[str, Binding] = {}
+        self._graphs: dict[tuple[int, str], Binding] = {}
 
     def get_providers(self) -> list[str]:
         return self._providers
@@ -128,8 +136,10 @@ class Opened:
         assert self._captures
         if self._library.uncapturable == "captured":
             raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
-        self._library.runs.append("replay" if options.graph in self._graphs else "capture")
-        bound = self._graphs.setdefault(options.graph, binding)
+        graph = threading.get_ident(), options.graph
+        assert graph in self._graphs or not self._library.busy, "operation not permitted when stream is capturing"
+        self._library.runs.append("replay" if graph in self._graphs else "capture")
+        bound = self._graphs.setdefault(graph, binding)
         for value in bound.outputs.values():
             value.array[...] = self._answer({name: value.array for name, value in bound.inputs.items()})
 

@@ -1,7 +1,11 @@
 """Prompts that are read beside the steps: in what order, what they cost a promise, and what becomes of those that cannot be read."""
 
+import itertools
+import math
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 from asking import COST, Asking
+from fake_flux import Opener
 from fake_prompts import WORDS, flux, pooling
+from fakes import manifest as elit
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, Request, UsageError
 from elastic_serve.engine import ClosingError, Drawn, Failed
@@ -21,12 +27,19 @@ STEP, STEPS = 0.125, 8  # of the pictures on paper
 
 
 class Reading:
-    """A bundle that reads prompts; those with a dog in them only once they are `let`."""
+    """A bundle that reads prompts; those with a dog in them only once they are `let`. It draws unless its steps are held."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, elastic: bool = False):
         self.opener = flux(folder)
-        self.opener.bundle = Bundle(folder, msgspec.structs.replace(self.opener.bundle.manifest, cost=COST))
+        if elastic:
+            _at_budgets(self.opener)
+        self.stepping = threading.Event()
+        self.stepping.set()
+        if not elastic:
+            self.opener.bundle = Bundle(folder, msgspec.structs.replace(self.opener.bundle.manifest, cost=COST))
         self.opener._functions["text_encoder"] = self._pooled
+        denoise = self.opener._functions["denoiser"]
+        self.opener._functions["denoiser"] = lambda feeds: denoise(feeds) if self.stepping.wait(30) else None
         self.let, self.asked = threading.Event(), threading.Event()
         self.served = Served("prompts", ElasticPipeline(self.opener.bundle, self.opener))
         self.opener.opened.clear()
@@ -46,11 +59,28 @@ class Reading:
         return self.served, Request(prompt=prompt, seeds=(seed,), plan="4x")
 
 
+def _at_budgets(opener: Opener) -> None:
+    """Make of it a bundle that reads the same prompts, and draws at budgets, not along plans."""
+    old, whole = opener.bundle.manifest, elit(channels=3)
+    sample, timestep, *_, latents = whole.graphs["denoiser"].inputs
+    texts = [each for each in old.graphs["denoiser"].inputs if each.name in ("encoder_hidden_states", "pooled_projections")]
+    denoiser = msgspec.structs.replace(
+        whole.graphs["denoiser"],
+        inputs=(sample, timestep, *texts, latents),
+        dimensions=whole.graphs["denoiser"].dimensions | {"T": old.graphs["denoiser"].dimensions["T"]},
+    )
+    model = msgspec.structs.replace(whole.model, num_classes=0, null_label=0, text=old.model.text)
+    graphs = {name: graph for name, graph in old.graphs.items() if name.startswith("text")} | {"denoiser": denoiser}
+    opener.bundle = Bundle(opener.bundle.folder, msgspec.structs.replace(whole, model=model, graphs=graphs))
+    opener._functions["denoiser"] = lambda feeds: {"prediction": feeds["sample"]}
+
+
 @pytest.fixture
 def reading(tmp_path: Path) -> Iterator[Reading]:
     opened = Reading(tmp_path)
     yield opened
     opened.let.set()
+    opened.stepping.set()
     opened.served.close()
 
 
@@ -78,6 +108,31 @@ def test_pictures_of_one_prompt_have_it_read_once(reading: Reading) -> None:
         assert all(isinstance(ended, Drawn) for ended in asking.ends(4).values())
     assert reading.read == 1
     assert all(session.closed for graph, session in reading.opener.opened if graph.startswith("text"))
+
+
+def test_those_after_as_many_as_wait_with_their_prompts_read_are_read_when_these_are_begun(reading: Reading) -> None:
+    prompts = [" ".join(words) for words in itertools.product(("a", "red", "blue", "cat"), repeat=2)]
+    assert len(prompts) > AHEAD
+    reading.stepping.clear()
+    with Asking(reading.served) as asking:
+        asking.ask(*(reading.of(prompt) for prompt in prompts))
+        until = time.monotonic() + 30
+        while sum(job.prompt is None for job in asking.engine.scheduler.jobs) < AHEAD:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        reading.stepping.set()
+        assert all(isinstance(ended, Drawn) for ended in asking.ends(len(prompts)).values())
+
+
+def test_what_else_a_request_asks_for_has_no_part_in_how_its_prompt_is_read(tmp_path: Path) -> None:
+    """A budget of guidance that is off has no effect here, and is refused by a pipeline."""
+    reading = Reading(tmp_path, elastic=True)
+    asked = Request(prompt="a red cat", seeds=(0,), guidance_scale=1.0, guidance_budget=Budget(latents=32), num_inference_steps=2)
+    with Asking(reading.served) as asking:
+        asking.ask((reading.served, asked), (reading.served, msgspec.structs.replace(asked, guidance_budget=None)))
+        assert [type(ended) for ended in asking.ends(2).values()] == [Drawn, Drawn]
+    assert reading.read == 1
+    reading.served.close()
 
 
 def test_a_prompt_that_cannot_be_read_ends_its_own_pictures_alone(reading: Reading) -> None:
@@ -163,6 +218,18 @@ def test_on_paper_readings_follow_one_another_beside_the_steps() -> None:
     assert [done[number] for number in numbers] == [1.5, 5.5, 2.0, 3.0]
     assert scheduler.unread(0.0) == "b"
     assert scheduler.finishes(scheduler.jobs, 0.0, 0.25)[numbers[0]] == 1.5, "half of it is read by then"
+
+
+def test_an_idle_machine_reads_no_other_prompt() -> None:
+    scheduler = Scheduler(Exact(), margin=0.0)
+    scheduler.admit([job(math.inf, "long", 20.0)], 0.0)
+    assert scheduler.unread(0.0) == "long"
+    short = replace(job(0.0, "short", 1.0), id=-1)
+    assert scheduler.behind([short], 5.0, idle=True) == 1.0 + STEPS * STEP
+    assert scheduler.behind([short], 5.0) == 15.0 + 1.0 + STEPS * STEP
+    with pytest.raises(RefusedError, match="1 pictures are ahead") as refused:
+        scheduler.admit([job(10.0, "short", 1.0)], 5.0)
+    assert refused.value.wait is not None, "it may ask again"
 
 
 def test_so_many_wait_with_their_prompts_read_and_an_urgent_one_is_read_all_the_same() -> None:

@@ -1,5 +1,6 @@
 """Which artifact a graph is opened from, and with which backend: the fastest of those that are exact enough."""
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from elastic_runtime.sessions.session import Session
 class ArtifactOpener:
     """Opens a bundle's graphs with one backend, or the fastest where none is named; of some precisions, or the most exact.
 
-    `options` are the backend's session's. See `ElasticPipeline.from_pretrained`, also for what is raised.
+    `options` are the backend's session's. See `ElasticPipeline.from_pretrained`, also for what is raised. Several threads may open graphs
+    at once, and only one of them measures.
     """
 
     def __init__(self, bundle: Bundle, backend: str | None, precisions: Sequence[str] | str, floor: float, options: Mapping[str, Any]):
@@ -38,6 +40,7 @@ class ArtifactOpener:
                 raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder} in {asked}. {' '.join(reasons)}")
             raise UsageError(f"{bundle.folder} has its denoiser in {', '.join(has)}, and none in {asked}: export it so, too")
         self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
+        self._choosing = threading.Lock()
 
     def __call__(self, graph: str) -> Session:
         if self._backend or self._options:
@@ -48,7 +51,8 @@ class ArtifactOpener:
             best = chosen(able, self._precisions)[0]
             return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
         graphs = self._bundle.manifest.graphs
-        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
+        with self._choosing:  # whoever comes second finds what was measured
+            choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
         if choice is None:
             return open_session(self._bundle, graph)
         if graph == "denoiser":

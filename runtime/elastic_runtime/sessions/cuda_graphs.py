@@ -1,13 +1,15 @@
 """ONNX Runtime on an NVIDIA GPU: one CUDA graph a shape, over arrays that stay where they are.
 
 A step of a small batch is hundreds of kernels that each take less time than their launch; a CUDA graph launches all of them at once.
-It is captured at the second run of a shape (of a budget, a batch, a size), and holds until the session is closed.
+It is captured at the second run of a shape (of a budget, a batch, a size), and holds until the session is closed. The library keeps the
+graphs of each thread apart: another one that runs the shape captures it again.
 """
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,14 +23,59 @@ State = tuple[object, ...]
 _log = logging.getLogger(__name__)
 
 
+class Gpu:
+    """What the threads of this process do on a GPU through the library. It captures in CUDA's global mode: no other thread may allocate or
+    free memory meanwhile, and where one does, it fails and the capture with it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._working, self._capturing = 0, False
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Open, run or close a session in the block, which waits for the end of a capture."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._capturing)
+            self._working += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._working -= 1
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[bool]:
+        """Whether nobody works; then nobody begins to before the end of the block, which may capture."""
+        with self._changed:
+            alone = not (self._working or self._capturing)
+            self._capturing |= alone
+        try:
+            yield alone
+        finally:
+            if alone:
+                with self._changed:
+                    self._capturing = False
+                    self._changed.notify_all()
+
+
+GPU = Gpu()
+
+
 @dataclass(frozen=True)
 class _Bound:
-    """The arrays of one shape on the GPU, and how its graph is run."""
+    """The arrays of one shape on the GPU, and how its graph is run; `thread` tells on which it is captured."""
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     binding: Any
     options: Any
+    thread: threading.local = field(default_factory=threading.local)
+
+    @property
+    def captured(self) -> bool:
+        """Whether it is on this thread."""
+        return hasattr(self.thread, "captured")
 
     def run(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
         for name, value in self.inputs.items():
@@ -66,19 +113,24 @@ class CudaGraphs:
         # A graph may hold the value of a 0-d input, such as a loop's count: it counts as part of the shape.
         state = tuple((name, array.shape, array.item() if array.ndim == 0 else None) for name, array in feeds.items())
         with self._lock:
-            if state in self._bound:
-                return self._bound[state].run(self.session, feeds)
-            if not self.captures or state not in self._answers or len(self._bound) == MOST:
+            bound = self._bound.get(state)
+            if bound and bound.captured:
+                with GPU.work():
+                    return bound.run(self.session, feeds)
+            if self.captures and state in self._answers and (bound or len(self._bound) < MOST):
+                with GPU.capture() as alone:
+                    if alone:
+                        try:
+                            bound = bound or self._bind(feeds, self._answers[state], len(self._bound))
+                            answer = bound.run(self.session, feeds)
+                        except Exception as error:  # a stream that was being captured is of no more use
+                            self._bound.clear()
+                            self._without(error)
+                            return self._plain(state, feeds)
+                        self._bound[state], bound.thread.captured = bound, True
+                        return answer
+            with GPU.work():
                 return self._plain(state, feeds)
-            try:
-                bound = self._bind(feeds, self._answers[state], len(self._bound))
-                answer = bound.run(self.session, feeds)
-            except Exception as error:  # a stream that was being captured is of no more use
-                self._bound.clear()
-                self._without(error)
-                return self._plain(state, feeds)
-            self._bound[state] = bound
-            return answer
 
     def _without(self, error: Exception) -> None:
         self.captures = False

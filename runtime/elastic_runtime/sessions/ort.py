@@ -19,7 +19,7 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.cuda_graphs import CudaGraphs
+from elastic_runtime.sessions.cuda_graphs import GPU, CudaGraphs
 from elastic_runtime.sessions.lanes import Lanes, example, splits
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -129,7 +129,7 @@ class OrtSession(Session):
                 options.setdefault("use_tf32", 0)  # on by default, from Ampere on, and off by 1e-3
         if any(name == CUDA for name, _ in chosen):
             _preload(onnxruntime)
-        settings = onnxruntime.SessionOptions()
+        settings = session_options(onnxruntime)
         settings.intra_op_num_threads = threads or thread_limit()
         # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds
         # while it draws, and nothing in time, where a step takes seconds.
@@ -138,17 +138,14 @@ class OrtSession(Session):
         if spinning is None:
             spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-        settings.log_severity_level = 3
-        # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
-        # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
         self._outputs = [spec.name for spec in graph.outputs]
         path, asked = bundle.file(artifact.path), providers is not None or device is not None
         self._graphs = None
-        if cuda_graphs and chosen[0][0] == CUDA:
-            self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
-        self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
-        provider = self._session.get_providers()[0]
+        with _working(chosen[0][0]):
+            if cuda_graphs and chosen[0][0] == CUDA:
+                self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
+            self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
+        provider = self._provider = self._session.get_providers()[0]
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
         if self._graphs and (provider != CUDA or not self._graphs.captures):
@@ -179,11 +176,12 @@ class OrtSession(Session):
         return lanes.run(feeds) if lanes else self._infer(session, feeds)
 
     def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
-        with _failures():
+        with _failures(), _working(self._provider):
             return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))
 
     def close(self) -> None:
-        self._session, self._graphs, lanes, self._lanes = None, None, self._lanes, None
+        with _working(self._provider):
+            self._session, self._graphs, lanes, self._lanes = None, None, self._lanes, None
         if lanes:
             lanes.close()
 
@@ -197,12 +195,27 @@ def _failures() -> Iterator[None]:
         raise InferenceError(f"ONNX Runtime failed: {error}") from error
 
 
+def _working(provider: str) -> contextlib.AbstractContextManager[None]:
+    """A block that works on what `provider` runs on."""
+    return contextlib.nullcontext() if provider == CPU else GPU.work()
+
+
 def library() -> Any:
     """The library, which on Linux reports its use to its vendor unless told not to before it is imported."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     return onnxruntime
+
+
+def session_options(onnxruntime: Any) -> Any:
+    """What every model of ours is opened with."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
+    # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    return settings
 
 
 def _providers(providers: Sequence[Provider] | None, device: str | None, available: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.errors import InferenceError
-from elastic_runtime.sessions.ort import library
+from elastic_runtime.sessions.ort import library, session_options
 from elastic_runtime.sessions.session import Arrays, Session
 
 PART = 256_000_000  # bytes of weights
@@ -56,10 +56,8 @@ class PartSession(Session):
 
     def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._model is not None
-        settings = self._onnxruntime.SessionOptions()
-        settings.log_severity_level = 3
         content = _serialized(self._model, part, values)
-        session = self._onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+        session = self._onnxruntime.InferenceSession(content, session_options(self._onnxruntime), providers=["CPUExecutionProvider"])
         del content
         return dict(zip(part.gives, session.run(list(part.gives), {name: values[name] for name in part.takes}), strict=True))
 

@@ -15,8 +15,10 @@ from recordings import MACHINES
 from simulated import Machine, described, pipeline, run_seconds, session
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, FakeSession, probe
+from elastic_runtime.choosing.artifacts import ArtifactOpener
 from elastic_runtime.choosing.calibration import fastest, folder, identity, points, rates
 from elastic_runtime.choosing.estimates import Gauge
+from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, OnnxArtifact
 from elastic_runtime.device import peak
 from elastic_runtime.errors import InferenceError, MissingError, UsageError
@@ -193,6 +195,30 @@ def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, mon
     with ElasticPipeline.from_pretrained(bundle, "slow") as pipe:
         assert pipe.gauge.session.origin is not None
         assert pipe.gauge.session.origin.backend == "slow"
+
+
+def test_threads_that_open_graphs_at_once_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    one, other = Room("one", machine, 2.0), Room("other", machine, 1.0)
+    measuring, done, at_once = threading.Event(), threading.Event(), one.open
+
+    def slowly(*words: Any, **options: Any) -> FakeSession:
+        measuring.set()
+        assert done.wait(30)
+        return at_once(*words, **options)
+
+    one.record = replace(one.record, open=slowly)
+    rooms(monkeypatch, one, other)
+    opener = ArtifactOpener(bundle, None, (), FLOOR, {})
+    threads = [threading.Thread(target=opener, args=("denoiser",)) for _ in range(2)]
+    threads[0].start()
+    assert measuring.wait(30)
+    threads[1].start()
+    time.sleep(0.1)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert one.opened + other.opened == 2 + 2, "each measured once, and what each thread opened"
 
 
 def test_a_single_runtime_is_no_choice_and_one_that_fails_is_left_out(

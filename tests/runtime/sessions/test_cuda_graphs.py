@@ -1,5 +1,6 @@
 """CUDA graphs of ONNX Runtime sessions, against a stand-in with the library's rules; samples/gpu_check.py runs them on a GPU."""
 
+import threading
 from pathlib import Path
 
 import fake_ort
@@ -67,6 +68,48 @@ def test_graphs_are_kept_for_so_many_shapes_and_the_rest_run_plainly(bundle: Bun
     with open_session(bundle, device="cuda") as session:
         assert all(right(session, latents=latents) for latents in (4, 8, 12) for _ in range(3))
     assert library.runs == ["plain", "capture", "replay"] * 2 + ["plain"] * 3
+
+
+def test_a_shape_is_captured_while_no_other_thread_opens_a_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server does, which opens text encoders beside the steps."""
+    library = fake_ort.install(monkeypatch)
+    opening, done = threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        opening.set()
+        assert done.wait(30)
+
+    with open_session(bundle, device="cuda") as session:
+        assert right(session)
+        library.opening = slowly
+        beside = threading.Thread(target=lambda: open_session(bundle, device="cuda").close())
+        beside.start()
+        assert opening.wait(30)
+        assert right(session, time=0.1)
+        assert library.runs == ["plain", "plain"], "it waits for nobody"
+        done.set()
+        beside.join()
+        assert right(session, time=0.2)
+        assert right(session, time=0.3)
+        assert library.runs[2:] == ["capture", "replay"]
+
+
+def test_a_session_that_is_opened_waits_for_the_end_of_a_capture() -> None:
+    gpu, worked = cuda_graphs.Gpu(), threading.Event()
+
+    def work() -> None:
+        with gpu.work():
+            worked.set()
+
+    other = threading.Thread(target=work)
+    with gpu.capture() as alone:
+        assert alone
+        other.start()
+        assert not worked.wait(0.05)
+        with gpu.capture() as second:
+            assert not second
+    other.join()
+    assert worked.is_set()
 
 
 def test_threads_get_their_own_answers(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import elastic_export  # noqa: E402
 from elastic_runtime import Bundle, ElasticPipeline, Span, UsageError, VerificationError, open_session  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, quantize, stream  # noqa: E402
+from elastic_targets.onnx.evaluate import evaluator  # noqa: E402
 from elastic_targets.onnx.quantize import BLOCKS, blocks, rows  # noqa: E402
 
 
@@ -164,10 +165,15 @@ def test_products_of_bytes_do_not_overflow_where_the_processor_has_no_vnni(tmp_p
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
     graph = onnx.helper.make_graph([node], "product", inputs, outputs, [codes, scales])
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    with open_session(write_bundle(tmp_path / "b", model.SerializeToString()), "denoiser", "ort", lanes=1) as session:
-        feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.zeros(1, np.float32)}
-        feeds |= {"class_labels": np.zeros(1, np.int64), "latent_ids": np.arange(1)}
-        np.testing.assert_allclose(session.run(feeds)["prediction"], 8, atol=1e-5)
+    bundle = write_bundle(tmp_path / "b", model.SerializeToString())
+    ports = bundle.manifest.graphs["denoiser"]
+    in_parts = evaluator(bundle, ports, ports.artifacts[0])  # which proves large ones
+    assert in_parts is not None
+    feeds = {"sample": np.ones((1, 4, 8, 8), np.float32), "timestep": np.zeros(1, np.float32)}
+    feeds |= {"class_labels": np.zeros(1, np.int64), "latent_ids": np.arange(1)}
+    with open_session(bundle, "denoiser", "ort", lanes=1) as whole, in_parts as parts:
+        for session in (whole, parts):
+            np.testing.assert_allclose(session.run(feeds)["prediction"], 8, atol=1e-5)
 
 
 def test_a_loop_s_body_is_held_in_few_bits_too(tmp_path: Path) -> None:
