@@ -339,6 +339,8 @@ class ElasticPipeline:
     ) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
         """The one loop: every step is chosen for, taken, recorded and checked here. `begun` is when the pictures were
         asked for."""
+        if texts is not None and drawing.request.prompt is None and drawing.request.prompt_embeds is None:
+            raise UsageError("texts are what `read` gave of a request's prompt, and this request has none: leave texts out")
         drawing.prepare(self.session, texts)
         gauge, policy = self.gauge, drawing.policy()
         state = policy.init(drawing.outlook(gauge, finishes=drawing.request.output_type != "latent"))

@@ -146,6 +146,8 @@ class Drawing(ABC):
 def checked(texts: Texts, count: int, led: bool) -> Texts:
     """Texts that were read before; raises UsageError unless they are of so many prompts, and of what guidance leads away from where it is
     `led`."""
+    if not isinstance(texts, tuple) or len(texts) != 2:
+        raise UsageError(f"texts are what `read` gives of a request, got {texts!r}")
     strong, weak = texts
     if len(strong) != count or (weak is not None) != led:
         found = f"{len(strong)} prompts {'without' if weak is None else 'with'} negative ones"

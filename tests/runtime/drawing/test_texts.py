@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import simulated
 from fake_flux import EMBEDS, manifest, pipeline, to_zero
 from fake_prompts import flux
 
@@ -81,3 +82,13 @@ def test_prompts_may_be_read_before_they_are_drawn(tmp_path: Path) -> None:
             UsageError, match="texts are of 1 prompts with negative ones, and the request is of 2 without: give what `read`"
         ):
             pipe.draw(unguided, texts=texts)
+        with pytest.raises(UsageError, match="texts are what `read` gives of a request, got 'a cat'"):
+            pipe.draw(request, texts="a cat")  # type: ignore[arg-type]
+
+
+def test_texts_of_a_request_that_draws_classes_are_refused(tmp_path: Path) -> None:
+    opener = flux(tmp_path)
+    with ElasticPipeline(opener.bundle, opener) as reader, simulated.pipeline(simulated.Machine()) as pipe:
+        texts = reader.read(Request(prompt="a cat"))
+        with pytest.raises(UsageError, match="this request has none: leave texts out"):
+            pipe.draw(Request(class_labels=(1,)), texts=texts)
