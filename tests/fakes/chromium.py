@@ -27,6 +27,10 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
+class LeftError(AssertionError):
+    """A page was left while it was asked: what it was to run is gone with it."""
+
+
 class Browser:
     """One page of a browser. What the page says on its console, and what goes wrong in it, is in `said`."""
 
@@ -48,6 +52,9 @@ class Browser:
         while True:
             answer = self._next()
             if answer.get("id") == self._number:
+                said = str(answer.get("error", {}).get("message", ""))
+                if "context" in said or "navigated" in said:
+                    raise LeftError(said)
                 assert "error" not in answer, answer
                 return dict(answer["result"])
 
@@ -63,10 +70,16 @@ class Browser:
     def until(self, expression: str) -> Any:
         """Wait until an expression is true in the page."""
         end = time.monotonic() + PATIENCE
-        while not (value := self.value(expression)):
+        while not (value := self._yet(expression)):
             assert time.monotonic() < end, f"{expression} did not become true; the console: {self.said}"
             time.sleep(0.02)
         return value
+
+    def _yet(self, expression: str) -> Any:
+        try:
+            return self.value(expression)
+        except LeftError:
+            return None
 
     def screenshot(self, path: Path, width: int = 1200, height: int = 900) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

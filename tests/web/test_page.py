@@ -133,8 +133,8 @@ def test_a_request_that_is_wrong_is_told_so(visit: Any, site: Path) -> None:
 
 def reload(page: Browser) -> None:
     """Load the page anew and wait until that one, and not the one that is left, is ready."""
-    page.value("window.left = true; location.reload()")
-    page.until("!window.left && window.elastic && document.getElementById('status').textContent === 'Ready.'")
+    page.value("window.left = true; setTimeout(() => location.reload())")
+    page.until("!window.left && window.elastic && document.getElementById('status')?.textContent === 'Ready.'")
 
 
 def test_times_are_kept_for_the_next_visit(visit: Any, site: Path) -> None:
