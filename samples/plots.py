@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 PAPER, REAL = "#ffffff", "#7a7a7a"
-LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"), ("#8a5fa8", "v"), ("#b03a5b", "D"))
+LINES = (("#1f4e79", "o"), ("#d9822b", "s"), ("#3d8f6a", "^"), ("#8a5fa8", "v"), ("#b03a5b", "D"), ("#2a9db5", "P"), ("#555555", "X"))
+IN_A_ROW = 6  # words of a legend
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.right": False,
@@ -28,7 +29,7 @@ def panels(path: Path, count: int = 2) -> Iterator[Any]:
         figure, axes = pyplot.subplots(1, count, figsize=(4.5 * count, 3.8), layout="constrained", facecolor=PAPER)
         yield axes
         handles, words = axes[0].get_legend_handles_labels()
-        figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=len(words))
+        figure.legend(handles, words, frameon=False, loc="outside lower center", ncols=-(-len(words) // (1 + (len(words) > IN_A_ROW))))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         pyplot.close(figure)
