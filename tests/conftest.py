@@ -57,6 +57,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """Folders by name, each made by the process that asks first and shared by all: an export is most of what these tests take."""
+    exporter()  # which brings the lock's library
     from filelock import FileLock
 
     base = tmp_path_factory.getbasetemp()
