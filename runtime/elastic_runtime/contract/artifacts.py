@@ -34,9 +34,14 @@ def dimension(size: str) -> str:
     return size.rpartition("*")[2]
 
 
+def factor(size: str) -> int:
+    """How many times the open dimension is taken: 8 in `8*h`, 1 in `h`."""
+    return int(size.rpartition("*")[0] or 1)
+
+
 def measure(size: int | str, sizes: Mapping[str, int]) -> int:
     """A shape's entry as a number, where the open dimensions have `sizes`."""
-    return size if isinstance(size, int) else int(size.rpartition("*")[0] or 1) * sizes[dimension(size)]
+    return size if isinstance(size, int) else factor(size) * sizes[dimension(size)]
 
 
 def sized(size: int | str, sizes: Mapping[str, int]) -> int | None:

@@ -46,10 +46,8 @@ class Beside:
             return cls(model, References.of(request.image_latents, model))
         if why := obstacle(manifest):
             raise UsageError(f"{why}; or give the references as image_latents")
-        assert model.patches is not None
         assert model.vae is not None
-        unit = model.patches.size * model.vae.upscale
-        pictures = tuple(fitted(each, unit) for each in several("a reference picture", request.image_reference, "RGB"))
+        pictures = tuple(fitted(each, _unit(model)) for each in several("a reference picture", request.image_reference, "RGB"))
         if not pictures:
             raise UsageError("image_reference is a picture or several, got none")
         for each in pictures:
@@ -60,9 +58,7 @@ class Beside:
         """Tokens of all."""
         if self.latents:
             return len(self.latents)
-        assert self.model.patches is not None
-        assert self.model.vae is not None
-        unit = self.model.patches.size * self.model.vae.upscale
+        unit = _unit(self.model)
         return sum((each.shape[0] // unit) * (each.shape[1] // unit) for each in self.pictures)
 
     @property
@@ -105,6 +101,13 @@ def fitted(picture: np.ndarray, unit: int) -> np.ndarray:
     high, wide = height // unit * unit, width // unit * unit
     top, left = (height - high) // 2, (width - wide) // 2
     return picture[top : top + high, left : left + wide]
+
+
+def _unit(model: Model) -> int:
+    """Pixels of a token's side."""
+    assert model.patches is not None
+    assert model.vae is not None
+    return model.patches.size * model.vae.upscale
 
 
 def _check_encoder(manifest: Manifest, picture: np.ndarray, upscale: int) -> None:

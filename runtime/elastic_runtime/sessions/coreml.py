@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec, dimension, measure
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec, dimension, factor
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import Processor
@@ -54,7 +54,7 @@ def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
     its own).
     """
     lengths = {
-        dimension(size): length // measure(size, {dimension(size): 1})
+        dimension(size): length // factor(size)
         for spec in specs
         for size, length in zip(spec.shape, feeds[spec.name].shape, strict=True)
         if isinstance(size, str)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Graph, TensorSpec, dimension, measure
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, dimension, factor
 from elastic_runtime.errors import InferenceError
 
 
@@ -19,7 +19,7 @@ class Port:
 
     @classmethod
     def of(cls, spec: TensorSpec) -> "Port":
-        sizes = (size if isinstance(size, int) else (dimension(size), measure(size, {dimension(size): 1})) for size in spec.shape)
+        sizes = (size if isinstance(size, int) else (dimension(size), factor(size)) for size in spec.shape)
         return cls(spec, np.dtype(spec.dtype), tuple(sizes))
 
     @property

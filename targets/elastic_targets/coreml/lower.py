@@ -16,7 +16,7 @@ import coremltools as ct
 import numpy as np
 import torch
 
-from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, dimension, measure
+from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, dimension, factor, measure
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
@@ -164,8 +164,8 @@ def _open(size: int | str, spans: Mapping[str, Span]) -> bool:
 
 def _range(size: str, spans: Mapping[str, Span]) -> Any:
     """From the least to the most of an open size; of `8*h` Core ML takes what lies between the multiples too, and a session does not."""
-    least, most = (measure(size, {dimension(size): end}) for end in (spans[dimension(size)].min, spans[dimension(size)].max))
-    return ct.RangeDim(least, most, default=most)
+    span, times = spans[dimension(size)], factor(size)
+    return ct.RangeDim(times * span.min, times * span.max, default=times * span.max)
 
 
 @contextlib.contextmanager
