@@ -20,6 +20,13 @@ def onnx(
         str,
         options.precision("fp32, fp16, bf16, int8, int8w or int4w; or one a graph, [bold]denoiser=int4w,text=int8w,decoder=fp16[/bold]."),
     ] = "fp32",
+    conditions_apart: Annotated[
+        bool,
+        typer.Option(
+            help="What depends on time, class and pooled text alone in a file of its own, run once for all steps of a picture.",
+            show_default=False,
+        ),
+    ] = False,
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
 ) -> None:
     """Export a model to ONNX with its compute axis open, prove it against torch, and write a bundle.
@@ -35,4 +42,5 @@ def onnx(
     """
     from elastic_export.cli.making import make, shown
 
-    shown(make("onnx", {"opset": opset, "precision": precision}, source, output, spans, batch, how), "onnx", how)
+    asked = {"opset": opset, "precision": precision, "conditions_apart": conditions_apart}
+    shown(make("onnx", asked, source, output, spans, batch, how), "onnx", how)

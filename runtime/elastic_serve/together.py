@@ -34,6 +34,9 @@ class Shared(Session):
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return self.session._run(feeds)
 
+    def foresee(self, times: Sequence[float] | np.ndarray) -> None:
+        self.session.foresee(times)
+
     def close(self) -> None:
         self.session.close()
 

@@ -95,6 +95,8 @@ def _hindrance(artifact: OnnxArtifact, names: Sequence[str]) -> str | None:
         return f"is none of {', '.join(names)}"
     if "ort" not in PRECISIONS[artifact.precision].backends:
         return "is of a precision that ONNX Runtime has no kernels for"
+    if artifact.conditions:
+        return "is in two files, of which a page takes one: export it without --conditions-apart, too"
     if len(artifact.files) > 1 or artifact.files[0].bytes > MOST_BYTES:
         return f"has {sum(file.bytes for file in artifact.files) / 1e9:.1f} GB of weights, and a page holds {MOST_BYTES / 1e9:.0f}"
     return None if all(row.passed for row in artifact.verified) else "was not proven at every budget"

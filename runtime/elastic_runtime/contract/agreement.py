@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches, TextEncoder
 from elastic_runtime.contract.records import read_record
@@ -118,12 +118,30 @@ def _graph(graph: Graph) -> Iterator[str]:
         if not 1 <= span.min <= span.max <= MOST_SIZE:
             yield f"dimension {name} spans 1 to {MOST_SIZE} at most, got {span}"
     for artifact in graph.artifacts:
+        yield from _conditions(graph, artifact)
         for profile in getattr(artifact, "profiles", ()):
             if profile.dimensions.keys() != graph.dimensions.keys():
                 yield f"a profile of {artifact.path} has the dimensions {', '.join(profile.dimensions)}, not {', '.join(graph.dimensions)}"
             for name, size in profile.dimensions.items():
                 if not 1 <= size.min <= size.opt <= size.max <= MOST_SIZE:
                     yield f"a profile of {artifact.path} needs 1 <= min <= opt <= max for {name}, got {size.min}, {size.opt} and {size.max}"
+
+
+def _conditions(graph: Graph, artifact: Artifact) -> Iterator[str]:
+    """What there is to say of a file of its own for conditions."""
+    apart = artifact.conditions if isinstance(artifact, OnnxArtifact) else None
+    if apart is None:
+        return
+    names = set(graph.batched)
+    if artifact.path == apart.path or apart.path not in {file.path for file in artifact.files}:
+        yield f"{artifact.path} has its conditions in {apart.path}, which is no other one of its files"
+    if not apart.inputs or not set(apart.gone) <= set(apart.inputs) <= names:
+        yield f"{apart.path} takes {', '.join(apart.inputs) or 'nothing'}, of which {', '.join(apart.gone)} are gone, not of the graph's"
+    shapes = {spec.name: spec.shape for spec in apart.outputs}
+    sizes = [shape[1] for shape in shapes.values() if len(shape) == 2 and shape[0] == "B" and isinstance(shape[1], int)]
+    known = {spec.name for spec in (*graph.inputs, *graph.outputs)}
+    if not sizes or len(sizes) < len(apart.outputs) or known & shapes.keys() or not all(1 <= size <= MOST_VALUES for size in sizes):
+        yield f"{apart.path} gives {', '.join(map(_shown, apart.outputs)) or 'nothing'}, not rows (B, n) under names of their own"
 
 
 def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]:

@@ -107,10 +107,25 @@ class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
         return None
 
 
+class Apart(Record, frozen=True, kw_only=True):
+    """A file of its own for what a run computes of a sample's conditions alone (time, class, pooled text), which is the same whatever is
+    drawn: it is run once for all steps of a picture.
+
+    `path` is the file. It takes those `inputs` of the graph and gives `outputs`, a row for each sample. The artifact's own file takes
+    these beside the graph's inputs, without those that are `gone`.
+    """
+
+    path: str
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    gone: tuple[str, ...]
+
+
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
-    """An ONNX file; weights above 2 GB lie beside it."""
+    """An ONNX file; weights above 2 GB lie beside it. With `conditions` it is a part of the graph, and that file is the other."""
 
     opset: int
+    conditions: Apart | None = None
 
 
 class Range(Record, frozen=True):

@@ -28,6 +28,7 @@ from elastic_runtime.ralu.offers import offers, stepped, unsuited
 from elastic_runtime.ralu.patches import best, edge_scores, unpack
 from elastic_runtime.ralu.plan import FULL, OWN, PRESETS, STEPPED, Plan, named, preset
 from elastic_runtime.request import Request, StepRecord
+from elastic_runtime.sampling.course import Course
 from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
@@ -138,6 +139,7 @@ class PlanDrawing(Drawing):
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
         draw = self._noise.standard_normal
         steps = self._choose, from_draws(draw), self._enlarge
+        self._session.foresee(np.concatenate(Course.along(choice.plan).respaced(tuple(self._left)).times))
         self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left, self._keep)
 
     def step(self, replacement: np.ndarray | None) -> Step:

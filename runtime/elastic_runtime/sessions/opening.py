@@ -5,11 +5,12 @@ can.
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.artifacts import Artifact, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, rank
 from elastic_runtime.device.packages import BACKENDS
 from elastic_runtime.errors import BundleError, MissingError, UsageError
+from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.backend import Backend
 from elastic_runtime.sessions.session import Origin, Session
 
@@ -65,7 +66,11 @@ def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | No
     record, reasons = obstacles(artifact, name)
     if record is None:
         raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
-    session = record.open(bundle, bundle.manifest.graphs[graph], artifact, **options)
+    described = bundle.manifest.graphs[graph]
+    if isinstance(artifact, OnnxArtifact) and artifact.conditions:
+        session: Session = apart.opened(bundle, described, artifact, record.open, options)
+    else:
+        session = record.open(bundle, described, artifact, **options)
     session.origin = Origin(artifact, record.name, options)
     return session
 

@@ -76,6 +76,9 @@ class Session(ABC):
         self.interface.check_answer(outputs, sizes, self.where)
         return outputs
 
+    def foresee(self, times: Sequence[float] | np.ndarray) -> None:  # noqa: B027  most have nothing to prepare
+        """Told that runs at these times (values of `timestep`) will follow, as far as anybody knows."""
+
     @abstractmethod
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]: ...
 

@@ -14,6 +14,7 @@ from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.errors import InferenceError
+from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.ort import library, session_options
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -71,7 +72,7 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
     held: set[str] = set()
     size = 0
     for node in model.graph:
-        new = {str(value.name): value for value in _taken(node) if value.const_value is not None and value.name not in held}
+        new = {str(value.name): value for value in taken(node) if value.const_value is not None and value.name not in held}
         more = sum(value.const_value.nbytes for value in new.values() if value.const_value)
         if groups[-1] and size + more > most:
             groups.append([])
@@ -85,7 +86,7 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
         takes: dict[str, None] = {}
         weights: dict[str, ir.Value] = {}
         for node in group:
-            for value in _taken(node):
+            for value in taken(node):
                 producer = value.producer()
                 if value.const_value is not None and producer is None:
                     weights[str(value.name)] = value
@@ -106,7 +107,7 @@ def _inner(node: ir.Node) -> list[ir.Node]:
     return [each for graph in graphs for each in graph.all_nodes()]
 
 
-def _taken(node: ir.Node) -> Iterator[ir.Value]:
+def taken(node: ir.Node) -> Iterator[ir.Value]:
     """The values of the graph that a node takes, and those that its own graphs do."""
     inner = _inner(node)
     own = {id(value) for each in inner for value in each.outputs}
@@ -132,6 +133,12 @@ def _serialized(model: ir.Model, part: Part, values: Mapping[str, np.ndarray]) -
     return made.SerializeToString()
 
 
-def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession | None:
+def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:
     """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for."""
-    return PartSession(graph, ir.load(bundle.file(artifact.path))) if "ort" in PRECISIONS[artifact.precision].backends else None
+    if "ort" not in PRECISIONS[artifact.precision].backends:
+        return None
+    return apart.opened(bundle, graph, artifact, _in_parts, {}) if artifact.conditions else _in_parts(bundle, graph, artifact)
+
+
+def _in_parts(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession:
+    return PartSession(graph, ir.load(bundle.file(artifact.path)))

@@ -10,12 +10,13 @@ import onnx_ir as ir
 import onnxscript  # noqa: F401  torch imports it only while exporting; its absence is told at the door
 import torch
 
-from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx.apart import split
 from elastic_targets.onnx.estimate import estimate
 from elastic_targets.onnx.evaluate import PartSession, evaluator
 from elastic_targets.onnx.quantize import SCHEMES, quantize
@@ -39,10 +40,12 @@ TEXT = "text"  # what `--precision` calls every text encoder
 class OnnxOptions:
     """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too. It is one for all graphs,
     of which a decoder and an encoder (convolutions) keep their floats where matrices are held in fewer bits, or one a graph:
-    `denoiser=int4w,text=int8w,decoder=fp16`, fp32 for those that it does not name."""
+    `denoiser=int4w,text=int8w,decoder=fp16`, fp32 for those that it does not name. `conditions_apart`: what a denoiser computes of time,
+    class and pooled text alone lies in a file of its own."""
 
     opset: int = DEFAULT_OPSET
     precision: str = EXACT
+    conditions_apart: bool = False
 
     def of(self, graph: str) -> str:
         """The precision of a graph.
@@ -62,10 +65,15 @@ class OnnxOptions:
 
 
 def paths(graph: GraphCapture, options: OnnxOptions) -> tuple[str]:
-    """Where the artifact lies in the bundle: `onnx/denoiser.onnx`, with the opset and precision named where they are not the default."""
+    """Where the artifact lies in the bundle: `onnx/denoiser.onnx`, with what is not the default in its name."""
     opset = "" if options.opset == DEFAULT_OPSET else f".opset{options.opset}"
     precision = "" if options.of(graph.name) == EXACT else f".{options.of(graph.name)}"
-    return (f"onnx/{graph.name}{opset}{precision}.onnx",)
+    rest = ".rest" if _apart(graph, options) else ""
+    return (f"onnx/{graph.name}{opset}{precision}{rest}.onnx",)
+
+
+def _apart(graph: GraphCapture, options: OnnxOptions) -> bool:
+    return options.conditions_apart and graph.name == DENOISER
 
 
 def proves(graph: GraphCapture, options: OnnxOptions) -> list[Budget]:
@@ -97,12 +105,17 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
     model = stream(graph, held_in(graph.module, dtype), options.opset) if dtype else _unrounded(graph, options).clone()
     if precision in SCHEMES:
         quantize(model, precision)
-    file = folder / paths(graph, options)[0]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files = write(model, file, on_progress)
+    path, conditions = paths(graph, options)[0], None
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    files = []
+    if _apart(graph, options):
+        model, own, conditions = split(model, graph.inputs, path.replace(".rest.onnx", ".conditions.onnx"))
+        files = write(own, folder / conditions.path, on_progress)
+    files = write(model, folder / path, on_progress) + files
     artifact = OnnxArtifact(
         precision=precision,  # type: ignore[arg-type]
         opset=options.opset,
+        conditions=conditions,
         files=tuple(entry(folder, each) for each in files),
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
@@ -129,18 +142,28 @@ _LAST: list[Any] = []  # module, opset and graph of the last one, which is lower
 
 
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
-    """Check the written file: ONNX's own checker, the contract's names, types and open dimensions, no float64 inside.
+    """Check the written files: ONNX's own checker, the contract's names, types and open dimensions, no float64 inside.
 
     Raises: RuntimeError, since a failure here is a fault of this library or its exporter and not of the user.
     """
-    file = folder / artifact.path
+    inputs, apart = graph.inputs, artifact.conditions
+    if apart:
+        own = tuple(spec for spec in inputs if spec.name in apart.inputs)
+        _ensure(graph, artifact, folder / apart.path, own, apart.outputs)
+        inputs = (*(spec for spec in inputs if spec.name not in apart.gone), *apart.outputs)
+    _ensure(graph, artifact, folder / artifact.path, inputs, graph.outputs)
+
+
+def _ensure(
+    graph: GraphCapture, artifact: OnnxArtifact, file: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+) -> None:
     onnx.checker.check_model(str(file), full_check=False)
     model = onnx.load(str(file), load_external_data=False)
     if lost := set(external(model)) - {Path(each.path).name for each in artifact.files}:
         raise RuntimeError(f"{file.name} has weights in {', '.join(sorted(lost))}, which the artifact does not list")
     if (opset := {item.domain: item.version for item in model.opset_import}.get("")) != artifact.opset:
         raise RuntimeError(f"{file.name} has opset {opset}, asked for {artifact.opset}")
-    for specs, values in ((graph.inputs, model.graph.input), (graph.outputs, model.graph.output)):
+    for specs, values in ((inputs, model.graph.input), (outputs, model.graph.output)):
         if [spec.name for spec in specs] != [value.name for value in values]:
             names = [value.name for value in values]
             raise RuntimeError(f"{file.name} has {names} where the contract says {[spec.name for spec in specs]}")

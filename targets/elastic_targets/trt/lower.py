@@ -163,11 +163,11 @@ def ensures(graph: BundleGraph, artifact: TrtArtifact, folder: Path) -> None:
 
 def _sources(graph: BundleGraph, precision: str | None) -> tuple[OnnxArtifact, ...]:
     """ONNX artifacts to try: of one precision, the newest opset first, since it says most about attention."""
-    artifacts = [artifact for artifact in graph.described.artifacts if isinstance(artifact, OnnxArtifact)]
+    artifacts = [artifact for artifact in graph.described.artifacts if isinstance(artifact, OnnxArtifact) and not artifact.conditions]
     folder = graph.bundle.folder
     if not artifacts:
         advice = f"Add one with: elastic-export onnx -o {folder}"
-        raise UsageError(f"{folder} has no ONNX artifact of {graph.name!r} to build from. {advice}")
+        raise UsageError(f"{folder} has no ONNX artifact of {graph.name!r} in one file to build from. {advice}")
     precision = precision or artifacts[0].precision
     if not (fitting := [artifact for artifact in artifacts if artifact.precision == precision]):
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))

@@ -1,0 +1,130 @@
+"""A denoiser's graph in two: what it computes of a sample's conditions alone, and the rest, which takes that as an input.
+
+Time, class and pooled text are the same whatever is drawn, and in most models a quarter to a third of the weights do nothing but turn
+them into shifts, scales and gates. The cut is found in the graph itself, for every family: behind the last multiplications that depend on
+nothing else. What follows them (splits, sums, one row spread over tokens) costs nothing and stays where it is.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from elastic_runtime.contract.artifacts import Apart, TensorSpec
+from elastic_runtime.errors import UsageError
+from elastic_targets.onnx.evaluate import taken
+
+CONDITIONS = ("timestep", "guidance", "class_labels", "pooled_projections")  # inputs of the contract that have one row a sample
+MODULATION = "modulation"
+_MULTIPLIES = {"MatMul", "Gemm", "MatMulNBits", "DynamicQuantizeMatMul"}
+
+
+def split(model: ir.Model, inputs: Sequence[TensorSpec], path: str) -> tuple[ir.Model, ir.Model, Apart]:
+    """The rest of `model` and what it computes of its conditions, which is to be written at `path` of the bundle; `model` is used up.
+
+    Raises: UsageError for a model that multiplies nothing by its conditions alone.
+    """
+    graph, names = model.graph, [spec.name for spec in inputs]
+    given = {str(value.name): value for value in graph.inputs}
+    own = _own(graph, [given[name] for name in CONDITIONS if name in given])
+    cut = [value for node in own for value in node.outputs if any(use.node not in own for use in value.uses()) or value.is_graph_output()]
+    if not cut:
+        raise UsageError("this model has no weights for its conditions alone: leave --conditions-apart out")
+    sizes = [math.prod(_sizes(value)) for value in cut]
+    inside = {id(node) for node in own}
+    taking = [name for name in names if any(id(use.node) in inside for use in given[name].uses())]
+    gone = [name for name in taking if all(id(use.node) in inside for use in given[name].uses())]
+    spec = TensorSpec(name=MODULATION, dtype="float32", shape=("B", sum(sizes)))
+
+    whole = _joined(graph, cut, sizes)
+    conditions = ir.convenience.extract(graph, [given[name] for name in taking], [whole])
+    whole.name = None  # the clone has it, and the rest's input is called so
+    back = _parted(graph, cut, sizes, inside)
+    left = [given[name] for name in names if name not in gone]
+    remaining = ir.convenience.extract(graph, [*left, back], list(graph.outputs))
+    made = [ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name) for part in (remaining, conditions)]
+    return made[0], made[1], Apart(path=path, inputs=tuple(taking), outputs=(spec,), gone=tuple(gone))
+
+
+def _own(graph: ir.Graph, conditions: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes up to the last multiplications of what depends on `conditions` and constants alone, in the graph's order."""
+    alone = {id(value) for value in conditions}
+    nodes = []
+    for node in graph:
+        variables = [value for value in taken(node) if value.const_value is None]
+        if variables and all(id(value) in alone for value in variables):
+            nodes.append(node)
+            alone |= {id(value) for value in node.outputs}
+    wanted: set[int] = set()
+    for node in reversed(nodes):
+        multiplies = node.op_type in _MULTIPLIES and node.inputs[1] is not None and node.inputs[1].const_value is not None
+        if multiplies or any(id(use.node) in wanted for value in node.outputs for use in value.uses()):
+            wanted.add(id(node))
+    return [node for node in nodes if id(node) in wanted]
+
+
+def _sizes(value: ir.Value) -> list[int]:
+    """The sizes of a sample's part of what is cut: N of (B, N)."""
+    sizes = list(value.shape or ())[1:]
+    known = [size for size in sizes if isinstance(size, int)]
+    if not known or len(known) < len(sizes):
+        raise RuntimeError(f"{value.name} depends on conditions alone and has shape {value.shape}, where a row for each sample belongs")
+    return known
+
+
+def _joined(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int]) -> ir.Value:
+    """All that is cut as one value (B, M), float32."""
+    flat = []
+    for value, size in zip(cut, sizes, strict=True):
+        wide = _added(graph, "Cast", [value], {"to": int(ir.DataType.FLOAT)}) if value.dtype != ir.DataType.FLOAT else value
+        flat.append(wide if len(value.shape or ()) == 2 else _added(graph, "Reshape", [wide, _constant(graph, [-1, size])]))
+    whole = _added(graph, "Concat", flat, {"axis": 1})
+    whole.name, whole.type = MODULATION, ir.TensorType(ir.DataType.FLOAT)
+    first = (cut[0].shape or ir.Shape(["B"]))[0]
+    whole.shape = ir.Shape([first, sum(sizes)])
+    return whole
+
+
+def _parted(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int], inside: set[int]) -> ir.Value:
+    """An input (B, M) whose parts take the places of what was cut, outside of what was computed of conditions."""
+    first = (cut[0].shape or ir.Shape(["B"]))[0]
+    value = ir.Value(name=MODULATION, shape=ir.Shape([first, sum(sizes)]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(value)
+    start = next(iter(graph))
+    parts = [value]
+    if len(cut) > 1:
+        node = ir.node("Split", [value, _constant(graph, sizes)], {"axis": 1}, num_outputs=len(cut))
+        graph.insert_before(start, node)
+        parts = list(node.outputs)
+    for old, new in zip(cut, parts, strict=True):
+        if len(dimensions := _sizes(old)) > 1:
+            new = _added(graph, "Reshape", [new, _constant(graph, [-1, *dimensions])], before=start)
+        if old.dtype != ir.DataType.FLOAT:
+            new = _added(graph, "Cast", [new], {"to": int(old.dtype or ir.DataType.FLOAT)}, before=start)
+        new.shape, new.type = old.shape, old.type
+        for use in list(old.uses()):
+            if id(use.node) not in inside:
+                use.node.replace_input_with(use.idx, new)
+    return value
+
+
+def _added(
+    graph: ir.Graph, kind: str, inputs: Sequence[ir.Value], attributes: dict[str, int] | None = None, before: ir.Node | None = None
+) -> ir.Value:
+    node = ir.node(kind, inputs, attributes or {})
+    node.outputs[0].type = inputs[0].type
+    if before is None:
+        graph.append(node)
+    else:
+        graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _constant(graph: ir.Graph, sizes: Sequence[int]) -> ir.Value:
+    name = f"{MODULATION}_sizes_{len(graph.initializers)}"
+    value = ir.Value(
+        name=name, const_value=ir.tensor(np.array(sizes, np.int64)), type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(sizes)])
+    )
+    graph.register_initializer(value)
+    return value
