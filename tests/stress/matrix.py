@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "samples"), str(ROOT / "tests" / "fakes")]
 
 import folders  # noqa: E402
+from backbones import Backbone  # noqa: E402
 
 import elastic_export  # noqa: E402
 from card import filled  # noqa: E402
@@ -46,7 +47,7 @@ TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A small model of a family: what `elastic_export.export` is given. `write` makes its folder first."""
+    """A small model of a family: what `elastic_export.export` is given. `write` makes its folder first, or its `config`."""
 
     family: str
     model: str | Path
@@ -59,6 +60,11 @@ def recorded(family: str, name: str) -> Subject:
     return Subject(family, family, {"checkpoint": GOLDEN / f"{name}.pt", "config": GOLDEN / f"{name}.json"})
 
 
+def plain(family: str, name: str) -> Subject:
+    """The same of a plain backbone, whose config holds more than sizes."""
+    return Subject(family, family, {"checkpoint": GOLDEN / f"{name}.pt"}, lambda folder: Backbone.read(GOLDEN, name, folder).config)
+
+
 SUBJECTS = (
     Subject("elit-sit", "elit-mnist"),
     recorded("elit-uvit", "elit-uvit-b"),
@@ -66,8 +72,8 @@ SUBJECTS = (
     recorded("elit-uvit-tokens", "elit-uvit-tokens-a"),
     recorded("elit-hdit-levels", "elit-hdit-levels-a"),
     Subject("elit-qwen-image", GOLDEN / "elit-qwen-image-a", {"size": "128x192"}),
-    recorded("uvit", "uvit-b"),
-    recorded("hdit", "hdit-a"),
+    plain("uvit", "uvit-b"),
+    plain("hdit", "hdit-a"),
     Subject("dc-dit", "dcdit-mnist"),
     Subject("elt", "elt-mnist"),
     Subject("elt-masked", "elt-mnist-masked"),
@@ -82,14 +88,16 @@ SUBJECTS = (
 
 def cells(subject: Subject, folder: Path) -> list[str]:
     """A cell for each target, in the order of TARGETS."""
-    model: str | Path = subject.model
-    if subject.write:
+    model, words = subject.model, dict(subject.source)
+    if "checkpoint" in words and subject.write:
+        words["config"] = subject.write(folder)
+    elif subject.write:
         model = folder / subject.family
         subject.write(model)
     row = []
     for name, (target, options) in TARGETS.items():
         print(f"{subject.family}: {name}", file=sys.stderr, flush=True)
-        source, given = subject.source, model
+        source, given = words, model
         output = (
             folder / "bundles" / (f"{subject.family}-{options.get('opset', target)}" if target == "onnx" else f"{subject.family}-{target}")
         )
