@@ -1,6 +1,8 @@
 """From a session to a guided prediction at a budget: what is fed, batches, and the branches of guidance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -42,6 +44,19 @@ class Answer:
     prediction: np.ndarray
     routed: Routed | None = None
     guidance_routed: Routed | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Feeds of the runs that samples take, and the `order` of their rows among the answers (None: as they are)."""
+
+    runs: list[Arrays]
+    order: np.ndarray | None
+
+    def whole(self, answers: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The outputs of all samples."""
+        outputs = joined(answers)
+        return outputs if self.order is None else {name: array[self.order] for name, array in outputs.items()}
 
 
 class Denoiser:
@@ -136,11 +151,16 @@ class Denoiser:
         would be padded."""
         budgets = [branch.first for branch in branches]
         if not all(branch.beside(branches[0]) for branch in branches):
-            outputs = [self._run(x, time, branch, budget) for branch, budget in zip(branches, budgets, strict=True)]
+            asked = [
+                self._asked(x, time, branch.conditions, _rows(branch), budget) for branch, budget in zip(branches, budgets, strict=True)
+            ]
+            answers = iter(self._session.several([feeds for each in asked for feeds in each.runs]))
+            outputs = [each.whole(list(islice(answers, len(each.runs)))) for each in asked]
         else:
             conditions, *others = (branch.conditions for branch in branches)
             drops = np.concatenate([_rows(branch) for branch in branches])
-            whole = self._outputs(np.concatenate([x] * len(branches)), time, conditions.joined(*others), drops, budgets[0])
+            together = self._asked(np.concatenate([x] * len(branches)), time, conditions.joined(*others), drops, budgets[0])
+            whole = together.whole(self._session.several(together.runs))
             rows = [slice(i * len(x), (i + 1) * len(x)) for i in range(len(branches))]
             outputs = [{name: array[part] for name, array in whole.items()} for part in rows]
         return [self._whole(x, time, *each) for each in zip(branches, budgets, outputs, strict=True)]
@@ -167,23 +187,20 @@ class Denoiser:
         return rows
 
     def _run(self, x: np.ndarray, time: float, branch: Branch, budget: Budget) -> dict[str, np.ndarray]:
-        return self._outputs(x, time, branch.conditions, _rows(branch), budget)
+        asked = self._asked(x, time, branch.conditions, _rows(branch), budget)
+        return asked.whole(self._session.several(asked.runs))
 
-    def _outputs(self, x: np.ndarray, time: float, conditions: Conditions, drops: np.ndarray, budget: Budget) -> dict[str, np.ndarray]:
-        """The graph's outputs for `x` (B, C, H, W) at one time and budget, in as few runs as the texts' lengths and the
-        session's batch span allow."""
+    def _asked(self, x: np.ndarray, time: float, conditions: Conditions, drops: np.ndarray, budget: Budget) -> Asked:
+        """What is run for `x` (B, C, H, W) at one time and budget: as few runs as the texts' lengths and the session's batch span
+        allow."""
         groups = conditions.alike()
-        runs = []
+        runs: list[Arrays] = []
         whole = len(groups) == 1  # then rows are slices, and nothing is copied
         for rows in (part if whole else alike[part] for alike in groups for part in batches(self._session, len(alike))):
             feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
             feeds |= {name: array for name, array in conditions.rows(rows).feeds.items() if name in self._inputs}
-            runs.append(self._session.run(feeds | ({"drop_fraction": drops[rows]} if self._drops else {})))
-        outputs = joined(runs)
-        if whole:
-            return outputs
-        order = np.argsort(np.concatenate(groups))
-        return {name: array[order] for name, array in outputs.items()}
+            runs.append(feeds | ({"drop_fraction": drops[rows]} if self._drops else {}))
+        return Asked(runs, None if whole else np.argsort(np.concatenate(groups)))
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:

@@ -19,7 +19,7 @@ TIME = "timestep"
 # whoever else is drawn beside it, and whether its times were foreseen or not.
 ROWS = 8
 KEPT = 256_000_000  # bytes of rows, beyond what one run needs
-LARGE = 1_000_000_000  # bytes of a file that is closed again when a picture's rows are there
+LARGE = 512_000_000  # bytes of a file that is closed again when a picture's rows are there
 
 
 def rest(graph: Graph, apart: Apart) -> Graph:
@@ -63,10 +63,18 @@ class ApartSession(Session):
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:
         self._times = np.unique(np.asarray(times, np.float32))
 
+    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        for feeds in runs:
+            self.interface.check(feeds)
+        return self._rest.several([self._left(feeds) for feeds in runs])
+
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        return self._rest._run(self._left(feeds))  # whose feeds were checked as the whole graph's
+
+    def _left(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """What the artifact's own file takes."""
         rows = self._rows({name: feeds[name] for name in self._apart.inputs})
-        left = {name: array for name, array in feeds.items() if name not in self._apart.gone}
-        return self._rest._run(left | rows)  # whose feeds were checked as the whole graph's
+        return {name: array for name, array in feeds.items() if name not in self._apart.gone} | rows
 
     def _rows(self, given: Arrays) -> dict[str, np.ndarray]:
         """A row for each sample, of what is kept or computed now."""

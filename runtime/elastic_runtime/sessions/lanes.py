@@ -1,12 +1,13 @@
-"""A batch on a processor's cores: one run on all of them, or its rows side by side, each on a core of its own.
+"""What need not wait for each other on a processor's cores: one run on all of them, or rows side by side, each on a core of its own.
 
-Small models lose much of a run to threads that wait for each other; the two branches of guidance need not wait. Which way is faster is
-measured when a session is opened. Rows are independent, so that both ways give the same numbers; where activations are rounded by the
-largest value of a whole batch they do not, and then rows never share a run: a picture is the same alone and in any batch.
+Small models lose much of a run to threads that wait for each other; the two branches of guidance need not wait. Which way is faster for a
+batch is measured when a session is opened, and for branches of different sizes while they are drawn. Rows are independent, so that both
+ways give the same numbers; where activations are rounded by the largest value of a whole batch they do not, and then rows never share a
+run: a picture is the same alone and in any batch.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -25,6 +26,25 @@ WORTH = 0.95  # of the time of a single run: less is a matter of the clock
 ROWS = 2  # of the batch that is measured: a picture's two branches
 
 
+class Trial:
+    """Two ways of doing the same: some times one after the other, then as often side by side, and from then on what was faster."""
+
+    def __init__(self) -> None:
+        self._taken: dict[bool, list[float]] = {False: [], True: []}
+
+    @property
+    def beside(self) -> bool:
+        """The way to go now: side by side or not."""
+        after, beside = self._taken[False], self._taken[True]
+        if len(beside) <= ROUNDS:
+            return len(after) > ROUNDS
+        return min(beside[1:]) < WORTH * min(after[1:])  # at the first of each, threads of the other way may still be busy waiting
+
+    def took(self, beside: bool, seconds: float) -> None:
+        if len(self._taken[beside]) <= ROUNDS:
+            self._taken[beside].append(seconds)
+
+
 class Lanes:
     """Runs of a graph in up to `count` rows at a time. `whole` runs on all cores, `lane` on the core of the thread that calls it.
 
@@ -37,6 +57,18 @@ class Lanes:
         self._pool = ThreadPoolExecutor(max(count - 1, 1), thread_name_prefix="lane")  # threads start when they are first needed
         self._count = count
         self.beside = False  # until it is measured
+        self._trials: dict[Hashable, Trial] = {}
+
+    def several(self, runs: Sequence[Arrays], clock: Callable[[], float] = time.perf_counter) -> list[dict[str, np.ndarray]]:
+        """The outputs of runs of any sizes, one after the other or side by side: what was faster of late for these sizes."""
+        if len(runs) < 2:
+            return [self.run(feeds) for feeds in runs]
+        sizes = tuple(tuple(array.shape for array in feeds.values()) for feeds in runs)
+        trial = self._trials.setdefault(sizes, Trial())
+        beside, begun = trial.beside, clock()
+        outputs = self._beside(runs) if beside else [self.run(feeds) for feeds in runs]
+        trial.took(beside, clock() - begun)
+        return outputs
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """The graph's outputs for feeds of any batch."""
@@ -62,7 +94,10 @@ class Lanes:
 
     def _side_by_side(self, feeds: Arrays, size: int) -> dict[str, np.ndarray]:
         edges = np.linspace(0, size, min(self._count, size) + 1).round().astype(int)
-        shares = [self._rows(feeds, slice(int(low), int(high))) for low, high in pairwise(edges)]
+        return joined(self._beside([self._rows(feeds, slice(int(low), int(high))) for low, high in pairwise(edges)]))
+
+    def _beside(self, shares: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        """The outputs of each share, the first of them run by this thread."""
         try:
             others = [self._pool.submit(self._share, share) for share in shares[1:]]
         except RuntimeError as error:  # the pool was shut down by another thread
@@ -73,7 +108,7 @@ class Lanes:
             rest = [other.exception() for other in others]  # nothing is left running where one fails
         if failure := next((error for error in rest if error), None):
             raise failure
-        return joined([first, *(other.result() for other in others)])
+        return [first, *(other.result() for other in others)]
 
     def _share(self, feeds: Arrays) -> dict[str, np.ndarray]:
         size = len(feeds[self._batched[0]])

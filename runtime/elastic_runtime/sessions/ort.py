@@ -175,6 +175,16 @@ class OrtSession(Session):
                 return graphs.run(feeds)
         return lanes.run(feeds) if lanes else self._infer(session, feeds)
 
+    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        lanes = self._lanes
+        if not lanes or len(runs) < 2:
+            return super().several(runs)
+        sizes = [self.interface.check(feeds) for feeds in runs]
+        answers = lanes.several(runs)
+        for outputs, known in zip(answers, sizes, strict=True):
+            self.interface.check_answer(outputs, known, self.where)
+        return answers
+
     def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
         with _failures(), _working(self._provider):
             return dict(zip(self._outputs, session.run(self._outputs, dict(feeds)), strict=True))

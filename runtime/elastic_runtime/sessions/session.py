@@ -76,6 +76,13 @@ class Session(ABC):
         self.interface.check_answer(outputs, sizes, self.where)
         return outputs
 
+    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        """The outputs of several runs that do not wait for each other, of any sizes; raises as `run`.
+
+        They come one after the other, unless the backend is faster with them side by side.
+        """
+        return [self.run(feeds) for feeds in runs]
+
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:  # noqa: B027  most have nothing to prepare
         """Told that runs at these times (values of `timestep`) will follow, as far as anybody knows."""
 

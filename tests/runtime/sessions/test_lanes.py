@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_runtime import Budget, Bundle
+from elastic_runtime import Budget, Bundle, ElasticPipeline
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.reference import axis_feeds
@@ -80,6 +80,38 @@ def test_the_faster_way_is_taken(alone_seconds: float, beside_seconds: float, be
     lanes.close()
 
 
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(2, 4), st.booleans())
+def test_runs_of_several_sizes_come_back_in_their_order(sizes: list[int], count: int, alone: bool) -> None:
+    lanes = Lanes(graph(), Runs(), Runs(), count, alone)
+    for _ in range(10):  # through both ways
+        for rows, outputs in zip(sizes, lanes.several([feeds(rows) for rows in sizes]), strict=True):
+            np.testing.assert_array_equal(outputs["prediction"], 2 * feeds(rows)["sample"])
+    lanes.close()
+
+
+@pytest.mark.parametrize(("side_by_side", "beside"), [(0.5, True), (0.99, False), (2.0, False)])
+def test_branches_of_two_sizes_go_the_way_that_was_faster(side_by_side: float, beside: bool) -> None:
+    now, main = [0.0], threading.main_thread()
+
+    def timed(seconds: float) -> Callable[[Any], dict[str, np.ndarray]]:
+        def run(arrays: Any) -> dict[str, np.ndarray]:
+            if threading.current_thread() is main:
+                now[0] += seconds
+            return {"prediction": arrays["sample"]}
+
+        return run
+
+    whole, lane = timed(0.5), timed(side_by_side)  # two runs, of which the second lane's costs the main thread nothing
+    lanes, ways = Lanes(graph(), whole, lane, 2), []
+    for _ in range(20):
+        begun = now[0]
+        lanes.several([feeds(1), feeds(2)], lambda: now[0])
+        ways.append(now[0] - begun)
+    assert ways[:8] == pytest.approx([1.0] * 4 + [side_by_side] * 4)
+    assert ways[8:] == pytest.approx([side_by_side if beside else 1.0] * 12)
+    lanes.close()
+
+
 def test_a_lane_that_fails_fails_the_run() -> None:
     def fails(arrays: Any) -> dict[str, np.ndarray]:
         if arrays["sample"][0, 0] > 0:
@@ -127,6 +159,18 @@ def test_the_way_is_measured_when_a_denoiser_is_opened(golden_bundle: Callable[[
     monkeypatch.setattr(ort, "usable_cores", lambda: 1)
     open_session(bundle, name="ort").close()
     assert len(measured) == 1, "one core has nothing side by side"
+
+
+def test_pictures_of_branches_with_budgets_of_their_own_are_the_same_in_lanes(golden_bundle: Callable[[str], Bundle]) -> None:
+    pytest.importorskip("onnxruntime", reason="runs ONNX Runtime")
+    words: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 2.0, "seeds": 0, "output_type": "latent"}
+    (axis,) = golden_bundle("c").manifest.axes
+    words |= {"budget": Budget(**{axis.name: axis.max}), "guidance_budget": Budget(**{axis.name: axis.min})}
+    pictures = []
+    for lanes in (1, 2):  # through both ways of the second
+        with ElasticPipeline.from_pretrained(golden_bundle("c"), "ort", lanes=lanes) as pipe:
+            pictures.append(pipe([1], **words).images)
+    np.testing.assert_allclose(*pictures, atol=1e-5)
 
 
 def test_lanes_are_a_whole_number(golden_bundle: Callable[[str], Bundle]) -> None:
