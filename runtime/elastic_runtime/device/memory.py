@@ -1,5 +1,7 @@
-"""The memory that this process has held."""
+"""The memory that this process has held, and what it may give back."""
 
+import contextlib
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -20,3 +22,13 @@ def peak_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * KIB
+
+
+def give_back() -> None:
+    """Return to the system what this process has freed and its C library keeps for later (glibc's); elsewhere nothing happens.
+
+    Reading a model leaves a third of its size there: copies of weights from before they were packed.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError, OSError):  # another C library keeps nothing that it would be asked for so
+            ctypes.CDLL(None).malloc_trim(0)

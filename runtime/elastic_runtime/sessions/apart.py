@@ -19,7 +19,7 @@ TIME = "timestep"
 # whoever else is drawn beside it, and whether its times were foreseen or not.
 ROWS = 8
 KEPT = 256_000_000  # bytes of rows, beyond what one run needs
-LARGE = 512_000_000  # bytes of a file that is closed again when a picture's rows are there
+LARGE = 256_000_000  # bytes of a file that is closed again when a picture's rows are there
 
 
 def rest(graph: Graph, apart: Apart) -> Graph:

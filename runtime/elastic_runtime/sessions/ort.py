@@ -17,6 +17,7 @@ from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
+from elastic_runtime.device.memory import give_back
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda_graphs import GPU, CudaGraphs
@@ -145,6 +146,9 @@ class OrtSession(Session):
             if cuda_graphs and chosen[0][0] == CUDA:
                 self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
             self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
+        self._large = size >= SMALL
+        if self._large:
+            give_back()
         provider = self._provider = self._session.get_providers()[0]
         self.processor = PROCESSORS.get(provider, "gpu")
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
@@ -194,6 +198,9 @@ class OrtSession(Session):
             self._session, self._graphs, lanes, self._lanes = None, None, self._lanes, None
         if lanes:
             lanes.close()
+        if self._large:
+            del lanes  # which hold the session
+            give_back()
 
 
 @contextlib.contextmanager
