@@ -23,6 +23,7 @@ def onnx(
     conditions_apart: Annotated[
         bool,
         typer.Option(
+            "--conditions-apart",
             help="What depends on time, class and pooled text alone in a file of its own, run once for all steps of a picture.",
             show_default=False,
         ),
