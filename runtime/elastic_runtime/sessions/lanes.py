@@ -13,16 +13,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Graph
+from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.budget import Budget
+from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
-from elastic_runtime.errors import InferenceError
-from elastic_runtime.sessions.session import Arrays, joined
+from elastic_runtime.errors import InferenceError, UsageError
+from elastic_runtime.sessions.session import Arrays, Session, joined
 
 Run = Callable[[Arrays], dict[str, np.ndarray]]
 ROUNDS = 3
 WORTH = 0.95  # of the time of a single run: less is a matter of the clock
+SMALL = 256_000_000  # bytes of an artifact whose weights may be held twice
 ROWS = 2  # of the batch that is measured: a picture's two branches
 
 
@@ -89,6 +91,13 @@ class Lanes:
                 seconds.append(clock() - begun)
         self.beside = min(taken[True]) < WORTH * min(taken[False])
 
+    def choose(self, manifest: Manifest, graph: Graph, asked: bool) -> None:
+        """Side by side where that was `asked` for, else the way that is faster on a guided step."""
+        if asked:
+            self.beside = self._count > 1
+        elif self._count > 1:
+            self.measure(example(manifest, graph))
+
     def close(self) -> None:
         self._pool.shutdown()
 
@@ -119,6 +128,28 @@ class Lanes:
 
     def _rows(self, feeds: Arrays, rows: slice) -> Arrays:
         return {name: array[rows] if name in self._batched else array for name, array in feeds.items()}
+
+
+def beside(session: Session, lanes: Lanes, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    """`Session.several` where the session has lanes."""
+    sizes = [session.interface.check(feeds) for feeds in runs]
+    answers = lanes.several(runs)
+    for outputs, known in zip(answers, sizes, strict=True):
+        session.interface.check_answer(outputs, known, session.where)
+    return answers
+
+
+def wanted(bundle: Bundle, graph: Graph, artifact: Artifact, cores: int, asked: int | None) -> int:
+    """How many rows may run side by side: what was `asked` for, else one a core of a small denoiser, whose ways are to be measured.
+
+    Raises: UsageError for lanes that are no whole number from 1.
+    """
+    if asked is not None:
+        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+            raise UsageError(f"lanes is a whole number from 1, got {asked!r}")
+        return min(asked, graph.batch.max) if splits(graph) else 1
+    denoiser = graph is bundle.manifest.graphs.get("denoiser")
+    return cores if denoiser and sum(file.bytes for file in artifact.files) < SMALL and splits(graph) else 1
 
 
 def splits(graph: Graph) -> bool:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
-from elastic_runtime.device import Processor, thread_limit
+from elastic_runtime.device import Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
+from elastic_runtime.sessions.lanes import Lanes, beside, wanted
 from elastic_runtime.sessions.session import Arrays, Session
 
 # What it may compute in: our name -> its own, which is understood as well.
@@ -35,22 +36,69 @@ def obstacle(artifact: Artifact) -> str | None:
     return None
 
 
+class Requests:
+    """A compiled model. Threads run it at once, each in an infer request with memory of its own, kept for the next run."""
+
+    def __init__(self, model: Any, outputs: Sequence[str]):
+        self._model, self._outputs = model, outputs
+        self._idle = deque([model.create_infer_request()])
+        self._warm = False
+
+    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        if self._warm:
+            return self._infer(feeds)
+        with FIRST_RUN:
+            outputs = self._infer(feeds)
+            self._warm = True
+            return outputs
+
+    def _infer(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        try:
+            request = self._idle.pop()
+        except IndexError:  # all are at work for other threads
+            request = self._model.create_infer_request()
+        try:
+            # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
+            outputs = request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
+        except Exception as error:  # RuntimeError, whatever went wrong
+            raise InferenceError(f"OpenVINO failed: {error}") from error
+        self._idle.append(request)
+        return {name: outputs[name] for name in self._outputs}
+
+    def keep(self) -> None:
+        """Never destroy any of it: that waits for OpenVINO's threads, which a fork does not copy."""
+        for kept in (self._model, *self._idle):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+
+
 class OpenvinoSession(Session):
-    """An ONNX artifact in OpenVINO. Threads run it at once, each in an infer request with memory of its own, kept for
-    the next run.
+    """An ONNX artifact in OpenVINO. Threads run it at once.
 
     It may be closed in a process that was forked from its own; what it holds is then freed when that process ends.
 
     `precision` is what it may compute in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of
     the largest value); `threads` is the number of its threads on a CPU (0: one a core, of those that the process may
-    use); `device` is CPU, GPU or NPU, or one of several GPUs, `GPU.1`.
+    use); `device` is CPU, GPU or NPU, or one of several GPUs, `GPU.1`. `lanes` is how many rows of a batch may run side by
+    side on the CPU, each on a stream of one thread (1: none do); by default it is measured for a denoiser of less than
+    256 MB, which is then compiled twice.
     """
 
-    def __init__(self, bundle: Bundle, graph: Graph, artifact: Artifact, precision: str = EXACT, threads: int = 0, device: str = "CPU"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: Graph,
+        artifact: Artifact,
+        precision: str = EXACT,
+        threads: int = 0,
+        device: str = "CPU",
+        lanes: int | None = None,
+    ):
         super().__init__(graph)
         hint = HINTS.get(precision, precision)
         if hint not in HINTS.values():
             raise UsageError(f"OpenVINO's precision is one of {', '.join(HINTS)}, got {precision!r}")
+        cores = threads or usable_cores()
+        count = wanted(bundle, graph, artifact, cores, lanes)
         with without_telemetry():
             import openvino
         core = openvino.Core()
@@ -60,48 +108,45 @@ class OpenvinoSession(Session):
             raise MissingError(f"OpenVINO has no device {device!r} here; it has {', '.join(core.available_devices)}")
         if hint == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
             raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision {EXACT}")
-        try:
-            self._model = core.compile_model(str(bundle.file(artifact.path)), device, properties(hint, kind, threads))
-            self._idle = deque([self._model.create_infer_request()])
-        except Exception as error:  # RuntimeError, whatever went wrong
-            raise BundleError(f"OpenVINO cannot open {bundle.file(artifact.path)}: {error}") from error
-        self._warm = False
+        path, names = str(bundle.file(artifact.path)), [spec.name for spec in graph.outputs]
+
+        def compiled(**more: Any) -> Requests:
+            try:
+                return Requests(core.compile_model(path, device, properties(hint, kind, threads) | more), names)
+            except Exception as error:  # RuntimeError, whatever went wrong
+                raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
+
+        self._models: tuple[Requests, ...] = (compiled(),)
+        self._lanes: Lanes | None = None
         self._process = os.getpid()
         self.processor = PROCESSORS[kind]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
+        if kind == "CPU" and count > 1 and cores > 1:
+            streams = min(count, cores)
+            whole, lane = self._models = *self._models, compiled(NUM_STREAMS=streams, INFERENCE_NUM_THREADS=streams)
+            self._lanes = Lanes(graph, whole.run, lane.run, streams)
+            self._lanes.choose(bundle.manifest, graph, lanes is not None)
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._warm:
-            return self._infer(feeds)
-        with FIRST_RUN:
-            outputs = self._infer(feeds)
-            self._warm = True
-            return outputs
+        return (self._lanes or self._open()).run(feeds)
 
-    def _infer(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        model, idle = self._model, self._idle
-        if model is None:
+    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        lanes = self._lanes
+        return beside(self, lanes, runs) if lanes else super().several(runs)
+
+    def _open(self) -> Requests:
+        if not self._models:
             raise InferenceError("this session is closed")
-        try:
-            request = idle.pop()
-        except IndexError:  # all are at work for other threads
-            request = model.create_infer_request()
-        try:
-            # Inputs are read where they lie; outputs are copied, since the next run reuses their memory.
-            outputs = request.infer({name: np.asarray(array, order="C") for name, array in feeds.items()}, share_inputs=True)
-        except Exception as error:  # RuntimeError, whatever went wrong
-            raise InferenceError(f"OpenVINO failed: {error}") from error
-        idle.append(request)
-        return {spec.name: outputs[spec.name] for spec in self.graph.outputs}
+        return self._models[0]
 
     def close(self) -> None:
+        lanes, self._lanes = self._lanes, None
         if os.getpid() != self._process:
-            # Destroying them waits for OpenVINO's threads, which a fork does not copy. So they are never destroyed
-            # here.
-            for kept in (self._model, *self._idle):
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-        self._model = None
-        self._idle = deque()
+            for model in self._models:
+                model.keep()
+        elif lanes:
+            lanes.close()
+        self._models = ()
 
 
 def properties(precision: str, kind: str = "CPU", threads: int = 0) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from elastic_runtime.device.memory import give_back
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda_graphs import GPU, CudaGraphs
-from elastic_runtime.sessions.lanes import Lanes, example, splits
+from elastic_runtime.sessions.lanes import SMALL, Lanes, beside, splits, wanted
 from elastic_runtime.sessions.session import Arrays, Session
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -44,7 +44,6 @@ ADVICE = {
     CUDA: "The CUDA libraries did not load, or there is no GPU: pip install 'elastic-export[ort-gpu]' brings the former; pip uninstall "
     "onnxruntime before, which stands in its way. Or ask for device='cpu'",
 }
-SMALL = 256_000_000  # bytes of an artifact whose weights may be held twice
 LARGE = 1_000_000_000  # bytes of an artifact that is not to take more memory than it must
 Provider = str | tuple[str, Mapping[str, Any]]
 _log = logging.getLogger(__name__)
@@ -120,8 +119,8 @@ class OrtSession(Session):
         cuda_graphs: bool = True,
     ):
         super().__init__(graph)
-        if lanes is not None and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
-            raise UsageError(f"lanes is a whole number from 1, got {lanes!r}")
+        cores = threads or usable_cores()
+        count = wanted(bundle, graph, artifact, cores, lanes)
         onnxruntime = library()
         available = onnxruntime.get_available_providers()
         chosen = _providers(providers, device, available)
@@ -155,9 +154,7 @@ class OrtSession(Session):
         if self._graphs and (provider != CUDA or not self._graphs.captures):
             self._graphs = None
         self._lanes = None
-        cores = threads or usable_cores()
         alone = PRECISIONS[artifact.precision].by_batch
-        count = (cores if denoiser and size < SMALL else 1) if lanes is None else min(lanes, graph.batch.max)
         if provider != CPU or not splits(graph) or (count == 1 and not alone):
             return
         lane = self._session
@@ -165,10 +162,7 @@ class OrtSession(Session):
             settings.intra_op_num_threads = 1
             lane = _open(onnxruntime, path, settings, [(CPU, {})], asked=True)
         self._lanes = Lanes(graph, partial(self._infer, self._session), partial(self._infer, lane), count, alone)
-        if lanes is None and count > 1:
-            self._lanes.measure(example(bundle.manifest, graph))
-        else:
-            self._lanes.beside = count > 1
+        self._lanes.choose(bundle.manifest, graph, lanes is not None)
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         session, lanes, graphs = self._session, self._lanes, self._graphs
@@ -181,13 +175,7 @@ class OrtSession(Session):
 
     def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         lanes = self._lanes
-        if not lanes or len(runs) < 2:
-            return super().several(runs)
-        sizes = [self.interface.check(feeds) for feeds in runs]
-        answers = lanes.several(runs)
-        for outputs, known in zip(answers, sizes, strict=True):
-            self.interface.check_answer(outputs, known, self.where)
-        return answers
+        return beside(self, lanes, runs) if lanes else super().several(runs)
 
     def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
         with _failures(), _working(self._provider):

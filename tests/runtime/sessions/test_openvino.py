@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,12 +15,13 @@ import pytest
 from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 from tiny import tiny_bundle, tiny_feeds
 
-from elastic_runtime import Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
+from elastic_runtime import Budget, Bundle, BundleError, ElasticPipeline, InferenceError, MissingError, Span, UsageError, open_session
 from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.sessions import openvino
 from elastic_runtime.sessions.checking import check
+from elastic_runtime.sessions.lanes import Lanes
 
 # Not importorskip: importing OpenVINO is the backend's affair.
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="these tests run OpenVINO: pip install 'elastic-export[openvino]'")
@@ -134,12 +136,36 @@ def test_a_device_of_several_is_named_and_tells_its_kind(
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="2026.4", __spec__=object()))  # type: ignore[arg-type]
     monkeypatch.setattr(openvino, "thread_limit", lambda: 3)
-    with open_session(write_bundle(tmp_path / "b"), name="openvino", device=device) as session:
+    with open_session(write_bundle(tmp_path / "b"), name="openvino", device=device, lanes=1) as session:
         assert session.processor == processor
     threads = {"INFERENCE_NUM_THREADS": 3} if processor == "cpu" else {}
     assert asked == [(device, {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"} | threads)]
     with pytest.raises(MissingError, match=r"no device 'GPU\.7' here"):
         open_session(write_bundle(tmp_path / "c"), name="openvino", device="GPU.7")
+
+
+@pytest.mark.parametrize("weak", ["min", "max"])
+def test_lanes_draw_the_same_picture(weak: str, golden_bundle: Callable[[str], Bundle]) -> None:
+    """Both branches of guidance as one batch and in two streams; and branches of two sizes, through both ways."""
+    bundle = golden_bundle("c")
+    (axis,) = bundle.manifest.axes
+    words: dict[str, Any] = {"num_inference_steps": 12, "guidance_scale": 2.0, "seeds": 0, "output_type": "latent"}
+    words |= {"budget": Budget(**{axis.name: axis.max}), "guidance_budget": Budget(**{axis.name: getattr(axis, weak)})}
+    pictures = []
+    for lanes in (1, 2):
+        with ElasticPipeline.from_pretrained(bundle, "openvino", threads=2, lanes=lanes) as pipe:
+            pictures.append(pipe([1], **words).images)
+    np.testing.assert_allclose(*pictures, atol=1e-5)
+
+
+def test_a_small_denoiser_s_way_is_measured_when_it_is_opened(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(Lanes, "measure", lambda self, feeds: measured.append(len(feeds["sample"])))
+    open_session(tiny, name="openvino", threads=2).close()
+    open_session(tiny, name="openvino", threads=1).close()
+    assert measured == [2]
+    with pytest.raises(UsageError, match="lanes is a whole number from 1, got 0"):
+        open_session(tiny, name="openvino", lanes=0)
 
 
 def test_an_artifact_that_is_no_graph_is_said_to_be_damaged(tmp_path: Path) -> None:
