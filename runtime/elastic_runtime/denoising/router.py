@@ -93,6 +93,8 @@ class Routing:
     def after(self, routed: Routed | None, guidance_routed: Routed | None) -> "Routing":
         """The state after a prediction; a branch that did not run stays as it was."""
         strong, weak = self.slots, self.guidance_slots
+        if not (strong or weak):  # as in most models, and a small step has no time for more
+            return self
         return replace(
             self,
             slots=strong.after(routed.kept) if strong and routed else strong,
