@@ -107,8 +107,8 @@ def export_into(
         name, artifacts = graph.name, _lowered(room, graph, options, draft.stage, on_progress)
         on_stage(f"verifying {name}")
         bundle = draft.bundle(manifest.joined(name, artifacts))
-        if room.unrounded and (session := room.unrounded(graph, bundle.manifest.graphs[name], options)):
-            verify_unrounded(bundle, name, session)
+        if room.unrounded and (floats := room.unrounded(graph, bundle.manifest.graphs[name], options)):
+            verify_unrounded(bundle, name, *floats)
         del graph  # weights that are held in memory are no longer needed,
         gc.collect()  # and the exporter leaves them in reference cycles
         manifest = _proven(bundle, name, artifacts, frugal=True)

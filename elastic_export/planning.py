@@ -33,7 +33,7 @@ from elastic_runtime.choosing.cost import RESERVED, Costs, Rates, Work, roofline
 from elastic_runtime.contract import manifest
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget, key
-from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.contract.precision import PRECISIONS, held
 from elastic_runtime.denoising.conditions import guidance_of
 from elastic_runtime.device import Peak
 from elastic_runtime.drawing.budgets import STEPS
@@ -193,19 +193,13 @@ def _device(name: str) -> tuple[str, Peak, float | None]:
     return name, devices.listed_peak(entries[name]), entries[name].memory.value * GB
 
 
-def held_in(precision: str, part: str) -> str:
-    """What a part is held in: a decoder is convolutions, which have no form of few bits."""
-    few = PRECISIONS[precision].pictured
-    return EXACT if few and part == DECODER else precision
-
-
 def _memory(subject: Subject, precision: str, room: float | None) -> Memory:
     parts = {DENOISER: subject.parameters} | {name: part.parameters for name, part in subject.parts.items()}
-    weights = {name: round(count * PRECISIONS[held_in(precision, name)].weight_bytes) for name, count in parts.items()}
+    weights = {name: round(count * PRECISIONS[held(precision, name)].weight_bytes) for name, count in parts.items()}
     most = max((work.at(precision).activation_bytes for works in subject.ways.values() for work in works), default=0.0)
     drawing = weights[DENOISER] + RESERVED * subject.branches * most
     if decoder := subject.parts.get(DECODER):
-        decoding = RESERVED * decoder.work.at(held_in(precision, DECODER)).activation_bytes
+        decoding = RESERVED * decoder.work.at(held(precision, DECODER)).activation_bytes
         drawing = weights[DECODER] + max(drawing, weights[DENOISER] + decoding)
     reading = sum(value for name, value in weights.items() if name not in (DENOISER, DECODER))
     peak = round(max(drawing, reading))
@@ -217,8 +211,8 @@ def _way(name: str, works: list[Work], subject: Subject, peak: Peak, precisions:
         rates = Rates.of(peak, precision)
         drawn = sum(roofline(work.at(precision), subject.branches, rates) for work in works)
         for name, part in subject.parts.items():
-            held = held_in(precision, name)
-            drawn += part.runs * roofline(part.work.at(held), 1, Rates.of(peak, held))
+            own = held(precision, name)
+            drawn += part.runs * roofline(part.work.at(own), 1, Rates.of(peak, own))
         return drawn
 
     flops = subject.branches * sum(work.flops for work in works)

@@ -108,15 +108,15 @@ def verify_artifact(
     return msgspec.structs.replace(artifact, verified=rows, unverified=None)
 
 
-def verify_unrounded(bundle: Bundle, graph: str, session: Session) -> None:
-    """Hold what was lowered, before its weights were rounded to few bits, to float32's own tolerance.
+def verify_unrounded(bundle: Bundle, graph: str, session: Session, precision: str) -> None:
+    """Hold what was lowered, before its weights were rounded to few bits, to the tolerance of the `precision` that it had then.
 
     Raises: VerificationError naming the first budget that missed it, and the figure.
     """
     if _unrecorded(bundle, graph):
         return
     with session:
-        for row in check(bundle, graph, session, bundle.manifest.graphs[graph].tolerance()):
+        for row in check(bundle, graph, session, bundle.manifest.graphs[graph].tolerance(precision=precision)):
             _require(row, f"{graph} before its weights were rounded")
 
 

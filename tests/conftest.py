@@ -91,6 +91,34 @@ def golden_bundle(once: Once) -> Callable[..., Bundle]:
 
 
 @pytest.fixture(scope="session")
+def rounded(once: Once) -> Bundle:
+    """The smallest golden ELIT in every precision of TensorRT's Q/DQ, each proven: fp8 by the export path, the others beside it."""
+    exporter()
+
+    def make(folder: Path) -> None:
+        from fakes import write_manifest
+
+        from elastic_export.capture.capture import capture
+        from elastic_export.capture.zoo import Request, load
+        from elastic_export.exporting import export_capture
+        from elastic_export.verifying import verify_artifact
+        from elastic_runtime import Span
+        from elastic_targets.onnx.lower import OnnxOptions, lower
+        from elastic_targets.onnx.qdq import FORMS
+
+        model = load(Request("elit-sit", GOLDEN / "elit-c.pt", GOLDEN / "elit-c.json"))
+        captured, aside = capture(model, {}, Span(1, 2)), folder.with_name("aside")
+        others = [OnnxOptions(precision=name) for name in FORMS if name != "fp8"]
+        made = [lower(captured.graphs[0], options, aside)[0] for options in others]  # of one graph in floats, which takes the time
+        bundle = export_capture(captured, "onnx", OnnxOptions(precision="fp8"), folder, "elastic-export onnx", verify="ends")
+        shutil.copytree(aside, folder, dirs_exist_ok=True)
+        proven = [verify_artifact(bundle, "denoiser", artifact) for artifact in made]
+        write_manifest(folder, bundle.manifest.joined("denoiser", proven))
+
+    return Bundle.open(once("elit-c-rounded", make))
+
+
+@pytest.fixture(scope="session")
 def backbone_bundle(once: Once, backbone: Callable[[str], Any]) -> Callable[[str, int], Bundle]:
     """The same of the recorded plain backbones."""
     elastic_export = exporter()

@@ -136,7 +136,8 @@ def test_klein_4b_on_devices_before_anything_of_it_is_here(tmp_path: Path) -> No
     full = told.ways[0]
     assert full.flops / 4e12 == pytest.approx(34.82, rel=2e-4)
     weights = {row.precision: row.weights["denoiser"] / told.parameters["denoiser"] for row in told.memory}
-    assert weights == pytest.approx({"fp32": 4, "fp16": 2, "bf16": 2, "int8w": 1 + 5 / 64, "int8": 1, "int4w": 0.640625})
+    few = {"int8qdq": 1, "fp8": 1, "int4qdq": 0.53125, "nvfp4": 0.5625}
+    assert weights == pytest.approx({"fp32": 4, "fp16": 2, "bf16": 2, "int8w": 1 + 5 / 64, "int8": 1, "int4w": 0.640625} | few)
     rates = Rates.of(PEAK, "fp16")
     assert full.seconds["fp16"] == pytest.approx(4 * (34.82e12 / (rates.flops * rates.efficiency) + rates.overhead), rel=1e-3)
     assert any("--size counts those of the latent" in note for note in told.notes)

@@ -18,7 +18,10 @@ def onnx(
     batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
     precision: Annotated[
         str,
-        options.precision("fp32, fp16, bf16, int8, int8w or int4w; or one a graph, [bold]denoiser=int4w,text=int8w,decoder=fp16[/bold]."),
+        options.precision(
+            "fp32, fp16, bf16, int8, int8w or int4w; for TensorRT fp8, int8qdq, int4qdq or nvfp4; or one a graph, "
+            "[bold]denoiser=int4w,text=int8w,decoder=fp16[/bold]."
+        ),
     ] = "fp32",
     conditions_apart: Annotated[
         bool,

@@ -39,7 +39,10 @@ def trt(
     ] = None,
     builder: Annotated[str, typer.Option(help="rtx builds ahead of time anywhere; tensorrt builds on the GPU; auto: what fits.")] = "auto",
     precision: Annotated[
-        str | None, options.precision("fp32, fp16 or bf16 [dim](default: the bundle's, or fp32)[/dim].", show_default=False)
+        str | None,
+        options.precision(
+            "fp32, fp16, bf16, fp8, int8qdq, int4qdq or nvfp4 [dim](default: the bundle's, or fp32)[/dim].", show_default=False
+        ),
     ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later (the build needs a GPU).")] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave the weights in the ONNX file (the build needs a GPU).")] = False,
@@ -54,6 +57,7 @@ def trt(
       elastic-export trt --latents 32-256
       elastic-export trt digits --sm 86,89 --buckets 64,128,256
       elastic-export trt elit-sit --checkpoint elit.pt --config elit.json -o out --precision fp16
+      elastic-export trt elit-mnist -o digits --precision fp8 --sm 89,120
       elastic-export trt elt-s-3x4-256 --checkpoint elt.pt -o looped --opset 20
     """
     import logging
@@ -61,12 +65,12 @@ def trt(
     from elastic_export import api
     from elastic_export.cli.making import make
     from elastic_runtime import hub
-    from elastic_targets.trt import TrtOptions, choose
+    from elastic_targets.trt import TrtOptions, available
 
     logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
     sms = tuple(options.integers(sm)) if sm else ()
     engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
-    choose(engine_options.builder, engine_options.sms)  # its absence should not wait for the model
+    available(engine_options)  # what it refuses should not wait for the model
     bundle = api.opened(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache

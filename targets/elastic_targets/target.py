@@ -40,8 +40,8 @@ class Target:
     estimate(Graph, options): what it will take, of a graph whose sizes the module tells; reads no weights.
     evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is, or no memory;
         None for an artifact that it cannot compute.
-    unrounded(Graph, Graph of the manifest, options): a session of what was lowered before weights were rounded to few bits, to be held
-        to float32's tolerance; None where they keep their floats.
+    unrounded(Graph, Graph of the manifest, options): a session of what was lowered before weights were rounded to few bits, and the
+        precision that it is in, to whose tolerance it is held; None where they keep their floats.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Target:
     available: Callable[[Any], object] | None = None
     estimate: Callable[[Any, Any], Estimate] | None = None
     evaluator: Callable[[Bundle, Graph, Any], Session | None] | None = None
-    unrounded: Callable[[Any, Graph, Any], Session | None] | None = None
+    unrounded: Callable[[Any, Graph, Any], tuple[Session, str] | None] | None = None
 
 
 class Needs(NamedTuple):

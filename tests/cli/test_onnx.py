@@ -143,7 +143,10 @@ def test_a_dry_run_tells_the_budgets_and_writes_nothing(run: Run, elit_c: list[o
         (["--batch", "0-2"], "--batch must start at 1 or more, got 0-2"),
         (["--batch", "4-1"], "reversed: write 1-4"),
         (["--opset", "19"], "--opset must be one of 20, 23, got 19"),
-        (["--precision", "int3"], "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, got int3"),
+        (
+            ["--precision", "int3"],
+            "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, int8qdq, fp8, int4qdq, nvfp4, got int3",
+        ),
         (["--dtype", "bf16", "--opset", "20"], "--precision bf16 needs --opset 23, got 20"),
         (["--head-blocks", "3"], "head_blocks 3 + tail_blocks 1 must leave a core in depth 4"),
         (["--head-blocks", "-1"], "Invalid value for '--head-blocks'"),

@@ -65,6 +65,9 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
             2,
             "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --precision bf16",
         ),
+        (("--precision", "fp8", "--sm", "80,89"), 2, "fp8 needs a GPU of sm 89 or later, got sm 80: leave it out of --sm, or choose"),
+        (("--precision", "nvfp4", "--sm", "86,89"), 2, "needs a GPU of sm 100 or later, got sm 86, 89: leave them out of --sm"),
+        (("--precision", "int8"), 2, "for TensorRT choose int8qdq"),
         (("--checkpoint", "w.pt"), 2, "is a bundle and has its weights"),
         (("--builder", "nvcc"), 2, "--builder must be one of auto, rtx, tensorrt"),
     ],
@@ -90,3 +93,10 @@ def test_a_bundle_that_another_run_writes_is_refused_at_once(run: Run, bundle_co
             assert "is being written by another run; wait for it, or choose another -o/--output" in " ".join(done.err.split())
         assert run("inspect", bundle_copy).code == 0
     assert (bundle_copy / "elastic.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [("--sm", "86"), ("--opset", "20")])
+def test_a_model_is_not_exported_first_for_what_no_engine_is_built_of(run: Run, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = run("trt", "elit-mnist", "-o", tmp_path / "b", "--precision", "nvfp4", *arguments)
+    assert (done.code, "needs" in done.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []

@@ -236,12 +236,12 @@ class Graph(Record, frozen=True, kw_only=True):
         if unknown := sorted((letters | {"B"}) - self.dimensions.keys()):
             raise ValueError(f"`dimensions` lacks {', '.join(unknown)}")
 
-    def tolerance(self, artifact: Artifact | None = None) -> float:
-        """The bound that an artifact of this graph (None: of float32) is held to, in units of max(1, |reference|): its precision's, or
-        `ROUNDINGS` times the original's own error where that is more. A larger error than `MOST_ROUNDING` is that of a model that
-        decides by thresholds, which float64 decided otherwise: it says nothing of rounding."""
+    def tolerance(self, artifact: Artifact | None = None, precision: str = precisions.EXACT) -> float:
+        """The bound that an artifact of this graph (None: one of `precision`) is held to, in units of max(1, |reference|): its
+        precision's, or `ROUNDINGS` times the original's own error where that is more. A larger error than `MOST_ROUNDING` is that of a
+        model that decides by thresholds, which float64 decided otherwise: it says nothing of rounding."""
         own = self.rounding if self.rounding is not None and self.rounding <= MOST_ROUNDING else 0.0
-        return max(artifact.tolerance if artifact else precisions.tolerance(precisions.EXACT), ROUNDINGS * own)
+        return max(artifact.tolerance if artifact else precisions.tolerance(precision), ROUNDINGS * own)
 
     @property
     def batch(self) -> Span:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Name = Literal["fp32", "fp16", "bf16", "int8w", "fp8", "int8", "int4w", "nvfp4"]
+Name = Literal["fp32", "fp16", "bf16", "int8w", "int8", "int8qdq", "fp8", "int4w", "int4qdq", "nvfp4"]
 Compression = Literal["palette8", "int8", "palette6", "palette4", "int4"]
 
 EXACT: Name = "fp32"  # the original's own
 HALF: Name = "fp16"  # what GPUs are rated in
+DECODER, ENCODER = "decoder", "encoder"
+CONVOLVED = (DECODER, ENCODER)  # graphs of a VAE, which have no form of few bits
 FLOAT32 = 4.0  # bytes, the unit of the manifest's counts
 
 
@@ -27,6 +29,8 @@ class Precision:
     `rate`: the peak rate that its matrix products run at, as in `device.Peak.flops`; where a device lists none of that
     name it computes in `fallback`.
     `backends`, `targets`: what runs and what makes it today.
+    `base`: what is held in that precision where it is not rounded to few bits.
+    `by_batch`: whether activations are rounded by the largest value of a whole batch, so that rows of one run depend on each other.
     """
 
     name: Name
@@ -38,11 +42,8 @@ class Precision:
     fallback: Name | None
     backends: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-
-    @property
-    def by_batch(self) -> bool:
-        """Whether activations are rounded by the largest value of a whole batch, so that rows of one run depend on each other."""
-        return self.rate == "int8"
+    base: Name = EXACT
+    by_batch: bool = False
 
     def peak(self, rates: Mapping[str, float]) -> float:
         """The rate (operations a second) that it computes at where a device has these."""
@@ -54,8 +55,8 @@ class Precision:
 
 EVERY = ("trt", "ort", "openvino", "coreml")
 # Weights by blocks of a row, as ONNX Runtime's MatMulNBits takes them: a scale of four bytes and a zero point for each 32
-# weights of 4 bits, for each 64 of 8. In nvfp4 a scale of one byte for each 16.
-INT4, INT8, NVFP4 = 0.5 + 4.5 / 32, 1 + 5 / 64, 0.5 + 1 / 16
+# weights of 4 bits, for each 64 of 8. In Q/DQ form a scale of two bytes for each 64 of 4 bits; in nvfp4 one of one byte for each 16.
+INT4, INT8, INT4_QDQ, NVFP4 = 0.5 + 4.5 / 32, 1 + 5 / 64, 0.5 + 2 / 64, 0.5 + 1 / 16
 _ROWS = (
     Precision("fp32", 4, 4, 1e-5, False, "fp32", None, EVERY, ("onnx", "trt", "coreml")),
     Precision("fp16", 2, 2, 2e-2, False, "fp16", "fp32", EVERY, ("onnx", "trt", "coreml")),
@@ -63,16 +64,25 @@ _ROWS = (
     Precision("bf16", 2, 2, 1e-1, False, "fp16", "fp32", ("trt", "openvino"), ("onnx", "trt")),
     # Weights alone: multiplied in float32 by ONNX Runtime, which unpacks them as it goes.
     Precision("int8w", INT8, 4, 3e-2, True, "fp32", None, ("ort", "openvino"), ("onnx",)),
-    Precision("fp8", 1, 2, 1e-1, True, "fp8", "fp16"),
-    Precision("int8", 1, 4, 1e-1, True, "int8", "fp32", ("ort", "openvino"), ("onnx",)),
+    Precision("int8", 1, 4, 1e-1, True, "int8", "fp32", ("ort", "openvino"), ("onnx",), by_batch=True),
+    # What TensorRT reads: Q/DQ in the graph over fp16. ONNX Runtime computes it as it is written, to prove it; it has no float4.
+    Precision("int8qdq", 1, 2, 1e-1, True, "int8", "fp16", ("trt", "ort"), ("onnx", "trt"), base=HALF),
+    Precision("fp8", 1, 2, 1e-1, True, "fp8", "fp16", ("trt", "ort"), ("onnx", "trt"), base=HALF),
     Precision("int4w", INT4, 4, 2.5e-1, True, "fp32", None, ("ort", "openvino"), ("onnx",)),
-    Precision("nvfp4", NVFP4, 2, 2.5e-1, True, "fp4", "fp8"),
+    Precision("int4qdq", INT4_QDQ, 2, 2.5e-1, True, "fp16", "fp32", ("trt", "ort"), ("onnx", "trt"), base=HALF),
+    Precision("nvfp4", NVFP4, 2, 3.5e-1, True, "fp4", "fp8", ("trt",), ("onnx", "trt"), base=HALF),
 )
 PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS}
 RATES = tuple(dict.fromkeys(row.rate for row in _ROWS))
 # Weights of a Core ML package that are stored in fewer bits than its precision says, from the most to the least exact,
 # each with the bound of a step: no fault of the lowering, but one that a broken lowering would miss.
 COMPRESSIONS: dict[str, float] = {"palette8": 2e-2, "int8": 3e-2, "palette6": 6e-2, "palette4": 2.5e-1, "int4": 2.5e-1}
+
+
+def held(precision: str, graph: str) -> str:
+    """What a graph is held in where `precision` is asked for: those of convolutions keep its base."""
+    row = PRECISIONS.get(precision)
+    return row.base if row and row.pictured and graph in CONVOLVED else precision
 
 
 def tolerance(precision: str, compression: str | None = None) -> float:

@@ -33,6 +33,8 @@ def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
     if importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: pip install 'elastic-export[openvino]'"
+    if "openvino" not in (able := PRECISIONS[artifact.precision].backends):
+        return f"{artifact.precision} graphs of ours are for {' and '.join(able)}: open an artifact of another precision"
     return None
 
 

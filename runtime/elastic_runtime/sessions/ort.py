@@ -220,6 +220,9 @@ def session_options(onnxruntime: Any) -> Any:
     # Without VNNI (x86 before Ice Lake and Zen 4) its products of bytes add two at a time into 16 bits, which overflow without a word:
     # pictures in int8 were 21 dB from float32's, and are 44 with its slower kernels. Elsewhere the entry changes nothing.
     settings.add_session_config_entry("session.x64quantprecision", "1")
+    # Graphs with Q/DQ are TensorRT's; here they are computed as they are written, to prove them. Moving and fusing the pairs is no gain in
+    # that, and puts float8 into operators that do not take it (Transpose of opset 20).
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
     return settings
 
 

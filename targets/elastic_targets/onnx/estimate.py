@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
-from elastic_targets.onnx.quantize import LEAST, SCHEMES
+from elastic_targets.onnx import qdq
+from elastic_targets.onnx.matrices import LEAST
+from elastic_targets.onnx.quantize import SCHEMES
 from elastic_targets.onnx.stream import EXTERNAL_FROM
 from elastic_targets.target import Estimate
 from elastic_targets.weights import mapped, weights
@@ -35,6 +37,10 @@ def estimate(graph: GraphCapture, precision: str) -> Estimate:
         eight, own = PRECISIONS["int8w"].weight_bytes, PRECISIONS[precision].weight_bytes
         conditions = eight if scheme.conditions == 8 else own
         size = held["tokens"] * own + held["conditions"] * conditions + held["tables"] + held["floats"] * FLOAT32
+    elif precision in qdq.FORMS:
+        row = PRECISIONS[precision]
+        floats = (held["tables"] + held["floats"]) * PRECISIONS[row.base].weight_bytes
+        size = held["tokens"] * row.weight_bytes + held["conditions"] + floats
     else:
         size = sum(held.values()) * PRECISIONS[precision].weight_bytes
     largest = max((weight.numel() for _, weight in seen), default=0) * FLOAT32

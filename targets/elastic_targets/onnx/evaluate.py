@@ -17,6 +17,8 @@ from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.ort import library, session_options
 from elastic_runtime.sessions.session import Arrays, Session
+from elastic_targets.onnx.float4 import FLOAT4, spelled_out
+from elastic_targets.onnx.qdq import FORMS
 
 PART = 256_000_000  # bytes of weights
 
@@ -39,6 +41,7 @@ class PartSession(Session):
         self._onnxruntime = library()
         self._model: ir.Model | None = model
         self._parts = list(parts(model, part))
+        self._last: tuple[Any, Any] = (None, None)
         self.where = f"onnxruntime {self._onnxruntime.__version__} CPU, in {len(self._parts)} parts"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -57,13 +60,18 @@ class PartSession(Session):
 
     def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._model is not None
-        content = _serialized(self._model, part, values)
-        session = self._onnxruntime.InferenceSession(content, session_options(self._onnxruntime), providers=["CPUExecutionProvider"])
-        del content
+        key = (part.takes, tuple((values[name].dtype, values[name].shape) for name in part.takes))
+        kept, session = self._last
+        if kept != key:  # that of the only part serves until the shapes change
+            self._last, session = (None, None), None
+            content = _serialized(self._model, part, values)
+            session = self._onnxruntime.InferenceSession(content, session_options(self._onnxruntime), providers=["CPUExecutionProvider"])
+            del content
+            self._last = (key, session) if len(self._parts) == 1 else (None, None)
         return dict(zip(part.gives, session.run(list(part.gives), {name: values[name] for name in part.takes}), strict=True))
 
     def close(self) -> None:
-        self._model = None
+        self._model, self._last = None, (None, None)
 
 
 def parts(model: ir.Model, most: int) -> Iterator[Part]:
@@ -101,10 +109,14 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
         yield Part(tuple(group), tuple(takes), tuple(gives), tuple(weights.values()))
 
 
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """A node's own graphs: the body of a loop."""
+    return [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
+
+
 def _inner(node: ir.Node) -> list[ir.Node]:
     """The nodes of a node's own graphs: of a loop's body."""
-    graphs = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
-    return [each for graph in graphs for each in graph.all_nodes()]
+    return [each for graph in bodies(node) for each in graph.all_nodes()]
 
 
 def taken(node: ir.Node) -> Iterator[ir.Value]:
@@ -134,11 +146,18 @@ def _serialized(model: ir.Model, part: Part, values: Mapping[str, np.ndarray]) -
 
 
 def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:
-    """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for."""
-    if "ort" not in PRECISIONS[artifact.precision].backends:
+    """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for and that
+    is not spelled out for it."""
+    if not _spelled(artifact) and "ort" not in PRECISIONS[artifact.precision].backends:
         return None
     return apart.opened(bundle, graph, artifact, _in_parts, {}) if artifact.conditions else _in_parts(bundle, graph, artifact)
 
 
+def _spelled(artifact: OnnxArtifact) -> bool:
+    form = FORMS.get(artifact.precision)
+    return form is not None and form.codes == FLOAT4
+
+
 def _in_parts(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession:
-    return PartSession(graph, ir.load(bundle.file(artifact.path)))
+    model = ir.load(bundle.file(artifact.path))
+    return PartSession(graph, spelled_out(model) if _spelled(artifact) else model)

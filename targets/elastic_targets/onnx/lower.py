@@ -13,10 +13,13 @@ import torch
 from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.precision import EXACT
+from elastic_runtime.contract.precision import CONVOLVED, ENCODER, EXACT, held
+from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
+from elastic_targets.onnx import qdq
 from elastic_targets.onnx.apart import split
+from elastic_targets.onnx.calibrate import largest
 from elastic_targets.onnx.estimate import estimate
 from elastic_targets.onnx.evaluate import PartSession, evaluator
 from elastic_targets.onnx.quantize import SCHEMES, quantize
@@ -25,11 +28,10 @@ from elastic_targets.target import OnProgress, Target
 from elastic_targets.weights import held_in
 
 OPSETS = (20, 23)
-DENOISER, DECODER, ENCODER = "denoiser", "decoder", "encoder"
-CONVOLVED = (DECODER, ENCODER)  # of a VAE
+DENOISER = "denoiser"
 DEFAULT_OPSET = 23
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = (*_TYPES, *SCHEMES)
+PRECISIONS = (*_TYPES, *SCHEMES, *qdq.FORMS)
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
@@ -53,7 +55,7 @@ class OnnxOptions:
         Raises: UsageError for text that says none.
         """
         if not set("=,") & set(self.precision):
-            return EXACT if graph in CONVOLVED and self.precision in SCHEMES else self.precision
+            return held(self.precision, graph)
         words = dict(part.partition("=")[::2] for part in self.precision.replace(" ", "").split(","))
         graphs = (DENOISER, *CONVOLVED, TEXT)
         if unknown := [name for name, value in words.items() if not value or not (name in graphs or name.startswith(f"{TEXT}_"))]:
@@ -88,23 +90,30 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
     precision = options.of(graph.name)
     if precision not in PRECISIONS:
         raise UsageError(f"--precision for onnx must be one of {', '.join(PRECISIONS)}, got {precision}")
-    if precision in SCHEMES and graph.name in CONVOLVED:
-        floats = ", ".join(name for name in PRECISIONS if name not in SCHEMES)
+    if precision not in _TYPES and graph.name in CONVOLVED:
+        floats = ", ".join(_TYPES)
         raise UsageError(
             f"{'an' if graph.name == ENCODER else 'a'} {graph.name} is made of convolutions, which keep their floats: its precision is one "
             f"of {floats}, got {precision}"
         )
     if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
+    if precision in qdq.FORMS and options.opset < qdq.FORMS[precision].opset:
+        fewer = ", ".join(name for name, form in qdq.FORMS.items() if form.opset <= options.opset)
+        raise UsageError(
+            f"--precision {precision} needs --opset {DEFAULT_OPSET}, got {options.opset}, whose operators take no {precision} weights; "
+            f"it has those of {fewer}"
+        )
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
     """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights."""
     precision = options.of(graph.name)
-    dtype = _TYPES.get(precision)
-    model = stream(graph, held_in(graph.module, dtype), options.opset) if dtype else _unrounded(graph, options).clone()
+    model = _floats(graph, precision, options.opset) if precision in _TYPES else _unrounded(graph, options).clone()
     if precision in SCHEMES:
         quantize(model, precision)
+    elif precision in qdq.FORMS:
+        qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision)))
     path, conditions = paths(graph, options)[0], None
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     files = []
@@ -122,23 +131,30 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
     return (artifact,)
 
 
-def unrounded(graph: GraphCapture, described: Graph, options: OnnxOptions) -> PartSession | None:
-    """The graph whose matrices `lower` held in fewer bits, before it did: float32's own tolerance finds what theirs is too wide for."""
-    if options.of(graph.name) not in SCHEMES:
+def unrounded(graph: GraphCapture, described: Graph, options: OnnxOptions) -> tuple[PartSession, str] | None:
+    """The graph whose matrices `lower` held in fewer bits, before it did, and its precision, whose own tolerance finds what theirs is too
+    wide for."""
+    if (precision := options.of(graph.name)) in _TYPES:
         return None
     session = PartSession(described, _unrounded(graph, options))
     _LAST.clear()
-    return session
+    return session, TABLE[precision].base
 
 
 def _unrounded(graph: GraphCapture, options: OnnxOptions) -> ir.Model:
-    if not (_LAST and _LAST[0] is graph.module and _LAST[1] == options.opset):
-        _LAST[:] = [graph.module, options.opset, stream(graph, graph.module, options.opset)]
+    key = (TABLE[options.of(graph.name)].base, options.opset)
+    if not (_LAST and _LAST[0] is graph.module and _LAST[1] == key):
+        _LAST[:] = [graph.module, key, _floats(graph, *key)]
     model: ir.Model = _LAST[2]
     return model
 
 
-_LAST: list[Any] = []  # module, opset and graph of the last one, which is lowered and then proven
+def _floats(graph: GraphCapture, precision: str, opset: int) -> ir.Model:
+    """The graph with every weight in floats; float32's own module is taken as it is."""
+    return stream(graph, graph.module if precision == EXACT else held_in(graph.module, _TYPES[precision]), opset)
+
+
+_LAST: list[Any] = []  # module, precision with opset, and graph of the last one, which is lowered and then proven
 
 
 def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:

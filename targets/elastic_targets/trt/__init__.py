@@ -5,7 +5,7 @@ machine; `tensorrt` (Jetson, data centre) builds on the GPU that will run the en
 """
 
 from elastic_targets.trt.builder import choose
-from elastic_targets.trt.lower import TARGET, TrtOptions, estimate, lower, plan, requires
+from elastic_targets.trt.lower import TARGET, TrtOptions, available, estimate, lower, plan, requires
 from elastic_targets.trt.profiles import read_buckets
 
-__all__ = ["TARGET", "TrtOptions", "choose", "estimate", "lower", "plan", "read_buckets", "requires"]
+__all__ = ["TARGET", "TrtOptions", "available", "choose", "estimate", "lower", "plan", "read_buckets", "requires"]

@@ -9,6 +9,9 @@ from elastic_runtime.sessions import trt as device
 
 Name = Literal["tensorrt", "tensorrt_rtx"]
 TURING = 75
+ON_TURING = ("fp16", "int8qdq")  # what tensorrt-rtx builds for it
+# The first generations whose matrix units have the types that a graph multiplies; both builders refuse older ones.
+SINCE = {"int4qdq": 80, "fp8": 89, "nvfp4": 100}
 CHOICES = ("auto", "rtx", "tensorrt")
 _MODULES: dict[str, Name] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _EXTRAS = {"rtx": "rtx", "tensorrt": "trt"}
@@ -33,17 +36,25 @@ class Builder:
 
         An RTX engine for Ampere and later is no larger than one for a single generation; Turing needs its own.
 
-        Raises: UsageError for Turing with another precision than fp16.
+        Raises: UsageError for a generation that has not what the precision multiplies, and for Turing where it is not built for it.
         """
-        turing = self.ahead_of_time and TURING in (asked or self.sms)
-        if turing and precision != "fp16" and asked:
+        since, named = SINCE.get(precision, 0), asked or self.sms
+        able = {sm for sm in named if sm >= since}
+        if old := sorted(set(named) - able if asked or not able else ()):
+            fitting = ", ".join(name for name in ("fp16", "int8qdq", *SINCE) if SINCE.get(name, 0) <= min(old) and name != precision)
             raise UsageError(
-                f"{self} builds only fp16 graphs for sm {TURING}, this one is {precision}: "
+                f"{precision} needs a GPU of sm {since} or later, got sm {_list(old)}: leave {'it' if len(old) == 1 else 'them'} out of "
+                f"--sm, or choose a --precision that {'it' if len(old) == 1 else 'they'} can multiply: {fitting}"
+            )
+        turing = self.ahead_of_time and TURING in able
+        if turing and precision not in ON_TURING and asked:
+            raise UsageError(
+                f"{self} builds only {' and '.join(ON_TURING)} graphs for sm {TURING}, this one is {precision}: "
                 f"add --precision fp16, or leave {TURING} out of --sm"
             )
         apart = {TURING} if self.ahead_of_time else set()
-        engines: list[tuple[int, ...]] = [(TURING,)] if turing and precision == "fp16" else []
-        if others := sorted({*(asked or self.sms)} - apart):
+        engines: list[tuple[int, ...]] = [(TURING,)] if turing and precision in ON_TURING else []
+        if others := sorted(able - apart):
             engines.append(tuple(others))
         return tuple(engines)
 

@@ -11,6 +11,8 @@ from elastic_runtime.contract.artifacts import Network, OnnxArtifact, Profile, T
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
+from elastic_runtime.contract.precision import EXACT, held
+from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_targets.capture import BundleGraph
 from elastic_targets.target import OnProgress, Target
@@ -20,7 +22,9 @@ from elastic_targets.trt.engine import Settings, build
 from elastic_targets.trt.network import Parsed, parse
 from elastic_targets.trt.profiles import narrow, profiles, read_buckets, unknown_buckets
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = tuple(name for name, row in TABLE.items() if "trt" in row.targets)
+# Those that ONNX Runtime's own operators hold, and the standard form of as many bits.
+STANDARD = {"int8": "int8qdq", "int8w": "int8qdq", "int4w": "int4qdq"}
 _STEPS = 1000  # of each engine
 
 
@@ -62,6 +66,21 @@ class Plan:
         return f"trt/{self.graph.name}{precision}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
 
 
+def available(options: TrtOptions) -> None:
+    """Raise UsageError or MissingError unless a builder is here that builds for these generations in this precision, whatever the graph."""
+    _check(options.precision)
+    builder = choose(options.builder, options.sms)
+    if options.precision:
+        builder.engines(options.sms, options.precision)
+
+
+def _check(precision: str | None) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        advice = f": for TensorRT choose {STANDARD[precision]}" if precision in STANDARD else ""
+        why = f"; {precision} is held by operators of ONNX Runtime's own{advice}" if advice else ""
+        raise UsageError(f"--precision for trt must be one of {', '.join(PRECISIONS)}, got {precision}{why}")
+
+
 def requires(graph: BundleGraph, options: TrtOptions) -> None:
     """Raise UsageError or MissingError unless the engines can be built as asked; reads no weights."""
     plan(graph, options)
@@ -83,6 +102,7 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
 
     Raises: UsageError and its kinds for what the bundle or the builder does not offer; MissingError for an absent builder.
     """
+    _check(options.precision)
     manifest = graph.bundle.manifest
     sources = _sources(graph, options.precision)
     builder = choose(options.builder, options.sms)
@@ -168,7 +188,8 @@ def _sources(graph: BundleGraph, precision: str | None) -> tuple[OnnxArtifact, .
     if not artifacts:
         advice = f"Add one with: elastic-export onnx -o {folder}"
         raise UsageError(f"{folder} has no ONNX artifact of {graph.name!r} in one file to build from. {advice}")
-    precision = precision or artifacts[0].precision
+    readable = [artifact.precision for artifact in artifacts if artifact.precision in PRECISIONS]
+    precision = held(precision or next(iter(readable), EXACT), graph.name)
     if not (fitting := [artifact for artifact in artifacts if artifact.precision == precision]):
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(
@@ -258,5 +279,5 @@ TARGET = Target(
     lower=lower,
     ensures=ensures,
     proves=proves,
-    available=lambda options: choose(options.builder, options.sms),
+    available=available,
 )

@@ -223,7 +223,7 @@ def test_a_precision_is_one_for_all_graphs_or_one_a_graph(text: str, graphs: dic
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        ("int3w", "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, got int3w"),
+        ("int3w", "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, int8qdq, fp8, int4qdq, nvfp4, got int3w"),
         ("vae=fp16", "or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; got 'vae'"),
         ("denoiser=", "got 'denoiser'"),
         ("denoiser=int4w,fp16", "got 'fp16'"),

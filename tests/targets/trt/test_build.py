@@ -223,7 +223,9 @@ def test_an_input_whose_value_decides_a_shape_is_refused(room: ModuleType, tiny:
     ("options", "error", "said"),
     [
         ({"sms": (87,)}, UsageError, r"does not build for sm 87 here; it builds for 75, 80, 86, 89, 120"),
-        ({"sms": (75,)}, UsageError, "builds only fp16 graphs for sm 75, this one is fp32"),
+        ({"sms": (75,)}, UsageError, "builds only fp16 and int8qdq graphs for sm 75, this one is fp32"),
+        ({"sms": (86, 89), "precision": "fp8"}, UsageError, "has no fp8 ONNX artifact of 'denoiser'; it has fp32"),
+        ({"precision": "int4w"}, UsageError, "must be one of fp32, .* got int4w; .* for TensorRT choose int4qdq"),
         ({"builder": "nvcc"}, UsageError, "--builder must be one of auto, rtx, tensorrt"),
         ({"version_compatible": True}, UsageError, "--version-compatible needs --builder tensorrt"),
         ({"spans": {"latents": Span(4, 128)}}, BudgetError, "latents 128 is not available: this model offers 4-64"),
