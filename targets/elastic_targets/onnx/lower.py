@@ -104,6 +104,11 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
             f"--precision {precision} needs --opset {DEFAULT_OPSET}, got {options.opset}, whose operators take no {precision} weights; "
             f"it has those of {fewer}"
         )
+    if precision in qdq.FORMS and _apart(graph, options):
+        raise UsageError(
+            f"--precision {precision} is held as TensorRT reads it, which takes a model in one file: leave --conditions-apart out, or choose "
+            f"one of {', '.join((*_TYPES, *SCHEMES))}"
+        )
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:

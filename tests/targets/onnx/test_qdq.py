@@ -214,6 +214,8 @@ def test_times_go_all_along_the_schedule_and_samples_from_noise_to_levels() -> N
         spreads = [float(np.std(sample, axis=(1, 2)).mean()) for each in given for sample in each["sample"]]
         assert min(spreads) == 0, "plain levels"
         assert max(spreads) > 0.9, "plain noise"
+    text = GraphCapture(**{**graph.__dict__, "feeds": lambda budget, size: {"input_ids": np.zeros((size, 4), np.int64)}})
+    assert len(list(calibrate._feeds(text, Budget()))) == 1, "nothing of it changes"
 
 
 def test_what_was_rounded_is_held_to_float16_s_own_tolerance_before(rounded: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +237,7 @@ def test_what_was_rounded_is_held_to_float16_s_own_tolerance_before(rounded: Bun
     [
         ({"precision": "int4qdq", "opset": 20}, "--precision int4qdq needs --opset 23, got 20, .* it has those of int8qdq, fp8"),
         ({"precision": "nvfp4", "opset": 20}, "--precision nvfp4 needs --opset 23, got 20"),
+        ({"precision": "fp8", "conditions_apart": True}, "takes a model in one file: leave --conditions-apart out, or choose one of fp32"),
         ({"precision": "fp4"}, re.escape("must be one of fp32, fp16, bf16, int8, int8w, int4w, int8qdq, fp8, int4qdq, nvfp4, got fp4")),
     ],
 )
