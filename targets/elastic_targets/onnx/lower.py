@@ -106,8 +106,8 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
         )
     if precision in qdq.FORMS and _apart(graph, options):
         raise UsageError(
-            f"--precision {precision} is held as TensorRT reads it, which takes a model in one file: leave --conditions-apart out, or choose "
-            f"one of {', '.join((*_TYPES, *SCHEMES))}"
+            f"--precision {precision} is held as TensorRT reads it, which takes a model in one file: leave --conditions-apart out, or "
+            f"choose one of {', '.join((*_TYPES, *SCHEMES))}"
         )
 
 
