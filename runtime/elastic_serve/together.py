@@ -34,6 +34,9 @@ class Shared(Session):
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return self.session._run(feeds)
 
+    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        return super().several(runs) if isinstance(getcurrent(), _Coroutine) else self.session.several(runs)
+
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:
         self.session.foresee(times)
 

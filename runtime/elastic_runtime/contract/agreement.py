@@ -66,6 +66,8 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         yield f"`axes` offer more than {MOST_BUDGETS} budgets, or one above {MOST_SIZE}"
     for name, graph in manifest.graphs.items():
         yield from (f"graph {name!r}: {why}" for why in _graph(graph))
+        if name != "denoiser" and any(isinstance(each, OnnxArtifact) and each.conditions for each in graph.artifacts):
+            yield f"graph {name!r}: it has conditions apart, and is no denoiser"
     if denoiser := manifest.graphs.get("denoiser"):
         yield from (f"graph 'denoiser': {why}" for why in _denoiser(denoiser, model, manifest.axes))
     if decoder := manifest.graphs.get("decoder"):
@@ -133,7 +135,7 @@ def _conditions(graph: Graph, artifact: Artifact) -> Iterator[str]:
     if apart is None:
         return
     names = set(graph.batched)
-    if artifact.path == apart.path or apart.path not in {file.path for file in artifact.files}:
+    if artifact.path.startswith(apart.path) or apart.path not in {file.path for file in artifact.files}:
         yield f"{artifact.path} has its conditions in {apart.path}, which is no other one of its files"
     if not apart.inputs or not set(apart.gone) <= set(apart.inputs) <= names:
         yield f"{apart.path} takes {', '.join(apart.inputs) or 'nothing'}, of which {', '.join(apart.gone)} are gone, not of the graph's"

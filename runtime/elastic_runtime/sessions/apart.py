@@ -1,6 +1,7 @@
 """A denoiser in two files: what depends on a sample's conditions alone is run once for all steps of a picture, the rest at each."""
 
 import copy
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Apart, Graph, OnnxArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.errors import InferenceError
+from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.sessions.session import Arrays, Session
 
 TIME = "timestep"
@@ -20,12 +21,13 @@ TIME = "timestep"
 ROWS = 8
 KEPT = 256_000_000  # bytes of rows, beyond what one run needs
 LARGE = 256_000_000  # bytes of a file that is closed again when a picture's rows are there
+COURSES = 16  # of pictures under way, whose times are remembered
 
 
 def rest(graph: Graph, apart: Apart) -> Graph:
     """What an artifact's own file takes and gives."""
     left = tuple(spec for spec in graph.inputs if spec.name not in apart.gone)
-    return msgspec.structs.replace(graph, inputs=(*left, *apart.outputs), artifacts=())
+    return msgspec.structs.replace(graph, inputs=(*left, *apart.outputs))
 
 
 def conditions(graph: Graph, apart: Apart) -> Graph:
@@ -35,33 +37,34 @@ def conditions(graph: Graph, apart: Apart) -> Graph:
     return Graph(inputs=inputs, outputs=apart.outputs, dimensions={"B": batch}, artifacts=())
 
 
-def halves(artifact: OnnxArtifact, apart: Apart) -> tuple[OnnxArtifact, OnnxArtifact]:
-    """The artifact without the file of its own, and that alone, each with the files that hold its weights."""
-    own = tuple(file for file in artifact.files if file.path.startswith(apart.path))
-    others = tuple(file for file in artifact.files if file not in own)
-    return tuple(msgspec.structs.replace(artifact, files=files, conditions=None) for files in (others, own))  # type: ignore[return-value]
-
-
 class ApartSession(Session):
     """Two sessions as one. Any thread may run it.
 
     Rows of conditions are kept, as many as `KEPT` bytes hold, so that steps at times that were foreseen, and pictures of the same class at
-    the same times, compute none. `open_conditions` opens the file of its own when rows are missing; where it is `large`, it is closed
-    again when those of a picture are there.
+    the same times, compute none. `conditions` is the session of the file of its own; without one, as where it is large, `open_conditions`
+    opens it when rows are missing, and it is closed again when those of a picture are there.
     """
 
-    def __init__(self, graph: Graph, apart: Apart, rest: Session, open_conditions: Callable[[], Session], large: bool = False):
+    def __init__(
+        self, graph: Graph, apart: Apart, rest: Session, open_conditions: Callable[[], Session], conditions: Session | None = None
+    ):
         super().__init__(graph, rest.batch, rest.budgets)
-        self._apart, self._rest, self._open, self._large = apart, rest, open_conditions, large
+        self._apart, self._rest, self._open = apart, rest, open_conditions
         self.where, self.processor = rest.where, rest.processor
-        self._conditions: Session | None = None
+        self._conditions, self._stays = conditions, conditions is not None
+        self._row = 4 * sum(int(spec.shape[1]) for spec in apart.outputs)  # bytes
         self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()
-        self._times: np.ndarray = np.empty(0, np.float32)
-        self._lock = threading.Lock()
+        self._courses: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._lock, self._process = threading.Lock(), os.getpid()
         self._closed = False
 
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:
-        self._times = np.unique(np.asarray(times, np.float32))
+        course = np.array(list(dict.fromkeys(np.asarray(times, np.float32).tolist())), np.float32)  # in their order
+        with self._lock:
+            self._courses[course.tobytes()] = course
+            self._courses.move_to_end(course.tobytes())
+            while len(self._courses) > COURSES:
+                self._courses.popitem(last=False)
 
     def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         for feeds in runs:
@@ -82,68 +85,115 @@ class ApartSession(Session):
         with self._lock:
             if self._closed:
                 raise InferenceError("this session is closed")
-            if missing := [row for row, key in enumerate(keys) if key not in self._kept]:
-                self._compute({name: array[missing] for name, array in given.items()})
-            rows = [self._kept[key] for key in keys]
             for key in keys:
-                self._kept.move_to_end(key)
-            most = max(KEPT // sum(array.nbytes for array in rows[0].values()), len(keys), len(self._times))
-            while len(self._kept) > most:
-                self._kept.popitem(last=False)
+                if key in self._kept:  # and needed now: others go first
+                    self._kept.move_to_end(key)
+            first = {key: row for row, key in reversed(list(enumerate(keys))) if key not in self._kept}
+            if first:
+                self._compute({name: array[list(first.values())] for name, array in given.items()}, set(keys))
+            rows = [self._kept[key] for key in keys]
+            self._let_go(max(KEPT // self._row, len(first)), set())
         return {spec.name: np.stack([row[spec.name] for row in rows]) for spec in self._apart.outputs}
 
-    def _compute(self, given: dict[str, np.ndarray]) -> None:
-        """Keep the rows of `given` conditions, and of the same ones at the other times that were foreseen."""
-        wanted = self._spread(given)
-        distinct = {key: row for row, key in enumerate(_keys(wanted)) if key not in self._kept}
-        places = list(distinct.values())
+    def _compute(self, given: dict[str, np.ndarray], needed: set[bytes]) -> None:
+        """Keep the rows of `given` conditions, and of the same ones at the next times that were foreseen, as many as fit beside those that
+        are `needed` now."""
+        count = len(next(iter(given.values())))
+        wanted, whole = self._spread(given, count)
+        keys = _keys(wanted)
+        places = [place for place, key in enumerate(keys) if key not in self._kept]
+        self._let_go(max(KEPT // self._row - len(places), 0), needed | set(keys))
         if self._conditions is None:
-            self._conditions = self._open()
+            self._conditions = self._opened()
         size = min(self._conditions.batch.max, ROWS)
         for first in range(0, len(places), size):
             part = places[first : first + size]
             filled = part + part[-1:] * (size - len(part))
             outputs = self._conditions.run({name: array[filled] for name, array in wanted.items()})
             for row, place in enumerate(part):
-                key = _keys({name: array[[place]] for name, array in wanted.items()})[0]
-                self._kept[key] = {name: array[row].copy() for name, array in outputs.items()}
-        if self._large and len(places) > len(given[next(iter(given))]):  # more than this run's were foreseen: none is missing soon
+                self._kept[keys[place]] = {name: array[row].copy() for name, array in outputs.items()}
+        if not self._stays and whole:  # no row of these pictures will be missing
             self._conditions.close()
             self._conditions = None
 
-    def _spread(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The rows `given` and, where they are at times that were foreseen, each of them at all of those."""
-        if TIME not in given or not np.isin(given[TIME], self._times).all():
-            return given
-        count, times = len(given[TIME]), len(self._times)
-        wide = {name: np.repeat(array, times, axis=0) for name, array in given.items()}
-        return {name: np.concatenate([given[name], array]) for name, array in (wide | {TIME: np.tile(self._times, count)}).items()}
+    def _opened(self) -> Session:
+        try:
+            return self._open()
+        except BundleError as error:  # it was whole when the session was opened
+            raise InferenceError(f"the denoiser's conditions cannot be opened any more: {error}") from error
+
+    def _let_go(self, most: int, spare: set[bytes]) -> None:
+        """Of the rows that are kept let the oldest go, until there are `most` beside those to `spare`."""
+        old = [key for key in self._kept if key not in spare]
+        for key in old[: max(len(old) - most, 0)]:
+            del self._kept[key]
+
+    def _spread(self, given: dict[str, np.ndarray], count: int) -> tuple[dict[str, np.ndarray], bool]:
+        """The rows `given` and, where all are at times of one course, each of them at those that follow, as many as are kept; and whether
+        these are all that do."""
+        times = given.get(TIME, np.empty(0, np.float32))
+        course = next((each for each in reversed(self._courses.values()) if len(times) and np.isin(times, each).all()), None)
+        if course is None:
+            return given, False
+        onward = course[min(int(np.flatnonzero(course == time)[0]) for time in times) :]
+        fitting = onward[: max(KEPT // self._row // count, 1)]
+        wide = {name: np.repeat(array, len(fitting), axis=0) for name, array in given.items()}
+        wide[TIME] = np.tile(fitting, count)
+        together = {name: np.concatenate([given[name], array]) for name, array in wide.items()}
+        _, unique = np.unique(np.array(_keys(together), dtype=object), return_index=True)
+        return {name: array[np.sort(unique)] for name, array in together.items()}, len(fitting) == len(onward)
 
     def close(self) -> None:
-        with self._lock:
+        try:
+            if os.getpid() == self._process:  # in a process that was forked the lock may stay held for ever
+                self._lock.acquire()
             self._closed = True
             self._kept.clear()
             if self._conditions:
                 self._conditions.close()
-        self._rest.close()
+        finally:
+            if os.getpid() == self._process:
+                self._lock.release()
+            self._rest.close()
 
 
 def opened(
     bundle: Bundle, graph: Graph, artifact: OnnxArtifact, open_half: Callable[..., Session], options: Mapping[str, object]
 ) -> ApartSession:
-    """An artifact in two files, each opened by `open_half(bundle, graph, artifact, **options)`."""
+    """An artifact in two files, each opened by `open_half(bundle, graph, artifact, **options)`.
+
+    Raises: what that does, for either file.
+    """
     apart = artifact.conditions
     assert apart is not None
     mine, own = halves(artifact, apart)
-    part = copy.copy(bundle)  # to a backend the rest is the denoiser
     inner = rest(graph, apart)
+    part = copy.copy(bundle)  # to a backend the rest is the denoiser
     part.manifest = msgspec.structs.replace(bundle.manifest, graphs=bundle.manifest.graphs | {"denoiser": inner})
+    # Its eight rows share a run in every way of drawing.
+    alone = {name: value for name, value in options.items() if name != "lanes"}
 
     def open_conditions() -> Session:
-        return open_half(bundle, conditions(graph, apart), own, **options)
+        return open_half(bundle, conditions(graph, apart), own, **alone)
 
-    return ApartSession(
-        graph, apart, open_half(part, inner, mine, **options), open_conditions, sum(file.bytes for file in own.files) >= LARGE
+    first = open_conditions()  # also where it is large: what is damaged is told now
+    try:
+        if large := sum(file.bytes for file in own.files) >= LARGE:
+            first.close()
+        return ApartSession(graph, apart, open_half(part, inner, mine, **options), open_conditions, None if large else first)
+    except BaseException:
+        first.close()
+        raise
+
+
+def halves(artifact: OnnxArtifact, apart: Apart) -> tuple[OnnxArtifact, OnnxArtifact]:
+    """The artifact without the file of its own, and that alone, each with the files that hold its weights."""
+    own = [file for file in artifact.files if file.path == apart.path or file.path.startswith(f"{apart.path}.data")]
+    own.sort(key=lambda file: file.path != apart.path)
+    others = tuple(file for file in artifact.files if file not in own)
+    return (
+        msgspec.structs.replace(artifact, files=others, conditions=None),
+        msgspec.structs.replace(artifact, files=tuple(own), conditions=None),
     )
 
 

@@ -7,6 +7,7 @@ run: a picture is the same alone and in any batch.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -24,6 +25,7 @@ from elastic_runtime.sessions.session import Arrays, Session, joined
 Run = Callable[[Arrays], dict[str, np.ndarray]]
 ROUNDS = 3
 WORTH = 0.95  # of the time of a single run: less is a matter of the clock
+TRIALS = 256  # of sizes that are remembered
 SMALL = 256_000_000  # bytes of an artifact whose weights may be held twice
 ROWS = 2  # of the batch that is measured: a picture's two branches
 
@@ -62,10 +64,12 @@ class Lanes:
         self._trials: dict[Hashable, Trial] = {}
 
     def several(self, runs: Sequence[Arrays], clock: Callable[[], float] = time.perf_counter) -> list[dict[str, np.ndarray]]:
-        """The outputs of runs of any sizes, one after the other or side by side: what was faster of late for these sizes."""
-        if len(runs) < 2:
+        """The outputs of runs of any sizes, one after the other or side by side: what was faster for these sizes when both were tried."""
+        if len(runs) < 2 or self._count < 2:
             return [self.run(feeds) for feeds in runs]
         sizes = tuple(tuple(array.shape for array in feeds.values()) for feeds in runs)
+        if len(self._trials) >= TRIALS:
+            self._trials.clear()
         trial = self._trials.setdefault(sizes, Trial())
         beside, begun = trial.beside, clock()
         outputs = self._beside(runs) if beside else [self.run(feeds) for feeds in runs]
@@ -106,18 +110,32 @@ class Lanes:
         return joined(self._beside([self._rows(feeds, slice(int(low), int(high))) for low, high in pairwise(edges)]))
 
     def _beside(self, shares: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-        """The outputs of each share, the first of them run by this thread."""
+        """The outputs of each share; this thread and those of the pool take them in turn."""
+        left, outputs = deque(enumerate(shares)), dict[int, dict[str, np.ndarray]]()
+
+        def work() -> None:
+            while left:
+                try:
+                    place, share = left.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                outputs[place] = self._share(share)
+
         try:
-            others = [self._pool.submit(self._share, share) for share in shares[1:]]
+            others = [self._pool.submit(work) for _ in range(min(self._count, len(shares)) - 1)]
         except RuntimeError as error:  # the pool was shut down by another thread
-            raise InferenceError("this session is closed") from error
+            left.clear()
+            raise InferenceError(f"no thread for a lane, or this session is closed: {error}") from error
         try:
-            first = self._share(shares[0])
+            work()
+        except BaseException:
+            left.clear()
+            raise
         finally:
             rest = [other.exception() for other in others]  # nothing is left running where one fails
         if failure := next((error for error in rest if error), None):
             raise failure
-        return [first, *(other.result() for other in others)]
+        return [outputs[place] for place in range(len(shares))]
 
     def _share(self, feeds: Arrays) -> dict[str, np.ndarray]:
         size = len(feeds[self._batched[0]])
@@ -140,16 +158,18 @@ def beside(session: Session, lanes: Lanes, runs: Sequence[Arrays]) -> list[dict[
 
 
 def wanted(bundle: Bundle, graph: Graph, artifact: Artifact, cores: int, asked: int | None) -> int:
-    """How many rows may run side by side: what was `asked` for, else one a core of a small denoiser, whose ways are to be measured.
+    """How many rows of a denoiser may run side by side on so many cores: what was `asked` for, else one a core of a small one, whose ways
+    are to be measured.
 
     Raises: UsageError for lanes that are no whole number from 1.
     """
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+        raise UsageError(f"lanes is a whole number from 1, got {asked!r}")
+    if cores < 2 or graph is not bundle.manifest.graphs.get("denoiser") or not splits(graph):
+        return 1
     if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-            raise UsageError(f"lanes is a whole number from 1, got {asked!r}")
-        return min(asked, graph.batch.max) if splits(graph) else 1
-    denoiser = graph is bundle.manifest.graphs.get("denoiser")
-    return cores if denoiser and sum(file.bytes for file in artifact.files) < SMALL and splits(graph) else 1
+        return min(asked, graph.batch.max)
+    return cores if sum(file.bytes for file in artifact.files) < SMALL else 1
 
 
 def splits(graph: Graph) -> bool:

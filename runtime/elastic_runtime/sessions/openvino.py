@@ -123,7 +123,7 @@ class OpenvinoSession(Session):
         self._process = os.getpid()
         self.processor = PROCESSORS[kind]
         self.where = f"openvino {openvino.__version__.split('-')[0]} {device} {hint}"
-        if kind == "CPU" and count > 1 and cores > 1:
+        if kind == "CPU" and count > 1:
             streams = min(count, cores)
             whole, lane = self._models = *self._models, compiled(NUM_STREAMS=streams, INFERENCE_NUM_THREADS=streams)
             self._lanes = Lanes(graph, whole.run, lane.run, streams)

@@ -158,7 +158,7 @@ class OrtSession(Session):
         if provider != CPU or not splits(graph) or (count == 1 and not alone):
             return
         lane = self._session
-        if count > 1 and cores > 1:
+        if count > 1:
             settings.intra_op_num_threads = 1
             lane = _open(onnxruntime, path, settings, [(CPU, {})], asked=True)
         self._lanes = Lanes(graph, partial(self._infer, self._session), partial(self._infer, lane), count, alone)

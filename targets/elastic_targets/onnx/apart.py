@@ -28,19 +28,24 @@ def split(model: ir.Model, inputs: Sequence[TensorSpec], path: str) -> tuple[ir.
     graph, names = model.graph, [spec.name for spec in inputs]
     given = {str(value.name): value for value in graph.inputs}
     own = _own(graph, [given[name] for name in CONDITIONS if name in given])
-    cut = [value for node in own for value in node.outputs if any(use.node not in own for use in value.uses()) or value.is_graph_output()]
+    cut = [value for node in own for value in node.outputs if any(use.node not in own for use in value.uses())]
     if not cut:
         raise UsageError("this model has no weights for its conditions alone: leave --conditions-apart out")
+    if given_too := [value.name for node in own for value in node.outputs if value.is_graph_output()]:
+        raise UsageError(f"this model gives {given_too[0]} of its conditions alone, which two files cannot: leave --conditions-apart out")
     sizes = [math.prod(_sizes(value)) for value in cut]
     inside = {id(node) for node in own}
     taking = [name for name in names if any(id(use.node) in inside for use in given[name].uses())]
     gone = [name for name in taking if all(id(use.node) in inside for use in given[name].uses())]
-    spec = TensorSpec(name=MODULATION, dtype="float32", shape=("B", sum(sizes)))
+    name, taken_names = MODULATION, ir.convenience.create_value_mapping(graph)
+    while name in taken_names:
+        name += "_"
+    spec = TensorSpec(name=name, dtype="float32", shape=("B", sum(sizes)))
 
-    whole = _joined(graph, cut, sizes)
+    whole = _joined(graph, cut, sizes, name)
     conditions = ir.convenience.extract(graph, [given[name] for name in taking], [whole])
     whole.name = None  # the clone has it, and the rest's input is called so
-    back = _parted(graph, cut, sizes, inside)
+    back = _parted(graph, cut, sizes, inside, name)
     left = [given[name] for name in names if name not in gone]
     remaining = ir.convenience.extract(graph, [*left, back], list(graph.outputs))
     made = [ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name) for part in (remaining, conditions)]
@@ -65,31 +70,31 @@ def _own(graph: ir.Graph, conditions: Iterable[ir.Value]) -> list[ir.Node]:
 
 
 def _sizes(value: ir.Value) -> list[int]:
-    """The sizes of a sample's part of what is cut: N of (B, N)."""
+    """The sizes of a sample's part of what is cut: N of (B, N), none of (B,)."""
     sizes = list(value.shape or ())[1:]
     known = [size for size in sizes if isinstance(size, int)]
-    if not known or len(known) < len(sizes):
+    if not value.shape or len(known) < len(sizes):
         raise RuntimeError(f"{value.name} depends on conditions alone and has shape {value.shape}, where a row for each sample belongs")
     return known
 
 
-def _joined(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int]) -> ir.Value:
+def _joined(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int], name: str) -> ir.Value:
     """All that is cut as one value (B, M), float32."""
     flat = []
     for value, size in zip(cut, sizes, strict=True):
         wide = _added(graph, "Cast", [value], {"to": int(ir.DataType.FLOAT)}) if value.dtype != ir.DataType.FLOAT else value
         flat.append(wide if len(value.shape or ()) == 2 else _added(graph, "Reshape", [wide, _constant(graph, [-1, size])]))
     whole = _added(graph, "Concat", flat, {"axis": 1})
-    whole.name, whole.type = MODULATION, ir.TensorType(ir.DataType.FLOAT)
+    whole.name, whole.type = name, ir.TensorType(ir.DataType.FLOAT)
     first = (cut[0].shape or ir.Shape(["B"]))[0]
     whole.shape = ir.Shape([first, sum(sizes)])
     return whole
 
 
-def _parted(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int], inside: set[int]) -> ir.Value:
+def _parted(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int], inside: set[int], name: str) -> ir.Value:
     """An input (B, M) whose parts take the places of what was cut, outside of what was computed of conditions."""
     first = (cut[0].shape or ir.Shape(["B"]))[0]
-    value = ir.Value(name=MODULATION, shape=ir.Shape([first, sum(sizes)]), type=ir.TensorType(ir.DataType.FLOAT))
+    value = ir.Value(name=name, shape=ir.Shape([first, sum(sizes)]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(value)
     start = next(iter(graph))
     parts = [value]
@@ -98,7 +103,7 @@ def _parted(graph: ir.Graph, cut: Sequence[ir.Value], sizes: Sequence[int], insi
         graph.insert_before(start, node)
         parts = list(node.outputs)
     for old, new in zip(cut, parts, strict=True):
-        if len(dimensions := _sizes(old)) > 1:
+        if len(dimensions := _sizes(old)) != 1:
             new = _added(graph, "Reshape", [new, _constant(graph, [-1, *dimensions])], before=start)
         if old.dtype != ir.DataType.FLOAT:
             new = _added(graph, "Cast", [new], {"to": int(old.dtype or ir.DataType.FLOAT)}, before=start)

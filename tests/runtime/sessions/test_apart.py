@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from elastic_runtime.contract.artifacts import Apart, Graph, TensorSpec
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.errors import InferenceError
+from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.apart import ROWS, ApartSession, conditions, rest
 from elastic_runtime.sessions.fake import FakeSession
@@ -52,8 +52,9 @@ class Two:
     def __init__(self, batch: Span = Span(1, 64), large: bool = False):  # noqa: B008
         whole = graph(batch)
         self.opened: list[FakeSession] = []
+        self.whole = whole
         self.rest = FakeSession(rest(whole, APART), self._rest)
-        self.session = ApartSession(whole, APART, self.rest, self._open, large)
+        self.session = ApartSession(whole, APART, self.rest, self._open, None if large else self._open())
 
     @property
     def runs(self) -> int:
@@ -66,7 +67,7 @@ class Two:
         def rows(given: Any) -> dict[str, np.ndarray]:
             return {"modulation": np.stack([given["timestep"], given["class_labels"].astype(np.float32)], axis=1)}
 
-        self.opened.append(FakeSession(conditions(self.session.graph, APART), rows))
+        self.opened.append(FakeSession(conditions(self.whole, APART), rows))
         return self.opened[-1]
 
     def ask(self, times: Sequence[float], labels: Sequence[int]) -> None:
@@ -134,6 +135,63 @@ def test_a_large_file_is_closed_when_a_picture_s_rows_are_there() -> None:
     two.ask([0.3], [2])  # who draws so asks again soon
     two.ask([0.2], [2])
     assert [each.closed for each in two.opened] == [True, True, False]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_picture_whose_rows_are_too_many_computes_each_once(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never holds more than are to be kept."""
+    monkeypatch.setattr(apart, "KEPT", 8 * 100)  # a hundred rows of two values
+    two, times = Two(large=large), np.linspace(1, 0.02, 50).tolist()
+    two.session.foresee(times)
+    most = 0
+    for time in times:
+        two.ask([time] * 8, range(8))
+        most = max(most, len(two.session._kept))
+    assert most <= 100
+    assert two.runs * ROWS <= 1.1 * 8 * 50
+    assert len(two.opened) <= 1
+    assert [each.closed for each in two.opened] == [large]
+
+
+def test_pictures_that_take_turns_each_have_their_times() -> None:
+    """As a server's do: the one's schedule does not make the other forget its own."""
+    two, courses = Two(large=True), [np.linspace(1, 0.05, steps).astype(np.float32).tolist() for steps in (20, 30)]
+    for course in courses:
+        two.session.foresee(course)
+    for index in range(30):
+        for label, course in enumerate(courses):
+            if index < len(course):
+                two.ask([course[index]], [label])
+    assert all(each.closed for each in two.opened)
+    assert two.runs <= 2 * -(-30 // ROWS) + -(-20 // ROWS), "only at the first time, which both have, may the other's be taken for its own"
+
+
+def test_what_was_foreseen_meanwhile_disturbs_no_run() -> None:
+    two, done = Two(), threading.Event()
+
+    def foresees() -> None:
+        while not done.is_set():
+            for count in (3, 401):
+                two.session.foresee(np.linspace(1, 0, count))
+
+    other = threading.Thread(target=foresees)
+    other.start()
+    try:
+        for index in range(200):
+            two.ask([1.0], [index])
+    finally:
+        done.set()
+        other.join()
+
+
+def test_a_file_that_is_gone_meanwhile_is_an_inference_error() -> None:
+    def gone() -> FakeSession:
+        raise BundleError("it was replaced")
+
+    two = Two(large=True)
+    two.session._open = gone  # type: ignore[method-assign]
+    with pytest.raises(InferenceError, match="the denoiser's conditions cannot be opened any more: it was replaced"):
+        two.ask([0.5], [1])
 
 
 def test_threads_get_their_own_answers_and_a_closed_session_says_so() -> None:

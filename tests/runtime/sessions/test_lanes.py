@@ -35,6 +35,24 @@ def feeds(rows: int) -> dict[str, np.ndarray]:
     return {"sample": np.arange(3 * rows, dtype=np.float32).reshape(rows, 3), "latent_ids": np.arange(2)}
 
 
+class Clock:
+    """Runs of the main thread make time pass; those in lanes wait for each other, so that each lane has one."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._both = threading.Barrier(2)
+
+    def run(self, seconds: float, lane: bool = False) -> Callable[[Any], dict[str, np.ndarray]]:
+        def run(arrays: Any) -> dict[str, np.ndarray]:
+            if lane:
+                self._both.wait(10)
+            if threading.current_thread() is threading.main_thread():
+                self.now += seconds
+            return {"prediction": arrays["sample"]}
+
+        return run
+
+
 class Runs:
     """A model that doubles, and the batches that it was asked for, by the thread that asked."""
 
@@ -64,18 +82,9 @@ def test_rows_come_back_in_their_order_whatever_the_way(rows: int, count: int, a
 
 @pytest.mark.parametrize(("alone_seconds", "beside_seconds", "beside"), [(1.0, 0.5, True), (1.0, 0.99, False), (0.5, 1.0, False)])
 def test_the_faster_way_is_taken(alone_seconds: float, beside_seconds: float, beside: bool) -> None:
-    now = [0.0]
-
-    def timed(seconds: float) -> Callable[[Any], dict[str, np.ndarray]]:
-        def run(arrays: Any) -> dict[str, np.ndarray]:
-            if threading.current_thread() is threading.main_thread():
-                now[0] += seconds
-            return {"prediction": arrays["sample"]}
-
-        return run
-
-    lanes = Lanes(graph(), timed(alone_seconds), timed(beside_seconds), 2)
-    lanes.measure(feeds(2), lambda: now[0])
+    clock = Clock()
+    lanes = Lanes(graph(), clock.run(alone_seconds), clock.run(beside_seconds, lane=True), 2)
+    lanes.measure(feeds(2), lambda: clock.now)
     assert lanes.beside is beside
     lanes.close()
 
@@ -91,24 +100,42 @@ def test_runs_of_several_sizes_come_back_in_their_order(sizes: list[int], count:
 
 @pytest.mark.parametrize(("side_by_side", "beside"), [(0.5, True), (0.99, False), (2.0, False)])
 def test_branches_of_two_sizes_go_the_way_that_was_faster(side_by_side: float, beside: bool) -> None:
-    now, main = [0.0], threading.main_thread()
-
-    def timed(seconds: float) -> Callable[[Any], dict[str, np.ndarray]]:
-        def run(arrays: Any) -> dict[str, np.ndarray]:
-            if threading.current_thread() is main:
-                now[0] += seconds
-            return {"prediction": arrays["sample"]}
-
-        return run
-
-    whole, lane = timed(0.5), timed(side_by_side)  # two runs, of which the second lane's costs the main thread nothing
-    lanes, ways = Lanes(graph(), whole, lane, 2), []
+    clock = Clock()
+    lanes, ways = Lanes(graph(), clock.run(0.5), clock.run(side_by_side, lane=True), 2), []
     for _ in range(20):
-        begun = now[0]
-        lanes.several([feeds(1), feeds(2)], lambda: now[0])
-        ways.append(now[0] - begun)
+        begun = clock.now
+        lanes.several([feeds(1), feeds(2)], lambda: clock.now)
+        ways.append(clock.now - begun)
     assert ways[:8] == pytest.approx([1.0] * 4 + [side_by_side] * 4)
     assert ways[8:] == pytest.approx([side_by_side if beside else 1.0] * 12)
+    lanes.close()
+
+
+def test_one_lane_runs_nothing_side_by_side() -> None:
+    """As in int8, where rows are alone: what was turned off stays off, whatever the sizes."""
+    whole, lane = Runs(), Runs()
+    lanes = Lanes(graph(), whole, lane, 1, alone=True)
+    for _ in range(10):
+        lanes.several([feeds(1), feeds(2)])
+    assert not lane.rows
+    assert {name for name, _ in whole.rows} == {threading.current_thread().name}
+    lanes.close()
+
+
+def test_a_lane_that_is_done_takes_what_is_left() -> None:
+    """Eight runs in two lanes, of which one is slow."""
+    slow = threading.Event()
+
+    def run(arrays: Any) -> dict[str, np.ndarray]:
+        if threading.current_thread() is not threading.main_thread():
+            slow.wait(10)
+        elif len(arrays["sample"]) == 8:
+            slow.set()  # the last is the main thread's, as all but one are
+        return {"prediction": arrays["sample"]}
+
+    lanes = Lanes(graph(), Runs(), run, 2)
+    outputs = lanes._beside([feeds(rows) for rows in range(1, 9)])
+    assert [len(each["prediction"]) for each in outputs] == list(range(1, 9))
     lanes.close()
 
 

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("torch", reason="exporting needs torch")
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
-pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
+import onnx_ir as ir  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
@@ -19,6 +20,7 @@ from elastic_export.triton import models  # noqa: E402
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, UsageError  # noqa: E402
 from elastic_runtime.contract.artifacts import OnnxArtifact, TensorSpec  # noqa: E402
 from elastic_runtime.contract.bundle import encode  # noqa: E402
+from elastic_runtime.files.folder import writing  # noqa: E402
 from elastic_runtime.sessions.apart import ApartSession  # noqa: E402
 from elastic_runtime.sessions.opening import open_artifact  # noqa: E402
 from elastic_targets.onnx.apart import split  # noqa: E402
@@ -82,7 +84,12 @@ def test_a_step_is_the_same_in_one_file_and_in_two(bundle: Bundle, precision: st
 def test_a_picture_s_conditions_are_computed_before_its_second_step(bundle: Bundle, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     compute = ApartSession._compute
-    monkeypatch.setattr(ApartSession, "_compute", lambda self, given: (computed.append(len(given["timestep"])), compute(self, given))[1])
+
+    def counted(self: ApartSession, given: dict[str, np.ndarray], needed: set[bytes]) -> None:
+        computed.append(len(given["timestep"]))
+        compute(self, given, needed)
+
+    monkeypatch.setattr(ApartSession, "_compute", counted)
     manifest = bundle.manifest
     denoiser = msgspec.structs.replace(manifest.graphs["denoiser"], artifacts=artifacts(bundle, "fp32")[1:])
     only = Bundle(bundle.folder, msgspec.structs.replace(manifest, graphs={"denoiser": denoiser}))
@@ -91,10 +98,37 @@ def test_a_picture_s_conditions_are_computed_before_its_second_step(bundle: Bund
         wanted = pipe([3, 8], seeds=[5, 6], **words).images
     with ElasticPipeline.from_pretrained(only, "ort") as pipe:
         both = pipe([3, 8], seeds=[5, 6], **words).images
-        assert computed == [4]  # two pictures, two branches
+        assert computed == [3]  # two pictures' classes, and none
         alone = pipe([8], seeds=[6], **words).images
     np.testing.assert_allclose(both, wanted, atol=1e-5)
     np.testing.assert_allclose(both[1:], alone, atol=1e-6)
+
+
+def test_it_may_be_exported_again_over_itself(bundle: Bundle, digits: Path, tmp_path: Path) -> None:
+    """Its files get other names, since theirs are taken, and so does what the artifact says of them."""
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "b"))
+    with writing(folder) as draft:
+        assert draft.old
+        denoiser, apart = draft.old.manifest.graphs["denoiser"], artifacts(draft.old, "fp32")[1]
+        for file in apart.files:
+            (draft.stage / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / file.path, draft.stage / file.path)
+        made = draft.commit(msgspec.structs.replace(draft.old.manifest, graphs={"denoiser": denoiser}))
+    again = artifacts(made, "fp32")[1]
+    assert again.conditions
+    assert again.path != apart.path
+    assert again.conditions.path in [file.path for file in again.files]
+    open_artifact(made, "denoiser", again).close()
+
+
+def test_a_damaged_file_is_told_when_it_is_opened(bundle: Bundle, tmp_path: Path) -> None:
+    apart = artifacts(bundle, "fp32")[1]
+    assert apart.conditions
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "b"))
+    file = folder / apart.conditions.path
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(BundleError, match="cannot open"):
+        open_artifact(Bundle.open(folder), "denoiser", apart)
 
 
 def test_what_takes_one_file_takes_the_other_artifact(bundle: Bundle) -> None:
@@ -136,12 +170,10 @@ def test_a_manifest_that_does_not_agree_is_refused(bundle: Bundle, changes: dict
         encode(msgspec.structs.replace(bundle.manifest, graphs={"denoiser": denoiser}))
 
 
-def graph_of(*nodes: Any, **constants: np.ndarray) -> Any:
+def graph_of(*nodes: Any, **constants: Any) -> Any:
     """A model of a sample (B, 4), its time and what the nodes give as `prediction`."""
-    import onnx_ir as ir
-
     values = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in (("sample", ["B", 4]), ("timestep", ["B"]))]
-    held = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    held = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     graph = onnx.helper.make_graph(nodes, "g", values, [onnx.helper.make_tensor_value_info("prediction", 1, ["B", 4])], held)
     return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10))
 
@@ -156,6 +188,31 @@ def test_a_model_without_weights_for_its_conditions_is_refused() -> None:
     ]
     with pytest.raises(UsageError, match="has no weights for its conditions alone: leave --conditions-apart out"):
         split(graph_of(*nodes, one=np.array([1])), INPUTS, "onnx/c.onnx")
+
+
+def test_a_row_of_one_value_is_cut_too_and_a_name_that_is_taken_is_not_taken_again() -> None:
+    nodes = [
+        onnx.helper.make_node("Mul", ["timestep", "thousand"], ["modulation"]),
+        onnx.helper.make_node("Unsqueeze", ["modulation", "one"], ["column"]),
+        onnx.helper.make_node("MatMul", ["column", "weights"], ["shift"]),
+        onnx.helper.make_node("Unsqueeze", ["modulation", "one"], ["factor"]),
+        onnx.helper.make_node("Mul", ["sample", "factor"], ["scaled"]),
+        onnx.helper.make_node("Add", ["scaled", "shift"], ["prediction"]),
+    ]
+    constants = {"one": np.array([1]), "weights": np.ones((1, 4), np.float32), "thousand": np.float32(1000)}
+    model = graph_of(*nodes, **constants)
+    shapes = {"modulation": ["B"], "column": ["B", 1], "factor": ["B", 1]}
+    for value in (value for node in model.graph for value in node.outputs):
+        value.shape, value.dtype = ir.Shape(shapes.get(value.name, ["B", 4])), model.graph.inputs[0].dtype
+    rest, conditions, apart = split(model, INPUTS, "onnx/c.onnx")
+    assert apart.outputs[0].name == "modulation_"
+    feeds = {"sample": np.ones((2, 4), np.float32), "timestep": np.array([1, 2], np.float32)}
+    whole, halves = graph_of(*nodes, **constants), (ir.to_proto(each).SerializeToString() for each in (conditions, rest))
+    (wanted,) = onnxruntime.InferenceSession(ir.to_proto(whole).SerializeToString()).run(None, feeds)
+    first, second = map(onnxruntime.InferenceSession, halves)
+    (rows,) = first.run(None, {"timestep": feeds["timestep"]})
+    (found,) = second.run(None, {"sample": feeds["sample"], "modulation_": rows})
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_what_the_rest_needs_itself_stays_its_input() -> None:
