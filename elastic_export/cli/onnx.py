@@ -31,6 +31,12 @@ def onnx(
             show_default=False,
         ),
     ] = False,
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="How int8w and int4w round a denoiser's weights: nearest, or gptq, after a few runs of the model: more exact, and slower."
+        ),
+    ] = "nearest",
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
 ) -> None:
     """Export a model to ONNX with its compute axis open, prove it against torch, and write a bundle.
@@ -46,5 +52,5 @@ def onnx(
     """
     from elastic_export.cli.making import make, shown
 
-    asked = {"opset": opset, "precision": precision, "conditions_apart": conditions_apart}
+    asked = {"opset": opset, "precision": precision, "rounding": rounding, "conditions_apart": conditions_apart}
     shown(make("onnx", asked, source, output, spans, batch, how), "onnx", how)

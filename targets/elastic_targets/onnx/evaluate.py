@@ -3,7 +3,7 @@
 The nodes are run in their order, as many together as have so many bytes of weights; between the parts only activations are kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,10 @@ class PartSession(Session):
 
     def __init__(self, graph: Graph, model: ir.Model, part: int = PART):
         super().__init__(graph)
-        self._onnxruntime = library()
         self._model: ir.Model | None = model
         self._parts = list(parts(model, part))
         self._last: tuple[Any, Any] = (None, None)
-        self.where = f"onnxruntime {self._onnxruntime.__version__} CPU, in {len(self._parts)} parts"
+        self.where = f"onnxruntime {library().__version__} CPU, in {len(self._parts)} parts"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         if self._model is None:
@@ -61,17 +60,37 @@ class PartSession(Session):
     def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert self._model is not None
         key = (part.takes, tuple((values[name].dtype, values[name].shape) for name in part.takes))
-        kept, session = self._last
+        kept, opened = self._last
         if kept != key:  # that of the only part serves until the shapes change
-            self._last, session = (None, None), None
-            content = _serialized(self._model, part, values)
-            session = self._onnxruntime.InferenceSession(content, session_options(self._onnxruntime), providers=["CPUExecutionProvider"])
-            del content
-            self._last = (key, session) if len(self._parts) == 1 else (None, None)
-        return dict(zip(part.gives, session.run(list(part.gives), {name: values[name] for name in part.takes}), strict=True))
+            self._last, opened = (None, None), None
+            opened = _opened(self._model, part, values)
+            self._last = (key, opened) if len(self._parts) == 1 else (None, None)
+        return _computed(opened, part, values)
 
     def close(self) -> None:
         self._model, self._last = None, (None, None)
+
+
+def compute(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """What a part gives for the `values` that it takes, and `watched` values of its nodes or of their loops' bodies, those of every time
+    that a loop went round one after the other.
+    """
+    return _computed(_opened(model, part, values, watched), part, values)
+
+
+def _opened(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> tuple[Any, dict[str, str]]:
+    """A session of a part, for values of these shapes, and its outputs by the names of the values that they are."""
+    runtime = library()
+    made, seen = _described(model, part, values, watched)
+    content = made.SerializeToString()
+    del made
+    session = runtime.InferenceSession(content, session_options(runtime), providers=["CPUExecutionProvider"])
+    return session, {name: name for name in part.gives} | seen
+
+
+def _computed(opened: tuple[Any, dict[str, str]], part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session, asked = opened
+    return dict(zip(asked, session.run(list(asked.values()), {name: values[name] for name in part.takes}), strict=True))
 
 
 def parts(model: ir.Model, most: int) -> Iterator[Part]:
@@ -88,7 +107,7 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
         groups[-1].append(node)
         held |= new.keys()
         size += more
-    place = {id(each): number for number, group in enumerate(groups) for node in group for each in (node, *_inner(node))}
+    place = {id(each): number for number, group in enumerate(groups) for node in group for each in (node, *inner(node))}
     outputs = {id(value) for value in model.graph.outputs}
     for number, group in enumerate(groups):
         takes: dict[str, None] = {}
@@ -114,21 +133,21 @@ def bodies(node: ir.Node) -> list[ir.Graph]:
     return [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
 
 
-def _inner(node: ir.Node) -> list[ir.Node]:
+def inner(node: ir.Node) -> list[ir.Node]:
     """The nodes of a node's own graphs: of a loop's body."""
     return [each for graph in bodies(node) for each in graph.all_nodes()]
 
 
 def taken(node: ir.Node) -> Iterator[ir.Value]:
     """The values of the graph that a node takes, and those that its own graphs do."""
-    inner = _inner(node)
-    own = {id(value) for each in inner for value in each.outputs}
-    own |= {id(value) for each in inner if each.graph is not None for value in each.graph.inputs}
-    yield from (value for each in (node, *inner) for value in each.inputs if value is not None and id(value) not in own)
+    body = inner(node)
+    own = {id(value) for each in body for value in each.outputs}
+    own |= {id(value) for each in body if each.graph is not None for value in each.graph.inputs}
+    yield from (value for each in (node, *body) for value in each.inputs if value is not None and id(value) not in own)
 
 
-def _serialized(model: ir.Model, part: Part, values: Mapping[str, np.ndarray]) -> bytes:
-    """The part as a model of its own, with its weights within."""
+def _described(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str]) -> tuple[Any, dict[str, str]]:
+    """The part as a model of its own, with its weights within, and the outputs that `watched` values are to be had by."""
     import onnx
 
     made = onnx.ModelProto(ir_version=model.ir_version, graph=onnx.GraphProto(name="part"))
@@ -138,11 +157,21 @@ def _serialized(model: ir.Model, part: Part, values: Mapping[str, np.ndarray]) -
         kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
         made.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, values[name].shape))
     made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in part.gives)
+    seen: dict[str, str] = {}
+    for node, proto in zip(part.nodes, made.graph.node, strict=True):
+        seen |= {str(value.name): str(value.name) for value in node.outputs if value.name in watched}
+        within = [str(value.name) for each in inner(node) for value in each.outputs if value.name in watched]
+        for name in within:  # what a loop's body gives beyond what it carries is kept of every round
+            (body,) = (attribute.g for attribute in proto.attribute if attribute.name == "body")
+            body.output.append(onnx.ValueInfoProto(name=name))
+            proto.output.append(f"{name}.seen")
+            seen[name] = f"{name}.seen"
+    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(seen.values()) - set(part.gives)))
     for weight in part.weights:
         assert weight.const_value is not None
         tensor: Any = weight.const_value
         made.graph.initializer.append(ir.to_proto(ir.Tensor(tensor.numpy(), name=str(weight.name), dtype=tensor.dtype)))
-    return made.SerializeToString()
+    return made, seen
 
 
 def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:

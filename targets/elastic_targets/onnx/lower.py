@@ -1,6 +1,9 @@
 """Lower a captured graph to an ONNX file."""
 
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from elastic_runtime.contract.precision import CONVOLVED, ENCODER, EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import GraphCapture
-from elastic_targets.onnx import qdq
+from elastic_targets.onnx import fitting, qdq
 from elastic_targets.onnx.apart import split
 from elastic_targets.onnx.calibrate import largest
 from elastic_targets.onnx.estimate import estimate
@@ -32,6 +35,9 @@ DENOISER = "denoiser"
 DEFAULT_OPSET = 23
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = (*_TYPES, *SCHEMES, *qdq.FORMS)
+NEAREST, GPTQ = "nearest", "gptq"
+ROUNDINGS = (NEAREST, GPTQ)
+FITTED = tuple(name for name, scheme in SCHEMES.items() if not scheme.dynamic)  # that can be rounded by what they multiply
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
@@ -43,10 +49,14 @@ class OnnxOptions:
     """`precision` is that of weights and activations; inputs and outputs stay float32, reductions inside too. It is one for all graphs,
     of which a decoder and an encoder (convolutions) keep their floats where matrices are held in fewer bits, or one a graph:
     `denoiser=int4w,text=int8w,decoder=fp16`, fp32 for those that it does not name. `conditions_apart`: what a denoiser computes of time,
-    class and pooled text alone lies in a file of its own."""
+    class and pooled text alone lies in a file of its own.
+
+    `rounding` is how a denoiser's matrices come to blocks of few bits: each weight to the nearest step, or (`gptq`) so that later columns
+    make up for the errors of earlier ones, over a few runs of the model."""
 
     opset: int = DEFAULT_OPSET
     precision: str = EXACT
+    rounding: str = NEAREST
     conditions_apart: bool = False
 
     def of(self, graph: str) -> str:
@@ -96,6 +106,12 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
             f"{'an' if graph.name == ENCODER else 'a'} {graph.name} is made of convolutions, which keep their floats: its precision is one "
             f"of {floats}, got {precision}"
         )
+    if options.rounding not in ROUNDINGS:
+        raise UsageError(f"--rounding must be one of {', '.join(ROUNDINGS)}, got {options.rounding}")
+    if options.rounding != NEAREST and options.of(DENOISER) not in FITTED:
+        raise UsageError(
+            f"--rounding {options.rounding} is for a denoiser in {' or '.join(FITTED)}, and this one's precision is {options.of(DENOISER)}"
+        )
     if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
     if precision in qdq.FORMS and options.opset < qdq.FORMS[precision].opset:
@@ -115,17 +131,22 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
     """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights."""
     precision = options.of(graph.name)
     model = _floats(graph, precision, options.opset) if precision in _TYPES else _unrounded(graph, options).clone()
-    if precision in SCHEMES:
-        quantize(model, precision)
-    elif precision in qdq.FORMS:
-        qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision)))
     path, conditions = paths(graph, options)[0], None
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     files = []
-    if _apart(graph, options):
-        model, own, conditions = split(model, graph.inputs, path.replace(".rest.onnx", ".conditions.onnx"))
-        files = write(own, folder / conditions.path, on_progress)
-    files = write(model, folder / path, on_progress) + files
+    with ExitStack() as stack:
+        if precision in SCHEMES:
+            rounder = None
+            if options.rounding == GPTQ and graph.name == DENOISER:
+                spill = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=(folder / path).parent)))
+                rounder = partial(fitting.fitted, runs=fitting.feeds(graph), folder=spill, on_progress=on_progress)
+            quantize(model, precision, rounder)
+        elif precision in qdq.FORMS:
+            qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision)))
+        if _apart(graph, options):
+            model, own, conditions = split(model, graph.inputs, path.replace(".rest.onnx", ".conditions.onnx"))
+            files = write(own, folder / conditions.path, on_progress)
+        files = write(model, folder / path, on_progress) + files
     artifact = OnnxArtifact(
         precision=precision,  # type: ignore[arg-type]
         opset=options.opset,

@@ -35,6 +35,11 @@ class Matrix:
         return f"{self.value.name}.transposed" if self.transposed else str(self.value.name)
 
     @property
+    def taken(self) -> ir.Value:
+        """What is multiplied by it, (..., K)."""
+        return self.node.inputs[0]  # type: ignore[return-value]
+
+    @property
     def condition(self) -> bool:
         """Whether it multiplies one row a sample."""
         return self.node.op_type == "Gemm"

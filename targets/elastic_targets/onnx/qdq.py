@@ -66,15 +66,14 @@ def rounded(model: ir.Model, precision: str) -> list[tuple[Matrix, Form]]:
 
 def activations(model: ir.Model, precision: str) -> list[str]:
     """Names of the values that `precision` rounds by one scale each."""
-    return list(dict.fromkeys(str(matrix.node.inputs[0].name) for matrix, form in rounded(model, precision) if form.activations))  # type: ignore[union-attr]
+    return list(dict.fromkeys(str(matrix.taken.name) for matrix, form in rounded(model, precision) if form.activations))
 
 
 def insert(model: ir.Model, precision: str, largest: Mapping[str, float]) -> None:
     """Put the Q/DQ nodes of `precision` into `model`, in place; `largest` is what each of its `activations` reaches."""
     passed: dict[tuple[int, int], ir.Value] = {}
     for matrix, form in rounded(model, precision):
-        node, value = matrix.node, matrix.node.inputs[0]
-        assert value is not None
+        node, value = matrix.node, matrix.taken
         if form.activations:
             place = (id(node.graph), id(value))
             if place not in passed:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import denoiser_graph, write_bundle
-from hypothesis import given
-from hypothesis import strategies as st
+from few_bits import unpacked
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
@@ -20,41 +19,9 @@ from onnx import numpy_helper  # noqa: E402
 import elastic_export  # noqa: E402
 from elastic_runtime import Bundle, ElasticPipeline, Span, UsageError, VerificationError, open_session  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
-from elastic_targets.onnx import OnnxOptions, quantize, stream  # noqa: E402
+from elastic_targets.onnx import OnnxOptions, rounding, stream  # noqa: E402
 from elastic_targets.onnx.evaluate import evaluator  # noqa: E402
-from elastic_targets.onnx.quantize import BLOCKS, blocks, rows  # noqa: E402
-
-
-def unpacked(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The matrix (N, K) that blocks stand for, read as ONNX Runtime documents them."""
-    count, low = codes.shape[1], 2**bits - 1
-    values = np.stack([(codes >> shift) & low for shift in range(0, 8, bits)], axis=-1).reshape(codes.shape[0], count, -1)
-    points = np.stack([(zeros.reshape(len(codes), -1) >> shift) & low for shift in range(0, 8, bits)], axis=-1)
-    points = points.reshape(len(codes), -1)[:, :count, None]
-    wide = (values.astype(np.float32) - points) * scales.reshape(len(codes), count, 1)
-    return wide.reshape(len(codes), -1)[:, :columns].astype(np.float32)
-
-
-matrices = st.tuples(st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([1e-20, 1e-3, 1.0, 1e6])).map(
-    lambda each: (np.random.default_rng(each[2]).standard_normal(each[:2]) * each[3]).astype(np.float32)
-)
-
-
-@given(weights=matrices, bits=st.sampled_from([4, 8]))
-def test_a_block_is_off_by_half_a_step_at_most_and_zero_stays_zero(weights: np.ndarray, bits: int) -> None:
-    weights[:, ::7] = 0
-    codes, scales, zeros = blocks(weights, bits, BLOCKS[bits])
-    found = unpacked(codes, scales, zeros, bits, weights.shape[1])
-    steps = np.repeat(scales.reshape(len(weights), -1), BLOCKS[bits], axis=1)[:, : weights.shape[1]]
-    assert (np.abs(found - weights) <= steps * 1.001).all()  # half a step, and half of one for the zero point's own place
-    assert (found[weights == 0] == 0).all()
-
-
-@given(weights=matrices)
-def test_a_row_is_off_by_half_a_step_at_most(weights: np.ndarray) -> None:
-    codes, scales = rows(weights)
-    assert (np.abs(codes * scales[:, None] - weights) <= 0.5001 * scales[:, None]).all()
-    assert np.abs(codes.astype(int)).max() <= 127
+from elastic_targets.onnx.quantize import DOMAIN, quantize  # noqa: E402
 
 
 def exported(folder: Path, precision: str, name: str = "elit-mnist", **options: Any) -> Bundle:
@@ -90,7 +57,7 @@ def test_the_first_and_last_layers_keep_floats_and_conditions_eight_bits(bundle:
     bits = Counter(
         (node.op_type, next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 8))
         for node in model.graph.node
-        if node.domain == quantize.DOMAIN
+        if node.domain == DOMAIN
     )
     conditions = bits.pop(("MatMulNBits", 8)) if precision != "int8w" else 0
     kind = {"int8w": ("MatMulNBits", 8), "int8": ("DynamicQuantizeMatMul", 8), "int4w": ("MatMulNBits", 4)}[precision]
@@ -213,8 +180,8 @@ def test_what_was_wrong_before_it_was_rounded_is_found(tmp_path: Path, monkeypat
 
 def test_a_wrong_rounding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Low and high halves of a byte exchanged."""
-    packed = quantize._packed
-    monkeypatch.setattr(quantize, "_packed", lambda codes, bits: (lambda byte: (byte << 4) | (byte >> 4))(packed(codes, bits)))
+    packed = rounding._packed
+    monkeypatch.setattr(rounding, "_packed", lambda codes, bits: (lambda byte: (byte << 4) | (byte >> 4))(packed(codes, bits)))
     with pytest.raises(VerificationError, match=r"denoiser \(onnx/denoiser.int4w.onnx\) fails at"):
         exported(tmp_path, "int4w")
 
@@ -299,7 +266,7 @@ def test_a_product_that_is_scaled_keeps_its_floats() -> None:
     ]
     square = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     model = graph_of(*nodes, a=square, b=square, c=square[0])
-    quantize.quantize(model, "int8w")
+    quantize(model, "int8w")
     assert [node.op_type for node in model.graph] == ["MatMul", "Relu", "Gemm", "Relu"]
 
 
@@ -320,7 +287,7 @@ def test_a_table_that_is_multiplied_by_too_is_rounded_for_each(precision: str) -
     table = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     feeds = {"x": table[:3], "ids": np.array([5, 1, 60])}
     plain, model = graph_of(*nodes, table=table), graph_of(*nodes, table=table)
-    quantize.quantize(model, precision)
+    quantize(model, precision)
     assert {node.op_type for node in model.graph} >= {"MatMulNBits", "Gather", "Cast"}
     wanted, found = (onnxruntime.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, feeds)[0] for each in (plain, model))
     assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
