@@ -120,6 +120,14 @@ class Apart(Record, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     gone: tuple[str, ...]
 
+    def own(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What the file takes, of a graph's `inputs`."""
+        return tuple(spec for spec in inputs if spec.name in self.inputs)
+
+    def rest(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What the artifact's own file takes instead of a graph's `inputs`."""
+        return (*(spec for spec in inputs if spec.name not in self.gone), *self.outputs)
+
 
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
     """An ONNX file; weights above 2 GB lie beside it. With `conditions` it is a part of the graph, and that file is the other."""

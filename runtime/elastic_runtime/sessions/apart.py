@@ -26,15 +26,13 @@ COURSES = 16  # of pictures under way, whose times are remembered
 
 def rest(graph: Graph, apart: Apart) -> Graph:
     """What an artifact's own file takes and gives."""
-    left = tuple(spec for spec in graph.inputs if spec.name not in apart.gone)
-    return msgspec.structs.replace(graph, inputs=(*left, *apart.outputs))
+    return msgspec.structs.replace(graph, inputs=apart.rest(graph.inputs))
 
 
 def conditions(graph: Graph, apart: Apart) -> Graph:
     """What the file of its own takes and gives; any number of rows, unless the graph has only one batch."""
-    inputs = tuple(spec for spec in graph.inputs if spec.name in apart.inputs)
     batch = graph.batch if graph.batch.min == graph.batch.max else Span(1, ROWS)
-    return Graph(inputs=inputs, outputs=apart.outputs, dimensions={"B": batch}, artifacts=())
+    return Graph(inputs=apart.own(graph.inputs), outputs=apart.outputs, dimensions={"B": batch}, artifacts=())
 
 
 class ApartSession(Session):
@@ -92,7 +90,8 @@ class ApartSession(Session):
             if first:
                 self._compute({name: array[list(first.values())] for name, array in given.items()}, set(keys))
             rows = [self._kept[key] for key in keys]
-            self._let_go(max(KEPT // self._row, len(first)), set())
+            if first:  # a run that computes none has nothing to let go, and no time to look
+                self._let_go(max(KEPT // self._row, len(first)), set())
         return {spec.name: np.stack([row[spec.name] for row in rows]) for spec in self._apart.outputs}
 
     def _compute(self, given: dict[str, np.ndarray], needed: set[bytes]) -> None:

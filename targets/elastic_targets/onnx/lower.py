@@ -190,9 +190,8 @@ def ensures(graph: GraphCapture, artifact: OnnxArtifact, folder: Path) -> None:
     """
     inputs, apart = graph.inputs, artifact.conditions
     if apart:
-        own = tuple(spec for spec in inputs if spec.name in apart.inputs)
-        _ensure(graph, artifact, folder / apart.path, own, apart.outputs)
-        inputs = (*(spec for spec in inputs if spec.name not in apart.gone), *apart.outputs)
+        _ensure(graph, artifact, folder / apart.path, apart.own(inputs), apart.outputs)
+        inputs = apart.rest(inputs)
     _ensure(graph, artifact, folder / artifact.path, inputs, graph.outputs)
 
 

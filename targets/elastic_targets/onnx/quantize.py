@@ -85,7 +85,7 @@ def _dynamic(model: ir.Model, matrix: Matrix) -> None:
 
     described = (("codes", ir.DataType.INT8, (inputs, outputs)), ("scales", ir.DataType.FLOAT, (outputs,)))
     made = constants(model, f"{matrix.name}.int8rows", round_rows, described)
-    replace(matrix.node, "DynamicQuantizeMatMul", [matrix.node.inputs[0], *made], {}, DOMAIN)
+    replace(matrix.node, "DynamicQuantizeMatMul", [matrix.taken, *made], {}, DOMAIN)
 
 
 def _table(model: ir.Model, node: ir.Node) -> None:
