@@ -30,10 +30,10 @@ def test_the_backends_time_is_taken_out_and_the_session_left_as_it_was(made: Pat
     monkeypatch.setattr(overhead, "PICTURES", 2)
     monkeypatch.setattr(overhead, "WARM", 1)
     with ElasticPipeline.from_pretrained(made, "ort") as pipe:
-        run = pipe.session("denoiser")._run
+        several = pipe.session("denoiser")._several
         picture, left = overhead.outside(pipe, Budget())
         assert 0 < left < picture
-        assert pipe.session("denoiser")._run == run
+        assert pipe.session("denoiser")._several == several
 
 
 def test_a_cold_process_draws(made: Path) -> None:

@@ -64,13 +64,11 @@ class ApartSession(Session):
             while len(self._courses) > COURSES:
                 self._courses.popitem(last=False)
 
-    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-        for feeds in runs:
-            self.interface.check(feeds)
-        return self._rest.several([self._left(feeds) for feeds in runs])
-
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return self._rest._run(self._left(feeds))  # whose feeds were checked as the whole graph's
+
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        return self._rest._several([self._left(feeds) for feeds in runs])
 
     def _left(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """What the artifact's own file takes."""

@@ -20,7 +20,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
 from elastic_runtime.errors import InferenceError, UsageError
-from elastic_runtime.sessions.session import Arrays, Session, joined
+from elastic_runtime.sessions.session import Arrays, joined
 
 Run = Callable[[Arrays], dict[str, np.ndarray]]
 ROUNDS = 3
@@ -146,15 +146,6 @@ class Lanes:
 
     def _rows(self, feeds: Arrays, rows: slice) -> Arrays:
         return {name: array[rows] if name in self._batched else array for name, array in feeds.items()}
-
-
-def beside(session: Session, lanes: Lanes, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-    """`Session.several` where the session has lanes."""
-    sizes = [session.interface.check(feeds) for feeds in runs]
-    answers = lanes.several(runs)
-    for outputs, known in zip(answers, sizes, strict=True):
-        session.interface.check_answer(outputs, known, session.where)
-    return answers
 
 
 def wanted(bundle: Bundle, graph: Graph, artifact: Artifact, cores: int, asked: int | None) -> int:

@@ -18,7 +18,7 @@ from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import Processor, thread_limit, usable_cores
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
-from elastic_runtime.sessions.lanes import Lanes, beside, wanted
+from elastic_runtime.sessions.lanes import Lanes, wanted
 from elastic_runtime.sessions.session import Arrays, Session
 
 # What it may compute in: our name -> its own, which is understood as well.
@@ -132,9 +132,9 @@ class OpenvinoSession(Session):
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return (self._lanes or self._open()).run(feeds)
 
-    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         lanes = self._lanes
-        return beside(self, lanes, runs) if lanes else super().several(runs)
+        return lanes.several(runs) if lanes else super()._several(runs)
 
     def _open(self) -> Requests:
         if not self._models:

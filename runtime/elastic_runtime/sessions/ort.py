@@ -21,7 +21,7 @@ from elastic_runtime.device.memory import give_back
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.cuda_graphs import GPU, CudaGraphs
-from elastic_runtime.sessions.lanes import SMALL, Lanes, beside, splits, wanted
+from elastic_runtime.sessions.lanes import SMALL, Lanes, splits, wanted
 from elastic_runtime.sessions.session import Arrays, Session
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -173,9 +173,9 @@ class OrtSession(Session):
                 return graphs.run(feeds)
         return lanes.run(feeds) if lanes else self._infer(session, feeds)
 
-    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         lanes = self._lanes
-        return beside(self, lanes, runs) if lanes else super().several(runs)
+        return lanes.several(runs) if lanes else super()._several(runs)
 
     def _infer(self, session: Any, feeds: Arrays) -> dict[str, np.ndarray]:
         with _failures(), _working(self._provider):

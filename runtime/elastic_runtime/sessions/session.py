@@ -71,23 +71,27 @@ class Session(ABC):
         Raises: InferenceError if a feed is missing, unknown, or of another dtype or shape than the graph's, if the
         backend fails, or if it answers in another shape than the feeds ask for.
         """
-        sizes = self.interface.check(feeds)
-        outputs = self._run(feeds)
-        self.interface.check_answer(outputs, sizes, self.where)
-        return outputs
+        return self.several([feeds])[0]
 
     def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
         """The outputs of several runs that do not wait for each other, of any sizes; raises as `run`.
 
         They come one after the other, unless the backend is faster with them side by side.
         """
-        return [self.run(feeds) for feeds in runs]
+        sizes = [self.interface.check(feeds) for feeds in runs]
+        answers = self._several(runs)
+        for outputs, known in zip(answers, sizes, strict=True):
+            self.interface.check_answer(outputs, known, self.where)
+        return answers
 
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:  # noqa: B027  most have nothing to prepare
         """Told that runs at these times (values of `timestep`) will follow, as far as anybody knows."""
 
     @abstractmethod
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]: ...
+
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        return [self._run(feeds) for feeds in runs]
 
     @abstractmethod
     def close(self) -> None:
