@@ -84,8 +84,8 @@ def export(
         overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
         on_stage: told `(what)` before each part of the work. on_progress: told `(what, done, total)` by slow compilers.
         options: the target's own: `opset` (onnx, and trt for a model) and `rounding` (onnx, "gptq" for int4w and int8w), `conditions_apart`
-            (onnx); `shapes`, `target`, `reductions`, `compression` and `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`, `strip`,
-            `weight_streaming`, `version_compatible` (trt).
+            (onnx, trt); `shapes`, `target`, `reductions`, `compression` and `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`,
+            `strip`, `weight_streaming`, `version_compatible` (trt).
 
     Raises: UsageError and its kinds for what cannot be done as asked; MissingError with the line that installs what is not there;
         VerificationError naming the budget that failed and the figure. The old bundle is whole on any error.
@@ -109,7 +109,7 @@ def export(
     bundle = opened(model, source)
     if bundle is None:
         onnx = elastic_targets.target("onnx")
-        first = target_options(onnx, {name: value for name, value in options.items() if name == "opset"}, precision)
+        first = target_options(onnx, {name: value for name, value in options.items() if name in ("opset", "conditions_apart")}, precision)
         with preparing(model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage, verify=verify) as ready:
             bundle = ready.run(on_stage, on_progress)
     return exporting.export_bundle(bundle, target, chosen, Path(output), overwrite, on_progress)

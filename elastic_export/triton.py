@@ -119,8 +119,10 @@ def _stem(bundle: Bundle) -> str:
 
 def _obstacle(artifact: Artifact) -> str | None:
     """Why Triton does not open an artifact."""
+    if artifact.conditions:
+        return "in two files, and a model of Triton's is one: export it without --conditions-apart"
     if isinstance(artifact, OnnxArtifact):
-        return "in two files, and a model of Triton's is one: export it without --conditions-apart" if artifact.conditions else None
+        return None
     if not isinstance(artifact, TrtArtifact):
         return f"Triton has no backend for {artifact.target}"
     if artifact.builder != "tensorrt":

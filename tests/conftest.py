@@ -164,6 +164,21 @@ def digits(once: Once) -> Path:
     return once("digits", make)
 
 
+@pytest.fixture(scope="session")
+def in_two(once: Once, digits: Path) -> Path:
+    """The bundle of the digits with the same model in two files beside its own, in float32, in few bits and as TensorRT takes few bits."""
+    elastic_export = exporter()
+
+    def make(folder: Path) -> None:
+        shutil.copytree(digits, folder)
+        words: dict[str, Any] = {"config": digits.with_suffix(".json"), "random_weights": True, "verify": "ends"}
+        elastic_export.export("elit-sit", output=folder, precision="int4w", **words)
+        for precision in ("fp32", "int4w", "fp8"):
+            elastic_export.export("elit-sit", output=folder, precision=precision, conditions_apart=True, **words)
+
+    return once("digits-in-two", make)
+
+
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
     """Run `elastic-export` with arguments in this process, as its entry point does."""

@@ -48,6 +48,9 @@ def trt(
     strip: Annotated[bool, typer.Option("--strip", help="Leave the weights in the ONNX file (the build needs a GPU).")] = False,
     weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")] = False,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Opens in later TensorRT versions.")] = False,
+    conditions_apart: Annotated[
+        bool, typer.Option("--conditions-apart", help="Two engines: what time, class and pooled text ask for alone is run once a picture.")
+    ] = False,
     opset: Annotated[int, typer.Option(help="Of the ONNX file made from MODEL; TensorRT before 10.14 needs 20.")] = 23,
 ) -> None:
     """Build TensorRT engines with one profile a bucket, from a bundle's ONNX artifact, for GPUs that need not be here.
@@ -69,13 +72,15 @@ def trt(
 
     logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
     sms = tuple(options.integers(sm)) if sm else ()
-    engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, refit, strip, weight_streaming, version_compatible)
+    flags = (refit, strip, weight_streaming, version_compatible, conditions_apart)
+    engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, *flags)
     available(engine_options)  # what it refuses should not wait for the model
     bundle = api.opened(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache
     if bundle is None:
-        onnx, folder = {"opset": opset, "precision": precision or "fp32"}, output or Path(Path(source.model).name)
+        onnx = {"opset": opset, "precision": precision or "fp32", "conditions_apart": conditions_apart}
+        folder = output or Path(Path(source.model).name)
         bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
     if bundle and how.dry_run:
         _plan(bundle, engine_options, how)
@@ -103,7 +108,7 @@ def _plan(bundle: Any, engine_options: Any, how: How) -> None:
     for graph in bundle.manifest.graphs:
         chosen = plan(BundleGraph(bundle, graph), engine_options)
         network, seconds = estimate(chosen)
-        paths = [chosen.path(sms) for sms in chosen.engines]
+        paths = [path for sms in chosen.engines for path in chosen.paths(sms)]
         plans.append(
             {
                 "graph": graph,

@@ -12,6 +12,8 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BudgetError
 
+DENOISER = "denoiser"  # the name of the graph that draws
+
 
 @dataclass(frozen=True)
 class GraphCapture:

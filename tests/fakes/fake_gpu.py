@@ -1,4 +1,5 @@
-"""Stand-ins for TensorRT and the CUDA bindings that keep every call, in order, and compute nothing but `output = sample + 1`.
+"""Stand-ins for TensorRT and the CUDA bindings that keep every call, in order, and compute nothing but `output = sample + 1`; of an
+engine in two the one gives `modulation = (timestep, timestep)`, and the other adds the first of these.
 
 `install(monkeypatch, ...)` puts them where the session imports the real ones from. The fake device has memory: uploads,
 runs and downloads go through it, so that a run with a stale shape or a freed buffer shows.
@@ -139,7 +140,7 @@ class _Context:
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.shapes["sample"])
+        return tuple(self.shapes["sample"]) if "sample" in self.shapes else (*self.shapes["timestep"], 2)
 
     def is_stream_capturable(self, stream: int) -> bool:
         return True
@@ -148,12 +149,21 @@ class _Context:
         self.gpu.note("execute", self.profile, "captured" if self.gpu.capturing is not None else "plain")
         if not self.gpu.enqueues:
             return False
-        shape = self.shapes["sample"]
+        shapes = dict(self.shapes)
+
+        def given(name: str) -> np.ndarray:
+            count = int(np.prod(shapes[name]))
+            return np.frombuffer(bytes(self.gpu.memory[self.addresses[name]][: 4 * count]), np.float32).reshape(shapes[name])
 
         def work() -> None:
-            count = int(np.prod(shape))
-            sample = np.frombuffer(bytes(self.gpu.memory[self.addresses["sample"]][: 4 * count]), np.float32)
-            self.gpu.memory[self.addresses["prediction"]][: 4 * count] = (sample + 1).tobytes()
+            name = "prediction" if "sample" in shapes else "modulation"
+            if name == "modulation":
+                answer = np.stack([given("timestep")] * 2, axis=1)
+            else:
+                answer = given("sample") + 1
+                if "modulation" in shapes:
+                    answer = answer + given("modulation")[:, :1, None, None]
+            self.gpu.memory[self.addresses[name]][: answer.nbytes] = answer.tobytes()
 
         if self.gpu.capturing is not None:
             self.gpu.capturing.append(work)
@@ -243,7 +253,7 @@ def install(monkeypatch: pytest.MonkeyPatch, sm: int = 89, name: str = "tensorrt
     """A machine with this GPU and this version of the library; returns the GPU, whose `calls` tell what was done."""
     import sys
 
-    gpu = Gpu(sm, {"sample", "timestep", "class_labels", "latent_ids", "loops", "prediction"})
+    gpu = Gpu(sm, {"sample", "timestep", "class_labels", "latent_ids", "loops", "modulation", "prediction"})
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda_runtime(gpu))
     monkeypatch.setitem(sys.modules, name, tensorrt(gpu, name, version))
     return gpu

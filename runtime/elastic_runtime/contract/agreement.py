@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, TensorSpec
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches, TextEncoder
 from elastic_runtime.contract.records import read_record
@@ -66,7 +66,7 @@ def _complaints(manifest: Manifest) -> Iterator[str]:
         yield f"`axes` offer more than {MOST_BUDGETS} budgets, or one above {MOST_SIZE}"
     for name, graph in manifest.graphs.items():
         yield from (f"graph {name!r}: {why}" for why in _graph(graph))
-        if name != "denoiser" and any(isinstance(each, OnnxArtifact) and each.conditions for each in graph.artifacts):
+        if name != "denoiser" and any(each.conditions for each in graph.artifacts):
             yield f"graph {name!r}: it has conditions apart, and is no denoiser"
     if denoiser := manifest.graphs.get("denoiser"):
         yield from (f"graph 'denoiser': {why}" for why in _denoiser(denoiser, model, manifest.axes))
@@ -131,9 +131,11 @@ def _graph(graph: Graph) -> Iterator[str]:
 
 def _conditions(graph: Graph, artifact: Artifact) -> Iterator[str]:
     """What there is to say of a file of its own for conditions."""
-    apart = artifact.conditions if isinstance(artifact, OnnxArtifact) else None
+    apart = artifact.conditions
     if apart is None:
         return
+    if isinstance(artifact, CoremlArtifact):
+        yield f"{artifact.path} has its conditions in {apart.path}, and a Core ML package is one"
     names = set(graph.batched)
     if artifact.path.startswith(apart.path) or apart.path not in {file.path for file in artifact.files}:
         yield f"{artifact.path} has its conditions in {apart.path}, which is no other one of its files"

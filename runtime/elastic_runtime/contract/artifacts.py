@@ -65,14 +65,38 @@ class Verification(Record, frozen=True, kw_only=True):
     where: str
 
 
+class Apart(Record, frozen=True, kw_only=True):
+    """A file of its own for what a run computes of a sample's conditions alone (time, class, pooled text), which is the same whatever is
+    drawn: it is run once for all steps of a picture.
+
+    `path` is the file. It takes those `inputs` of the graph and gives `outputs`, a row for each sample. The artifact's own file takes
+    these beside the graph's inputs, without those that are `gone`.
+    """
+
+    path: str
+    inputs: tuple[str, ...]
+    outputs: tuple[TensorSpec, ...]
+    gone: tuple[str, ...]
+
+    def own(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What the file takes, of a graph's `inputs`."""
+        return tuple(spec for spec in inputs if spec.name in self.inputs)
+
+    def rest(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        """What the artifact's own file takes instead of a graph's `inputs`."""
+        return (*(spec for spec in inputs if spec.name not in self.gone), *self.outputs)
+
+
 class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
-    """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run."""
+    """One compiled file or folder. `unverified` says why an artifact without `verified` rows could not be run. With `conditions` it is a
+    part of the graph, and that file is the other."""
 
     precision: precisions.Name
     files: tuple[FileEntry, ...]
     toolchain: dict[str, str]
     verified: tuple[Verification, ...] = ()
     unverified: str | None = None
+    conditions: Apart | None = None
 
     def __post_init__(self) -> None:
         if not self.files:
@@ -107,33 +131,10 @@ class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
         return None
 
 
-class Apart(Record, frozen=True, kw_only=True):
-    """A file of its own for what a run computes of a sample's conditions alone (time, class, pooled text), which is the same whatever is
-    drawn: it is run once for all steps of a picture.
-
-    `path` is the file. It takes those `inputs` of the graph and gives `outputs`, a row for each sample. The artifact's own file takes
-    these beside the graph's inputs, without those that are `gone`.
-    """
-
-    path: str
-    inputs: tuple[str, ...]
-    outputs: tuple[TensorSpec, ...]
-    gone: tuple[str, ...]
-
-    def own(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        """What the file takes, of a graph's `inputs`."""
-        return tuple(spec for spec in inputs if spec.name in self.inputs)
-
-    def rest(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        """What the artifact's own file takes instead of a graph's `inputs`."""
-        return (*(spec for spec in inputs if spec.name not in self.gone), *self.outputs)
-
-
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
-    """An ONNX file; weights above 2 GB lie beside it. With `conditions` it is a part of the graph, and that file is the other."""
+    """An ONNX file; weights above 2 GB lie beside it."""
 
     opset: int
-    conditions: Apart | None = None
 
 
 class Range(Record, frozen=True):

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, FileEntry, OnnxArtifact, TrtArtifact
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, FileEntry, TrtArtifact
 from elastic_runtime.contract.bundle import inside
 from elastic_runtime.contract.manifest import Manifest
 
@@ -65,7 +65,7 @@ def renamed(manifest: Manifest, new: Mapping[str, str], staged: Mapping[str, str
         if isinstance(each, CoremlArtifact):  # its package is a folder, whose files moved together
             rest = each.files[0].path.removeprefix(each.package)
             changes["package"] = files[0].path.removesuffix(rest)
-        if isinstance(each, OnnxArtifact) and each.conditions:
+        if each.conditions:
             path = each.conditions.path
             changes["conditions"] = msgspec.structs.replace(each.conditions, path=new.get(path, path))
         if isinstance(each, TrtArtifact) and staged.get(each.source) == each.source_sha256:

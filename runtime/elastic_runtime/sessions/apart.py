@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Apart, Graph, OnnxArtifact
+from elastic_runtime.contract.artifacts import Apart, Artifact, Graph, Profile, Range, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, InferenceError
@@ -33,6 +33,12 @@ def conditions(graph: Graph, apart: Apart) -> Graph:
     """What the file of its own takes and gives; any number of rows, unless the graph has only one batch."""
     batch = graph.batch if graph.batch.min == graph.batch.max else Span(1, ROWS)
     return Graph(inputs=apart.own(graph.inputs), outputs=apart.outputs, dimensions={"B": batch}, artifacts=())
+
+
+def profile(conditions: Graph) -> Profile:
+    """What an engine of the file of its own serves: as many rows as every run has."""
+    batch = conditions.batch
+    return Profile(dimensions={"B": Range(batch.min, batch.max, batch.max)})
 
 
 class ApartSession(Session):
@@ -155,7 +161,7 @@ class ApartSession(Session):
 
 
 def opened(
-    bundle: Bundle, graph: Graph, artifact: OnnxArtifact, open_half: Callable[..., Session], options: Mapping[str, object]
+    bundle: Bundle, graph: Graph, artifact: Artifact, open_half: Callable[..., Session], options: Mapping[str, object]
 ) -> ApartSession:
     """An artifact in two files, each opened by `open_half(bundle, graph, artifact, **options)`.
 
@@ -163,7 +169,7 @@ def opened(
     """
     apart = artifact.conditions
     assert apart is not None
-    mine, own = halves(artifact, apart)
+    mine, own = halves(graph, artifact, apart)
     inner = rest(graph, apart)
     part = copy.copy(bundle)  # to a backend the rest is the denoiser
     part.manifest = msgspec.structs.replace(bundle.manifest, graphs=bundle.manifest.graphs | {"denoiser": inner})
@@ -183,14 +189,18 @@ def opened(
         raise
 
 
-def halves(artifact: OnnxArtifact, apart: Apart) -> tuple[OnnxArtifact, OnnxArtifact]:
+def halves(graph: Graph, artifact: Artifact, apart: Apart) -> tuple[Artifact, Artifact]:
     """The artifact without the file of its own, and that alone, each with the files that hold its weights."""
     own = [file for file in artifact.files if file.path == apart.path or file.path.startswith(f"{apart.path}.data")]
     own.sort(key=lambda file: file.path != apart.path)
     others = tuple(file for file in artifact.files if file not in own)
+    changes: dict[str, object] = {}
+    if isinstance(artifact, TrtArtifact):
+        sources = {each.path: each.conditions.path for each in graph.artifacts if each.conditions}
+        changes = {"profiles": (profile(conditions(graph, apart)),), "source": sources.get(artifact.source, artifact.source)}
     return (
         msgspec.structs.replace(artifact, files=others, conditions=None),
-        msgspec.structs.replace(artifact, files=tuple(own), conditions=None),
+        msgspec.structs.replace(artifact, files=tuple(own), conditions=None, **changes),
     )
 
 

@@ -5,7 +5,7 @@ can.
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 
-from elastic_runtime.contract.artifacts import Artifact, OnnxArtifact
+from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, rank
 from elastic_runtime.device.packages import BACKENDS
@@ -67,7 +67,7 @@ def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | No
     if record is None:
         raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
     described = bundle.manifest.graphs[graph]
-    if isinstance(artifact, OnnxArtifact) and artifact.conditions:
+    if artifact.conditions:
         session: Session = apart.opened(bundle, described, artifact, record.open, options)
     else:
         session = record.open(bundle, described, artifact, **options)

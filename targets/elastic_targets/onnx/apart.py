@@ -54,16 +54,19 @@ def split(model: ir.Model, inputs: Sequence[TensorSpec], path: str) -> tuple[ir.
 
 def _own(graph: ir.Graph, conditions: Iterable[ir.Value]) -> list[ir.Node]:
     """The nodes up to the last multiplications of what depends on `conditions` and constants alone, in the graph's order."""
-    alone = {id(value) for value in conditions}
+    alone, constant = {id(value) for value in conditions}, set[int]()
     nodes = []
     for node in graph:
-        variables = [value for value in taken(node) if value.const_value is None]
-        if variables and all(id(value) in alone for value in variables):
+        variables = [value for value in taken(node) if value.const_value is None and id(value) not in constant]
+        if not variables:  # weights on their way from few bits
+            constant |= {id(value) for value in node.outputs}
+        elif all(id(value) in alone for value in variables):
             nodes.append(node)
             alone |= {id(value) for value in node.outputs}
     wanted: set[int] = set()
     for node in reversed(nodes):
-        multiplies = node.op_type in _MULTIPLIES and node.inputs[1] is not None and node.inputs[1].const_value is not None
+        weight = node.inputs[1] if node.op_type in _MULTIPLIES else None
+        multiplies = weight is not None and (weight.const_value is not None or id(weight) in constant)
         if multiplies or any(id(use.node) in wanted for value in node.outputs for use in value.uses()):
             wanted.add(id(node))
     return [node for node in nodes if id(node) in wanted]
@@ -118,7 +121,7 @@ def _added(
     graph: ir.Graph, kind: str, inputs: Sequence[ir.Value], attributes: dict[str, int] | None = None, before: ir.Node | None = None
 ) -> ir.Value:
     node = ir.node(kind, inputs, attributes or {})
-    node.outputs[0].type = inputs[0].type
+    node.outputs[0].type = ir.TensorType(ir.DataType(attributes["to"])) if attributes and "to" in attributes else inputs[0].type
     if before is None:
         graph.append(node)
     else:

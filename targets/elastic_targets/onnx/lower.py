@@ -19,7 +19,7 @@ from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import CONVOLVED, ENCODER, EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import UsageError
-from elastic_targets.capture import GraphCapture
+from elastic_targets.capture import DENOISER, GraphCapture
 from elastic_targets.onnx import fitting, qdq
 from elastic_targets.onnx.apart import split
 from elastic_targets.onnx.calibrate import largest
@@ -31,7 +31,6 @@ from elastic_targets.target import OnProgress, Target
 from elastic_targets.weights import held_in
 
 OPSETS = (20, 23)
-DENOISER = "denoiser"
 DEFAULT_OPSET = 23
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = (*_TYPES, *SCHEMES, *qdq.FORMS)
@@ -119,11 +118,6 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
         raise UsageError(
             f"--precision {precision} needs --opset {DEFAULT_OPSET}, got {options.opset}, whose operators take no {precision} weights; "
             f"it has those of {fewer}"
-        )
-    if precision in qdq.FORMS and _apart(graph, options):
-        raise UsageError(
-            f"--precision {precision} is held as TensorRT reads it, which takes a model in one file: leave --conditions-apart out, or "
-            f"choose one of {', '.join((*_TYPES, *SCHEMES))}"
         )
 
 

@@ -1,20 +1,21 @@
 """Lower a bundle's ONNX artifact to TensorRT engines."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Network, OnnxArtifact, Profile, TrtArtifact
+from elastic_runtime.contract.artifacts import FileEntry, Graph, Network, OnnxArtifact, Profile, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import BudgetError, UsageError
-from elastic_targets.capture import BundleGraph
+from elastic_runtime.sessions import apart
+from elastic_targets.capture import DENOISER, BundleGraph
 from elastic_targets.target import OnProgress, Target
 from elastic_targets.trt import cache
 from elastic_targets.trt.builder import Builder, choose
@@ -34,7 +35,8 @@ class TrtOptions:
 
     `buckets` are budgets by axis, or sizes by open dimension, or the text of them (see `profiles.read_buckets`); what they do not name
     gets one range. `precision` chooses among the bundle's ONNX artifacts. `strip` leaves the weights out of the engine (they are read from
-    the ONNX file when it is opened); `version_compatible` engines open in later versions of the same TensorRT major.
+    the ONNX file when it is opened); `version_compatible` engines open in later versions of the same TensorRT major. `conditions_apart`: a
+    denoiser's ONNX artifact in two files, which become two engines.
     """
 
     builder: str = "auto"
@@ -47,6 +49,19 @@ class TrtOptions:
     strip: bool = False
     weight_streaming: bool = False
     version_compatible: bool = False
+    conditions_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What becomes one engine: an ONNX file of the bundle with its `files`, what it takes and gives, and its profiles. `suffix` tells it
+    from the other part in the engine's name."""
+
+    graph: Graph
+    path: str
+    files: tuple[FileEntry, ...]
+    profiles: tuple[Profile, ...]
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,10 +75,26 @@ class Plan:
     engines: tuple[tuple[int, ...], ...]
     settings: Settings
 
-    def path(self, sms: tuple[int, ...]) -> str:
-        """Where the engine for these generations lies in the bundle."""
+    def paths(self, sms: tuple[int, ...]) -> tuple[str, ...]:
+        """Where the engines for these generations lie in the bundle: the one that is opened, and that of its conditions."""
+        return tuple(self.path(sms, part) for part in self.parts(self.sources[0]))
+
+    def path(self, sms: tuple[int, ...], part: Part) -> str:
+        """Where the engine of one part lies."""
         precision = "" if self.settings.precision == "fp32" else f".{self.settings.precision}"
-        return f"trt/{self.graph.name}{precision}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
+        return f"trt/{self.graph.name}{precision}{part.suffix}.{_name(sms)}.{self.builder.name}-{self.builder.version}.engine"
+
+    def parts(self, source: OnnxArtifact) -> tuple[Part, ...]:
+        """What engines are built from a source: one, or two where its conditions are apart."""
+        graph, own = self.graph.described, source.conditions
+        if own is None:
+            return (Part(graph, source.path, source.files, self.profiles),)
+        mine, other = apart.halves(graph, source, own)
+        alone = apart.conditions(graph, own)
+        return (
+            Part(apart.rest(graph, own), mine.path, mine.files, self.profiles, ".rest"),
+            Part(alone, other.path, other.files, (apart.profile(alone),), ".conditions"),
+        )
 
 
 def available(options: TrtOptions) -> None:
@@ -89,7 +120,7 @@ def requires(graph: BundleGraph, options: TrtOptions) -> None:
 def paths(graph: BundleGraph, options: TrtOptions) -> tuple[str, ...]:
     """Where the engines lie in the bundle."""
     chosen = plan(graph, options)
-    return tuple(map(chosen.path, chosen.engines))
+    return tuple(chosen.paths(sms)[0] for sms in chosen.engines)
 
 
 def proves(graph: BundleGraph, options: TrtOptions) -> list[Budget]:
@@ -104,7 +135,7 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
     """
     _check(options.precision)
     manifest = graph.bundle.manifest
-    sources = _sources(graph, options.precision)
+    sources = _sources(graph, options.precision, options.conditions_apart and graph.name == DENOISER)
     builder = choose(options.builder, options.sms)
     if options.version_compatible and builder.name == "tensorrt_rtx":
         raise UsageError(
@@ -127,8 +158,9 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
 
 def estimate(plan: Plan) -> tuple[Network, float]:
     """What the parser makes of the graph, and seconds that building all its engines is likely to take where none is cached."""
-    parsed, _ = _parse(plan)
-    return parsed.facts, len(plan.engines) * cache.estimate(str(plan.builder), parsed.facts.layers, len(plan.profiles))
+    _, parsed = _parse(plan)
+    seconds = sum(_estimate(plan, part, each) for part, each in parsed)
+    return _together(each.facts for _, each in parsed), len(plan.engines) * seconds
 
 
 def lower(graph: BundleGraph, options: TrtOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[TrtArtifact, ...]:
@@ -140,26 +172,26 @@ def lower(graph: BundleGraph, options: TrtOptions, folder: Path, on_progress: On
     """
     chosen = plan(graph, options)
     report = on_progress or (lambda stage, done, total: None)
-    parsed: Parsed | None = None
+    parsed: list[tuple[Part, Parsed]] = []
     source: OnnxArtifact | None = None
     made = []
     for i, sms in enumerate(chosen.engines):
-        target = folder / chosen.path(sms)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if hit := _cached(chosen, sms, target):
-            made.append(_artifact(chosen, folder, target, *hit, sms))
+        (folder / chosen.paths(sms)[0]).parent.mkdir(parents=True, exist_ok=True)
+        if hit := _cached(chosen, sms, folder):
+            made.append(_artifact(chosen, folder, *hit, sms))
             report(f"{graph.name} {_name(sms)} from the cache", (i + 1) * _STEPS, _STEPS * len(chosen.engines))
             continue
-        if parsed is None or source is None:
-            parsed, source = _parse(chosen)
-        seconds = cache.estimate(str(chosen.builder), parsed.facts.layers, len(chosen.profiles))
-        stage = f"{graph.name} {_name(sms)}, about {max(seconds, 1):.0f} s"
+        if source is None:
+            source, parsed = _parse(chosen)
+        for j, (part, each) in enumerate(parsed):
+            seconds = _estimate(chosen, part, each)
+            stage = f"{graph.name}{part.suffix} {_name(sms)}, about {max(seconds, 1):.0f} s"
 
-        def advance(done: float, stage: str = stage, i: int = i) -> None:
-            report(stage, int((i + done) * _STEPS), _STEPS * len(chosen.engines))
+            def advance(done: float, stage: str = stage, before: float = i + j / len(parsed), share: float = 1 / len(parsed)) -> None:
+                report(stage, int((before + done * share) * _STEPS), _STEPS * len(chosen.engines))
 
-        _build(chosen, parsed, _key(chosen, source, sms), sms, target, advance)
-        made.append(_artifact(chosen, folder, target, source, parsed.facts, sms))
+            _build(chosen, part, each, sms, folder, advance)
+        made.append(_artifact(chosen, folder, source, _together(each.facts for _, each in parsed), sms))
     return tuple(made)
 
 
@@ -171,8 +203,9 @@ def ensures(graph: BundleGraph, artifact: TrtArtifact, folder: Path) -> None:
     Raises: RuntimeError, since a failure here is a fault of this library and not of the user.
     """
     dimensions, path = graph.described.dimensions, folder / artifact.path
-    if path.stat().st_size != artifact.files[0].bytes or not artifact.files[0].bytes:
-        raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes, {artifact.files[0].bytes} were recorded")
+    for file in artifact.files:
+        if (written := (folder / file.path).stat().st_size) != file.bytes or not written:
+            raise RuntimeError(f"{file.path} has {written} bytes, {file.bytes} were recorded")
     for profile in artifact.profiles:
         if set(profile.dimensions) != set(dimensions):
             raise RuntimeError(f"{path.name}: a profile has {sorted(profile.dimensions)}, the graph {sorted(dimensions)}")
@@ -181,80 +214,97 @@ def ensures(graph: BundleGraph, artifact: TrtArtifact, folder: Path) -> None:
                 raise RuntimeError(f"{path.name}: profile {name} {size} lies outside {dimensions[name]}")
 
 
-def _sources(graph: BundleGraph, precision: str | None) -> tuple[OnnxArtifact, ...]:
-    """ONNX artifacts to try: of one precision, the newest opset first, since it says most about attention."""
-    artifacts = [artifact for artifact in graph.described.artifacts if isinstance(artifact, OnnxArtifact) and not artifact.conditions]
-    folder = graph.bundle.folder
+def _sources(graph: BundleGraph, precision: str | None, two: bool) -> tuple[OnnxArtifact, ...]:
+    """ONNX artifacts to try, in `two` files or in one: of one precision, the newest opset first, since it says most about attention."""
+    onnx = [artifact for artifact in graph.described.artifacts if isinstance(artifact, OnnxArtifact)]
+    artifacts = [artifact for artifact in onnx if (artifact.conditions is not None) == two]
+    folder, apart_too = graph.bundle.folder, " --conditions-apart" * two
     if not artifacts:
-        advice = f"Add one with: elastic-export onnx -o {folder}"
-        raise UsageError(f"{folder} has no ONNX artifact of {graph.name!r} in one file to build from. {advice}")
+        other = f", or build {'without' if two else 'with'} --conditions-apart, as the one that is there is" * bool(onnx)
+        raise UsageError(
+            f"{folder} has no ONNX artifact of {graph.name!r} in {'two files' if two else 'one file'} to build from. "
+            f"Add one with: elastic-export onnx{apart_too} -o {folder}{other}"
+        )
     readable = [artifact.precision for artifact in artifacts if artifact.precision in PRECISIONS]
     precision = held(precision or next(iter(readable), EXACT), graph.name)
     if not (fitting := [artifact for artifact in artifacts if artifact.precision == precision]):
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(
-            f"{folder} has no {precision} ONNX artifact of {graph.name!r}; it has {have}. "
-            f"Add one with: elastic-export onnx --precision {precision} -o {folder}"
+            f"{folder} has no {precision} ONNX artifact of {graph.name!r}{' in two files' * two}; it has {have}. "
+            f"Add one with: elastic-export onnx --precision {precision}{apart_too} -o {folder}"
         )
     return tuple(sorted(fitting, key=lambda artifact: -artifact.opset))
 
 
-def _parse(plan: Plan) -> tuple[Parsed, OnnxArtifact]:
-    """Parse the first source that the builder can read; raise what it said about the last where there is none."""
+def _parse(plan: Plan) -> tuple[OnnxArtifact, list[tuple[Part, Parsed]]]:
+    """The first source that the builder can read, and its parts; raise what it said about the last where there is none."""
     for source in plan.sources:
         try:
-            return parse(plan.builder, plan.graph.bundle.file(source.path), source.opset), source
+            return source, [(part, parse(plan.builder, plan.graph.bundle.file(part.path), source.opset)) for part in plan.parts(source)]
         except UsageError:
             if source is plan.sources[-1]:
                 raise
     raise AssertionError("a plan has a source")
 
 
+def _together(networks: Iterable[Network]) -> Network:
+    """What the parser made of all parts."""
+    layers, attentions, loops = map(sum, zip(*((each.layers, each.attentions, each.loops) for each in networks), strict=True))
+    return Network(layers=layers, attentions=attentions, loops=loops)
+
+
+def _estimate(plan: Plan, part: Part, parsed: Parsed) -> float:
+    return cache.estimate(str(plan.builder), parsed.facts.layers, len(part.profiles))
+
+
 def _name(sms: tuple[int, ...]) -> str:
     return f"sm{'-'.join(map(str, sms))}"
 
 
-def _key(plan: Plan, source: OnnxArtifact, sms: tuple[int, ...]) -> str:
+def _key(plan: Plan, part: Part, sms: tuple[int, ...]) -> str:
     return cache.key(
         {
             "builder": plan.builder.name,
             "version": plan.builder.version,
-            "graph": [file.sha256 for file in source.files],
-            "profiles": msgspec.to_builtins(plan.profiles),
+            "graph": [file.sha256 for file in part.files],
+            "profiles": msgspec.to_builtins(part.profiles),
             "sms": sms,
             "settings": plan.settings.__dict__,
         }
     )
 
 
-def _cached(plan: Plan, sms: tuple[int, ...], target: Path) -> tuple[OnnxArtifact, Network] | None:
+def _cached(plan: Plan, sms: tuple[int, ...], folder: Path) -> tuple[OnnxArtifact, Network] | None:
     for source in plan.sources:
-        if network := cache.fetch(_key(plan, source, sms), target):
-            return source, network
+        networks = [cache.fetch(_key(plan, part, sms), folder / plan.path(sms, part)) for part in plan.parts(source)]
+        if None not in networks:
+            return source, _together(each for each in networks if each)
     return None
 
 
-def _build(plan: Plan, parsed: Parsed, key: str, sms: tuple[int, ...], target: Path, advance: Callable[[float], None]) -> None:
-    """Build one engine, write it to `target` and keep it in the cache."""
+def _build(plan: Plan, part: Part, parsed: Parsed, sms: tuple[int, ...], folder: Path, advance: Callable[[float], None]) -> None:
+    """Build one engine, write it into `folder` and keep it in the cache."""
     timings = f"{plan.builder.name}-{plan.builder.version}-{_name(sms)}"
     advance(0.0)
     start = time.perf_counter()
     known = cache.load_timings(timings)
-    engine, learned = build(plan.builder, parsed, plan.graph.described, plan.profiles, sms, plan.settings, known, advance)
-    cache.learn(str(plan.builder), parsed.facts.layers, len(plan.profiles), time.perf_counter() - start)
+    engine, learned = build(plan.builder, parsed, part.graph, part.profiles, sms, plan.settings, known, advance)
+    cache.learn(str(plan.builder), parsed.facts.layers, len(part.profiles), time.perf_counter() - start)
     cache.store_timings(timings, learned)
+    target = folder / plan.path(sms, part)
     with target.open("wb") as stream:
         stream.write(memoryview(engine))
-    cache.store(key, target, parsed.facts)
+    cache.store(_key(plan, part, sms), target, parsed.facts)
     advance(1.0)
 
 
-def _artifact(plan: Plan, folder: Path, target: Path, source: OnnxArtifact, network: Network, sms: tuple[int, ...]) -> TrtArtifact:
-    settings = plan.settings
+def _artifact(plan: Plan, folder: Path, source: OnnxArtifact, network: Network, sms: tuple[int, ...]) -> TrtArtifact:
+    settings, engines = plan.settings, plan.paths(sms)
     return TrtArtifact(
         precision=source.precision,
-        files=(entry(folder, target),),
+        files=tuple(entry(folder, folder / path) for path in engines),
         toolchain={plan.builder.name: plan.builder.version},
+        conditions=msgspec.structs.replace(source.conditions, path=engines[1]) if source.conditions else None,
         builder=plan.builder.name,
         builder_version=plan.builder.version,
         sms=sms,

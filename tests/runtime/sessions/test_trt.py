@@ -3,6 +3,7 @@
 No GPU took part: `make gpu-check` is for that.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 
 from elastic_runtime import InferenceError, MissingError, open_session
-from elastic_runtime.contract.artifacts import Network, Profile, Range, TrtArtifact
+from elastic_runtime.contract.artifacts import Apart, FileEntry, Network, Profile, Range, TensorSpec, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.errors import BundleError
+from elastic_runtime.sessions.apart import ROWS
 
 VERSION = "1.7.1.116"
 BUCKETS = ((1, 4), (5, 8), (9, 16))
@@ -203,6 +205,33 @@ def test_a_stripped_engine_takes_its_weights_from_the_onnx_file(tmp_path: Path, 
     gpu = fake_gpu.install(monkeypatch)
     open_session(trt_bundle(tmp_path, refit=True, stripped=True)).close()
     assert gpu.named("refit_from_file", "refit_engine") == [("refit_from_file", "denoiser.onnx"), ("refit_engine",)]
+
+
+def test_an_engine_in_two_runs_that_of_its_conditions_once_for_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch)
+    (tmp_path / "trt").mkdir()
+    (tmp_path / "trt" / "conditions.engine").write_bytes(b"another")
+    modulation = TensorSpec(name="modulation", dtype="float32", shape=("B", 2))
+    taken = ("timestep", "class_labels")
+    apart = Apart(path="trt/conditions.engine", inputs=taken, outputs=(modulation,), gone=taken)
+    engine = FileEntry(path="trt/0.engine", bytes=len(b"an engine"), sha256=hashlib.sha256(b"an engine").hexdigest())
+    own = entry(tmp_path, tmp_path / "trt" / "conditions.engine")
+    times = np.array([1.0, 0.5, 0.25], np.float32)
+    with open_session(trt_bundle(tmp_path, files=(engine, own), conditions=apart)) as session:
+        session.foresee(times)
+        for time in times:
+            asked = feeds(8, value=2.0) | {"timestep": np.full(2, time, np.float32)}
+            np.testing.assert_array_equal(session.run(asked)["prediction"], np.full((2, 4, 8, 8), 3 + time, np.float32))
+    assert gpu.named("deserialize") == [("deserialize", len(b"another")), ("deserialize", len(b"an engine"))]
+    assert gpu.named("set_input_shape") == [
+        ("set_input_shape", 0, "timestep", (ROWS,)),
+        ("set_input_shape", 0, "class_labels", (ROWS,)),
+        ("set_input_shape", 1, "sample", (2, 4, 8, 8)),
+        ("set_input_shape", 1, "latent_ids", (8,)),
+        ("set_input_shape", 1, "modulation", (2, 2)),
+    ]
+    assert len(gpu.named("engine_gone")) == 2
+    assert not gpu.memory
 
 
 def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

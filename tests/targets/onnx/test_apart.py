@@ -15,7 +15,6 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX
 import onnx_ir as ir  # noqa: E402
 from onnx import numpy_helper  # noqa: E402
 
-import elastic_export  # noqa: E402
 from elastic_export.triton import models  # noqa: E402
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, UsageError  # noqa: E402
 from elastic_runtime.contract.artifacts import OnnxArtifact, TensorSpec  # noqa: E402
@@ -31,14 +30,8 @@ NAMES = {"fp32": "onnx/denoiser.rest.onnx", "int4w": "onnx/denoiser.int4w.rest.o
 
 
 @pytest.fixture(scope="module")
-def bundle(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The bundle of the digits with the same model in two files beside its own, in float32 and in few bits."""
-    folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("apart") / "b"))
-    words: dict[str, Any] = {"config": digits.with_suffix(".json"), "random_weights": True, "verify": "ends"}
-    elastic_export.export("elit-sit", output=folder, precision="int4w", **words)
-    for precision in NAMES:
-        elastic_export.export("elit-sit", output=folder, precision=precision, conditions_apart=True, **words)
-    return Bundle.open(folder)
+def bundle(in_two: Path) -> Bundle:
+    return Bundle.open(in_two)
 
 
 def artifacts(bundle: Bundle, precision: str) -> tuple[OnnxArtifact, OnnxArtifact]:
@@ -61,6 +54,18 @@ def test_it_is_proven_at_every_budget_and_is_no_larger(bundle: Bundle, precision
     rest, own = apart.files
     assert rest.bytes + own.bytes < 1.15 * whole.files[0].bytes + 20_000
     assert own.bytes > 50_000  # its matrices are there
+
+
+def test_one_of_few_bits_for_tensorrt_is_proven_too(bundle: Bundle) -> None:
+    """It computes in float16, and the file of its own gives float32 all the same."""
+    (apart,) = (each for each in bundle.manifest.graphs["denoiser"].artifacts if each.precision == "fp8")
+    assert apart.conditions
+    assert apart.verified
+    assert all(row.passed for row in apart.verified)
+    rest, own = (onnx.load(bundle.file(file.path)) for file in apart.files)
+    assert "DequantizeLinear" in {node.op_type for node in rest.graph.node}
+    assert {weight.data_type for weight in own.graph.initializer if len(weight.dims) == 2} == {onnx.TensorProto.FLOAT16}
+    assert own.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
@@ -231,3 +236,20 @@ def test_what_the_rest_needs_itself_stays_its_input() -> None:
     assert (apart.inputs, apart.gone) == (("timestep",), ())
     assert [value.name for value in rest.graph.inputs] == ["sample", "timestep", "modulation"]
     assert [node.op_type for node in conditions.graph][:2] == ["Unsqueeze", "MatMul"]
+
+
+def test_weights_that_come_from_few_bits_are_weights() -> None:
+    """In a graph for TensorRT a matrix is a node's answer, which depends on nothing."""
+    nodes = [
+        onnx.helper.make_node("Unsqueeze", ["timestep", "one"], ["column"]),
+        onnx.helper.make_node("DequantizeLinear", ["codes", "scale"], ["weights"]),
+        onnx.helper.make_node("MatMul", ["column", "weights"], ["shift"]),
+        onnx.helper.make_node("Add", ["sample", "shift"], ["prediction"]),
+    ]
+    model = graph_of(*nodes, one=np.array([1]), codes=np.ones((1, 4), np.int8), scale=np.float32(0.5))
+    for value in (value for node in model.graph for value in node.outputs):
+        value.shape, value.dtype = model.graph.inputs[0].shape, model.graph.inputs[0].dtype
+    rest, conditions, apart = split(model, INPUTS, "onnx/c.onnx")
+    assert apart.gone == ("timestep",)
+    assert [node.op_type for node in conditions.graph][:3] == ["Unsqueeze", "DequantizeLinear", "MatMul"]
+    assert not rest.graph.initializers.keys() & {"codes", "scale"}
