@@ -40,7 +40,8 @@ def _beside(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     beside: dict[str, dict[str, Any]] = record.get("beside", {})
     for label, graded in beside.items():
         for name in ("protocol", "real"):
-            if {**graded[name], "drops": ()} != {**record["evaluation"][name], "drops": ()}:
+            aside = {"drops": (), "prompt": record["evaluation"][name].get("prompt")}  # older records have no word of it
+            if {**aside, **graded[name], "drops": ()} != {**aside, **record["evaluation"][name], "drops": ()}:
                 raise SystemExit(f"{label!r} was graded with another {name} ({graded[name]}): grade it again")
     return beside
 
@@ -95,8 +96,9 @@ def protocol(record: dict[str, Any]) -> str:
     branch = f"the weak branch at {_pairs(weak)}" if weak else "both branches at the same budget"
     minutes = sum(row["seconds"] for row in own["rows"]) / 60
     scales = " and ".join(_scale(scale) for scale in how["guidance"])
+    asked = f"prompts such as `{how['prompt'].format('seven')}`" if how.get("prompt") else "classes"
     return (
-        f"{how['samples']:,} pictures at each budget, classes in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
+        f"{how['samples']:,} pictures at each budget, {asked} in turn, from the same noise (seed {how['seed']}): {how['sampler']} sampler, "
         f"{how['steps']} steps, {scales} ({branch}); drawn through the bundle ({own['where']}) "
         f"in {minutes:.0f} minutes on a {own['machine']}. "
         "The judge is `samples/classifier.py`; its accuracy on the 3,500 real digits that it has never seen is in the last row. "

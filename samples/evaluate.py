@@ -2,6 +2,7 @@
 
     python samples/evaluate.py BUNDLE --output figures.json --plot quality.png
     python samples/evaluate.py ROUTED --output figures.json --budgets 16,32,64,128 --drops 0,0.3,0.6
+    python samples/evaluate.py PROMPTED --output figures.json --prompt "a handwritten {}"
 
 Pictures are drawn through the bundle's own path (`elastic_runtime`), the same classes from the same noise at each budget.
 Guidance hides part of what a budget costs: it makes digits plain enough to name whatever drew them, and less varied. So a
@@ -19,13 +20,15 @@ import torch
 
 from card import plot, table
 from classifier import Judge, load_judge
-from digits import Digits, enlarged, halved
-from elastic_runtime import Axis, Budget, Bundle, ElasticPipeline, Session, UsageError, open_session
+from digits import NAMES, Digits, enlarged, halved
+from elastic_runtime import Axis, Budget, Bundle, ElasticPipeline, UsageError
 from elastic_runtime.contract.manifest import Manifest, Model
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.sampling.fitting import sampler
 from grading import Grader, integers, run, tell
 from record import machine, read, versions, write
+
+SIDE, CLASSES = 32, 10  # of what the judge knows
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Protocol:
     """How pictures are drawn: a series for each guidance scale, of which the first is the bundle's `quality`.
 
     `guidance_budget` is the weak branch's; None is the same as the picture's. `drops` are shares of the tokens kept by a router that are
-    dropped again, each a row at the first guidance scale with no cap on the tokens.
+    dropped again, each a row at the first guidance scale with no cap on the tokens. `prompt` is what a model that reads is asked, with the
+    digit's name in the place of `{}`; None of a model of classes.
     """
 
     samples: int = 1000
@@ -43,6 +47,13 @@ class Protocol:
     guidance_budget: dict[str, int] | None = None
     drops: tuple[float, ...] = ()
     seed: int = 0
+    prompt: str | None = None
+
+    def asked(self, labels: np.ndarray) -> dict[str, Any]:
+        """What a pipeline is asked for pictures of these digits."""
+        if self.prompt is None:
+            return {"class_labels": labels.tolist()}
+        return {"prompt": [self.prompt.format(NAMES[label]) for label in labels], "negative_prompt": ""}
 
 
 def spread(axis: Axis) -> list[int]:
@@ -55,15 +66,23 @@ def check(bundle: Bundle, protocol: Protocol) -> None:
     model = bundle.manifest.model
     sides = (14,) if model.tokens == "grey" else (16, 32)
     known = [((1, side, side), 10, None) for side in sides]
-    if (model.sample_shape, model.num_classes, model.vae) not in known or model.tokens == "code":
+    pixels = model.sample_shape[-1] * (model.vae.upscale if model.vae else 1)
+    if protocol.prompt is not None:
+        if "{}" not in protocol.prompt:
+            raise UsageError(f"--prompt has {{}} where the digit's name goes, as in 'a handwritten {{}}', got {protocol.prompt!r}")
+        if model.text is None or pixels != SIDE:
+            what = "reads no prompts" if model.text is None else f"draws {pixels}x{pixels} pixels"
+            raise UsageError(f"--prompt is for a bundle that draws {SIDE}x{SIDE} pixels of what it reads, and {bundle.folder} {what}")
+    elif (model.sample_shape, model.num_classes, model.vae) not in known or model.tokens == "code":
         raise UsageError(
             f"the judge knows 32x32 and 16x16 digits of 10 classes in one channel, and 14x14 ones of grey tokens; {bundle.folder} draws "
             f"{model.sample_shape} in {model.num_classes} classes{' through a VAE' if model.vae else ''}: give a bundle of an MNIST sample"
+            f"{', or --prompt' if model.text else ''}"
         )
     if len(set(protocol.guidance)) < len(protocol.guidance):
         raise UsageError(f"--guidance names a scale twice: {protocol.guidance}")
-    if protocol.samples < 2 * model.num_classes or protocol.samples % model.num_classes:
-        raise UsageError(f"--samples must be a multiple of the {model.num_classes} classes, 20 or more, got {protocol.samples}")
+    if protocol.samples < 2 * CLASSES or protocol.samples % CLASSES:
+        raise UsageError(f"--samples must be a multiple of the {CLASSES} classes, 20 or more, got {protocol.samples}")
 
 
 @dataclass(frozen=True)
@@ -76,13 +95,13 @@ class Drawn:
 
 def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Protocol, batch: int, drop: float = 0.0) -> Drawn:
     """`protocol.samples` pictures, classes in turn; the generator starts anew, so that each budget begins from the same noise."""
-    labels = np.arange(protocol.samples) % pipe.bundle.manifest.model.num_classes
+    labels = np.arange(protocol.samples) % CLASSES
     generator = np.random.default_rng(protocol.seed)
     weak = None if protocol.guidance_budget is None else Budget(**protocol.guidance_budget)
     begun, pictures, kept = time.perf_counter(), [], []
     for first in range(0, protocol.samples, batch):
         result = pipe(
-            labels[first : first + batch].tolist(),
+            **protocol.asked(labels[first : first + batch]),
             num_inference_steps=protocol.steps,
             guidance_scale=guidance,
             budget=budget,
@@ -92,7 +111,7 @@ def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Proto
             generator=generator,
             output_type="np",
         )
-        pictures.append(result.images)  # (B, H, W, 1) in [0, 1]
+        pictures.append(result.images.mean(axis=-1, keepdims=True))  # (B, H, W, 1) in [0, 1]
         kept.append([step.kept or () for step in result.steps])  # (steps, B)
         where = f"{budget}, drop {drop:g}" if drop else f"{budget}"
         tell(f"{where}, guidance {guidance:g}", min(first + batch, protocol.samples), protocol.samples, begun)
@@ -104,26 +123,24 @@ def draw(pipe: ElasticPipeline, budget: Budget, guidance: float, protocol: Proto
 def shown(images: np.ndarray) -> np.ndarray:
     """Pictures (N, 1, H, W) at the size that the judge knows: those of 14 x 14, bare or in their border of one, twice enlarged."""
     side = images.shape[-1]
-    return images if side == 32 else enlarged(images if side == 14 else images[:, :, 1:-1, 1:-1])
+    return images if side == SIDE else enlarged(images if side == 14 else images[:, :, 1:-1, 1:-1])
 
 
 def as_drawn(images: np.ndarray, model: Model) -> np.ndarray:
     """Real digits (N, 1, 32, 32) as a perfect model could draw them at best: at its size, through its tokens where it has any."""
-    if model.sample_shape[-1] == 32:
+    if model.sample_shape[-1] == SIDE or model.vae:
         return images
     levels = model.schedule.vocabulary if isinstance(model.schedule, CosineMask) else 256
     return enlarged(halved(images, levels) / (levels - 1) * 2 - 1)
 
 
-def evaluate(
-    bundle: Bundle, session: Session, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int = 50
-) -> dict[str, Any]:
+def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int = 50) -> dict[str, Any]:
     """Figures of a bundle's denoiser along one axis: `quality` as the manifest holds it, and `evaluation` with all that made them.
 
     Raises: UsageError and its kinds for a bundle, budget or protocol that does not fit.
     """
-    check(bundle, protocol)
-    pipe, manifest = ElasticPipeline(bundle, {"denoiser": session}), bundle.manifest
+    check(pipe.bundle, protocol)
+    manifest = pipe.bundle.manifest
     budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
     grader = Grader.of(judge, protocol.samples, as_drawn=lambda images: as_drawn(images, manifest.model))
     rows: list[dict[str, Any]] = []
@@ -148,7 +165,7 @@ def evaluate(
         "real": grader.real,
         "rows": rows[: len(plans)],
         "drops": rows[len(plans) :],
-        "where": session.where,
+        "where": pipe.where,
         "weights_sha256": manifest.provenance.checkpoint_sha256,
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
         "machine": machine(),
@@ -175,16 +192,17 @@ def main(given: argparse.Namespace) -> None:
     bundle = Bundle.open(given.bundle)
     manifest = bundle.manifest
     name, _ = sampler(manifest.model, given.sampler)
-    protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.drops, given.seed)
-    with open_session(bundle, **({"threads": given.threads} if given.threads else {})) as session:
+    protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.drops, given.seed, given.prompt)
+    with ElasticPipeline.from_pretrained(bundle, "ort", **({"threads": given.threads} if given.threads else {})) as pipe:
         axis = manifest.axis(given.axis or manifest.axes[0].name)
         old = read(given.output) if given.output.exists() else {}
         if given.beside and not old.get("evaluation"):
             raise UsageError(f"{given.output} has no figures yet for {given.beside!r} to stand beside: grade its own model first")
-        if old and not given.beside and (old.get("family"), old.get("config")) != (manifest.model.family, manifest.model.config):
+        config = manifest.model.config  # which a folder has in files of its own
+        if old and not given.beside and (old.get("family"), old.get("config", config)) != (manifest.model.family, config):
             raise UsageError(f"{given.output} is the record of another model ({old.get('family')}): give another --output")
         values = [axis.check(value) for value in given.budgets or spread(axis)]
-        figures = evaluate(bundle, session, load_judge(), axis, values, protocol, given.batch)
+        figures = evaluate(pipe, load_judge(), axis, values, protocol, given.batch)
     beside = {"beside": old.get("beside", {}) | {given.beside: figures["evaluation"]}}
     record = old | (beside if given.beside else figures)
     write(given.output, record)
@@ -220,6 +238,7 @@ if __name__ == "__main__":
     options.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
     options.add_argument("--sampler", help="such as heun or ddim (default: the one that fits the model)")
     options.add_argument("--guidance", type=_numbers, default=(4.0, 1.0), help="guidance scales; 1 is none (default: 4,1)")
+    options.add_argument("--prompt", help="what a model that reads is asked, {} being the digit's name")
     options.add_argument("--drops", type=_numbers, default=(), help="shares of a router's tokens to drop, such as 0,0.3,0.6")
     options.add_argument("--guidance-budget", help="budget of the weak branch, such as latents=16 (default: the picture's)")
     run(main, options)

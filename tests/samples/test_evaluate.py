@@ -10,7 +10,7 @@ import pytest
 import evaluate as script
 from classifier import load_judge
 from digits import Digits, halved
-from elastic_runtime import Axis, Budget, BudgetError, Bundle, FakeSession, Span, UsageError
+from elastic_runtime import Axis, Budget, BudgetError, Bundle, ElasticPipeline, FakeSession, Span, UsageError
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Manifest, Model, Provenance
 from elastic_runtime.contract.schedule import RectifiedFlow
@@ -69,7 +69,7 @@ def test_spread_of_an_axis() -> None:
 
 
 def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
-    figures = evaluate(bundle(), artist(digits[1]), load_judge(), LOOPS, [1, 4], PROTOCOL, batch=30)
+    figures = evaluate(ElasticPipeline(bundle(), {"denoiser": artist(digits[1])}), load_judge(), LOOPS, [1, 4], PROTOCOL, batch=30)
     bad, good = figures["quality"]
     rows = figures["evaluation"]["rows"]
     assert [(row["guidance"], row["budget"]["loops"]) for row in rows] == [(2, 1), (2, 4), (1, 1), (1, 4)]
@@ -128,11 +128,11 @@ def test_cost_of_a_router_is_that_of_the_tokens_it_keeps_below_the_cap() -> None
 def test_what_the_judge_cannot_grade_is_refused(digits: tuple[Digits, Digits]) -> None:
     session, judge = artist(digits[1]), load_judge()
     with pytest.raises(UsageError, match=r"judge knows 32x32 and 16x16 digits .* draws \(1, 24, 24\)"):
-        evaluate(bundle(24), session, judge, LOOPS, [1], PROTOCOL)
+        evaluate(ElasticPipeline(bundle(24), {"denoiser": session}), judge, LOOPS, [1], PROTOCOL)
     with pytest.raises(UsageError, match="multiple of the 10 classes, 20 or more, got 55"):
-        evaluate(bundle(), session, judge, LOOPS, [1], dataclasses.replace(PROTOCOL, samples=55))
+        evaluate(ElasticPipeline(bundle(), {"denoiser": session}), judge, LOOPS, [1], dataclasses.replace(PROTOCOL, samples=55))
     with pytest.raises(BudgetError, match="loops 9 is not available"):
-        evaluate(bundle(), session, judge, LOOPS, [9], PROTOCOL)
+        evaluate(ElasticPipeline(bundle(), {"denoiser": session}), judge, LOOPS, [9], PROTOCOL)
 
 
 def test_guidance_budget_is_read() -> None:
