@@ -161,9 +161,10 @@ def train_vae(options: argparse.Namespace, data: Digits | None = None) -> Autoen
     options.output = folder / WEIGHTS
     vae = train(autoencoder, vae_loss, options, {}, data)
     write(root.with_suffix(".json"), {"autoencoder": taken(options.output)["training"]})
-    latents = encode(vae, torch.from_numpy((data or load_digits()[0]).images[:512]))
+    images = torch.from_numpy((data or load_digits()[0]).images[:512])
+    latents = encode(vae, images)
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    configure(vae, folder, latents_mean=mean.tolist(), latents_std=std.tolist())
+    configure(vae, folder, latents_mean=mean.tolist(), latents_std=std.tolist(), sample_size=images.shape[-1])
     return vae
 
 

@@ -56,9 +56,8 @@ def test_every_name_is_a_prompt_of_its_own_and_as_long(folder: Path) -> None:
 
 
 def test_it_is_exported_and_graded_by_its_prompts(folder: Path, tmp_path: Path) -> None:
-    bundle = elastic_export.export(
-        folder, output=tmp_path / "b", size=32, max_sequence_length=16, batch="1-40", verify="none", command="test"
-    )
+    bundle = elastic_export.export(folder, output=tmp_path / "b", max_sequence_length=16, batch="1-40", verify="none")
+    assert bundle.manifest.model.sample_shape == (4, 16, 16)
     protocol = Protocol(samples=20, steps=1, sampler="euler", guidance=(2.0,), prompt=PROMPT)
     with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as pipe:
         figures = evaluate(pipe, load_judge(), bundle.manifest.axes[0], [4, 64], protocol, batch=20)
