@@ -9,7 +9,7 @@ import numpy as np
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UsageError
-from elastic_targets.capture import GraphCapture
+from elastic_targets.capture import DENOISER, GraphCapture
 from elastic_targets.coreml.compress import METHODS, W8A8
 
 SHAPES = ("functions", "enumerated", "range")
@@ -23,7 +23,6 @@ DEFAULT_TARGET = "iOS18"
 # Each function takes memory when loaded and time when compiled; the list of sizes is Core ML's own limit.
 MOST = {"functions": 16, "enumerated": 128}
 _DEFAULT_BUDGETS = 8
-DENOISER = "denoiser"
 # The first system that opens weights stored so, but for iOS 16.
 _NEEDED = {"int4": "iOS18", W8A8: "iOS17"}
 
