@@ -30,7 +30,11 @@ def coreml(
     reductions: Annotated[str, typer.Option(help="Norms of an fp16 program: fp32, or fp16 to stay on the Neural Engine.")] = "fp32",
     compress: Annotated[
         str | None,
-        typer.Option(help="How weights are stored: palette8, palette6, palette4, int8 or int4 (blocks of 32).", show_default=False),
+        typer.Option(
+            help="How weights are stored: palette8, palette6, palette4, int8, int4 (blocks of 32), or w8a8: int8, and so are a denoiser's "
+            "activations [dim](iOS17)[/dim].",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Export a model to a Core ML package, prove each of its budgets, and write a bundle or add to one.

@@ -8,7 +8,8 @@ import numpy as np
 from coremltools.models.neural_network.quantization_utils import _get_kmeans_lookup_table_and_weight
 from coremltools.optimize import coreml as optimize
 
-METHODS = ("palette8", "palette6", "palette4", "int8", "int4")
+W8A8 = "w8a8"  # int8 as far as weights go: `activations` says the rest
+METHODS = ("palette8", "palette6", "palette4", "int8", "int4", W8A8)
 BLOCK = 32  # weights that share a scale in int4
 # Smaller tensors are a few percent of a model; and from here on coremltools' k-means needs no scikit-learn.
 LEAST_WEIGHTS = 10_000
@@ -28,7 +29,7 @@ class Compressor:
         """The model with its weights of at least LEAST_WEIGHTS values compressed."""
         if self._method is None:
             return model
-        if self._method == "int8":
+        if self._method in ("int8", W8A8):
             quantizer = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", weight_threshold=LEAST_WEIGHTS)
             return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=quantizer))
         if self._method == "int4":
@@ -42,9 +43,14 @@ class Compressor:
     def _table(self, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A weight's table (2^bits,) and the index of each value (size,)."""
         assert self._method is not None
-        key = hashlib.sha256(weight.tobytes()).digest()
+        key = digest(weight)
         if key not in self._tables:
             bits = int(self._method.removeprefix("palette"))
             table, indices = _get_kmeans_lookup_table_and_weight(bits, weight)  # what the optimiser's own kmeans mode calls
             self._tables[key] = table.astype(weight.dtype), indices.astype(np.uint8)
         return self._tables[key]
+
+
+def digest(weight: np.ndarray) -> bytes:
+    """What tells a weight from others, in whichever function it stands."""
+    return hashlib.sha256(weight.tobytes()).digest()

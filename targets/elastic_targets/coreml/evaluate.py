@@ -6,7 +6,7 @@ accumulate in float16 where this accumulates in float32. It refuses what Core ML
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _DTYPES = {
     types.bool: torch.bool,
 }
 _BLOCKS = ("while_loop", "cond")
+# watch(operation, inputs): told of what each operation is about to compute, its inputs by name in the dtype that it computes in
+Watch = Callable[[Any, Mapping[str, Any]], None]
 # A loop that counts to its end has at most this many rounds; more means that its condition never turns false.
 _ROUNDS = 100_000
 
@@ -37,7 +39,8 @@ _ROUNDS = 100_000
 class Evaluator:
     """The functions of a package, read one at a time, since each holds its own copy of the weights."""
 
-    def __init__(self, package: Path):
+    def __init__(self, package: Path, watch: Watch | None = None):
+        self._watch = watch
         try:
             self._spec = coremltools.utils.load_spec(str(package))
         except Exception as error:  # protobuf's and coremltools' own types
@@ -56,7 +59,7 @@ class Evaluator:
     def operations(self, function: str) -> Counter[str]:
         """How often each operation stands in a function; constants are not counted."""
         counts: Counter[str] = Counter()
-        todo = [self._function(function)]
+        todo = [self.program(function)]
         while todo:
             for operation in todo.pop().operations:
                 counts[operation.op_type] += operation.op_type != "const"
@@ -68,7 +71,7 @@ class Evaluator:
 
         Raises: InferenceError naming the function and the operation that is unknown, that Core ML would refuse, or that failed.
         """
-        program = self._function(function)
+        program = self.program(function)
         if set(feeds) != set(program.inputs):
             raise InferenceError(f"function {function!r} takes {sorted(program.inputs)}, got {sorted(feeds)}")
         values = {}
@@ -79,11 +82,8 @@ class Evaluator:
             outputs = self._block(program, values, function)
         return {variable.name: value.numpy() for variable, value in zip(program.outputs, outputs, strict=True)}
 
-    def close(self) -> None:
-        """Let the weights go."""
-        self._open, self._constants = None, {}
-
-    def _function(self, name: str) -> Any:
+    def program(self, name: str) -> Any:
+        """A function as coremltools reads it: a block of MIL operations, the same until another function is asked for."""
         if name not in self.functions:
             raise InferenceError(f"the package has no function {name!r}; it has {', '.join(self.functions)}")
         if self._open is None or self._open[0] != name:
@@ -95,6 +95,10 @@ class Evaluator:
             program = load_program(alone, self._spec.specificationVersion, self._weights)
             self._open = (name, program.functions[name])
         return self._open[1]
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self._open, self._constants = None, {}
 
     def _block(self, block: Any, values: dict[Any, Any], function: str) -> list[Any]:
         """Values of a block's outputs; `values` holds what it sees and takes what it computes."""
@@ -129,6 +133,8 @@ class Evaluator:
                 self._constants[output] = torch.from_numpy(np.ascontiguousarray(OPERATIONS[kind](**held)))
             return (self._constants[output],)
         inputs = {name: _wide(_valued(given, values)) for name, given in operation.inputs.items() if given is not None}
+        if self._watch:
+            self._watch(operation, inputs)
         result = OPERATIONS[kind](**inputs)
         return result if isinstance(result, tuple) else (result,)
 

@@ -6,8 +6,9 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.sessions.coreml import sizes, taken
+from elastic_targets import feeds as calibration
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml.compress import Compressor
+from elastic_targets.coreml.activations import Activations
+from elastic_targets.coreml.compress import W8A8, Compressor
 from elastic_targets.coreml.functions import join
 from elastic_targets.coreml.mends import mended, rewrite, save
-from elastic_targets.coreml.options import PRECISIONS, TARGETS, CoremlOptions, budgets, opened, paths, proves, requires
+from elastic_targets.coreml.options import PRECISIONS, TARGETS, CoremlOptions, budgets, compression, opened, paths, proves, requires
 from elastic_targets.coreml.precision import precision
 from elastic_targets.coreml.session import EvaluatorSession
 from elastic_targets.target import OnProgress, Target
 from elastic_targets.weights import filled
 
 Points = Mapping[Budget, Mapping[str, np.ndarray]]
+Model = Callable[[], Any]  # makes one of coremltools'
 _TYPES = {"float32": np.float32, "int64": np.int32}
 
 
@@ -55,20 +59,22 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path, on_progress
     batch = graph.batch.min
     points = {budget: graph.feeds(budget, batch) for budget in budgets(graph, options)}
     spans = opened(graph, options)
-    compress = Compressor(options.compression)
-    with _quiet(), torch.no_grad():
-        if spans or len(points) == 1:
-            save(compress(_convert(graph, options, points, spans)), package)
-            names = dict.fromkeys(points, "main")
-        else:
-            names = {budget: "_".join(f"{axis}_{value}" for axis, value in budget.items()) for budget in points}
-            with tempfile.TemporaryDirectory(dir=package.parent) as work:
-                parts = {}
-                for budget, feeds in points.items():
-                    parts[names[budget]] = Path(work) / f"{names[budget]}.mlpackage"
-                    save(compress(_convert(graph, options, {budget: feeds}, {})), parts[names[budget]])
-                join(parts, package)
     shapes = options.shapes if spans else "functions"
+    names = dict.fromkeys(points, "main")
+    if not spans and len(points) > 1:
+        names = {budget: "_".join(f"{axis}_{value}" for axis, value in budget.items()) for budget in points}
+    with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=package.parent) as work:
+        own = {name: {budget: feeds for budget, feeds in points.items() if names[budget] == name} for name in names.values()}
+        models: dict[str, Model] = {name: partial(_convert, graph, options, some, spans) for name, some in own.items()}
+        if compression(graph, options) == W8A8:
+            every = dict.fromkeys(models, calibration.budgets(graph)) if shapes == "range" else own
+            models = _calibrated(graph, shapes, models, every, Path(work))
+        parts = {name: package if name == "main" else Path(work) / f"{name}.mlpackage" for name in models}
+        compress = Compressor(compression(graph, options))
+        for name, part in parts.items():
+            save(compress(models[name]()), part)
+        if package not in parts.values():
+            join(parts, package)
     calls = [
         CoremlCall(function=names[budget], budget=dict(budget), sizes=sizes(graph.inputs, feeds) if shapes != "range" else {})
         for budget, feeds in points.items()
@@ -81,7 +87,7 @@ def lower(graph: GraphCapture, options: CoremlOptions, folder: Path, on_progress
         batch=Span(batch, batch),
         calls=tuple(calls) if shapes != "range" else (CoremlCall(function="main", budget={}, sizes={}),),
         reductions=options.reductions if options.precision == "fp16" else "fp32",  # type: ignore[arg-type]
-        compression=options.compression,  # type: ignore[arg-type]
+        compression=compression(graph, options),  # type: ignore[arg-type]
         files=tuple(entry(folder, file) for file in sorted(package.rglob("*")) if file.is_file()),
         toolchain={name: version(name) for name in ("torch", "coremltools")},
     )
@@ -138,6 +144,22 @@ def _convert(graph: GraphCapture, options: CoremlOptions, points: Points, spans:
             compute_precision=precision(options.precision, options.reductions),
             skip_model_load=True,
         )
+
+
+def _calibrated(
+    graph: GraphCapture, shapes: str, models: Mapping[str, Model], every: Mapping[str, Iterable[Budget]], work: Path
+) -> dict[str, Model]:
+    """The models of functions with int8 activations, by scales over `every` budget of all of them; in `work` they lie in floats."""
+    activations, floats = Activations(graph.batch.min), {name: work / f"{name}.floats.mlpackage" for name in models}
+    for name, model in models.items():
+        save(model(), floats[name])
+        runs = (
+            {spec.name: np.atleast_1d(fed[spec.name]) for spec in taken(graph.inputs, shapes)}
+            for budget in every[name]
+            for fed in calibration.feeds(graph, budget, graph.batch.min)
+        )
+        activations.observe(floats[name], runs)
+    return {name: partial(activations.insert, path) for name, path in floats.items()}
 
 
 def _tensor(

@@ -9,8 +9,8 @@ import numpy as np
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UsageError
-from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml.compress import METHODS
+from elastic_targets.capture import DENOISER, GraphCapture
+from elastic_targets.coreml.compress import METHODS, W8A8
 
 SHAPES = ("functions", "enumerated", "range")
 PRECISIONS = ("fp16", "fp32")
@@ -23,6 +23,8 @@ DEFAULT_TARGET = "iOS18"
 # Each function takes memory when loaded and time when compiled; the list of sizes is Core ML's own limit.
 MOST = {"functions": 16, "enumerated": 128}
 _DEFAULT_BUDGETS = 8
+# The first system that opens weights stored so, but for iOS 16.
+_NEEDED = {"int4": "iOS18", W8A8: "iOS17"}
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class CoremlOptions:
     shapes: `functions` (one static function a budget, sharing weights), `enumerated` (one function, a list of sizes) or `range` (one
     function for every budget: lengths are open, and a count that a value carries is that of a loop).
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
-    compression: None, or how weights are stored. budgets: for functions and enumerated, a number for a value of a model's one axis; empty
-    for a graph's stages or, where it has none, both ends and the doublings between.
+    compression: None, or how weights are stored; with `w8a8` a denoiser's activations are int8, too. budgets: for functions and enumerated,
+    a number for a value of a model's one axis; empty for a graph's stages or, where it has none, both ends and the doublings between.
     """
 
     shapes: str = "functions"
@@ -54,11 +56,16 @@ def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
             (options.shapes, default.shapes),
             (options.precision, default.precision),
             (reductions, f"{default.reductions}-reductions"),
-            (options.compression, default.compression),
+            (compression(graph, options), default.compression),
         )
         if name and name != usual
     ]
     return (f"coreml/{'.'.join([graph.name, *said])}.mlpackage",)
+
+
+def compression(graph: GraphCapture, options: CoremlOptions) -> str | None:
+    """How a graph's weights are stored: int8 activations are for what runs at every step, so the other graphs hold int8 weights alone."""
+    return "int8" if options.compression == W8A8 and graph.name != DENOISER else options.compression
 
 
 def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
@@ -110,7 +117,7 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
     if options.shapes == "functions" and len(points) > 1:
         _require(options.target, "iOS18", f"a package of {len(points)} functions")
     if options.compression:
-        _require(options.target, "iOS18" if options.compression == "int4" else "iOS16", f"--compress {options.compression}")
+        _require(options.target, _NEEDED.get(options.compression, "iOS16"), f"--compress {options.compression}")
         if options.precision != "fp16":
             raise UsageError(f"--compress {options.compression} stores tables of fp16: use --precision fp16, got {options.precision}")
 

@@ -1,26 +1,18 @@
 """How large values of a graph become: what a static scale is made of.
 
-A graph is run in floats, with a reduction beside each value that is asked about; within a loop it is taken of every pass. Its feeds are
-those of the capture, with times all along the schedule and samples from plain noise to plain levels, the same each time:
-docs/tensorrt.md compares what they reach with what pictures do.
+A graph is run in floats, with a reduction beside each value that is asked about; within a loop it is taken of every pass. What it is fed
+says `elastic_targets.feeds`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 import onnx_ir as ir
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
-from elastic_runtime.contract.budget import Budget
 from elastic_targets.capture import GraphCapture
+from elastic_targets.feeds import budgets, feeds
 from elastic_targets.onnx.evaluate import PartSession, bodies
-
-FEEDS = 8  # samples at each budget
-EDGE = 0.02  # how near the ends of the schedule the first and the last time are
-NOISE = (1.0, 0.8, 0.4, 0.0)  # shares of noise, in turn
-SAMPLES = ("sample", "hidden_states")
-THOUSANDS = 1000.0  # where times are counted in those of training
 
 
 def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str]) -> dict[str, float]:
@@ -33,42 +25,10 @@ def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str]) -> dict[
     found = dict.fromkeys(names, 0.0)
     with PartSession(msgspec.structs.replace(described, outputs=(*described.outputs, *ports)), observed) as session:
         for budget in budgets(graph):
-            for feeds in _feeds(graph, budget):
-                outputs = session.run(feeds)
+            for fed in feeds(graph, budget):
+                outputs = session.run(fed)
                 found = {name: max(most, float(outputs[told[name]])) for name, most in found.items()}
     return found
-
-
-def budgets(graph: GraphCapture) -> list[Budget]:
-    """All axes and open dimensions at their least, near their middle, and at their most."""
-    spans = {axis.name: axis.span for axis in graph.axes} | graph.open_dimensions
-    least, most = (Budget(**{name: getattr(span, end) for name, span in spans.items()}) for end in ("min", "max"))
-    return list(dict.fromkeys([least, graph.traced, most]))
-
-
-def _feeds(graph: GraphCapture, budget: Budget) -> Iterator[dict[str, np.ndarray]]:
-    generator = np.random.default_rng(0)
-    size = max(graph.batch.min, min(FEEDS, graph.batch.max))
-    times, shares = np.linspace(EDGE, 1 - EDGE, FEEDS), np.resize(NOISE, FEEDS)
-    for first in range(0, FEEDS, size):
-        feeds, rows = dict(graph.feeds(budget, size)), np.arange(first, first + size) % FEEDS
-        if "timestep" in feeds:
-            counted = THOUSANDS if feeds["timestep"].max() > 1 else 1.0
-            feeds["timestep"] = (np.floor(times[rows] * counted) if counted > 1 else times[rows]).astype(np.float32)
-        for name in SAMPLES:
-            if name in feeds:
-                feeds[name] = _noised(feeds[name].shape, shares[rows], generator)
-        yield feeds
-        if not {"timestep", *SAMPLES} & feeds.keys():
-            return  # the others would be the same
-
-
-def _noised(shape: tuple[int, ...], shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """So large a share of noise in each sample, the rest being -1 or 1 all over each row of it."""
-    noise = generator.standard_normal(shape)
-    levels = np.sign(generator.standard_normal((*shape[:2], *(1 for _ in shape[2:]))))
-    share = shares.reshape(-1, *(1 for _ in shape[1:]))
-    return (share * noise + np.sqrt(1 - share**2) * levels).astype(np.float32)
 
 
 def _observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, str]]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
-from elastic_targets.onnx.calibrate import budgets
+from elastic_targets.feeds import budgets
 from elastic_targets.onnx.evaluate import compute, inner, parts
 from elastic_targets.onnx.matrices import Matrix
 from elastic_targets.onnx.quantize import BLOCKS

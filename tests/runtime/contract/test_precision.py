@@ -59,7 +59,16 @@ def test_every_listed_device_is_rated_at_every_precision() -> None:
 def test_fewer_bits_are_held_to_a_wider_bound_and_rank_below() -> None:
     assert tolerance("fp32") == 1e-5
     assert tolerance("fp16", "palette4") == 2.5e-1
-    order = [("fp32", None), ("fp16", None), ("fp16", "palette8"), ("fp16", "int8"), ("fp16", "palette4"), ("bf16", None), ("int4w", None)]
+    order = [
+        ("fp32", None),
+        ("fp16", None),
+        ("fp16", "palette8"),
+        ("fp16", "int8"),
+        ("fp16", "w8a8"),
+        ("fp16", "palette4"),
+        ("bf16", None),
+        ("int4w", None),
+    ]
     assert sorted(order, key=lambda pair: rank(*pair)) == order
 
 

@@ -106,7 +106,8 @@ def test_functions_share_their_weights(lowered: Lowered, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("compression", "points"), [("palette8", ENDS[1:]), ("palette6", ENDS[1:]), ("palette4", ENDS), ("int8", ENDS[1:]), ("int4", ENDS)]
+    ("compression", "points"),
+    [("palette8", ENDS[1:]), ("palette6", ENDS[1:]), ("palette4", ENDS), ("int8", ENDS[1:]), ("w8a8", ENDS[1:]), ("int4", ENDS)],
 )
 def test_compression_is_smaller_and_within_its_bound(lowered: Lowered, error: Error, compression: str, points: tuple[Budget, ...]) -> None:
     graph = random_elit(64)
@@ -172,11 +173,16 @@ def test_the_default_budgets_are_the_ends_and_the_doublings(elit: Elit) -> None:
             {"target": "macOS12", "shapes": "range", "compression": "int8"},
             "macOS12 is too old for --compress int8, which needs iOS16 or macOS13",
         ),
+        (
+            {"target": "iOS16", "shapes": "range", "compression": "w8a8"},
+            "iOS16 is too old for --compress w8a8, which needs iOS17 or macOS14",
+        ),
+        ({"compression": "w8a8", "precision": "fp32"}, "--compress w8a8 .* use --precision fp16, got fp32"),
         ({"target": "iOS9"}, "--target for coreml must be one of iOS15, .*got iOS9"),
         ({"shapes": "any"}, "--shapes for coreml must be one of functions, enumerated, range, got any"),
         ({"precision": "bf16"}, "--precision for coreml must be one of fp16, fp32, got bf16"),
         ({"reductions": "bf16"}, "--reductions for coreml must be one of fp32, fp16, got bf16"),
-        ({"compression": "int3"}, "--compress for coreml must be one of palette8, palette6, palette4, int8, int4, got int3"),
+        ({"compression": "int3"}, "--compress for coreml must be one of palette8, palette6, palette4, int8, int4, w8a8, got int3"),
         ({"compression": "palette4", "precision": "fp32"}, "--compress palette4 .* use --precision fp16, got fp32"),
         ({"budgets": tuple(Budget(latents=4 * i) for i in range(1, 18))}, "latents 68 is not available"),
         ({"budgets": (Budget(latents=18),)}, "latents 18 is not available: this model offers 4-64 in steps of 4"),

@@ -135,6 +135,20 @@ def test_products(program: Program) -> None:
     np.testing.assert_allclose(run(x=X, y=y), np.einsum("chw,whr->chr", X, y), atol=1e-6)
 
 
+def test_bytes_are_rounded_to_even_and_saturate(program: Program) -> None:
+    def pair(x: Any, **how: Any) -> Any:
+        codes = mb.quantize(input=x, output_dtype="uint8" if "zero_point" in how else "int8", **how)
+        return mb.dequantize(input=codes, **how)
+
+    x = np.array([[-65.0, -64.0, -1.25, -0.75, -0.25, 0.0], [0.25, 0.75, 1.25, 1.4, 63.5, 64.0]], np.float32)
+    codes = np.array([[-128, -128, -2, -2, 0, 0], [0, 2, 2, 3, 127, 127]])
+    np.testing.assert_array_equal(program(lambda x: pair(x, scale=np.float32(0.5)), x=x.shape)(x=x), codes * 0.5)
+    zeros, scales = np.array([0, 130], np.uint8), np.array([0.5, 0.25], np.float32)
+    codes = np.array([[0, 0, 0, 0, 0, 0], [1, 3, 5, 6, 125, 125]])  # the second row's zero is at 130, and 255 is the end
+    run = program(lambda x: pair(x, scale=scales, zero_point=zeros, axis=0), x=x.shape)
+    np.testing.assert_array_equal(run(x=x), codes * scales[:, None])
+
+
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [

@@ -21,6 +21,7 @@ from elastic_runtime import Budget, Bundle, Span, UsageError  # noqa: E402
 from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_runtime.contract.reference import unpack  # noqa: E402
+from elastic_targets import feeds  # noqa: E402
 from elastic_targets.capture import GraphCapture  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, calibrate, lower, qdq  # noqa: E402
 from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
@@ -198,24 +199,24 @@ def test_the_largest_of_every_pass_and_feed_is_taken_and_is_the_same_again(monke
     monkeypatch.setattr(PartSession, "run", lambda self, feeds: (seen.append(float(np.abs(feeds["sample"]).max())), run(self, feeds))[1])
     found = calibrate.largest(graph, model, ["sample", "twice"])
     assert found == {"sample": pytest.approx(max(seen)), "twice": pytest.approx(8 * max(seen))}
-    assert len(seen) == calibrate.FEEDS // 2
+    assert len(seen) == feeds.FEEDS // 2
     assert calibrate.largest(graph, model, ["sample", "twice"]) == found
     assert [value.name for value in model.graph.outputs] == ["prediction"], "what was asked about is as it was"
 
 
 def test_times_go_all_along_the_schedule_and_samples_from_noise_to_levels() -> None:
     graph, _ = looped()
-    feeds = {"sample": np.zeros((2, 3, 8, 8), np.float32), "timestep": np.zeros(2, np.float32), "class_labels": np.arange(2)}
+    own_feeds = {"sample": np.zeros((2, 3, 8, 8), np.float32), "timestep": np.zeros(2, np.float32), "class_labels": np.arange(2)}
     for unit, own in ((1.0, 0.5), (1000.0, 500.0)):
-        made = GraphCapture(**{**graph.__dict__, "feeds": lambda budget, size: feeds | {"timestep": np.full(size, own, np.float32)}})  # noqa: B023
-        given = list(calibrate._feeds(made, Budget()))
+        made = GraphCapture(**{**graph.__dict__, "feeds": lambda budget, size: own_feeds | {"timestep": np.full(size, own, np.float32)}})  # noqa: B023
+        given = list(feeds.feeds(made, Budget()))
         times = np.concatenate([each["timestep"] for each in given]) / unit
         assert (times.min(), times.max()) == pytest.approx((0.02, 0.98), abs=1e-3)
         spreads = [float(np.std(sample, axis=(1, 2)).mean()) for each in given for sample in each["sample"]]
         assert min(spreads) == 0, "plain levels"
         assert max(spreads) > 0.9, "plain noise"
     text = GraphCapture(**{**graph.__dict__, "feeds": lambda budget, size: {"input_ids": np.zeros((size, 4), np.int64)}})
-    assert len(list(calibrate._feeds(text, Budget()))) == 1, "nothing of it changes"
+    assert len(list(feeds.feeds(text, Budget()))) == 1, "nothing of it changes"
 
 
 def test_what_was_rounded_is_held_to_float16_s_own_tolerance_before(rounded: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

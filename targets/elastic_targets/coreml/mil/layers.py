@@ -111,12 +111,30 @@ def upsample_bilinear(
     return F.interpolate(x, size=size, mode="bilinear", align_corners=aligned)
 
 
+def quantize(input: Tensor, scale: Tensor, output_dtype: str, zero_point: Tensor | None = None, axis: Tensor | None = None) -> Tensor:
+    """`clip(round(input / scale) + zero_point)`, halves rounded to the even one."""
+    codes = torch.round(input / _along(scale, input, axis)) + (0 if zero_point is None else _along(zero_point, input, axis))
+    limits = torch.iinfo(torch.uint8 if output_dtype == "uint8" else torch.int8)
+    return codes.clamp(limits.min, limits.max)
+
+
+def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: Tensor | None = None) -> Tensor:
+    """`scale * (input - zero_point)`."""
+    codes = input if zero_point is None else input - _along(zero_point, input, axis)
+    return _along(scale, input, axis) * codes
+
+
 def pixel_shuffle(x: Tensor, upscale_factor: Tensor) -> Tensor:
     return F.pixel_shuffle(x, int(upscale_factor))
 
 
 def pixel_unshuffle(x: Tensor, downscale_factor: Tensor) -> Tensor:
     return F.pixel_unshuffle(x, int(downscale_factor))
+
+
+def _along(values: Tensor, x: Tensor, axis: Tensor | None) -> Tensor:
+    """One value, or one for each place along an axis of `x`."""
+    return values if axis is None else values.reshape([-1 if i == int(axis) % x.dim() else 1 for i in range(x.dim())])
 
 
 def _sizes(values: Tensor | None, spatial: int) -> list[int]:
@@ -143,6 +161,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "batch_norm": batch_norm,
     "conv": conv,
     "conv_transpose": conv_transpose,
+    "dequantize": dequantize,
     "einsum": einsum,
     "instance_norm": instance_norm,
     "layer_norm": layer_norm,
@@ -150,6 +169,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "matmul": matmul,
     "pixel_shuffle": pixel_shuffle,
     "pixel_unshuffle": pixel_unshuffle,
+    "quantize": quantize,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     "upsample_bilinear": upsample_bilinear,
     "upsample_nearest_neighbor": upsample_nearest_neighbor,
