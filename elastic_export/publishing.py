@@ -12,7 +12,6 @@ from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
 from elastic_runtime.contract.manifest import Manifest
-from elastic_runtime.contract.precision import tolerance
 from elastic_runtime.errors import BundleError, UsageError
 
 CARD = "README.md"
@@ -161,12 +160,10 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|"
     for name, graph in manifest.graphs.items():
         for artifact in graph.artifacts:
-            compression = getattr(artifact, "compression", None)
             size = sum(entry.bytes for entry in artifact.files) / 1e6
             errors = [row.max_abs for row in artifact.verified]
             proven = f"{max(errors):.1e} at {len(errors)} budgets" if errors else "not run"
-            held = f"{artifact.precision}{f' ({compression})' if compression else ''}"
-            yield f"| {name} | {artifact.target} | {held} | {size:.1f} | {tolerance(artifact.precision, compression):g} | {proven} |"
+            yield f"| {name} | {artifact.target} | {artifact.held} | {size:.1f} | {artifact.tolerance:g} | {proven} |"
     yield ""
     yield "Tolerances and errors are in units of max(1, the original's largest answer)."
     yield ""

@@ -189,6 +189,14 @@ def test_the_card_says_what_the_manifest_does() -> None:
     assert f"({axis.name} {Span(axis.min, axis.max)})" in body
 
 
+def test_the_card_says_how_weights_came_to_few_bits() -> None:
+    manifest = described()
+    (artifact,) = manifest.graphs["denoiser"].artifacts
+    fitted = msgspec.structs.replace(artifact, precision="int4w", weight_rounding="gptq")
+    card = model_card(manifest.joined("denoiser", [fitted]), "me/digits")
+    assert "| denoiser | onnx | int4w, gptq | 3.5 | 0.25 | 2.5e-06 at 1 budgets |" in card
+
+
 def test_the_card_of_a_thing_without_axes_or_origin_is_whole() -> None:
     bare = msgspec.structs.replace(described(axes=(), cost=()), provenance=Provenance(command="", created="", versions={}))
     card = model_card(bare, "me/digits")

@@ -177,10 +177,13 @@ def _stream(entries: list[Entry], budgets: Sequence[Budget], settings: Settings)
 
 def _report(entry: Entry, bundle: Bundle, settings: Settings) -> RuntimeReport:
     loaded, runtime = entry.loaded, entry.runtime
+    artifacts = bundle.manifest.graphs["denoiser"].artifacts
+    own = next((each for each in artifacts if each.path == runtime.artifact and each.precision == runtime.precision), None)
     report = RuntimeReport(
         runtime=runtime.name,
         artifact=runtime.artifact,
         precision=runtime.precision,
+        held=own.held if own and own.held != own.precision else None,
         where=loaded.where if loaded else None,
         processor=loaded.processor if loaded else None,
         missing=entry.missing,

@@ -119,6 +119,7 @@ class RuntimeReport(_Record, frozen=True, kw_only=True):
     """One runtime on one bundle. Where it could not run, `missing` says what is not here; where it was wrong or broke, `failure` says how.
 
     `where` is what it ran on and `processor` of which kind that is (None: it did not run, or an older version wrote this).
+    `held` is the precision with how weights came to their bits, where the artifact says more than its precision.
     A runtime that failed has no rows. `started_bytes` and `peak_bytes` are its process's memory before it opened the bundle and at most.
     `skipped` says for a budget (as in `budget.key`), or for `pictures`, why it has no figures.
     """
@@ -126,6 +127,7 @@ class RuntimeReport(_Record, frozen=True, kw_only=True):
     runtime: str
     artifact: str | None
     precision: str
+    held: str | None = None
     where: str | None = None
     processor: Processor | None = None
     missing: str | None = None

@@ -53,6 +53,17 @@ def test_times_are_those_of_the_clock_in_rounds(opened: Bundle) -> None:
     assert report.recommendation is None
 
 
+def test_a_report_says_how_weights_came_to_few_bits(opened: Bundle) -> None:
+    (artifact,) = opened.manifest.graphs["denoiser"].artifacts
+    fitted = msgspec.structs.replace(artifact, precision="int4w", weight_rounding="gptq")
+    opened.manifest = opened.manifest.joined("denoiser", [fitted])
+    held = {}
+    for precision in ("int4w", "fp32"):
+        report, _ = run(opened, "right", "right", artifact=artifact.path, precision=precision)
+        held[precision] = [runtime.held for runtime in report.runtimes]
+    assert held == {"int4w": [None, "int4w, gptq"], "fp32": [None, None]}
+
+
 def test_figures_follow_from_rows(opened: Bundle) -> None:
     peaks = Peaks(flops_per_second=1e6, bytes_per_second=1e7)
     found = list(figures(run(opened, "right", "right", base=0.020, each=0.002, processor="cpu")[0], SETTINGS, peaks))

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import Outcome
-from fakes import write_bundle
+from fakes import write_bundle, write_manifest
 from PIL import Image
 
 from elastic_runtime import Bundle, ElasticPipeline
@@ -155,6 +156,14 @@ def test_inspect_shows_and_gives_the_whole_manifest(run: Run, tmp_path: Path) ->
     told = json.loads(run("inspect", bundle.folder, "--json").out)
     assert told["schema"] == "elastic-export/inspect/1"
     assert told["manifest"] == json.loads((bundle.folder / "elastic.json").read_text())
+
+
+def test_inspect_shows_how_weights_came_to_few_bits(run: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
+    fitted = msgspec.structs.replace(artifact, precision="int4w", weight_rounding="gptq", unverified="it was not to be")
+    write_manifest(bundle.folder, bundle.manifest.joined("denoiser", [fitted]))
+    assert "onnx/denoiser.onnx (int4w, gptq) was not verified: it was not to be" in run("inspect", bundle.folder).err
 
 
 def test_inspect_compares_hashes_on_request(run: Run, tmp_path: Path) -> None:

@@ -132,10 +132,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 def verifications(graph: str, artifact: Artifact) -> None:
     """The rows of one artifact, or why there are none."""
     if not artifact.verified:
-        note(f"{artifact.path} was not verified: {artifact.unverified}")
+        note(f"{artifact.path} ({artifact.held}) was not verified: {artifact.unverified}")
         return
     table(
-        f"{graph}: {artifact.path} ({artifact.precision}), {artifact.verified[0].where}",
+        f"{graph}: {artifact.path} ({artifact.held}), {artifact.verified[0].where}",
         ("budget", "max abs", "cosine", "PSNR dB", "tolerance", ""),
         [(key(row.budget), *_figures(row)) for row in artifact.verified],
     )

@@ -63,14 +63,15 @@ def load(report: LoadReport) -> None:
 def _runtimes(opened: BundleReport) -> None:
     rows = []
     for runtime in opened.runtimes:
+        held = runtime.held or runtime.precision
         if runtime.missing or runtime.failure:
             told = f"missing: {runtime.missing}" if runtime.missing else f"FAILED: {runtime.failure}"
-            rows.append((runtime.runtime, runtime.precision, "-", "-", "-", told))
+            rows.append((runtime.runtime, held, "-", "-", "-", told))
             continue
         worst = max(runtime.checked, key=lambda row: row.max_abs)
         said = "; ".join([str(runtime.where), *(f"{what}: {why}" for what, why in runtime.skipped.items())])
         error = f"{worst.max_abs:.1e} of {worst.tolerance:.0e}"
-        rows.append((runtime.runtime, runtime.precision, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), said))
+        rows.append((runtime.runtime, held, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), said))
     table(f"{opened.name}: {opened.model}", ("runtime", "precision", "checked, max abs", "load s", "peak MB", ""), rows)
 
 

@@ -127,14 +127,28 @@ class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
         return precisions.rank(self.precision, self._compression)
 
     @property
+    def held(self) -> str:
+        """Its precision for people to read, and after a comma how its weights came to their bits where that is not as usual."""
+        return ", ".join(filter(None, (self.precision, self._compression)))
+
+    @property
     def _compression(self) -> precisions.Compression | None:
         return None
 
 
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
-    """An ONNX file; weights above 2 GB lie beside it."""
+    """An ONNX file; weights above 2 GB lie beside it.
+
+    `weight_rounding` is how matrices that tokens pass came to blocks of few bits: each weight to the nearest step, or by what the matrix
+    multiplies (`gptq`). It changes no name and no tolerance, so that one takes the other's place.
+    """
 
     opset: int
+    weight_rounding: Literal["nearest", "gptq"] = "nearest"
+
+    @property
+    def held(self) -> str:
+        return self.precision if self.weight_rounding == "nearest" else f"{self.precision}, {self.weight_rounding}"
 
 
 class Range(Record, frozen=True):

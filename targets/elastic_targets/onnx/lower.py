@@ -145,6 +145,7 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
         precision=precision,  # type: ignore[arg-type]
         opset=options.opset,
         conditions=conditions,
+        weight_rounding=options.rounding if graph.name == DENOISER else NEAREST,  # type: ignore[arg-type]
         files=tuple(entry(folder, each) for each in files),
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )

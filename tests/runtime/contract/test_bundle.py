@@ -21,6 +21,8 @@ from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Quality
 from elastic_runtime.files.folder import writing
 from elastic_runtime.ralu.plan import PRESETS
 
+FILE = FileEntry(path="onnx/denoiser.onnx", bytes=1, sha256="0" * 64)
+
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest's JSON in place."""
@@ -37,6 +39,21 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     written = manifest()
     write_manifest(tmp_path, written)
     assert decode((tmp_path / MANIFEST).read_bytes(), MANIFEST) == written
+
+
+def test_weights_were_rounded_to_the_nearest_where_an_artifact_says_nothing(tmp_path: Path) -> None:
+    written = manifest(artifacts=(OnnxArtifact(precision="int4w", files=(FILE,), toolchain={}, opset=23, weight_rounding="gptq"),))
+    write_manifest(tmp_path, written)
+    (artifact,) = decode((tmp_path / MANIFEST).read_bytes(), MANIFEST).graphs["denoiser"].artifacts
+    assert artifact.held == "int4w, gptq"
+    edit(tmp_path, lambda content: content["graphs"]["denoiser"]["artifacts"][0].pop("weight_rounding"))
+    older = decode((tmp_path / MANIFEST).read_bytes(), MANIFEST)
+    (nearest,) = older.graphs["denoiser"].artifacts
+    assert (nearest.held, nearest) == ("int4w", msgspec.structs.replace(artifact, weight_rounding="nearest"))
+    assert older.joined("denoiser", [artifact]).graphs["denoiser"].artifacts == (artifact,)  # it takes the other's place
+    edit(tmp_path, lambda content: content["graphs"]["denoiser"]["artifacts"][0].update(weight_rounding="up"))
+    with pytest.raises(BundleError, match="weight_rounding"):
+        decode((tmp_path / MANIFEST).read_bytes(), MANIFEST)
 
 
 def test_an_open_bundle_holds_its_manifest_and_its_files(tmp_path: Path) -> None:

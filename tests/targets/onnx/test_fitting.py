@@ -156,6 +156,7 @@ def test_a_denoiser_is_fitted_at_every_size_of_what_it_takes(tmp_path: Path) -> 
     for rounding in ("nearest", "gptq"):
         (artifact,) = lower(graph, OnnxOptions(precision="int4w", rounding=rounding), tmp_path / rounding)
         assert [path.name for path in (tmp_path / rounding / "onnx").iterdir()] == ["denoiser.int4w.onnx"]  # nothing is left behind
+        assert artifact.weight_rounding == rounding
         (found,) = onnxruntime.InferenceSession(str(tmp_path / rounding / artifact.path)).run(None, feeds)
         off.append(np.square(found - wanted).mean())
     assert off[1] < 0.5 * off[0]
