@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "elit-mnist"
 BATCH = Span(1, 4)
+TRANSFORMER = "transformer"  # what `components` calls a denoiser
 Folder = str | os.PathLike[str]
 Spanned = Span | str | int
 Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -305,6 +306,9 @@ def preparing(
     origin["size"] = None if origin.get("size") is None else read_size(origin["size"])
     origin["components"] = read_words(origin.get("components"))
     origin["adapters"] = read_adapters(origin.get("adapters"))
+    chosen = origin["components"]
+    if chosen is not None and TRANSFORMER not in chosen and room.denoising and (idle := room.denoising(options)):
+        raise UsageError(f"{idle[0]} is for a denoiser, and --components {','.join(chosen)} has none: leave it out, or add {TRANSFORMER}")
     folder = Path(output)
     with contextlib.ExitStack() as stack:
         # A refusal should not wait for the weights to load.

@@ -38,10 +38,9 @@ def feeds(graph: GraphCapture, budget: Budget, size: int | None = None) -> Itera
 
 
 def _batches(graph: GraphCapture, budget: Budget) -> Iterator[dict[str, np.ndarray]]:
-    generator = np.random.default_rng(0)
-    size = max(graph.batch.min, min(FEEDS, graph.batch.max))
+    generator, size = np.random.default_rng(0), starts(graph).step
     times, shares = np.linspace(EDGE, 1 - EDGE, FEEDS), np.resize(NOISE, FEEDS)
-    for first in range(0, FEEDS, size):
+    for first in starts(graph):
         fed, rows = dict(graph.feeds(budget, size)), np.arange(first, first + size) % FEEDS
         if "timestep" in fed:
             counted = THOUSANDS if fed["timestep"].max() > 1 else 1.0
@@ -50,8 +49,12 @@ def _batches(graph: GraphCapture, budget: Budget) -> Iterator[dict[str, np.ndarr
             if name in fed:
                 fed[name] = _noised(fed[name].shape, shares[rows], generator)
         yield fed
-        if not {"timestep", *SAMPLES} & fed.keys():
-            return  # the others would be the same
+
+
+def starts(graph: GraphCapture) -> range:
+    """Of a budget's runs the first samples, as many steps apart as a run has samples: a single run where all would be the same."""
+    varies = {"timestep", *SAMPLES} & {spec.name for spec in graph.inputs}
+    return range(0, FEEDS if varies else 1, max(graph.batch.min, min(FEEDS, graph.batch.max)))
 
 
 def _noised(shape: tuple[int, ...], shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:

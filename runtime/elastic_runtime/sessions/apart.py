@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -191,7 +192,8 @@ def opened(
 
 def halves(graph: Graph, artifact: Artifact, apart: Apart) -> tuple[Artifact, Artifact]:
     """The artifact without the file of its own, and that alone, each with the files that hold its weights."""
-    own = [file for file in artifact.files if file.path == apart.path or file.path.startswith(f"{apart.path}.data")]
+    # Weights of more than one file have a number in the midst of its name: denoiser-00001-of-00002.conditions.onnx.data.
+    own = [file for file in artifact.files if re.sub(r"-\d+-of-\d+(?=\.)", "", file.path) in (apart.path, f"{apart.path}.data")]
     own.sort(key=lambda file: file.path != apart.path)
     others = tuple(file for file in artifact.files if file not in own)
     changes: dict[str, object] = {}

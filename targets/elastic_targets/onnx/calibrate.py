@@ -11,23 +11,29 @@ import onnx_ir as ir
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
 from elastic_targets.capture import GraphCapture
-from elastic_targets.feeds import budgets, feeds
+from elastic_targets.feeds import budgets, feeds, starts
 from elastic_targets.onnx.evaluate import PartSession, bodies
+from elastic_targets.target import OnProgress
 
 
-def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str]) -> dict[str, float]:
-    """The largest magnitude of each of these values of `model`, at the ends and in the middle of the graph's budgets."""
+def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str], on_progress: OnProgress | None = None) -> dict[str, float]:
+    """The largest magnitude of each of these values of `model`, at the ends and in the middle of the graph's budgets; `on_progress` is
+    told of the runs that this takes."""
     if not names:
         return {}
     observed, told = _observed(model, names)
     ports = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in told.values())
     described = Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=())
-    found = dict.fromkeys(names, 0.0)
+    found, points = dict.fromkeys(names, 0.0), budgets(graph)
+    done, total = 0, len(points) * len(starts(graph))
     with PartSession(msgspec.structs.replace(described, outputs=(*described.outputs, *ports)), observed) as session:
-        for budget in budgets(graph):
+        for budget in points:
             for fed in feeds(graph, budget):
                 outputs = session.run(fed)
                 found = {name: max(most, float(outputs[told[name]])) for name, most in found.items()}
+                done += 1
+                if on_progress:
+                    on_progress("calibrating", done, total)
     return found
 
 

@@ -87,6 +87,12 @@ def _apart(graph: GraphCapture, options: OnnxOptions) -> bool:
     return options.conditions_apart and graph.name == DENOISER
 
 
+def denoising(options: OnnxOptions) -> list[str]:
+    """What was asked of a denoiser alone, as the command has it."""
+    fitted = [] if options.rounding == NEAREST else [f"--rounding {options.rounding}"]
+    return [*(["--conditions-apart"] if options.conditions_apart else []), *fitted]
+
+
 def proves(graph: GraphCapture, options: OnnxOptions) -> list[Budget]:
     """Budgets to verify besides both ends, the middle and an untraced one: none, since one graph serves them all."""
     return []
@@ -122,7 +128,8 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
-    """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights."""
+    """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights and
+    of runs."""
     precision = options.of(graph.name)
     model = _floats(graph, precision, options.opset) if precision in _TYPES else _unrounded(graph, options).clone()
     path, conditions = paths(graph, options)[0], None
@@ -136,7 +143,7 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
                 rounder = partial(fitting.fitted, runs=fitting.feeds(graph), folder=spill, on_progress=on_progress)
             quantize(model, precision, rounder)
         elif precision in qdq.FORMS:
-            qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision)))
+            qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision), on_progress))
         if _apart(graph, options):
             model, own, conditions = split(model, graph.inputs, path.replace(".rest.onnx", ".conditions.onnx"))
             files = write(own, folder / conditions.path, on_progress)
@@ -227,5 +234,6 @@ TARGET = Target(
     proves=proves,
     estimate=lambda graph, options: estimate(graph, options.of(graph.name)),
     evaluator=evaluator,
+    denoising=denoising,
     unrounded=unrounded,
 )

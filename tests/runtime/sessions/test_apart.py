@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_runtime.contract.artifacts import Apart, Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Apart, FileEntry, Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.sessions import apart
-from elastic_runtime.sessions.apart import ROWS, ApartSession, conditions, rest
+from elastic_runtime.sessions.apart import ROWS, ApartSession, conditions, halves, rest
 from elastic_runtime.sessions.fake import FakeSession
 
 APART = Apart(
@@ -44,6 +44,18 @@ def feeds(times: Sequence[float], labels: Sequence[int]) -> dict[str, np.ndarray
 
 def wanted(given: Any) -> np.ndarray:
     return np.asarray(given["sample"] * given["timestep"][:, None] + given["class_labels"][:, None], np.float32)
+
+
+def test_each_half_has_the_files_that_hold_its_weights() -> None:
+    """As they are named where those above 4 GB lie in several."""
+    numbered = [f"onnx/denoiser-0000{each}-of-00002" for each in (1, 2)]
+    mine = ["onnx/denoiser.rest.onnx", *(f"{each}.rest.onnx.data" for each in numbered)]
+    own = [*(f"{each}.conditions.onnx.data" for each in numbered), "onnx/denoiser.conditions.onnx"]
+    files = tuple(FileEntry(path=path, bytes=1, sha256="") for path in (*mine, *own))
+    whole = OnnxArtifact(precision="fp32", files=files, toolchain={}, opset=23, conditions=APART)
+    first, second = halves(graph(), whole, APART)
+    assert [file.path for file in first.files] == mine
+    assert (second.path, {file.path for file in second.files}) == (APART.path, set(own))
 
 
 class Two:

@@ -20,6 +20,7 @@ from elastic_runtime import Bundle, BundleError, ElasticPipeline, UsageError  # 
 from elastic_runtime.contract.artifacts import OnnxArtifact, TensorSpec  # noqa: E402
 from elastic_runtime.contract.bundle import encode  # noqa: E402
 from elastic_runtime.files.folder import writing  # noqa: E402
+from elastic_runtime.sessions import ort  # noqa: E402
 from elastic_runtime.sessions.apart import ApartSession  # noqa: E402
 from elastic_runtime.sessions.opening import open_artifact  # noqa: E402
 from elastic_targets.onnx.apart import split  # noqa: E402
@@ -134,6 +135,17 @@ def test_a_damaged_file_is_told_when_it_is_opened(bundle: Bundle, tmp_path: Path
     file.write_bytes(b"x" * file.stat().st_size)
     with pytest.raises(BundleError, match="cannot open"):
         open_artifact(Bundle.open(folder), "denoiser", apart)
+
+
+def test_memory_is_held_back_by_the_size_of_a_half(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart = artifacts(bundle, "fp32")[1]
+    sizes = [file.bytes for file in apart.files]
+    for large, arenas in ((max(sizes) + 1, [True, True]), (max(sizes), [False, True]), (min(sizes), [False, False])):
+        monkeypatch.setattr(ort, "LARGE", large)
+        with open_artifact(bundle, "denoiser", apart, "ort", lanes=1) as session:
+            assert isinstance(session, ApartSession)
+            inner = [session._rest, session._conditions]
+            assert [each._session.get_session_options().enable_cpu_mem_arena for each in inner] == arenas  # type: ignore[union-attr]
 
 
 def test_what_takes_one_file_takes_the_other_artifact(bundle: Bundle) -> None:

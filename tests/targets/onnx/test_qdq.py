@@ -197,9 +197,11 @@ def test_the_largest_of_every_pass_and_feed_is_taken_and_is_the_same_again(monke
     seen: list[float] = []
     run = PartSession.run
     monkeypatch.setattr(PartSession, "run", lambda self, feeds: (seen.append(float(np.abs(feeds["sample"]).max())), run(self, feeds))[1])
-    found = calibrate.largest(graph, model, ["sample", "twice"])
+    told: list[tuple[str, int, int]] = []
+    found = calibrate.largest(graph, model, ["sample", "twice"], lambda *words: told.append(words))
     assert found == {"sample": pytest.approx(max(seen)), "twice": pytest.approx(8 * max(seen))}
     assert len(seen) == feeds.FEEDS // 2
+    assert told == [("calibrating", done, len(seen)) for done in range(1, len(seen) + 1)]
     assert calibrate.largest(graph, model, ["sample", "twice"]) == found
     assert [value.name for value in model.graph.outputs] == ["prediction"], "what was asked about is as it was"
 
@@ -215,7 +217,8 @@ def test_times_go_all_along_the_schedule_and_samples_from_noise_to_levels() -> N
         spreads = [float(np.std(sample, axis=(1, 2)).mean()) for each in given for sample in each["sample"]]
         assert min(spreads) == 0, "plain levels"
         assert max(spreads) > 0.9, "plain noise"
-    text = GraphCapture(**{**graph.__dict__, "feeds": lambda budget, size: {"input_ids": np.zeros((size, 4), np.int64)}})
+    ids = {"inputs": (TensorSpec(name="input_ids", dtype="int64", shape=("B", 4)),)}
+    text = GraphCapture(**graph.__dict__ | ids | {"feeds": lambda budget, size: {"input_ids": np.zeros((size, 4), np.int64)}})
     assert len(list(feeds.feeds(text, Budget()))) == 1, "nothing of it changes"
 
 
