@@ -157,7 +157,11 @@ def _room_on_disk(graphs: Sequence["GraphCapture"], room: Target, options: Any, 
     most = sum(4 * weight.numel() for graph in graphs for _, weight in weights(graph.module))
     if room.estimate is None or most < free:
         return
-    needed = sum(room.estimate(graph, options).file_bytes for graph in graphs)
+    written = needed = 0
+    for graph in graphs:
+        estimate = room.estimate(graph, options)
+        written += estimate.file_bytes
+        needed = max(needed, written + estimate.waiting_bytes)
     if needed > free:
         raise BundleError(
             f"the artifacts need {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free: make room, choose another "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ import elastic_export  # noqa: E402
 import elastic_targets  # noqa: E402
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
-from elastic_export.exporting import export_capture  # noqa: E402
+from elastic_export.exporting import _room_on_disk, export_capture  # noqa: E402
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, ModelError, Span, UsageError  # noqa: E402
 from elastic_runtime.files.folder import writing  # noqa: E402
+from elastic_targets.target import Estimate  # noqa: E402
 
 
 @pytest.fixture
@@ -202,3 +204,15 @@ def test_what_was_left_out_is_proven_by_a_later_export(golden: Path, tmp_path: P
     assert all(row.passed for _, artifact in elastic_export.verify(bundle) for row in artifact.verified)
     with pytest.raises(UsageError, match="--verify is one of budgets, ends, none, got 'some'"):
         elastic_export.export("elit-sit", output=tmp_path / "other", verify="some", **source)
+
+
+def test_what_waits_on_disk_needs_room_beside_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: Any = [SimpleNamespace(name=name, module=torch.nn.Linear(64, 64)) for name in ("denoiser", "decoder")]
+    made = {"denoiser": Estimate(1000, 1, waiting_bytes=800), "decoder": Estimate(500, 1)}
+    room = replace(elastic_targets.target("onnx"), estimate=lambda graph, _: made[graph.name])
+    for first, needed in ((graphs[:1], 1800), (graphs, 1800), (graphs[::-1], 2300)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, needed=needed: SimpleNamespace(free=needed))
+        _room_on_disk(first, room, None, tmp_path)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, needed=needed: SimpleNamespace(free=needed - 1))
+        with pytest.raises(BundleError, match="make room, choose another"):
+            _room_on_disk(first, room, None, tmp_path)

@@ -68,15 +68,17 @@ def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> Non
     points = {graph.name: [key(budget) for budget in probe_budgets(graph.axes, graph.open_dimensions)] for graph in graphs}
     budgets = next(iter(points.values()))
     plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.manifest.axes, "batch": str(batch)}
-    sizes = {}
+    sizes, waiting = {}, {}
     if peaks and prepared.target.estimate:
         estimates = {graph.name: prepared.target.estimate(graph, prepared.options) for graph in capture.graphs}
         peaks = {name: estimate.peak_bytes for name, estimate in estimates.items()}
         sizes = {name: estimate.file_bytes for name, estimate in estimates.items()}
+        waiting = {name: estimate.waiting_bytes for name, estimate in estimates.items() if estimate.waiting_bytes}
     plan |= {"verify": budgets} | ({"peak_bytes": peaks} if peaks else {}) | ({"file_bytes": sizes} if sizes else {})
+    plan |= {"waiting_bytes": waiting} if waiting else {}
     if how.json:
         show.as_json(target, {"dry_run": True, "model": capture.manifest.model} | plan)
     else:
         what = f"{capture.manifest.model.name} for {target}, {prepared.options.precision}, batch {batch}"
         show.line(f"would write {prepared.output}: {what}, verified at {', '.join(budgets)}")
-        show.peaks(peaks, sizes, points)
+        show.peaks(peaks, sizes, waiting, points)

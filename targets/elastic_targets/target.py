@@ -19,10 +19,11 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on disk of an artifact, and of memory at most while it is written."""
+    """Bytes on disk of an artifact, and of memory at most while it is written; `waiting_bytes` lie on disk beside it until it is."""
 
     file_bytes: int
     peak_bytes: int
+    waiting_bytes: int = 0
 
 
 @dataclass(frozen=True)

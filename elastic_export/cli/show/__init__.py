@@ -158,10 +158,12 @@ def engine(graph: str, artifact: TrtArtifact) -> None:
     profiles(artifact.profiles)
 
 
-def peaks(held: Mapping[str, int], written: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
-    """What exporting each graph of a folder is likely to take of memory and of disk, one at a time, and the sizes it is proven at."""
+def peaks(held: Mapping[str, int], written: Mapping[str, int], waiting: Mapping[str, int], points: Mapping[str, list[str]]) -> None:
+    """What exporting each graph of a folder is likely to take of memory and of disk, one at a time, and the sizes it is proven at;
+    `waiting` are bytes on disk besides, until it is written."""
     for graph, size in held.items():
-        disk = f"{_amount(written[graph])} on disk, " if graph in written else ""
+        more = f" and {_amount(waiting[graph])} until it is written" if graph in waiting else ""
+        disk = f"{_amount(written[graph])} on disk{more}, " if graph in written else ""
         line(f"{graph}: {disk}about {_amount(size)} of memory at most while exporting, verified at {', '.join(points[graph])}")
 
 

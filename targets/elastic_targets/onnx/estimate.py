@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.onnx import qdq
+from elastic_targets.onnx.fitting import PART
 from elastic_targets.onnx.matrices import LEAST
 from elastic_targets.onnx.quantize import SCHEMES
 from elastic_targets.onnx.stream import EXTERNAL_FROM
@@ -23,15 +24,22 @@ FLOAT32 = 4
 BASE = 650e6
 COPIES = 3
 MESSAGE = 3
+# Rounding by what matrices multiply: so many times the weights of a part (or of a smaller model) stand there as a session of it opens, with
+# squares, their inverses and what the C library keeps of all that. Fitted to two measurements, 2.3 and 2.4 GB (docs/real-size.md).
+FITTED = 23
 
 
-def estimate(graph: GraphCapture, precision: str) -> Estimate:
-    """What exporting a graph takes, without its proof, which holds the activations of the largest budget and some 700 MB of weights."""
+def estimate(graph: GraphCapture, precision: str, apart: bool = False, fitted: bool = False) -> Estimate:
+    """What exporting a graph takes, without its proof, which holds the activations of the largest budget and some 700 MB of weights.
+
+    `apart`: its conditions in a file of their own. `fitted`: its matrices rounded by what they multiply, which wait on disk meanwhile.
+    """
     kinds = _kinds(graph)
     seen = {id(weight): (name, weight) for name, weight in weights(graph.module)}.values()
     held: Counter[str] = Counter()
     for name, weight in seen:
         held[kinds.get(name, "floats") if weight.dim() == 2 and min(weight.shape) >= LEAST else "floats"] += weight.numel()
+    conditions = PRECISIONS[precision].weight_bytes
     if precision in SCHEMES:
         scheme = SCHEMES[precision]
         eight, own = PRECISIONS["int8w"].weight_bytes, PRECISIONS[precision].weight_bytes
@@ -43,9 +51,12 @@ def estimate(graph: GraphCapture, precision: str) -> Estimate:
         size = held["tokens"] * row.weight_bytes + held["conditions"] + floats
     else:
         size = sum(held.values()) * PRECISIONS[precision].weight_bytes
+    waiting = held["tokens"] * PRECISIONS[precision].weight_bytes if fitted else 0.0
     largest = max((weight.numel() for _, weight in seen), default=0) * FLOAT32
-    within = MESSAGE * size if size < EXTERNAL_FROM else 0.0
-    return Estimate(round(size), round(BASE + COPIES * largest + within))
+    told = held["conditions"] * conditions if apart else 0.0
+    within = MESSAGE * max((each for each in (size - told, told) if each < EXTERNAL_FROM), default=0.0)
+    rounding = FITTED * min(max(PART, largest), held["tokens"] * FLOAT32) if fitted else 0.0
+    return Estimate(round(size), round(BASE + max(COPIES * largest + within, rounding)), round(waiting))
 
 
 def _kinds(graph: GraphCapture) -> Mapping[str, str]:

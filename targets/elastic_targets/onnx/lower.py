@@ -232,7 +232,9 @@ TARGET = Target(
     lower=lower,
     ensures=ensures,
     proves=proves,
-    estimate=lambda graph, options: estimate(graph, options.of(graph.name)),
+    estimate=lambda graph, options: estimate(
+        graph, options.of(graph.name), _apart(graph, options), options.rounding == GPTQ and graph.name == DENOISER
+    ),
     evaluator=evaluator,
     denoising=denoising,
     unrounded=unrounded,

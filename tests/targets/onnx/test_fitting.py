@@ -17,9 +17,10 @@ from onnx import helper, numpy_helper  # noqa: E402
 import elastic_export  # noqa: E402
 from elastic_runtime import Budget, ModelError, Span, UsageError  # noqa: E402
 from elastic_runtime.contract.artifacts import TensorSpec  # noqa: E402
+from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_targets.capture import GraphCapture  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, fitting  # noqa: E402
-from elastic_targets.onnx.lower import lower  # noqa: E402
+from elastic_targets.onnx.lower import TARGET, lower  # noqa: E402
 from elastic_targets.onnx.matrices import Matrix  # noqa: E402
 from elastic_targets.onnx.quantize import quantize  # noqa: E402
 from elastic_targets.onnx.rounding import blocks, compensated, slabs  # noqa: E402
@@ -160,6 +161,18 @@ def test_a_denoiser_is_fitted_at_every_size_of_what_it_takes(tmp_path: Path) -> 
         (found,) = onnxruntime.InferenceSession(str(tmp_path / rounding / artifact.path)).run(None, feeds)
         off.append(np.square(found - wanted).mean())
     assert off[1] < 0.5 * off[0]
+
+
+def test_what_waits_on_disk_and_stands_in_memory_is_told_before() -> None:
+    graph = bent()
+    told = {
+        rounding: TARGET.estimate(graph, OnnxOptions(precision="int4w", rounding=rounding))  # type: ignore[misc]
+        for rounding in ("nearest", "gptq")
+    }
+    assert told["gptq"].file_bytes == told["nearest"].file_bytes
+    waiting = [each.waiting_bytes for each in told.values()]
+    assert waiting == [0, round((WIDTH * WIDTH + 64 * WIDTH) * PRECISIONS["int4w"].weight_bytes)]
+    assert told["gptq"].peak_bytes > told["nearest"].peak_bytes
 
 
 def test_two_files_hold_what_was_fitted_in_one(tmp_path: Path) -> None:
