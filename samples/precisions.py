@@ -2,13 +2,18 @@
 
     python samples/precisions.py elit-mnist elt-mnist ralu-digits --threads 2
 
+A precision is fp32 to int4w, `gptq` behind a colon rounds it by what its matrices multiply, and those of TensorRT are computed here as they
+are written (all but nvfp4, which ONNX Runtime has no kernels for), a fair deal slower than there:
+
+    python samples/precisions.py elit-mnist --precisions fp32,int8w,int8w:gptq,int4w,int4w:gptq,int8qdq,fp8,int4qdq
+
 A row a precision and budget (or plan): megabytes of the artifact; the step's error as `verify` measures it; PSNR of whole pictures
 against those of fp32; share that a judge names as asked, and Frechet distance to real digits; milliseconds of a step, medians in turns.
 """
 
 import statistics
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,9 @@ import elastic_export
 from classifier import load_judge
 from digits import Digits
 from elastic_export.capture.zoo import samples
-from elastic_runtime import Budget, Bundle, ElasticPipeline
+from elastic_runtime import Budget, Bundle, ElasticPipeline, UsageError
+from elastic_runtime.contract.precision import EXACT
+from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from evaluate import Protocol, as_drawn, draw
 from evaluate_plans import SIDE
 from evaluate_plans import Protocol as Plans
@@ -27,7 +34,7 @@ from evaluate_plans import draw as draw_along
 from grading import Grader, run
 from record import evaluation, machine, read, versions, write
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")
+PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")  # those of the cards
 COLUMNS = ("sample", "at", "precision", "MB", "step dB", "pictures dB", "named as asked", "Fréchet", "ms a step")
 PLANS = ("4x", "full")
 GUIDANCE = 1.5
@@ -52,12 +59,16 @@ def milliseconds(pipe: ElasticPipeline, way: Any) -> float:
     return 1e3 * statistics.median(step.seconds for step in result.steps)
 
 
-def rows(bundle: Bundle, options: Namespace) -> Iterator[dict[str, Any]]:
-    """What was measured of one sample, a row a way to draw and precision, the most exact precision first."""
+def rows(bundles: dict[str, Bundle], options: Namespace) -> Iterator[dict[str, Any]]:
+    """What was measured of one sample, whose `bundles` have an artifact each: a row a way to draw and precision, in their order."""
+    bundle = next(iter(bundles.values()))
     manifest = bundle.manifest
     ways: list[Any] = list(PLANS) if manifest.model.patches else [Budget(**{manifest.axes[0].name: value}) for value in _spread(bundle)]
-    artifacts = {artifact.precision: artifact for artifact in manifest.graphs["denoiser"].artifacts}
-    pipes = {each: ElasticPipeline.from_pretrained(bundle, "ort", (each,), threads=options.threads) for each in PRECISIONS}
+    artifacts = {each: own.manifest.graphs["denoiser"].artifacts[0] for each, own in bundles.items()}
+    pipes = {
+        each: ElasticPipeline.from_pretrained(own, "ort", (artifacts[each].precision,), threads=options.threads)
+        for each, own in bundles.items()
+    }
     labels = np.arange(options.samples) % 10
     if manifest.model.patches:
         grader = Grader.of(load_judge(SIDE), options.samples, SIDE)
@@ -105,14 +116,31 @@ def line(name: str, row: dict[str, Any]) -> str:
     )
 
 
+def exported(name: str, precision: str, folder: Path) -> Bundle:
+    """The sample in one precision, or in `int4w:gptq`, in a bundle of its own: two roundings have one name."""
+    held, _, rounding = precision.partition(":")
+    words = {"rounding": rounding} if rounding else {}
+    return elastic_export.export(name, output=folder / precision.replace(":", "-"), precision=held, batch="1-100", **words)
+
+
+def chosen(text: str) -> tuple[str, ...]:
+    """Precisions in their order, float32 the first, which the others are held against."""
+    names = text.split(",")
+    known = (*(name for name, row in TABLE.items() if "ort" in row.backends), "int8w:gptq", "int4w:gptq")
+    if unknown := [name for name in names if name not in known]:
+        raise ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return tuple(dict.fromkeys([EXACT, *names]))
+
+
 def main(options: Namespace) -> None:
+    if options.record and options.precisions != PRECISIONS:
+        raise UsageError(f"--record writes the cards' own precisions, {', '.join(PRECISIONS)}: leave --precisions out")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
-            for precision in PRECISIONS:
-                bundle = elastic_export.export(name, output=Path(folder) / name, precision=precision, batch="1-100")
+            bundles = {each: exported(name, each, Path(folder) / name) for each in options.precisions}
             measured = []
-            for row in rows(bundle, options):
+            for row in rows(bundles, options):
                 measured.append(row)
                 print(line(name, row), flush=True)
             if options.record:
@@ -132,6 +160,7 @@ def main(options: Namespace) -> None:
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", help="packaged samples")
+    parser.add_argument("--precisions", type=chosen, default=PRECISIONS, help="with commas, int4w:gptq among them (default: the cards')")
     parser.add_argument("--record", action="store_true", help="write accuracy and distances into the samples' cards, for --precision auto")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)

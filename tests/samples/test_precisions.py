@@ -1,0 +1,35 @@
+"""What the table of precisions is made for: which are asked for, and how each is exported."""
+
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="the samples need torch")
+pytest.importorskip("onnxruntime", reason="the samples draw with ONNX Runtime")
+
+import elastic_export
+import precisions
+from elastic_runtime import UsageError
+
+
+def test_float32_is_the_first_of_those_that_are_asked_for() -> None:
+    assert precisions.chosen("int4w,int4w:gptq,int8qdq,int4w") == ("fp32", "int4w", "int4w:gptq", "int8qdq")
+    for odd in ("nvfp4", "int8:gptq", ""):
+        with pytest.raises(ArgumentTypeError, match="is none of fp32, fp16"):
+            precisions.chosen(odd)
+
+
+def test_two_roundings_of_a_precision_are_two_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(elastic_export, "export", lambda name, **words: asked.append(words))
+    for each in ("int4w", "int4w:gptq"):
+        precisions.exported("elt-mnist", each, tmp_path)
+    assert [(words["precision"], words.get("rounding")) for words in asked] == [("int4w", None), ("int4w", "gptq")]
+    assert len({words["output"] for words in asked}) == 2
+
+
+def test_a_card_is_not_written_of_other_precisions_than_its_own() -> None:
+    with pytest.raises(UsageError, match="the cards' own precisions, fp32, fp16, int8, int8w, int4w: leave --precisions out"):
+        precisions.main(Namespace(record=True, precisions=("fp32", "int4w:gptq")))
