@@ -241,7 +241,6 @@ def test_what_was_rounded_is_held_to_float16_s_own_tolerance_before(rounded: Bun
     [
         ({"precision": "int4qdq", "opset": 20}, "--precision int4qdq needs --opset 23, got 20, .* it has those of int8qdq, fp8"),
         ({"precision": "nvfp4", "opset": 20}, "--precision nvfp4 needs --opset 23, got 20"),
-        ({"precision": "fp8", "conditions_apart": True}, "in one file: leave --conditions-apart out, or choose one of fp32"),
         ({"precision": "fp4"}, re.escape("must be one of fp32, fp16, bf16, int8, int8w, int4w, int8qdq, fp8, int4qdq, nvfp4, got fp4")),
     ],
 )
