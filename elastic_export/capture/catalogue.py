@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from elastic_export.capture import elit
 from elastic_export.capture.folders import FAMILIES as FOLDERS
 from elastic_export.capture.folders import listed_vae, picture_sizes
 from elastic_export.capture.zoo import FAMILIES, locate, samples
 from elastic_export.families import tokens
+from elastic_export.families.elit import qwen_image as elit_qwen_image
+from elastic_export.families.elit.interface import latents_axis
 from elastic_export.families.family import Family
 from elastic_export.foreign.folder import Folder
 from elastic_export.foreign.reading import read_json
@@ -50,13 +53,19 @@ def _folder_row(name: str, path: Path) -> dict[str, Any]:
     config = folder.component("transformer").config
     family = FOLDERS[config["_class_name"]]
     sizes = picture_sizes(folder, family, config, listed_vae(folder, family.channels(config)), None)
-    axis = tokens.axis(sizes.tokens, family.patches(config))
-    text = 1 if folder.labels else family.beside + family.text_length(config)
+    text, parameters = 1 if folder.labels else family.beside + family.text_length(config), folder.component("transformer").parameters()
+    if elit.is_elit(path):
+        params = elit.at_usual(path, config, sizes.latent.max)
+        kind, axis, parameters = elit_qwen_image.NAME, latents_axis(params.windows), parameters + elit.parameters(path)
+        ends = [elit_qwen_image.flops(params, count, text) for count in (axis.min, axis.max)]
+    else:
+        kind, axis = family.name, tokens.axis(sizes.tokens, family.patches(config))
+        ends = [family.flops(config, count, text) for count in (axis.min, axis.max)]
     return {
         "name": name,
-        "family": family.name,
+        "family": kind,
         "weights": "packaged",
         "axes": f"{axis.name} {axis.span}",
-        "gflops": [family.flops(config, count, text) / 1e9 for count in (axis.min, axis.max)],
-        "parameters": folder.component("transformer").parameters(),
+        "gflops": [flops / 1e9 for flops in ends],
+        "parameters": parameters,
     }

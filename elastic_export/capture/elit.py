@@ -16,7 +16,7 @@ from elastic_export.families.elit import qwen_image as elit
 from elastic_export.families.elit.interface import latents_axis
 from elastic_export.families.elit.qwen_image import ElitQwenImage, ElitQwenParams
 from elastic_export.families.family import priced
-from elastic_export.families.tokens import named
+from elastic_export.families.tokens import Config, named
 from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import Naming, digest, fit, tensors
 from elastic_export.sides import Sides
@@ -42,6 +42,18 @@ def is_elit(folder: Path) -> bool:
     return all(has.values())
 
 
+def at_usual(path: Path, config: Config, side: int) -> ElitQwenParams:
+    """What the ELIT of a folder is at the model's usual size, `side` latent pixels; raises ModelError for a file that says it wrongly."""
+    split = _read(path / "transformer" / CONFIG)
+    rows = max(side // (config["patch_size"] * split["group_size"]), 1) * split["group_size"]
+    return ElitQwenParams(config, rows, rows, **split)
+
+
+def parameters(path: Path) -> int:
+    """Weights of a folder's Read and Write."""
+    return sum(stored.numel() for _, stored in tensors([path / "transformer" / WEIGHTS]))
+
+
 def drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[str, Span]) -> Drawn:
     """What is drawn with a transformer that has ELIT put in, at one size: `size`, or the model's usual one.
 
@@ -63,9 +75,9 @@ def drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[st
     axis, length = _axis(params, spans, transformer.name), transformer.length
     height, width = (side // transformer.upscale for side in sides)
 
-    def costs(parameters: int) -> tuple[manifest.Cost, ...]:
+    def costs(weights: int) -> tuple[manifest.Cost, ...]:
         rows = ((count, elit.flops(params, count, length), elit.activation_values(params, count, length)) for count in axis.values)
-        return tuple(priced(Budget(latents=count), flops, parameters, values) for count, flops, values in rows)
+        return tuple(priced(Budget(latents=count), flops, weights, values) for count, flops, values in rows)
 
     plan = full(1, params.windows.tokens, transformer.scheduler)
     return Drawn(
@@ -81,7 +93,7 @@ def drawn(transformer: Transformer, size: Span | Sides | None, spans: Mapping[st
             "sample_shape": (transformer.family.channels(transformer.config), height, width),
             "packed": transformer.config["patch_size"],
         },
-        parameters=sum(stored.numel() for _, stored in tensors([path / WEIGHTS])),
+        parameters=parameters(transformer.folder.path),
         digests=lambda: {"elit": digest([path / WEIGHTS])},
     )
 
