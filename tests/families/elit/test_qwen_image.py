@@ -180,6 +180,13 @@ def test_a_folder_says_what_the_runtime_must_know(folder: Path) -> None:
     assert captured(folder, spans={"latents": Span(12, 48)}).manifest.axes[0].span == Span(12, 48)
 
 
+def test_the_packaged_sample_is_listed_with_its_latents() -> None:
+    (row,) = (row for row in elastic_export.models() if row["name"] == "elit-qwen-digits")
+    assert (row["family"], row["axes"], row["weights"]) == ("elit-qwen-image", "latents 4-64", "packaged")
+    assert row["gflops"][0] < row["gflops"][1]
+    assert 1_900_000 < row["parameters"] < 2_000_000
+
+
 def test_flops_are_torch_s_own_and_the_paper_s(folder: Path) -> None:
     """torch computes Read's queries, alike in every window, once; the published figures count them for each."""
     module = captured(folder).graphs[0].module
