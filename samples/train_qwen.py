@@ -1,8 +1,8 @@
 """Train the packaged sample `elit-qwen-digits`, which draws a digit for a prompt: Qwen-Image's classes in small, in a diffusers folder,
 with ELIT put in.
 
-    python samples/train_qwen.py vae --run runs/qwen-vae --output elit-qwen-digits --steps 1000
-    python samples/train_qwen.py transformer --run runs/qwen --output elit-qwen-digits --steps 2400
+    python samples/train_qwen.py vae --run runs/qwen-vae --output elit-qwen-digits --steps 400
+    python samples/train_qwen.py transformer --run runs/qwen --output elit-qwen-digits
 
 Prompts are `a handwritten seven` and the like. The text encoder is a small Qwen2.5-VL that nobody trained: its states of ten prompts
 differ, and that is all that the transformer is to learn from. Digits of 32 pixels lie in the latent space of a small
@@ -14,14 +14,13 @@ kept latents drawn uniformly for each step.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -30,37 +29,19 @@ from elastic_export.capture import elit
 from elastic_export.families.elit import interface
 from elastic_export.families.elit.qwen_image import ElitQwenImage, ElitQwenParams
 from elastic_export.families.layers import initialize
-from elastic_export.families.prompts import DESCRIBING
 from elastic_runtime.ralu.plan import full
 from record import read, write
 from train_ralu import WEIGHTS, configure, packed, taken
 from training import parser, train
+from vocabulary import tokenizer
 
 PROMPT = "a handwritten {}"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SIDE, WIDTH = 8, 64  # tokens along a side of a picture; values of a token of text
 SPLIT = {"group_size": 4, "head_blocks": 1, "tail_blocks": 1}
 SCHEDULER = {
     "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": SIDE**2, "max_image_seq_len": 8192,
     "shift_terminal": 0.02,
 }  # fmt: skip
-
-
-def tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
-    """Qwen's own splitting, learned from `words` and from what stands before each prompt: every word there is one token, as in Qwen's own
-    vocabulary, of whose tokens the pipeline leaves out as many."""
-    learning = Tokenizer(models.BPE())
-    learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learning.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    text = DESCRIBING[0]
-    for special in SPECIAL:
-        text = text.replace(special, " ")
-    learning.train_from_iterator([text, "system", "user", "assistant", *words], trainer)
-    merges = [tuple(pair) for pair in json.loads(learning.to_str())["model"]["merges"]]
-    made = Qwen2Tokenizer(vocab=learning.get_vocab(), merges=merges)  # type: ignore[arg-type]
-    made.add_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    return made
 
 
 def text_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -155,7 +136,7 @@ def flow_loss(texts: Tensor, empty: Tensor) -> Callable[..., Tensor]:
 def train_vae(options: argparse.Namespace, data: Digits | None = None) -> AutoencoderKLQwenImage:
     """Write `text_encoder/` and `tokenizer/`, train the autoencoder and write `vae/`, with the mean and deviation of each channel."""
     root, folder = options.output, options.output / "vae"
-    reads = tokenizer(PROMPT.format(word) for word in NAMES)
+    reads = tokenizer(["system", "user", "assistant", *(PROMPT.format(word) for word in NAMES)])
     text_encoder(len(reads)).half().save_pretrained(root / "text_encoder")
     reads.save_pretrained(root / "tokenizer")
     options.output = folder / WEIGHTS

@@ -45,7 +45,8 @@ def is_elit(folder: Path) -> bool:
 def at_usual(path: Path, config: Config, side: int) -> ElitQwenParams:
     """What the ELIT of a folder is at the model's usual size, `side` latent pixels; raises ModelError for a file that says it wrongly."""
     split = _read(path / "transformer" / CONFIG)
-    rows = max(side // (config["patch_size"] * split["group_size"]), 1) * split["group_size"]
+    patch: int = config["patch_size"]
+    rows = _whole(side, patch * split["group_size"]) // patch
     return ElitQwenParams(config, rows, rows, **split)
 
 
@@ -120,7 +121,7 @@ def _sides(transformer: Transformer, group_size: int, size: Span | Sides | None)
     unit, usual = patch * group_size, transformer.usual * transformer.upscale
     if isinstance(size, Span) and size.min != size.max:
         raise BudgetError(f"--size {size}: {transformer.name} draws pictures of one size, as its windows need: give --size {size.max}")
-    sides = size if isinstance(size, Sides) else Sides(*(2 * [size.max if size else max(usual // unit, 1) * unit]))
+    sides = size if isinstance(size, Sides) else Sides(*(2 * [size.max if size else _whole(usual, unit)]))
     for side in sides:
         if side < unit or side % unit:
             low = side // unit * unit
@@ -130,6 +131,11 @@ def _sides(transformer: Transformer, group_size: int, size: Span | Sides | None)
                 f"{group_size} tokens of {patch} pixels, got {side}: the nearest is {nearest}"
             )
     return sides
+
+
+def _whole(side: int, unit: int) -> int:
+    """The largest side that windows of `unit` divide, of at least one window."""
+    return max(side // unit, 1) * unit
 
 
 def _axis(params: ElitQwenParams, spans: Mapping[str, Span], name: str) -> Axis:

@@ -1,11 +1,10 @@
 """Small random language models and their tokenizer, written as transformers writes them. Import this where that is installed."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, processors
 from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -21,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from elastic_export.families.prompts import DESCRIBING, REASONING
+from elastic_export.families.prompts import REASONING
+from vocabulary import tokenizer as learned
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 WORDS = ("system", "user", "assistant", "a red cat and a dog in the snow, photographed at night")
@@ -46,17 +46,7 @@ SIZES: dict[str, Any] = {
 
 def tokenizer(chat: str = CHAT, *more: str) -> Qwen2Tokenizer:
     """Qwen's own splitting, with words enough that what stands before a prompt is as many tokens as in Qwen's own vocabulary."""
-    learning = Tokenizer(models.BPE())
-    learning.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learning.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    text = DESCRIBING[0]
-    for special in SPECIAL:
-        text = text.replace(special, " ")
-    learning.train_from_iterator([text, *WORDS, *more], trainer)
-    merges = [tuple(pair) for pair in json.loads(learning.to_str())["model"]["merges"]]
-    made = Qwen2Tokenizer(vocab=learning.get_vocab(), merges=merges)  # type: ignore[arg-type]
-    made.add_tokens([AddedToken(word, special=word.startswith("<|")) for word in SPECIAL])
+    made = learned([*WORDS, *more], SPECIAL, size=600)
     made.chat_template = chat
     return made
 
