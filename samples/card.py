@@ -54,13 +54,13 @@ def table(record: dict[str, Any]) -> str:
     """The figures as a Markdown table, one row a budget and one for real digits."""
     axis, real, columns = evaluation(record)["axis"], evaluation(record)["real"], series(record)
     lines = [
-        f"| {axis} | GFLOPs a forward pass |" + "".join(f" as asked, {words} | Fréchet distance |" for words in columns),
+        f"| {axis or 'budget'} | GFLOPs a forward pass |" + "".join(f" as asked, {words} | Fréchet distance |" for words in columns),
         "|---:|---:|" + "---:|---:|" * len(columns),
     ]
     for rows in zip(*columns.values(), strict=True):
         flops = f"{rows[0]['flops'] / 1e9:.2f}" if rows[0]["flops"] else "-"
         figures = "".join(f" {row['accuracy']:.1%} | {row['frechet_distance']:.1f} |" for row in rows)
-        lines.append(f"| {rows[0]['budget'][axis]} | {flops} |{figures}")
+        lines.append(f"| {rows[0]['budget'][axis] if axis else 'all'} | {flops} |{figures}")
     for label, graded in _beside(record).items():
         if graded["axis"] != axis:  # a model without this axis has a row of its own
             flops = f"{graded['rows'][-1]['flops'] / 1e9:.2f}" if graded["rows"][-1]["flops"] else "-"

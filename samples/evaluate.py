@@ -134,17 +134,21 @@ def as_drawn(images: np.ndarray, model: Model) -> np.ndarray:
     return enlarged(halved(images, levels) / (levels - 1) * 2 - 1)
 
 
-def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int], protocol: Protocol, batch: int = 50) -> dict[str, Any]:
+def evaluate(
+    pipe: ElasticPipeline, judge: Judge, axis: Axis | None, values: list[int], protocol: Protocol, batch: int = 50
+) -> dict[str, Any]:
     """Figures of a bundle's denoiser along one axis: `quality` as the manifest holds it, and `evaluation` with all that made them.
+
+    A model without an axis (None) is graded as it is.
 
     Raises: UsageError and its kinds for a bundle, budget or protocol that does not fit.
     """
     check(pipe.bundle, protocol)
     manifest = pipe.bundle.manifest
-    budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values]
+    everything = Budget().on(manifest.axes)
+    budgets = [Budget(**{axis.name: value}).on(manifest.axes) for value in values] if axis else [everything]
     grader = Grader.of(judge, protocol.samples, as_drawn=lambda images: as_drawn(images, manifest.model))
     rows: list[dict[str, Any]] = []
-    everything = Budget().on(manifest.axes)
     plans = [(guidance, budget, None) for guidance in protocol.guidance for budget in budgets]
     for guidance, budget, drop in [*plans, *((protocol.guidance[0], everything, drop) for drop in protocol.drops)]:
         begun = time.perf_counter()
@@ -160,7 +164,7 @@ def evaluate(pipe: ElasticPipeline, judge: Judge, axis: Axis, values: list[int],
         rows.append(row | ({} if drawn.kept is None else {"kept": drawn.kept}) | ({} if drop is None else {"drop_fraction": drop}))
     quality = [{name: row[name] for name in ("budget", "accuracy", "frechet_distance")} for row in rows[: len(budgets)]]
     evaluation = {
-        "axis": axis.name,
+        "axis": axis.name if axis else None,
         "protocol": asdict(protocol),
         "real": grader.real,
         "rows": rows[: len(plans)],
@@ -194,14 +198,17 @@ def main(given: argparse.Namespace) -> None:
     name, _ = sampler(manifest.model, given.sampler)
     protocol = Protocol(given.samples, given.steps, name, given.guidance, weak, given.drops, given.seed, given.prompt)
     with ElasticPipeline.from_pretrained(bundle, "ort", **({"threads": given.threads} if given.threads else {})) as pipe:
-        axis = manifest.axis(given.axis or manifest.axes[0].name)
+        along = given.axis or next((axis.name for axis in manifest.axes), None)
+        axis = manifest.axis(along) if along else None
+        if axis is None and (given.budgets or given.plot):
+            raise UsageError(f"{given.bundle} has no budgets: leave --budgets and --plot out")
         old = read(given.output) if given.output.exists() else {}
         if given.beside and not old.get("evaluation"):
             raise UsageError(f"{given.output} has no figures yet for {given.beside!r} to stand beside: grade its own model first")
         config = manifest.model.config  # which a folder has in files of its own
         if old and not given.beside and (old.get("family"), old.get("config", config)) != (manifest.model.family, config):
             raise UsageError(f"{given.output} is the record of another model ({old.get('family')}): give another --output")
-        values = [axis.check(value) for value in given.budgets or spread(axis)]
+        values = [axis.check(value) for value in given.budgets or spread(axis)] if axis else []
         figures = evaluate(pipe, load_judge(), axis, values, protocol, given.batch)
     beside = {"beside": old.get("beside", {}) | {given.beside: figures["evaluation"]}}
     record = old | (beside if given.beside else figures)

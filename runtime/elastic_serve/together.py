@@ -24,18 +24,11 @@ class Shared(Session):
         super().__init__(session.graph, session.batch, session.budgets)
         self.session, self.where, self.processor, self.origin = session, session.where, session.processor, session.origin
 
-    def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if not isinstance(getcurrent(), _Coroutine):
-            return self.session.run(feeds)
-        self.interface.check(feeds)  # what is wrong with these is no fault of those that they would run with
-        answer: dict[str, np.ndarray] = _out(feeds)
-        return answer
-
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        return self.session._run(feeds)
+        return self._several([feeds])[0]
 
-    def several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
-        return super().several(runs) if isinstance(getcurrent(), _Coroutine) else self.session.several(runs)
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        return [_out(feeds) for feeds in runs] if isinstance(getcurrent(), _Coroutine) else self.session._several(runs)
 
     def foresee(self, times: Sequence[float] | np.ndarray) -> None:
         self.session.foresee(times)

@@ -3,7 +3,7 @@
 import getpass
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,7 @@ from recordings import MACHINES
 
 from elastic_runtime import Bundle
 from elastic_runtime.device import catalogue, probe
+from elastic_runtime.sessions.session import Arrays
 
 Run = Callable[..., Outcome]
 
@@ -137,8 +138,12 @@ def test_a_report_holds_what_ran_and_nothing_private(run: Run, digits: Path, tmp
 def test_a_report_of_an_artifact_that_misses_its_original(run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from elastic_runtime.sessions import ort
 
-    right = ort.OrtSession._run
-    monkeypatch.setattr(ort.OrtSession, "_run", lambda self, feeds: {name: 1.01 * array for name, array in right(self, feeds).items()})
+    right = ort.OrtSession._several
+
+    def wrong(self: ort.OrtSession, runs: Sequence[Arrays]) -> list[Arrays]:
+        return [{name: 1.01 * array for name, array in answer.items()} for answer in right(self, runs)]
+
+    monkeypatch.setattr(ort.OrtSession, "_several", wrong)
     done = run("doctor", digits, "--report", tmp_path / "report.json")
     assert done.code == 1
     assert "FAILS" in done.out

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate as script
+from card import table
 from classifier import load_judge
 from digits import Digits, halved
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, ElasticPipeline, FakeSession, Span, UsageError
@@ -88,6 +89,19 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
     out, err = capsys.readouterr()
     assert out == ""
     assert "loops=4, guidance 2: 100 of 100 pictures" in err
+
+
+def test_a_model_without_budgets_is_graded_as_it_is(digits: tuple[Digits, Digits]) -> None:
+    elastic = bundle()
+    graph = elastic.manifest.graphs["denoiser"]
+    plain = msgspec.structs.replace(graph, inputs=tuple(spec for spec in graph.inputs if spec.name != "loops"))
+    whole = Bundle(elastic.folder, msgspec.structs.replace(elastic.manifest, axes=(), graphs={"denoiser": plain}, cost=()))
+    drawn = artist(digits[1])
+    session = FakeSession(plain, lambda feeds: drawn.run({**feeds, "loops": np.array(4)}))
+    figures = evaluate(ElasticPipeline(whole, {"denoiser": session}), load_judge(), None, [], PROTOCOL, batch=50)
+    assert figures["quality"][0] | {"frechet_distance": 0.0} == {"budget": {}, "accuracy": 1.0, "frechet_distance": 0.0}
+    assert [row["guidance"] for row in figures["evaluation"]["rows"]] == [2, 1]
+    assert "| all | - | 100.0% |" in table(figures)
 
 
 def test_every_budget_starts_from_the_same_noise(digits: tuple[Digits, Digits]) -> None:

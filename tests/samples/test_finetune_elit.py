@@ -32,6 +32,17 @@ def test_a_plain_model_is_trained_and_becomes_one_with_budgets(tmp_path: Path) -
         assert (made.module(**given) - trained(**given)).abs().max() < 1e-2  # the file is in half precision
 
 
+def test_the_same_model_is_trained_from_scratch(tmp_path: Path) -> None:
+    generator, threads = np.random.default_rng(0), torch.get_num_threads()
+    data = Digits(generator.uniform(-1, 1, (12, 1, 32, 32)).astype(np.float32), np.arange(12) % 10)
+    options = parser("", steps=1).parse_args(["--run", str(tmp_path / "run"), "--batch", "2", "--threads", "1"])
+    options.output, options.plain = tmp_path / "scratch.safetensors", None
+    elastic(options, data)
+    torch.set_num_threads(threads)
+    made = load(Request("elit-uvit-tokens", options.output, tmp_path / "scratch.config.json"))
+    assert made.params.windows.places == 16
+
+
 def test_what_is_noised_keeps_its_variance() -> None:
     torch.manual_seed(0)
     given, noise = noised(torch.randn(64, 1, 32, 32), torch.zeros(64, dtype=torch.int64))

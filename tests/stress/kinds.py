@@ -45,7 +45,8 @@ def model_folders(work: Path) -> list[Path]:
     """Diffusers folders of small models."""
     root = work / "folders"
     if not root.exists():
-        sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+        tree = Path(__file__).parents[2]
+        sys.path[:0] = [str(tree / "samples"), str(tree / "tests" / "fakes")]
         import folders
 
         partial = work / "making-folders"
