@@ -37,6 +37,10 @@ def onnx(
             help="How int8w and int4w round a denoiser's weights: nearest, or gptq, after a few runs of the model: more exact, and slower."
         ),
     ] = "nearest",
+    keep: Annotated[
+        int,
+        typer.Option(help="How many of a denoiser's matrices in int8, int8w or int4w keep their floats: those whose rounding costs most."),
+    ] = 0,
     opset: Annotated[int, typer.Option(help="23 keeps attention in one node; 20 spells it out, for TensorRT.")] = 23,
 ) -> None:
     """Export a model to ONNX with its compute axis open, prove it against torch, and write a bundle.
@@ -52,5 +56,5 @@ def onnx(
     """
     from elastic_export.cli.making import make, shown
 
-    asked = {"opset": opset, "precision": precision, "rounding": rounding, "conditions_apart": conditions_apart}
+    asked = {"opset": opset, "precision": precision, "rounding": rounding, "keep": keep, "conditions_apart": conditions_apart}
     shown(make("onnx", asked, source, output, spans, batch, how), "onnx", how)

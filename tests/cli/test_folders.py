@@ -134,6 +134,7 @@ def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_
             "--conditions-apart is for a denoiser, and --components vae has none: leave it out, or add transformer",
         ),
         (["--components", "vae", "--precision", "denoiser=int4w", "--rounding", "gptq"], "--rounding gptq is for a denoiser, and"),
+        (["--components", "vae", "--precision", "denoiser=int4w", "--keep", "1"], "--keep 1 is for a denoiser, and"),
         (["--components", "vae,unet"], "--components are transformer, vae, text, encoder, got unet"),
         (["--tokens", "4-65"], "--tokens 4-65 does not go with sides of 16-32 pixels"),
     ],

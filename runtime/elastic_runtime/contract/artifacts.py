@@ -140,15 +140,19 @@ class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
     """An ONNX file; weights above 2 GB lie beside it.
 
     `weight_rounding` is how matrices that tokens pass came to blocks of few bits: each weight to the nearest step, or by what the matrix
-    multiplies (`gptq`). It changes no name and no tolerance, so that one takes the other's place.
+    multiplies (`gptq`). `float_matrices` are those of a precision of few bits that keep their floats, the one first that it would have cost
+    most to round. Neither changes a name or a tolerance, so that one artifact takes the other's place.
     """
 
     opset: int
     weight_rounding: Literal["nearest", "gptq"] = "nearest"
+    float_matrices: tuple[str, ...] = ()
 
     @property
     def held(self) -> str:
-        return self.precision if self.weight_rounding == "nearest" else f"{self.precision}, {self.weight_rounding}"
+        rounding = "" if self.weight_rounding == "nearest" else self.weight_rounding
+        kept = f"{len(self.float_matrices)} in floats" if self.float_matrices else ""
+        return ", ".join(filter(None, (self.precision, rounding, kept)))
 
 
 class Range(Record, frozen=True):

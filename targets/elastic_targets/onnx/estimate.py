@@ -29,16 +29,22 @@ MESSAGE = 3
 FITTED = 23
 
 
-def estimate(graph: GraphCapture, precision: str, apart: bool = False, fitted: bool = False) -> Estimate:
+def estimate(graph: GraphCapture, precision: str, apart: bool = False, fitted: bool = False, kept: int = 0) -> Estimate:
     """What exporting a graph takes, without its proof, which holds the activations of the largest budget and some 700 MB of weights.
 
     `apart`: its conditions in a file of their own. `fitted`: its matrices rounded by what they multiply, which wait on disk meanwhile.
+    `kept`: so many matrices keep their floats; which is not known yet, and each is taken for one of middling size.
     """
     kinds = _kinds(graph)
     seen = {id(weight): (name, weight) for name, weight in weights(graph.module)}.values()
-    held: Counter[str] = Counter()
+    held, count = Counter[str](), Counter[str]()
     for name, weight in seen:
-        held[kinds.get(name, "floats") if weight.dim() == 2 and min(weight.shape) >= LEAST else "floats"] += weight.numel()
+        kind = kinds.get(name, "floats") if weight.dim() == 2 and min(weight.shape) >= LEAST else "floats"
+        held[kind] += weight.numel()
+        count[kind] += 1
+    if kept and count["tokens"]:
+        floats = held["tokens"] * min(1.0, kept / count["tokens"])
+        held["tokens"], held["floats"] = round(held["tokens"] - floats), round(held["floats"] + floats)
     conditions = PRECISIONS[precision].weight_bytes
     if precision in SCHEMES:
         scheme = SCHEMES[precision]

@@ -22,14 +22,14 @@ PART = 64_000_000  # bytes of weights that are run together, which stand in memo
 ROWS = 12  # samples that matrices are fitted to, each at a time of its own
 
 
-def feeds(graph: GraphCapture) -> list[dict[str, np.ndarray]]:
-    """`ROWS` samples to fit to, noise at times all over the schedule, in runs of the least, a middling and the largest budget in turn."""
+def feeds(graph: GraphCapture, rows: int = ROWS) -> list[dict[str, np.ndarray]]:
+    """`rows` samples to fit to, noise at times all over the schedule, in runs of the least, a middling and the largest budget in turn."""
     points = budgets(graph)
     rowed = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
-    size = min(ROWS, max(1, ROWS // len(points)), graph.batch.max)
+    size = min(rows, max(1, rows // len(points)), graph.batch.max)
     runs = []
-    for number, first in enumerate(range(0, ROWS // size * size, size)):
-        every = graph.feeds(points[number % len(points)], ROWS)
+    for number, first in enumerate(range(0, rows // size * size, size)):
+        every = graph.feeds(points[number % len(points)], rows)
         runs.append({name: array[first : first + size] if name in rowed else array for name, array in every.items()})
     return runs
 

@@ -20,11 +20,12 @@ from elastic_runtime.contract.precision import CONVOLVED, ENCODER, EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import UsageError
 from elastic_targets.capture import DENOISER, GraphCapture
-from elastic_targets.onnx import fitting, qdq
+from elastic_targets.onnx import fitting, keeping, qdq
 from elastic_targets.onnx.apart import split
 from elastic_targets.onnx.calibrate import largest
 from elastic_targets.onnx.estimate import estimate
 from elastic_targets.onnx.evaluate import PartSession, evaluator
+from elastic_targets.onnx.matrices import Matrix
 from elastic_targets.onnx.quantize import SCHEMES, quantize
 from elastic_targets.onnx.stream import external, stream, write
 from elastic_targets.target import OnProgress, Target
@@ -51,11 +52,13 @@ class OnnxOptions:
     class and pooled text alone lies in a file of its own.
 
     `rounding` is how a denoiser's matrices come to blocks of few bits: each weight to the nearest step, or (`gptq`) so that later columns
-    make up for the errors of earlier ones, over a few runs of the model."""
+    make up for the errors of earlier ones, over a few runs of the model. `keep`: so many of a denoiser's matrices keep their floats, those
+    whose rounding costs most, each tried in runs of the model."""
 
     opset: int = DEFAULT_OPSET
     precision: str = EXACT
     rounding: str = NEAREST
+    keep: int = 0
     conditions_apart: bool = False
 
     def of(self, graph: str) -> str:
@@ -90,7 +93,8 @@ def _apart(graph: GraphCapture, options: OnnxOptions) -> bool:
 def denoising(options: OnnxOptions) -> list[str]:
     """What was asked of a denoiser alone, as the command has it."""
     fitted = [] if options.rounding == NEAREST else [f"--rounding {options.rounding}"]
-    return [*(["--conditions-apart"] if options.conditions_apart else []), *fitted]
+    kept = [f"--keep {options.keep}"] if options.keep else []
+    return [*(["--conditions-apart"] if options.conditions_apart else []), *fitted, *kept]
 
 
 def proves(graph: GraphCapture, options: OnnxOptions) -> list[Budget]:
@@ -117,6 +121,12 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
         raise UsageError(
             f"--rounding {options.rounding} is for a denoiser in {' or '.join(FITTED)}, and this one's precision is {options.of(DENOISER)}"
         )
+    if isinstance(options.keep, bool) or not isinstance(options.keep, int) or options.keep < 0:
+        raise UsageError(f"--keep is how many matrices keep their floats, a whole number from 0, got {options.keep!r}")
+    if options.keep and options.of(DENOISER) not in SCHEMES:
+        raise UsageError(
+            f"--keep {options.keep} is for a denoiser in {', '.join(SCHEMES)}, and this one's precision is {options.of(DENOISER)}"
+        )
     if precision == "bf16" and options.opset < 22:  # the first in which every operator takes bfloat16, Conv among them
         raise UsageError(f"--precision bf16 needs --opset {DEFAULT_OPSET}, got {options.opset}")
     if precision in qdq.FORMS and options.opset < qdq.FORMS[precision].opset:
@@ -132,16 +142,18 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
     of runs."""
     precision = options.of(graph.name)
     model = _floats(graph, precision, options.opset) if precision in _TYPES else _unrounded(graph, options).clone()
-    path, conditions = paths(graph, options)[0], None
+    path, conditions, kept = paths(graph, options)[0], None, list[Matrix]()
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     files = []
     with ExitStack() as stack:
         if precision in SCHEMES:
             rounder = None
+            if options.keep and graph.name == DENOISER:
+                kept = keeping.costliest(graph, model, precision, options.keep, on_progress)
             if options.rounding == GPTQ and graph.name == DENOISER:
                 spill = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=(folder / path).parent)))
                 rounder = partial(fitting.fitted, runs=fitting.feeds(graph), folder=spill, on_progress=on_progress)
-            quantize(model, precision, rounder)
+            quantize(model, precision, rounder, [matrix.name for matrix in kept])
         elif precision in qdq.FORMS:
             qdq.insert(model, precision, largest(graph, model, qdq.activations(model, precision), on_progress))
         if _apart(graph, options):
@@ -152,6 +164,7 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
         precision=precision,  # type: ignore[arg-type]
         opset=options.opset,
         conditions=conditions,
+        float_matrices=tuple(matrix.weight for matrix in kept),
         weight_rounding=options.rounding if graph.name == DENOISER else NEAREST,  # type: ignore[arg-type]
         files=tuple(entry(folder, each) for each in files),
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
@@ -233,7 +246,11 @@ TARGET = Target(
     ensures=ensures,
     proves=proves,
     estimate=lambda graph, options: estimate(
-        graph, options.of(graph.name), _apart(graph, options), options.rounding == GPTQ and graph.name == DENOISER
+        graph,
+        options.of(graph.name),
+        apart=_apart(graph, options),
+        fitted=options.rounding == GPTQ and graph.name == DENOISER,
+        kept=options.keep if graph.name == DENOISER else 0,
     ),
     evaluator=evaluator,
     denoising=denoising,

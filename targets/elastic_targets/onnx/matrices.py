@@ -7,6 +7,7 @@
 Weights are read, rounded and written one at a time.
 """
 
+import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+_ORIGIN = "pkg.onnxscript.optimizer.folded_from"  # metadata of a constant: the names of what it was made of, as Python writes a list
 LEAST = 32  # columns below which a matrix is no worth of it
 # What stands between a matrix and the graph's end, or its beginning, without changing which layer it is.
 _CHAIN = {"Add", "Cast", "Expand", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Split", "Transpose", "Unsqueeze"}
@@ -33,6 +35,12 @@ class Matrix:
     def name(self) -> str:
         """Of what it is rounded to: a weight that two nodes take in two orders is rounded twice."""
         return f"{self.value.name}.transposed" if self.transposed else str(self.value.name)
+
+    @property
+    def weight(self) -> str:
+        """The weight's name in the model, also where the optimiser turned it and numbered what came of that."""
+        origin = self.value.metadata_props.get(_ORIGIN)
+        return ast.literal_eval(origin)[0] if origin else str(self.value.name)
 
     @property
     def taken(self) -> ir.Value:

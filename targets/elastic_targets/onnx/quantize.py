@@ -6,7 +6,7 @@ Where it is multiplied by tokens, a matrix is held in the bits that were asked f
 - tables of which rows are taken (a vocabulary) are held in 8 bits, a scale a row. Norms, biases and convolutions keep their floats.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,10 @@ SCHEMES = {"int8": Scheme(8, dynamic=True), "int8w": Scheme(8), "int4w": Scheme(
 Rounder = Callable[[ir.Model, Sequence[Matrix], int], Mapping[str, Callable[[], Blocks]]]
 
 
-def quantize(model: ir.Model, precision: str, rounder: Rounder | None = None) -> None:
-    """Hold the matrices of `model` (in float32) as `precision` says, in place; `rounder` rounds those that tokens pass in blocks."""
-    scheme, held = SCHEMES[precision], chosen(model)
+def quantize(model: ir.Model, precision: str, rounder: Rounder | None = None, kept: Collection[str] = ()) -> None:
+    """Hold the matrices of `model` (in float32) as `precision` says, in place; `rounder` rounds those that tokens pass in blocks. Those of
+    a name in `kept` keep their floats."""
+    scheme, held = SCHEMES[precision], [matrix for matrix in chosen(model) if matrix.name not in kept]
     made = rounder(model, [matrix for matrix in held if not matrix.condition], scheme.tokens) if rounder else {}
     for matrix in held:
         condition = matrix.condition

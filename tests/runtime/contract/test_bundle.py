@@ -51,6 +51,8 @@ def test_weights_were_rounded_to_the_nearest_where_an_artifact_says_nothing(tmp_
     (nearest,) = older.graphs["denoiser"].artifacts
     assert (nearest.held, nearest) == ("int4w", msgspec.structs.replace(artifact, weight_rounding="nearest"))
     assert older.joined("denoiser", [artifact]).graphs["denoiser"].artifacts == (artifact,)  # it takes the other's place
+    kept = msgspec.structs.replace(nearest, float_matrices=("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight"))
+    assert kept.held == "int4w, 2 in floats"
     edit(tmp_path, lambda content: content["graphs"]["denoiser"]["artifacts"][0].update(weight_rounding="up"))
     with pytest.raises(BundleError, match="weight_rounding"):
         decode((tmp_path / MANIFEST).read_bytes(), MANIFEST)
