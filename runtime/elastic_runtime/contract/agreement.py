@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Apart, Artifact, CoremlArtifact, Graph, TensorSpec
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.manifest import OWN_STEPS, SCHEMA_VERSION, Manifest, Model, Patches, TextEncoder
 from elastic_runtime.contract.records import read_record
@@ -134,10 +134,10 @@ def _conditions(graph: Graph, artifact: Artifact) -> Iterator[str]:
     apart = artifact.conditions
     if apart is None:
         return
-    if isinstance(artifact, CoremlArtifact):
-        yield f"{artifact.path} has its conditions in {apart.path}, and a Core ML package is one"
     names = set(graph.batched)
-    if artifact.path.startswith(apart.path) or apart.path not in {file.path for file in artifact.files}:
+    if isinstance(artifact, CoremlArtifact):
+        yield from _function(artifact, apart)
+    elif artifact.path.startswith(apart.path) or apart.path not in {file.path for file in artifact.files} or apart.call:
         yield f"{artifact.path} has its conditions in {apart.path}, which is no other one of its files"
     if not apart.inputs or not set(apart.gone) <= set(apart.inputs) <= names:
         yield f"{apart.path} takes {', '.join(apart.inputs) or 'nothing'}, of which {', '.join(apart.gone)} are gone, not of the graph's"
@@ -146,6 +146,15 @@ def _conditions(graph: Graph, artifact: Artifact) -> Iterator[str]:
     known = {spec.name for spec in (*graph.inputs, *graph.outputs)}
     if not sizes or len(sizes) < len(apart.outputs) or known & shapes.keys() or not all(1 <= size <= MOST_VALUES for size in sizes):
         yield f"{apart.path} gives {', '.join(map(_shown, apart.outputs)) or 'nothing'}, not rows (B, n) under names of their own"
+
+
+def _function(artifact: CoremlArtifact, apart: Apart) -> Iterator[str]:
+    """What there is to say of conditions that are a function of a package."""
+    call = apart.call
+    if apart.path != artifact.path or call is None or call.function in {each.function for each in artifact.calls}:
+        yield f"{artifact.path} has its conditions in {call.function if call else apart.path}, which is no function of its own in it"
+    elif call.budget or call.sizes.keys() != {"B"} or not 1 <= call.sizes["B"] <= MOST_SIZE:
+        yield f"{call.function} of {artifact.path} takes {call.sizes} at {call.budget}, and conditions are rows, B"
 
 
 def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]:

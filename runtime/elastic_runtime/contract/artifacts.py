@@ -65,18 +65,33 @@ class Verification(Record, frozen=True, kw_only=True):
     where: str
 
 
+class CoremlCall(Record, frozen=True, kw_only=True):
+    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
+    takes.
+
+    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
+    """
+
+    function: str
+    budget: dict[str, int]
+    sizes: dict[str, int]
+
+
 class Apart(Record, frozen=True, kw_only=True):
     """A file of its own for what a run computes of a sample's conditions alone (time, class, pooled text), which is the same whatever is
     drawn: it is run once for all steps of a picture.
 
     `path` is the file. It takes those `inputs` of the graph and gives `outputs`, a row for each sample. The artifact's own file takes
     these beside the graph's inputs, without those that are `gone`.
+
+    A Core ML package is both: `path` is the artifact's own, and `call` the function of it, for runs of as many rows as it says of `B`.
     """
 
     path: str
     inputs: tuple[str, ...]
     outputs: tuple[TensorSpec, ...]
     gone: tuple[str, ...]
+    call: CoremlCall | None = None
 
     def own(self, inputs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         """What the file takes, of a graph's `inputs`."""
@@ -205,18 +220,6 @@ class TrtArtifact(Artifact, frozen=True, kw_only=True, tag="trt"):
     stripped: bool = False
     weight_streaming: bool = False
     version_compatible: bool = False
-
-
-class CoremlCall(Record, frozen=True, kw_only=True):
-    """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it
-    takes.
-
-    No sizes: one function takes every size in the graph's spans (and the artifact's batch).
-    """
-
-    function: str
-    budget: dict[str, int]
-    sizes: dict[str, int]
 
 
 class CoremlArtifact(Artifact, frozen=True, kw_only=True, tag="coreml"):

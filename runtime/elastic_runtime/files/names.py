@@ -67,7 +67,7 @@ def renamed(manifest: Manifest, new: Mapping[str, str], staged: Mapping[str, str
             changes["package"] = files[0].path.removesuffix(rest)
         if each.conditions:
             path = each.conditions.path
-            changes["conditions"] = msgspec.structs.replace(each.conditions, path=new.get(path, path))
+            changes["conditions"] = msgspec.structs.replace(each.conditions, path=changes.get("package", new.get(path, path)))
         if isinstance(each, TrtArtifact) and staged.get(each.source) == each.source_sha256:
             changes["source"] = new[each.source]
         return msgspec.structs.replace(each, **changes)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Apart, Artifact, Graph, Profile, Range, TrtArtifact
+from elastic_runtime.contract.artifacts import Apart, Artifact, CoremlArtifact, Graph, Profile, Range, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import BundleError, InferenceError
@@ -31,8 +31,11 @@ def rest(graph: Graph, apart: Apart) -> Graph:
 
 
 def conditions(graph: Graph, apart: Apart) -> Graph:
-    """What the file of its own takes and gives; any number of rows, unless the graph has only one batch."""
-    batch = graph.batch if graph.batch.min == graph.batch.max else Span(1, ROWS)
+    """What the file of its own takes and gives; any number of rows, unless the graph has only one batch, or a function its own."""
+    if apart.call:
+        batch = Span(apart.call.sizes["B"], apart.call.sizes["B"])
+    else:
+        batch = graph.batch if graph.batch.min == graph.batch.max else Span(1, ROWS)
     return Graph(inputs=apart.own(graph.inputs), outputs=apart.outputs, dimensions={"B": batch}, artifacts=())
 
 
@@ -109,7 +112,7 @@ class ApartSession(Session):
         self._let_go(max(KEPT // self._row - len(places), 0), needed | set(keys))
         if self._conditions is None:
             self._conditions = self._opened()
-        size = min(self._conditions.batch.max, ROWS)
+        size = max(self._conditions.batch.min, min(self._conditions.batch.max, ROWS))
         for first in range(0, len(places), size):
             part = places[first : first + size]
             filled = part + part[-1:] * (size - len(part))
@@ -191,7 +194,12 @@ def opened(
 
 
 def halves(graph: Graph, artifact: Artifact, apart: Apart) -> tuple[Artifact, Artifact]:
-    """The artifact without the file of its own, and that alone, each with the files that hold its weights."""
+    """The artifact without the file of its own, and that alone, each with the files that hold its weights: both, of a package."""
+    if isinstance(artifact, CoremlArtifact):
+        assert apart.call
+        rows = conditions(graph, apart).batch
+        own_part = msgspec.structs.replace(artifact, shapes="functions", batch=rows, calls=(apart.call,), conditions=None)
+        return msgspec.structs.replace(artifact, conditions=None), own_part
     # Weights of more than one file have a number in the midst of its name: denoiser-00001-of-00002.conditions.onnx.data.
     own = [file for file in artifact.files if re.sub(r"-\d+-of-\d+(?=\.)", "", file.path) in (apart.path, f"{apart.path}.data")]
     own.sort(key=lambda file: file.path != apart.path)

@@ -1,9 +1,4 @@
-"""A denoiser's graph in two: what it computes of a sample's conditions alone, and the rest, which takes that as an input.
-
-Time, class and pooled text are the same whatever is drawn, and in most models a quarter to a third of the weights do nothing but turn
-them into shifts, scales and gates. The cut is found in the graph itself, for every family: behind the last multiplications that depend on
-nothing else. What follows them (splits, sums, one row spread over tokens) costs nothing and stays where it is.
-"""
+"""A denoiser's ONNX graph in two, by the rule of `elastic_targets.apart`."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,11 +7,9 @@ import numpy as np
 import onnx_ir as ir
 
 from elastic_runtime.contract.artifacts import Apart, TensorSpec
-from elastic_runtime.errors import UsageError
+from elastic_targets.apart import CONDITIONS, MODULATION, Step, described, own, require
 from elastic_targets.onnx.evaluate import taken
 
-CONDITIONS = ("timestep", "guidance", "class_labels", "pooled_projections")  # inputs of the contract that have one row a sample
-MODULATION = "modulation"
 _MULTIPLIES = {"MatMul", "Gemm", "MatMulNBits", "DynamicQuantizeMatMul"}
 
 
@@ -27,20 +20,15 @@ def split(model: ir.Model, inputs: Sequence[TensorSpec], path: str) -> tuple[ir.
     """
     graph, names = model.graph, [spec.name for spec in inputs]
     given = {str(value.name): value for value in graph.inputs}
-    own = _own(graph, [given[name] for name in CONDITIONS if name in given])
-    cut = [value for node in own for value in node.outputs if any(use.node not in own for use in value.uses())]
-    if not cut:
-        raise UsageError("this model has no weights for its conditions alone: leave --conditions-apart out")
-    if given_too := [value.name for node in own for value in node.outputs if value.is_graph_output()]:
-        raise UsageError(f"this model gives {given_too[0]} of its conditions alone, which two files cannot: leave --conditions-apart out")
+    mine = _own(graph, [given[name] for name in CONDITIONS if name in given])
+    inside = {id(node) for node in mine}
+    cut = [value for node in mine for value in node.outputs if any(id(use.node) not in inside for use in value.uses())]
+    require(cut, [str(value.name) for node in mine for value in node.outputs if value.is_graph_output()])
     sizes = [math.prod(_sizes(value)) for value in cut]
-    inside = {id(node) for node in own}
     taking = [name for name in names if any(id(use.node) in inside for use in given[name].uses())]
     gone = [name for name in taking if all(id(use.node) in inside for use in given[name].uses())]
-    name, taken_names = MODULATION, ir.convenience.create_value_mapping(graph)
-    while name in taken_names:
-        name += "_"
-    spec = TensorSpec(name=name, dtype="float32", shape=("B", sum(sizes)))
+    apart = described(path, taking, gone, sum(sizes), ir.convenience.create_value_mapping(graph))
+    name = apart.outputs[0].name
 
     whole = _joined(graph, cut, sizes, name)
     conditions = ir.convenience.extract(graph, [given[name] for name in taking], [whole])
@@ -49,27 +37,19 @@ def split(model: ir.Model, inputs: Sequence[TensorSpec], path: str) -> tuple[ir.
     left = [given[name] for name in names if name not in gone]
     remaining = ir.convenience.extract(graph, [*left, back], list(graph.outputs))
     made = [ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name) for part in (remaining, conditions)]
-    return made[0], made[1], Apart(path=path, inputs=tuple(taking), outputs=(spec,), gone=tuple(gone))
+    return made[0], made[1], apart
 
 
 def _own(graph: ir.Graph, conditions: Iterable[ir.Value]) -> list[ir.Node]:
     """The nodes up to the last multiplications of what depends on `conditions` and constants alone, in the graph's order."""
-    alone, constant = {id(value) for value in conditions}, set[int]()
-    nodes = []
-    for node in graph:
-        variables = [value for value in taken(node) if value.const_value is None and id(value) not in constant]
-        if not variables:  # weights on their way from few bits
-            constant |= {id(value) for value in node.outputs}
-        elif all(id(value) in alone for value in variables):
-            nodes.append(node)
-            alone |= {id(value) for value in node.outputs}
-    wanted: set[int] = set()
-    for node in reversed(nodes):
-        weight = node.inputs[1] if node.op_type in _MULTIPLIES else None
-        multiplies = weight is not None and (weight.const_value is not None or id(weight) in constant)
-        if multiplies or any(id(use.node) in wanted for value in node.outputs for use in value.uses()):
-            wanted.add(id(node))
-    return [node for node in nodes if id(node) in wanted]
+    nodes = list(graph)
+    takes = [tuple(taken(node)) for node in nodes]
+    constants = [id(value) for values in takes for value in values if value.const_value is not None]
+    steps = [
+        Step(tuple(map(id, values)), tuple(map(id, node.outputs)), id(node.inputs[1]) if node.op_type in _MULTIPLIES else None)
+        for node, values in zip(nodes, takes, strict=True)
+    ]
+    return [nodes[place] for place in own(steps, map(id, conditions), constants)]
 
 
 def _sizes(value: ir.Value) -> list[int]:

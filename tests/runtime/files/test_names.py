@@ -9,7 +9,7 @@ from fakes import manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, FileEntry, Network, OnnxArtifact, TrtArtifact
+from elastic_runtime.contract.artifacts import Apart, CoremlArtifact, CoremlCall, FileEntry, Network, OnnxArtifact, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import inside
 from elastic_runtime.files.names import apart, free, moving, records, renamed, variants
@@ -95,6 +95,9 @@ def test_everything_that_names_a_file_follows_it() -> None:
         precision="fp16", files=(file("coreml/d.mlpackage/Data/x"), file("coreml/d.mlpackage/Manifest.json")), toolchain={},
         package="coreml/d.mlpackage", deployment_target="iOS18", shapes="range", batch=Span(1, 1),
         calls=(CoremlCall(function="main", budget={}, sizes={}),), reductions="fp32",
+        conditions=Apart(
+            path="coreml/d.mlpackage", inputs=("timestep",), outputs=(), gone=(), call=CoremlCall(function="c", budget={}, sizes={"B": 8}),
+        ),
     )  # fmt: skip
     whole = manifest(artifacts=(onnx("onnx/d.onnx", "onnx/d.onnx.data", digest="1"), package, engine("onnx/d.onnx", "1")))
     whole = msgspec.structs.replace(whole, reference=file("reference.npz"))
@@ -103,6 +106,8 @@ def test_everything_that_names_a_file_follows_it() -> None:
     assert sorted(entry.path for entry in moved.files()) == sorted(moves.values())
     graph, built, trt = moved.graphs["denoiser"].artifacts
     assert (graph.path, built.path, trt.path) == ("onnx-2/d.onnx", "coreml-2/d.mlpackage", "trt-2/e.engine")
+    assert built.conditions
+    assert built.conditions.path == built.path
     assert isinstance(trt, TrtArtifact)
     assert trt.source == "onnx-2/d.onnx"
     assert moved.reference is not None

@@ -125,6 +125,9 @@ def test_a_run_always_has_as_many_rows() -> None:
     fixed.session.foresee([0.5, 0.25])
     fixed.ask([0.5], [1])
     assert [call["timestep"] for call in fixed.opened[0].calls] == [(1,)] * 2
+    many = Two(batch=Span(ROWS + 2, ROWS + 2))
+    many.ask([0.5] * (ROWS + 2), range(ROWS + 2))
+    assert [call["timestep"] for call in many.opened[0].calls] == [(ROWS + 2,)]
 
 
 def test_a_time_that_nobody_foresaw_is_computed_when_it_comes_and_the_same_picture_again_is_not() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from fakes import answers_stay_with_their_thread, write_manifest
@@ -24,12 +25,13 @@ from elastic_runtime import (
     UsageError,
     open_session,
 )
-from elastic_runtime.contract.artifacts import CoremlArtifact, CoremlCall, FileEntry, Graph, TensorSpec
+from elastic_runtime.contract.artifacts import Apart, CoremlArtifact, CoremlCall, FileEntry, Graph, TensorSpec
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Manifest, Model, Provenance
 from elastic_runtime.contract.schedule import RectifiedFlow
 from elastic_runtime.files import cache
 from elastic_runtime.sessions import coreml
+from elastic_runtime.sessions.apart import ApartSession
 
 PACKAGE = "coreml/denoiser.mlpackage"
 
@@ -59,6 +61,8 @@ class StandIn:
             if self.fails == "predict":
                 raise RuntimeError("no")
             self.fed.append(feeds)
+            if "sample" not in feeds:
+                return {"modulation": np.repeat(feeds["class_labels"][:, None], 3, axis=1).astype(np.float16)}
             return {"prediction": feeds["sample"].astype(np.float16) * 2}
 
         models = SimpleNamespace(CompiledMLModel=load, utils=SimpleNamespace(compile_model=compile_model))
@@ -77,7 +81,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     return made
 
 
-def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops: bool = False) -> Bundle:
+APART = Apart(
+    path=PACKAGE, inputs=("class_labels",), gone=("class_labels",),
+    outputs=(TensorSpec(name="modulation", dtype="float32", shape=("B", 3)),),
+    call=CoremlCall(function="conditions", budget={}, sizes={"B": 8}),
+)  # fmt: skip
+
+
+def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops: bool = False, conditions: Apart | None = None) -> Bundle:
     """A bundle whose package is a folder of two files; with `loops`, the graph takes a count too."""
     for name in ("Manifest.json", "Data/com.apple.CoreML/model.mlmodel"):
         path = folder / PACKAGE / name
@@ -90,7 +101,7 @@ def bundle(folder: Path, shapes: str = "functions", target: str = "iOS18", loops
     artifact = CoremlArtifact(
         precision="fp16", package=PACKAGE, deployment_target=target, shapes=shapes, batch=Span(1, 1), calls=calls, reductions="fp32",
         files=tuple(entry(folder, path) for path in sorted((folder / PACKAGE).rglob("*")) if path.is_file()),
-        toolchain={"coremltools": "9.0"},
+        toolchain={"coremltools": "9.0"}, conditions=conditions,
     )  # type: ignore[arg-type]  # fmt: skip
     shape = ("B", 1, 2, 2)
     count = (TensorSpec(name="loops", dtype="int64", shape=()),) if loops else ()
@@ -140,6 +151,38 @@ def test_functions_are_loaded_when_first_used_and_integers_are_narrowed(stand_in
         assert session.where == "Core ML cpu+ane, macOS 15.1, coremltools 9.0"
     with pytest.raises(InferenceError, match="this session is closed"):
         session.run(feeds(2))
+
+
+@pytest.mark.parametrize(("shapes", "name"), [("functions", "latents_32"), ("range", None)])
+def test_conditions_are_a_function_that_eight_rows_are_run_of(stand_in: StandIn, tmp_path: Path, shapes: str, name: str | None) -> None:
+    with open_session(bundle(tmp_path / "b", shapes, conditions=APART)) as session:
+        assert isinstance(session, ApartSession)
+        for label in (2, 1, 2):
+            session.run(feeds(2) | {"class_labels": np.array([label])})
+    assert [function for _, _, function in stand_in.loaded] == ["conditions", name]
+    assert len(stand_in.compiled) == 1
+    rows, *steps = ({each: array.tolist() for each, array in fed.items() if each != "sample"} for fed in stand_in.fed)
+    assert rows == {"class_labels": [2] * 8}
+    assert steps[0] == {"latent_ids": [0, 1], "modulation": [[2.0] * 3]}
+    assert steps[1:] == [{"class_labels": [1] * 8}, steps[0] | {"modulation": [[1.0] * 3]}, steps[0]]
+    assert stand_in.fed[0]["class_labels"].dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"path": "coreml/other.mlpackage"}, "which is no function of its own in it"),
+        ({"call": None}, f"has its conditions in {PACKAGE}, which is no function of its own in it"),
+        ({"call": CoremlCall(function="latents_64", budget={}, sizes={"B": 8})}, "has its conditions in latents_64, which is no function"),
+        ({"call": CoremlCall(function="c", budget={}, sizes={"J": 8})}, "c of .* takes {'J': 8} at {}, and conditions are rows, B"),
+        ({"call": CoremlCall(function="c", budget={}, sizes={"B": 0})}, "conditions are rows, B"),
+        ({"call": CoremlCall(function="c", budget={"latents": 16}, sizes={"B": 8})}, "conditions are rows, B"),
+        ({"gone": ("sample",)}, "of which sample are gone"),
+    ],
+)
+def test_a_manifest_that_says_no_such_function_is_refused(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(BundleError, match=why):
+        bundle(tmp_path / "b", conditions=msgspec.structs.replace(APART, **changes))
 
 
 def test_threads_run_one_after_the_other(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
