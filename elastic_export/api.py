@@ -85,7 +85,7 @@ def export(
         overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
         on_stage: told `(what)` before each part of the work. on_progress: told `(what, done, total)` by slow compilers.
         options: the target's own: `opset` (onnx, and trt for a model) and `rounding` (onnx, "gptq" for int4w and int8w), `conditions_apart`
-            (onnx, trt); `shapes`, `target`, `reductions`, `compression` and `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`,
+            (each); `shapes`, `target`, `reductions`, `compression` and `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`,
             `strip`, `weight_streaming`, `version_compatible` (trt).
 
     Raises: UsageError and its kinds for what cannot be done as asked; MissingError with the line that installs what is not there;

@@ -4,8 +4,9 @@
     python samples/mac_check.py build/mac-check
 
 For each artifact, compute unit and budget it prints: the first prediction (the function is loaded then), the median of the steady ones,
-the error against the recorded outputs of the original model, and where Core ML says that it prefers to run the operations. Exit code 1
-if an error is above its bound.
+the error against the recorded outputs of the original model, and where Core ML says that it prefers to run the operations. Where
+conditions are a function of their own, the first prediction computes them and the steady ones have them. Exit code 1 if an error is above
+its bound.
 """
 
 import argparse
@@ -23,8 +24,11 @@ from elastic_runtime import Bundle, MissingError
 from elastic_runtime.contract.artifacts import CoremlArtifact
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
+from elastic_runtime.files.cache import folder
+from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.checking import check
-from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, obstacle
+from elastic_runtime.sessions.coreml import COMPUTE_UNITS, CoremlSession, compiled, obstacle, sizes
+from elastic_runtime.sessions.session import Session
 
 COLUMNS = "{:<34} {:<8} {:<14} {:>9} {:>9} {:>9} {:>5}  {}"
 DEVICES = {"MLCPUComputeDevice": "cpu", "MLGPUComputeDevice": "gpu", "MLNeuralEngineComputeDevice": "ane"}
@@ -37,12 +41,19 @@ def artifacts(bundle: Bundle) -> Iterator[tuple[str, CoremlArtifact]]:
                 yield name, artifact
 
 
-def where(compiled: Path, units: str) -> dict[str, Counter[str]]:
+def opened(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str) -> Session:
+    graph, options = bundle.manifest.graphs[name], {"compute_units": units}
+    if artifact.conditions:
+        return apart.opened(bundle, graph, artifact, CoremlSession, options)
+    return CoremlSession(bundle, graph, artifact, **options)
+
+
+def where(package: Path, units: str) -> dict[str, Counter[str]]:
     """Operations of each function by the device that Core ML prefers for them; those without a device are constants."""
     import coremltools
     from coremltools.models.compute_plan import MLComputePlan
 
-    plan = MLComputePlan.load_from_path(str(compiled), getattr(coremltools.ComputeUnit, COMPUTE_UNITS[units]))
+    plan = MLComputePlan.load_from_path(str(package), getattr(coremltools.ComputeUnit, COMPUTE_UNITS[units]))
     found: dict[str, Counter[str]] = {}
     for name, function in plan.model_structure.program.functions.items():
         usages: list[Any] = [plan.get_compute_device_usage_for_mlprogram_operation(operation) for operation in function.block.operations]
@@ -54,9 +65,9 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
     """One row of the table for each recorded budget that the artifact offers, and whether it passed."""
     graph, arrays = bundle.manifest.graphs[name], bundle.reference()
     begun = time.perf_counter()
-    with CoremlSession(bundle, graph, artifact, compute_units=units) as session:
+    with opened(bundle, name, artifact, units) as session:
         print(f"# {artifact.package} on {units}: opened in {time.perf_counter() - begun:.2f} s (compiled at the first opening)")
-        plans = where(session.compiled, units)
+        plans = where(compiled(bundle, artifact, folder("coreml")), units)
         shared, outputs = unpack(name, arrays)
         batched = graph.batched
         for budget in session.budgets or tuple(outputs):
@@ -71,7 +82,9 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
             only = {full: array for full, array in arrays.items() if full.split("/")[:2] in ([name, "feed"], [name, key(budget)])}
             session.budgets = (budget,)
             row = next(check(bundle, name, session, artifact.tolerance, only))
-            devices = plans.get(session.function(feeds), Counter())
+            lengths = sizes(graph.inputs, feeds)
+            function = next(call.function for call in artifact.calls if call.sizes in ({}, lengths))
+            devices = plans.get(function, Counter())
             ran = ", ".join(f"{count} {device}" for device, count in devices.most_common())
             first, steady = 1e3 * seconds[0], 1e3 * statistics.median(seconds[1:])
             figures = (artifact.package, units, key(budget), f"{first:.1f}", f"{steady:.2f}", f"{row.max_abs:.1e}")

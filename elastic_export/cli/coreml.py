@@ -1,6 +1,6 @@
 """`elastic-export coreml`: a model to a bundle with a Core ML artifact."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,15 @@ def coreml(
             show_default=False,
         ),
     ] = None,
+    conditions_apart: Annotated[
+        bool,
+        typer.Option(
+            "--conditions-apart",
+            help="What depends on time, class and pooled text alone in a function of its own [dim](iOS18)[/dim], run once for all steps of "
+            "a picture.",
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Export a model to a Core ML package, prove each of its budgets, and write a bundle or add to one.
 
@@ -50,6 +59,6 @@ def coreml(
     """
     from elastic_export.cli.making import make, shown
 
-    given = {"shapes": shapes, "target": target, "precision": precision, "reductions": reductions, "compression": compress}
-    points = tuple(options.integers(budgets)) if budgets else ()
-    shown(make("coreml", {**given, "budgets": points}, source, output, spans, batch, how), "coreml", how)
+    given: dict[str, Any] = {"shapes": shapes, "target": target, "precision": precision, "reductions": reductions, "compression": compress}
+    given |= {"budgets": tuple(options.integers(budgets)) if budgets else (), "conditions_apart": conditions_apart}
+    shown(make("coreml", given, source, output, spans, batch, how), "coreml", how)

@@ -13,7 +13,14 @@ struct Manifest: Decodable {
     struct Model: Decodable { let sample_shape: [Int] }
     struct Axis: Decodable { let name: String; let unit: Int }
     struct Call: Decodable { let function: String; let budget: [String: Int]; let sizes: [String: Int] }
-    struct Artifact: Decodable { let target: String; let shapes: String?; let calls: [Call]? }
+    struct Conditions: Decodable { let path: String }
+    struct Artifact: Decodable {
+        let target: String
+        let package: String?
+        let shapes: String?
+        let calls: [Call]?
+        let conditions: Conditions?
+    }
     struct Graph: Decodable { let artifacts: [Artifact] }
     let model: Model
     let axes: [Axis]
@@ -40,7 +47,20 @@ func main() throws {
         throw Problem(description: "usage: denoise-step elastic.json denoiser.mlmodelc LATENTS")
     }
     let manifest = try JSONDecoder().decode(Manifest.self, from: Data(contentsOf: URL(fileURLWithPath: arguments[1])))
-    let calls = manifest.graphs["denoiser"]!.artifacts.first { $0.target == "coreml" }?.calls ?? []
+    // A bundle may hold several packages: the one that was compiled has its name.
+    let stem = { (path: String) in URL(fileURLWithPath: path).deletingPathExtension().lastPathComponent }
+    let packages = manifest.graphs["denoiser"]!.artifacts.filter { $0.target == "coreml" }
+    guard let artifact = packages.first(where: { stem($0.package ?? "") == stem(arguments[2]) }) else {
+        let offered = packages.map { stem($0.package ?? "") }.joined(separator: ", ")
+        throw Problem(description: "the manifest has no package \(stem(arguments[2])); it has \(offered)")
+    }
+    guard artifact.conditions == nil else {
+        throw Problem(
+            description: "\(stem(arguments[2])) computes time and class in a function of its own, once a picture, and this sample takes one "
+                + "step of a package that is whole: export it without --conditions-apart, too"
+        )
+    }
+    let calls = artifact.calls ?? []
     // The manifest says which function serves a budget. There is no padding: a budget without a function is an error.
     guard let call = calls.first(where: { $0.budget["latents"] == latents || $0.budget.isEmpty }) else {
         let offered = calls.compactMap { $0.budget["latents"] }.map(String.init).joined(separator: ", ")

@@ -77,6 +77,7 @@ def test_counts_of_loops_are_budgets_and_an_open_loop_joins_them(run: Run, tmp_p
         (("--latents", "32-256"), "latents 256 is not available: this model offers 4-64"),
         (("--budgets", "16,18"), "latents 18 is not available"),
         (("--budgets", "16", "--shapes", "range"), "--shapes range takes every budget of the span: leave --budgets out"),
+        (("--shapes", "range", "--conditions-apart", "--target", "iOS17"), "--target iOS17 is too old for --conditions-apart"),
         (("--shapes", "any"), "--shapes for coreml must be one of functions, enumerated, range, got any"),
     ],
 )

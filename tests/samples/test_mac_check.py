@@ -35,10 +35,10 @@ def test_the_table_has_a_row_for_each_unit_and_budget(
     class OnAMac(EvaluatorSession):
         def __init__(self, *arguments: Any, compute_units: str):
             super().__init__(*arguments)
-            self.compiled = Path("denoiser.mlmodelc")
 
-    plan: Callable[[Path, str], Any] = lambda compiled, units: {"latents_64": Counter(ane=3, cpu=1)}  # noqa: E731
+    plan: Callable[[Path, str], Any] = lambda package, units: {"latents_64": Counter(ane=3, cpu=1)}  # noqa: E731
     monkeypatch.setattr(mac_check, "CoremlSession", OnAMac)
+    monkeypatch.setattr(mac_check, "compiled", lambda bundle, artifact, cache: Path("denoiser.mlmodelc"))
     monkeypatch.setattr(mac_check, "obstacle", lambda artifact: None)
     monkeypatch.setattr(mac_check, "where", plan)
     monkeypatch.setattr(sys, "argv", ["mac_check.py", str(bundle.folder), "--units", "cpu,all", "--runs", "1"])

@@ -98,7 +98,7 @@ class _Pairs(AbstractGraphPass):
 
 def matrices(function: Any, batch: int) -> list[Any]:
     """The `linear` operations of a MIL function whose activations become int8, those in the bodies of its loops among them."""
-    edges = {id(operation) for operation in (*_first(function), *_last(function))}
+    edges = {id(operation) for operation in (*_first(function, batch), *_last(function))}
     return [
         operation
         for operation in _linears(function)
@@ -124,9 +124,9 @@ def _linears(block: Any) -> Iterator[Any]:
             yield from _linears(inner)
 
 
-def _first(function: Any) -> Iterator[Any]:
-    """Products of what the function was given."""
-    open_values, seen = [value for value in function.inputs.values() if value.rank > 1], set[int]()
+def _first(function: Any, batch: int) -> Iterator[Any]:
+    """Products of the tokens that the function was given; of what it was given of conditions, shifts and scales reach every matrix."""
+    open_values, seen = [value for value in function.inputs.values() if value.rank > 1 and _rows(value.shape) > batch], set[int]()
     while open_values:
         value = open_values.pop()
         for operation in value.child_ops:

@@ -36,6 +36,7 @@ class CoremlOptions:
     target: the oldest system that must open it. precision: fp16 or fp32. reductions: precision of norms and sums in an fp16 program.
     compression: None, or how weights are stored; with `w8a8` a denoiser's activations are int8, too. budgets: for functions and enumerated,
     a number for a value of a model's one axis; empty for a graph's stages or, where it has none, both ends and the doublings between.
+    conditions_apart: what a denoiser computes of time, class and pooled text alone is a function of its own.
     """
 
     shapes: str = "functions"
@@ -44,6 +45,7 @@ class CoremlOptions:
     reductions: str = "fp32"
     compression: str | None = None
     budgets: tuple[Budget | int, ...] = ()
+    conditions_apart: bool = False
 
 
 def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
@@ -57,6 +59,7 @@ def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
             (options.precision, default.precision),
             (reductions, f"{default.reductions}-reductions"),
             (compression(graph, options), default.compression),
+            ("apart" if in_two(graph, options) else None, None),
         )
         if name and name != usual
     ]
@@ -66,6 +69,16 @@ def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
 def compression(graph: GraphCapture, options: CoremlOptions) -> str | None:
     """How a graph's weights are stored: int8 activations are for what runs at every step, so the other graphs hold int8 weights alone."""
     return "int8" if options.compression == W8A8 and graph.name != DENOISER else options.compression
+
+
+def in_two(graph: GraphCapture, options: CoremlOptions) -> bool:
+    """Whether a graph's conditions are a function of their own."""
+    return options.conditions_apart and graph.name == DENOISER
+
+
+def denoising(options: CoremlOptions) -> list[str]:
+    """What was asked of a denoiser alone, as the command has it."""
+    return ["--conditions-apart"] if options.conditions_apart else []
 
 
 def budgets(graph: GraphCapture, options: CoremlOptions) -> list[Budget]:
@@ -116,6 +129,8 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
         )
     if options.shapes == "functions" and len(points) > 1:
         _require(options.target, "iOS18", f"a package of {len(points)} functions")
+    if in_two(graph, options):
+        _require(options.target, "iOS18", "--conditions-apart, a package of two functions or more")
     if options.compression:
         _require(options.target, _NEEDED.get(options.compression, "iOS16"), f"--compress {options.compression}")
         if options.precision != "fp16":

@@ -7,8 +7,9 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, Graph
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.errors import InferenceError
+from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.coreml import PackageSession
-from elastic_runtime.sessions.session import Arrays
+from elastic_runtime.sessions.session import Arrays, Session
 from elastic_targets.coreml.evaluate import Evaluator
 
 
@@ -30,3 +31,10 @@ class EvaluatorSession(PackageSession):
         if self._evaluator is not None:
             self._evaluator.close()
         self._evaluator = None
+
+
+def evaluator(bundle: Bundle, graph: Graph, artifact: CoremlArtifact) -> Session:
+    """A session that computes an artifact without a Mac."""
+    if artifact.conditions:
+        return apart.opened(bundle, graph, artifact, EvaluatorSession, {})
+    return EvaluatorSession(bundle, graph, artifact)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -22,17 +23,25 @@ from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
 from elastic_runtime import Budget, Span
 from elastic_runtime.contract.artifacts import CoremlArtifact, Graph
+from elastic_runtime.sessions.session import Session
 from elastic_targets.capture import GraphCapture
-from elastic_targets.coreml import CoremlOptions, Evaluator, EvaluatorSession
+from elastic_targets.coreml import CoremlOptions, Evaluator
 from elastic_targets.coreml.lower import ensures, lower
 from elastic_targets.coreml.options import requires
+from elastic_targets.coreml.session import evaluator
+
+
+class Graphs(msgspec.Struct, frozen=True):
+    """As much of a manifest as a session reads."""
+
+    graphs: dict[str, Graph]
 
 
 class Folder:
     """As much of a bundle as a session reads."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, graph: Graph):
+        self.folder, self.manifest = folder, Graphs({"denoiser": graph})
 
     def file(self, relative: str) -> Path:
         return self.folder / relative
@@ -51,25 +60,25 @@ def elit(golden: Path) -> Callable[..., GraphCapture]:
 
 
 @pytest.fixture
-def lowered(tmp_path: Path) -> Callable[..., tuple[CoremlArtifact, EvaluatorSession]]:
+def lowered(tmp_path: Path) -> Callable[..., tuple[CoremlArtifact, Session]]:
     """Lower a capture as asked and open what was saved."""
 
-    def make(graph: GraphCapture, **options: Any) -> tuple[CoremlArtifact, EvaluatorSession]:
+    def make(graph: GraphCapture, **options: Any) -> tuple[CoremlArtifact, Session]:
         chosen = CoremlOptions(**options)
         requires(graph, chosen)
         (artifact,) = lower(graph, chosen, tmp_path)
         ensures(graph, artifact, tmp_path)
         described = Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=(artifact,))
-        return artifact, EvaluatorSession(Folder(tmp_path), described, artifact)  # type: ignore[arg-type]
+        return artifact, evaluator(Folder(tmp_path, described), described, artifact)  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def error() -> Callable[[GraphCapture, EvaluatorSession, Budget], float]:
+def error() -> Callable[[GraphCapture, Session, Budget], float]:
     """Largest difference to torch at a budget, of the largest value (at least 1)."""
 
-    def measure(graph: GraphCapture, session: EvaluatorSession, budget: Budget) -> float:
+    def measure(graph: GraphCapture, session: Session, budget: Budget) -> float:
         feeds = graph.feeds(budget, graph.batch.min)
         with torch.inference_mode():
             wanted = graph.module(**{name: torch.from_numpy(array) for name, array in feeds.items()}).numpy()

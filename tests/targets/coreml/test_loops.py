@@ -67,6 +67,15 @@ def test_a_loop_agrees_with_torch_at_every_count(
     assert np.abs(few - many).max() > 1e-4
 
 
+def test_conditions_apart_stand_outside_the_loop(lowered: Callable[..., Any], error: Callable[..., float], tmp_path: Path) -> None:
+    graph = captured(elt.FAMILY, ELT)
+    artifact, session = lowered(graph, precision="fp32", shapes="range", conditions_apart=True)
+    evaluator = Evaluator(tmp_path / artifact.package)
+    assert [evaluator.operations(name)["while_loop"] for name in ("main", "conditions")] == [1, 0]
+    assert artifact.conditions.gone == ("timestep", "class_labels")
+    assert max(error(graph, session, count) for count in COUNTS[::2]) < PRECISIONS["fp32"].tolerance
+
+
 def test_the_blocks_weights_stand_once_in_functions_and_around_a_loop(lowered: Callable[..., Any]) -> None:
     graph = captured(elt.FAMILY, ELT)
 
