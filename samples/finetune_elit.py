@@ -1,9 +1,9 @@
-"""From a plain checkpoint to one with budgets, on the digits: train a plain U-ViT, put ELIT in, and train on.
+"""From a plain checkpoint to one with budgets, on the digits: train a plain HDiT, put ELIT in, and train on.
 
-    python samples/finetune_elit.py --run runs/uvit-mnist --output uvit-mnist.safetensors
-    python samples/finetune_elit.py --run runs/finetuned --output finetuned.safetensors --plain uvit-mnist.safetensors --steps 600
+    python samples/finetune_elit.py --run runs/hdit-mnist --output hdit-mnist.safetensors
+    python samples/finetune_elit.py --run runs/finetuned --output finetuned.safetensors --plain hdit-mnist.safetensors --steps 600
     python samples/finetune_elit.py --run runs/scratch --output scratch.safetensors --from-scratch
-    elastic-export onnx elit-uvit-tokens --checkpoint finetuned.safetensors --config finetuned.config.json -o finetuned
+    elastic-export onnx elit-hdit-levels --checkpoint finetuned.safetensors --config finetuned.config.json -o finetuned
 
 With `--plain` it is what arXiv 2603.12245 does of Qwen-Image: the model's own loss and 20 times the distance to what the plain model
 predicts, with the number of kept latents drawn uniformly for each step. `elastic_export.elasticize` tells where that begins.
@@ -21,55 +21,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import elastic_export
-from elastic_export.families import uvit
-from elastic_export.families.elit import uvit_tokens
-from elastic_runtime.contract.schedule import VpSde
+from elastic_export.families.elit import hdit_levels
+from elastic_export.families.hdit import model as hdit
 from training import Loss, drop_labels, parser, train
 
-PLAIN = uvit.UVitParams(
-    img_size=32, patch_size=2, in_chans=1, embed_dim=64, depth=6, num_heads=2, num_classes=11, schedule="vpsde"
+PLAIN = hdit.HditParams(
+    input_channels=1, input_size=(32, 32), patch_size=(2, 2), depths=(1, 6), widths=(32, 96), d_ffs=(64, 192),
+    self_attns=({"type": "shifted-window", "d_head": 16, "window_size": 4}, {"type": "global", "d_head": 32}),
+    mapping_depth=1, mapping_width=96, mapping_d_ff=192, num_classes=10, sigma_data=0.6, sigma_min=0.02, sigma_max=20.0,
 )  # fmt: skip
 SPLIT = {"group_size": 4, "head_blocks": 1, "tail_blocks": 1}
 DISTILLATION = 20.0
-NULL = PLAIN.num_classes - 1  # the last row of its labels
+LEVELS = -0.5, 1.5  # mean and deviation of the logarithm of sigma while training
 
 
 def noised(images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """A denoiser's inputs at random times of the SDE, and the noise that it should find in them."""
-    schedule, noise = VpSde(), torch.randn_like(images)
-    times = schedule.noise * (1e-3 + (1 - 1e-3) * torch.rand(len(images)))
-    alpha, sigma = torch.tensor([schedule.alpha_sigma(float(time)) for time in times], dtype=torch.float32).T[:, :, None, None, None]
-    sample = alpha * images + sigma * noise
-    return {"sample": sample, "timestep": times, "class_labels": drop_labels(labels, NULL)}, noise
+    """A denoiser's inputs at random levels of noise, and the F that it should answer: the picture is `c_skip x + c_out F`."""
+    mean, deviation = LEVELS
+    sigma = (mean + deviation * torch.randn(len(images))).exp()
+    skip, out, scale = torch.tensor([PLAIN.schedule.preconditioning(float(each)) for each in sigma]).T[:, :, None, None, None]
+    x = images + sigma[:, None, None, None] * torch.randn_like(images)
+    given = {"sample": scale * x, "timestep": sigma, "class_labels": drop_labels(labels, PLAIN.num_classes)}
+    return given, (images - skip * x) / out
 
 
-def noise_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor, progress: float) -> Tensor:
-    """The plain model's: the error of the noise that it predicts."""
-    given, noise = noised(images, labels)
-    return (model(**given) - noise).square().mean()
+def plain_loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor, progress: float) -> Tensor:
+    """The plain model's: EDM's, the error of the picture by its own deviation at each level of noise."""
+    given, wanted = noised(images, labels)
+    return (model(**given) - wanted).square().mean()
 
 
 def elastic_loss(places: int, teacher: nn.Module | None = None) -> Loss:
     """The same at a random number of kept latents, and `DISTILLATION` times the distance to what `teacher` predicts where there is one."""
 
     def loss(model: Callable[..., Tensor], images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        given, noise = noised(images, labels)
+        given, wanted = noised(images, labels)
         kept = int(torch.randint(1, places + 1, ()))
         predicted = model(**given, latent_ids=torch.arange(kept))
-        error = (predicted - noise).square().mean()
+        error = (predicted - wanted).square().mean()
         if teacher is None:
             return error
         with torch.no_grad():
-            wanted = teacher(**given)
-        return error + DISTILLATION * (predicted - wanted).square().mean()
+            taught = teacher(**given)
+        return error + DISTILLATION * (predicted - taught).square().mean()
 
     return loss
 
 
 def plain(options: argparse.Namespace, data: Any = None) -> nn.Module:
-    """Train the plain U-ViT."""
-    about = {"family": "uvit", "config": _fields(PLAIN)}
-    return train(lambda: uvit.UVit(PLAIN), noise_loss, options, about, data)
+    """Train the plain HDiT."""
+    about = {"family": "hdit", "config": _fields(PLAIN)}
+    return train(lambda: hdit.Hdit(PLAIN), plain_loss, options, about, data)
 
 
 def elastic(options: argparse.Namespace, data: Any = None) -> nn.Module:
@@ -77,7 +79,7 @@ def elastic(options: argparse.Namespace, data: Any = None) -> nn.Module:
 
     The weights go to `options.output` under the public keys, which a checkpoint has, and their config beside them.
     """
-    fields = _fields(PLAIN) | SPLIT | {"latent_positions": PLAIN.grid**2}
+    fields = _fields(PLAIN) | SPLIT
     teacher, begun = None, {}
     if options.plain:
         options.run.mkdir(parents=True, exist_ok=True)
@@ -87,23 +89,23 @@ def elastic(options: argparse.Namespace, data: Any = None) -> nn.Module:
             options.plain, output=options.run / "begun.safetensors", config=config, seed=options.seed, overwrite=True, **SPLIT
         )
         fields = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
-        begun = {str(uvit_tokens.rename_key(key)): value.float() for key, value in load_file(made).items()}
-        teacher = uvit.UVit(PLAIN).eval().requires_grad_(False)
+        begun = {str(hdit_levels.rename_key(key)): value.float() for key, value in load_file(made).items()}
+        teacher = hdit.Hdit(PLAIN).eval().requires_grad_(False)
         teacher.load_state_dict({name: value.float() for name, value in load_file(options.plain).items()})
-    params = uvit_tokens.ElitUvitTokensParams(**{name: value for name, value in fields.items() if name != "family"})
+    params = hdit_levels.ElitHditLevelsParams(**{name: value for name, value in fields.items() if name != "family"})
 
     def build() -> nn.Module:
-        module = uvit_tokens.ElitUvitTokens(params)
+        module = hdit_levels.ElitHditLevels(params)
         if begun:
             module.load_state_dict(begun)
         return module
 
-    about = {"family": "elit-uvit-tokens", "config": _fields(params)}
+    about = {"family": "elit-hdit-levels", "config": _fields(params)}
     trained = train(build, elastic_loss(params.windows.places, teacher), options, about, data)
     if options.output:
         weights = load_file(options.output)
-        save_file({name.removeprefix("uvit."): value for name, value in weights.items()}, options.output)
-        written = {"family": "elit-uvit-tokens"} | fields
+        save_file({name.removeprefix("hdit."): value for name, value in weights.items()}, options.output)
+        written = {"family": "elit-hdit-levels"} | fields
         options.output.with_suffix(".config.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     return trained
 

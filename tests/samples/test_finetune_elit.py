@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from digits import Digits
 from elastic_export.capture.zoo import Request, load
-from finetune_elit import elastic, noised, plain
+from finetune_elit import PLAIN, elastic, noised, plain
 from training import parser
 
 
@@ -22,14 +22,16 @@ def test_a_plain_model_is_trained_and_becomes_one_with_budgets(tmp_path: Path) -
     trained = elastic(options, data)
     torch.set_num_threads(threads)
 
-    assert "input_token_editor.adapters.0.pos_embed" in load_file(tmp_path / "two" / "begun.safetensors")
+    begun = load_file(tmp_path / "two" / "begun.safetensors")
+    assert any(name.startswith("input_token_editor.") for name in begun)
     config = tmp_path / "elit.config.json"
-    made = load(Request("elit-uvit-tokens", options.output, config))
-    assert json.loads(config.read_text())["family"] == "elit-uvit-tokens"
+    made = load(Request("elit-hdit-levels", options.output, config))
+    assert json.loads(config.read_text())["family"] == "elit-hdit-levels"
     arrays = made.family.feeds(made.params, {"latents": 64}, 2)
     given = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with torch.inference_mode():
-        assert (made.module(**given) - trained(**given)).abs().max() < 1e-2  # the file is in half precision
+        answers = trained(**given)
+        assert (made.module(**given) - answers).abs().max() < 2e-2 * answers.abs().max()  # the file is in half precision
 
 
 def test_the_same_model_is_trained_from_scratch(tmp_path: Path) -> None:
@@ -39,13 +41,15 @@ def test_the_same_model_is_trained_from_scratch(tmp_path: Path) -> None:
     options.output, options.plain = tmp_path / "scratch.safetensors", None
     elastic(options, data)
     torch.set_num_threads(threads)
-    made = load(Request("elit-uvit-tokens", options.output, tmp_path / "scratch.config.json"))
+    made = load(Request("elit-hdit-levels", options.output, tmp_path / "scratch.config.json"))
     assert made.params.windows.places == 16
 
 
-def test_what_is_noised_keeps_its_variance() -> None:
+def test_what_is_to_be_answered_leads_back_to_the_picture() -> None:
     torch.manual_seed(0)
-    given, noise = noised(torch.randn(64, 1, 32, 32), torch.zeros(64, dtype=torch.int64))
-    assert given["sample"].var().item() == pytest.approx(1, abs=0.05)
-    assert noise.shape == given["sample"].shape
-    assert 0 < given["timestep"].min() < given["timestep"].max() <= 999
+    images = torch.rand(64, 1, 32, 32) * 2 - 1
+    given, wanted = noised(images, torch.zeros(64, dtype=torch.int64))
+    for row in (0, 17, 63):
+        skip, out, scale = PLAIN.schedule.preconditioning(float(given["timestep"][row]))
+        torch.testing.assert_close(skip * given["sample"][row] / scale + out * wanted[row], images[row], atol=1e-4, rtol=1e-4)
+    assert given["timestep"].log().mean().item() == pytest.approx(-0.5, abs=0.6)
