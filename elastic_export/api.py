@@ -84,9 +84,9 @@ def export(
             untraced (`budgets`), the ends, or none; the manifest lists those that were left out.
         overwrite: whether to replace what the output holds. command: what made the bundle, for its manifest.
         on_stage: told `(what)` before each part of the work. on_progress: told `(what, done, total)` by slow compilers.
-        options: the target's own: `opset` (onnx, and trt for a model) and `rounding` (onnx, "gptq" for int4w and int8w), `conditions_apart`
-            (each); `shapes`, `target`, `reductions`, `compression` and `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`,
-            `strip`, `weight_streaming`, `version_compatible` (trt).
+        options: the target's own: `opset` (onnx, and trt for a model), `rounding` (onnx, "gptq" for int4w and int8w) and `keep` (onnx,
+            matrices of few bits that stay floats), `conditions_apart` (each); `shapes`, `target`, `reductions`, `compression` and
+            `budgets` (coreml); `builder`, `sms`, `buckets`, `refit`, `strip`, `weight_streaming`, `version_compatible` (trt).
 
     Raises: UsageError and its kinds for what cannot be done as asked; MissingError with the line that installs what is not there;
         VerificationError naming the budget that failed and the figure. The old bundle is whole on any error.

@@ -1,4 +1,6 @@
 import json
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,26 @@ from finetune_elit import PLAIN, elastic, noised, plain
 from training import parser
 
 
-def test_a_plain_model_is_trained_and_becomes_one_with_budgets(tmp_path: Path) -> None:
-    generator, threads = np.random.default_rng(0), torch.get_num_threads()
-    data = Digits(generator.uniform(-1, 1, (12, 1, 32, 32)).astype(np.float32), np.arange(12) % 10)
-    options = parser("", steps=2).parse_args(["--run", str(tmp_path / "one"), "--batch", "2", "--threads", "1"])
-    options.output, options.plain = tmp_path / "plain.safetensors", None
-    plain(options, data)
-    options.run, options.output, options.plain = tmp_path / "two", tmp_path / "elit.safetensors", tmp_path / "plain.safetensors"
-    trained = elastic(options, data)
+@pytest.fixture
+def few() -> Iterator[Digits]:
+    """A dozen pictures of noise; the threads that training sets are set back."""
+    threads = torch.get_num_threads()
+    yield Digits(np.random.default_rng(0).uniform(-1, 1, (12, 1, 32, 32)).astype(np.float32), np.arange(12) % 10)
     torch.set_num_threads(threads)
+
+
+def asked(run: Path, output: Path) -> Namespace:
+    """Options of two steps, without a plain checkpoint."""
+    options = parser("", steps=2).parse_args(["--run", str(run), "--batch", "2", "--threads", "1", "--output", str(output)])
+    options.plain = None
+    return options
+
+
+def test_a_plain_model_is_trained_and_becomes_one_with_budgets(few: Digits, tmp_path: Path) -> None:
+    options = asked(tmp_path / "one", tmp_path / "plain.safetensors")
+    plain(options, few)
+    options.run, options.output, options.plain = tmp_path / "two", tmp_path / "elit.safetensors", tmp_path / "plain.safetensors"
+    trained = elastic(options, few)
 
     begun = load_file(tmp_path / "two" / "begun.safetensors")
     assert any(name.startswith("input_token_editor.") for name in begun)
@@ -34,13 +47,9 @@ def test_a_plain_model_is_trained_and_becomes_one_with_budgets(tmp_path: Path) -
         assert (made.module(**given) - answers).abs().max() < 2e-2 * answers.abs().max()  # the file is in half precision
 
 
-def test_the_same_model_is_trained_from_scratch(tmp_path: Path) -> None:
-    generator, threads = np.random.default_rng(0), torch.get_num_threads()
-    data = Digits(generator.uniform(-1, 1, (12, 1, 32, 32)).astype(np.float32), np.arange(12) % 10)
-    options = parser("", steps=1).parse_args(["--run", str(tmp_path / "run"), "--batch", "2", "--threads", "1"])
-    options.output, options.plain = tmp_path / "scratch.safetensors", None
-    elastic(options, data)
-    torch.set_num_threads(threads)
+def test_the_same_model_is_trained_from_scratch(few: Digits, tmp_path: Path) -> None:
+    options = asked(tmp_path / "run", tmp_path / "scratch.safetensors")
+    elastic(options, few)
     made = load(Request("elit-hdit-levels", options.output, tmp_path / "scratch.config.json"))
     assert made.params.windows.places == 16
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from few_bits import unpacked
+from few_bits import over_tokens, unpacked
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
@@ -15,10 +15,8 @@ import onnx_ir as ir  # noqa: E402
 from onnx import helper, numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import Budget, ModelError, Span, UsageError  # noqa: E402
-from elastic_runtime.contract.artifacts import TensorSpec  # noqa: E402
+from elastic_runtime import Budget, ModelError, UsageError  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
-from elastic_targets.capture import GraphCapture  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, fitting  # noqa: E402
 from elastic_targets.onnx.lower import TARGET, lower  # noqa: E402
 from elastic_targets.onnx.matrices import Matrix  # noqa: E402
@@ -134,15 +132,8 @@ class Told(Bent):
         return super().forward(sample * self.conditions(timestep[:, None])[:, None], timestep)
 
 
-def bent(module: torch.nn.Module | None = None) -> GraphCapture:
-    def feeds(budget: Budget, batch: int) -> dict[str, np.ndarray]:
-        draw = np.random.default_rng(0)
-        sample = draw.standard_normal((batch, 32, 64)).astype(np.float32)[:, : budget["S"]]
-        return {"sample": np.ascontiguousarray(sample), "timestep": draw.uniform(0.5, 2, batch).astype(np.float32)}
-
-    taken, given = (TensorSpec(name=name, dtype="float32", shape=("B", "S", 64)) for name in ("sample", "prediction"))
-    times = TensorSpec(name="timestep", dtype="float32", shape=("B",))
-    return GraphCapture("denoiser", (module or Bent()).eval(), (taken, times), (given,), (), Span(1, 2), feeds, {"S": Span(4, 32)})
+def bent(module: torch.nn.Module | None = None) -> Any:
+    return over_tokens(module or Bent())
 
 
 def test_a_denoiser_is_fitted_at_every_size_of_what_it_takes(tmp_path: Path) -> None:

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from few_bits import over_tokens
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
-from elastic_runtime import Budget, Span, UsageError  # noqa: E402
-from elastic_runtime.contract.artifacts import TensorSpec  # noqa: E402
-from elastic_targets.capture import GraphCapture  # noqa: E402
+from elastic_runtime import Budget, UsageError  # noqa: E402
 from elastic_targets.onnx import OnnxOptions  # noqa: E402
 from elastic_targets.onnx.lower import TARGET, lower  # noqa: E402
 
@@ -35,15 +34,8 @@ class Uneven(torch.nn.Module):  # type: ignore[misc]
         return self.last(torch.tanh(self.quiet(hidden)) / 100 + torch.tanh(self.loud(hidden.sin())))
 
 
-def uneven() -> GraphCapture:
-    def feeds(budget: Budget, batch: int) -> dict[str, np.ndarray]:
-        draw = np.random.default_rng(0)
-        sample = draw.standard_normal((batch, 32, 64)).astype(np.float32)[:, : budget["S"]]
-        return {"sample": np.ascontiguousarray(sample), "timestep": draw.uniform(0, 1, batch).astype(np.float32)}
-
-    taken, given = (TensorSpec(name=name, dtype="float32", shape=("B", "S", 64)) for name in ("sample", "prediction"))
-    times = TensorSpec(name="timestep", dtype="float32", shape=("B",))
-    return GraphCapture("denoiser", Uneven().eval(), (taken, times), (given,), (), Span(1, 2), feeds, {"S": Span(4, 32)})
+def uneven() -> Any:
+    return over_tokens(Uneven())
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4w"])
