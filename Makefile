@@ -30,9 +30,10 @@ goals: .venv/.base
 			--verify ends --overwrite && \
 		$(BIN)/elastic-export onnx elit-sit-xl-256 --random-weights -o $(G)/elit-xl --precision $$precision --verify ends --overwrite \
 		|| exit 1; done
+	rm -f $(G)/*.json
 	for batch in 1 2; do for name in elit-mnist elit-b elit-xl; do \
 		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 4 --overwrite \
-			--json $(G)/$$name-$$batch.json || exit 1; done; done
+			--json $(G)/$$name-$$batch.json || test -f $(G)/$$name-$$batch.json || exit 1; done; done  # a peer may fail: the page says how
 	$(BIN)/python samples/goals.py $(G)/*.json --bundles $(G) --page docs/performance.md
 
 # A server under load, as docs/serve.md has it: five minutes, in which nothing else should run.

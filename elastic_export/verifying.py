@@ -134,7 +134,7 @@ def require(graph: str, artifact: Artifact) -> None:
 
 def _require(row: Verification, what: str) -> None:
     if not row.passed:
-        figure = f"max abs error {row.max_abs:.2e}" if row.finite else "values that are not finite"
+        figure = "values that are not finite" if row.bound is None else f"max abs error {row.max_abs:.2e} of at most {row.bound:.2e}"
         raise VerificationError(
             f"{what} fails at {key(row.budget)}: {figure}, cosine {row.cosine:.6f}, where the tolerance is "
             f"{row.tolerance:.0e} of the largest reference value (at least 1). Measured with {row.where}."

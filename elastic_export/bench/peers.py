@@ -130,7 +130,8 @@ class TorchSession(Session):
             inductor.freezing = True
         if peer.package == "torchao":
             with warnings.catch_warnings(action="ignore"):
-                logging.getLogger("torchao").setLevel(logging.ERROR)  # of kernels for GPUs, which are not asked for
+                for name in ("torchao", "torch.utils._pytree"):  # of kernels for GPUs, which are not asked for, and of enums
+                    logging.getLogger(name).setLevel(logging.ERROR)
                 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
                 quantize_(self._module, Int8DynamicActivationInt8WeightConfig())

@@ -123,8 +123,10 @@ def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Set
             return
     entry.checked = tuple(entry.ask("check") or ())
     if wrong := next((row for row in entry.checked if not row.passed), None):
-        what = f"max abs error {wrong.max_abs:.2e}" if wrong.finite else "values that are not finite"
-        entry.fail(f"wrong at {Budget(**wrong.budget)}: {what}, where the tolerance is {wrong.tolerance:.0e} of the largest value")
+        what = "values that are not finite"
+        if wrong.bound is not None:
+            what = f"max abs error {wrong.max_abs:.2e} of at most {wrong.bound:.2e} ({wrong.tolerance:.0e} of the largest value)"
+        entry.fail(f"wrong at {Budget(**wrong.budget)}: {what}")
     elif not entry.checked and not entry.failure:
         entry.fail("nothing was checked: the recording has none of its budgets; export the bundle again")
 

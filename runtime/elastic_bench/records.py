@@ -44,8 +44,13 @@ class Peaks(_Record, frozen=True, kw_only=True):
     rates: dict[str, float] = {}
 
     def at(self, precision: str) -> float:
-        """The rate of products in a precision, where it was measured, or in the one that it falls back to."""
-        return PRECISIONS[precision].peak({PRECISIONS[EXACT].rate: self.flops_per_second} | self.rates)
+        """The rate of products in a precision, where it was measured, or in the one that it falls back to; float32's where that is greater.
+
+        Any precision's products may be computed in float32. Where a processor has no instructions for a rate, what was measured of it
+        is a plain loop, and no peak.
+        """
+        rates = {PRECISIONS[EXACT].rate: self.flops_per_second} | self.rates
+        return max(PRECISIONS[precision].peak(rates), self.flops_per_second)
 
 
 class Settings(_Record, frozen=True, kw_only=True):

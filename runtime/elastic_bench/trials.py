@@ -24,7 +24,10 @@ WARM = 2
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One budget of one artifact in one way, or the `reason` why it did not run. `milliseconds` are the median of a run of one sample."""
+    """One budget of one artifact in one way, or the `reason` why it did not run. `max_abs` may be `bound`.
+
+    `milliseconds` are the median of a run of one sample.
+    """
 
     graph: str
     artifact: str
@@ -33,7 +36,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     where: str = ""
     budget: str = ""
     max_abs: float | None = None
-    tolerance: float | None = None
+    bound: float | None = None
     passed: bool | None = None
     milliseconds: float | None = None
     reason: str = ""
@@ -74,7 +77,7 @@ def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:
         "where": row.where,
         "budget": key(row.budget),
         "max_abs": row.max_abs,
-        "tolerance": row.tolerance,
+        "bound": row.bound,
         "passed": row.passed,
     }
     return Trial(**about, **facts, milliseconds=1e3 * seconds)

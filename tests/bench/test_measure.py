@@ -82,7 +82,7 @@ def test_figures_follow_from_rows(opened: Bundle) -> None:
 @pytest.mark.parametrize(
     ("kind", "field", "why"),
     [
-        ("wrong", "failure", "wrong at latents=4: max abs error 5.00e-01, where the tolerance is 1e-05 of the largest value"),
+        ("wrong", "failure", "wrong at latents=4: max abs error 5.00e-01 of at most 6.34e-05 (1e-05 of the largest value)"),
         ("sly", "failure", "differs from right-0 at latents=32: max abs 5.00e-01"),
         ("broken", "failure", "it does not open"),
         ("absent", "missing", "it is not installed: pip install it"),

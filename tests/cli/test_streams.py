@@ -40,7 +40,7 @@ def test_figures_are_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("COLUMNS", "40")
     show.table(
         "errors",
-        ("budget", "max abs", "cosine", "PSNR dB", "tolerance"),
+        ("budget", "max abs", "cosine", "PSNR dB", "bound"),
         [("latents=64,loops=12", "2.2e-07", "0.9999999", "140.3", "1e-05")],
     )
     out = capsys.readouterr().out

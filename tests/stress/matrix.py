@@ -13,6 +13,8 @@ is none.
 
 import argparse
 import json
+import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,6 +35,7 @@ from elastic_runtime.contract.artifacts import Artifact, TrtArtifact  # noqa: E4
 from elastic_runtime.files.atomic import save  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
+FIGURES = re.compile(r"max abs error (\S+) of at most (\S+), .*tolerance is (\S+) of")
 # name of the column -> target and its options
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "ONNX, opset 23": ("onnx", {"precision": "fp32", "opset": 23}),
@@ -104,8 +107,8 @@ def cells(subject: Subject, folder: Path) -> list[str]:
                 continue
             bundle = elastic_export.export(model, output=made, target=target, **words, **options)
         except ElasticError as error:
-            reason = str(error).split(". ")[0].split(": ")[-1].removeprefix("max abs error ").split(", cosine")[0]
-            row.append(f"refused: {reason[:70].strip()}")
+            figures = FIGURES.search(str(error))
+            row.append(f"refused: {_share(*map(float, figures.groups())) if figures else str(error).split('. ')[0][:70].strip()}")
             continue
         row.append(cell(bundle, target, options.get("precision")))
     return row
@@ -132,7 +135,14 @@ def cell(bundle: Bundle, target: str, precision: str | None) -> str:
         return f"built, {artifact.files[0].bytes / 1e6:.1f} MB"
     if not artifact.verified:
         return f"made, not evaluated: {artifact.unverified}"
-    return f"{max(row.max_abs for row in artifact.verified):.1e}{'' if all(row.passed for row in artifact.verified) else ' FAILS'}"
+    worst = max(artifact.verified, key=lambda row: row.max_abs / (row.bound or math.inf))
+    passed = all(row.passed for row in artifact.verified)
+    return f"{_share(worst.max_abs, worst.bound or math.inf, worst.tolerance)}{'' if passed else ' FAILS'}"
+
+
+def _share(difference: float, bound: float, tolerance: float) -> str:
+    """A difference in units of what the tolerance is of."""
+    return f"{difference / bound * tolerance:.1e}"
 
 
 def table(rows: Sequence[tuple[str, list[str]]]) -> str:

@@ -136,14 +136,21 @@ def verifications(graph: str, artifact: Artifact) -> None:
         return
     table(
         f"{graph}: {artifact.path} ({artifact.held}), {artifact.verified[0].where}",
-        ("budget", "max abs", "cosine", "PSNR dB", "tolerance", ""),
+        ("budget", "max abs", "bound", "cosine", "PSNR dB", ""),
         [(key(row.budget), *_figures(row)) for row in artifact.verified],
     )
 
 
 def _figures(row: Verification) -> tuple[str, ...]:
-    figures = (f"{row.max_abs:.1e}", f"{row.cosine:.7f}", f"{row.psnr_db:.1f}") if row.finite else ("not finite", "-", "-")
-    return (*figures, f"{row.tolerance:.0e}", "ok" if row.passed else "FAILS")
+    if not row.finite:
+        return ("not finite", bounded(row), "-", "-", "FAILS")
+    figures = (f"{row.max_abs:.1e}", bounded(row), f"{row.cosine:.7f}", f"{row.psnr_db:.1f}")
+    return (*figures, "ok" if row.passed else "FAILS")
+
+
+def bounded(row: Verification) -> str:
+    """What the largest difference may be."""
+    return f"{row.tolerance:.0e} of the largest" if row.bound is None else f"{row.bound:.1e}"
 
 
 def engine(graph: str, artifact: TrtArtifact) -> None:

@@ -41,9 +41,10 @@ def trials(rows: Sequence[Trial]) -> None:
     """What ran here, a row a budget, and why the rest did not."""
     cells = []
     for row in (row for row in rows if not row.reason):
-        figures = (f"{row.max_abs:.1e}", f"{row.tolerance:.0e}", f"{row.milliseconds:.2f}", "ok" if row.passed else "FAILS")
+        bound = "-" if row.bound is None else f"{row.bound:.1e}"
+        figures = (f"{row.max_abs:.1e}", bound, f"{row.milliseconds:.2f}", "ok" if row.passed else "FAILS")
         cells.append((row.graph, row.precision, row.where, row.budget, *figures))
-    table("what ran here", ("graph", "precision", "on", "budget", "max abs", "tolerance", "ms a run", ""), cells)
+    table("what ran here", ("graph", "precision", "on", "budget", "max abs", "bound", "ms a run", ""), cells)
     for way, reason in dict.fromkeys((row.way, row.reason) for row in rows if row.reason):
         note(f"not run with {way}: {reason}")
 

@@ -52,7 +52,8 @@ def sized(size: int | str, sizes: Mapping[str, int]) -> int | None:
 class Verification(Record, frozen=True, kw_only=True):
     """What running an artifact at one budget gave against the reference outputs.
 
-    `tolerance` bounds `max_abs` in units of max(1, |reference|); `where` says what ran it.
+    `tolerance` bounds `max_abs` in units of max(1, max |reference|), and `bound` is that product (None in files of before, and where
+    nothing is finite); `where` says what ran it.
     """
 
     budget: dict[str, int]
@@ -63,6 +64,7 @@ class Verification(Record, frozen=True, kw_only=True):
     tolerance: float
     passed: bool
     where: str
+    bound: float | None = None
 
 
 class CoremlCall(Record, frozen=True, kw_only=True):

@@ -86,7 +86,7 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
     finite = bool(np.isfinite(output).all() and np.isfinite(wanted).all())
     # JSON has no infinity: a result that is not finite is reported by `finite` and the largest float.
     largest = float(np.finfo(np.float32).max)
-    difference, cosine, psnr, passed = largest, 0.0, -999.0, False
+    difference, cosine, psnr, bound = largest, 0.0, -999.0, None
     if finite:
         a, b = output.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
         difference = np.abs(a - b).max()
@@ -94,7 +94,7 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
         cosine = float(a @ b / norms) if norms > 0 else float(not a.any() and not b.any())
         error, span = np.mean((a - b) ** 2), max(float(b.max() - b.min()), 1e-12)
         psnr = 10 * np.log10(span**2 / error) if error > 0 else 999.0
-        passed = bool(difference <= tolerance * max(1.0, np.abs(b).max()))
+        bound = float(tolerance * max(1.0, np.abs(b).max()))
     return Verification(
         budget=dict(budget),
         max_abs=float(min(difference, largest)),
@@ -102,6 +102,7 @@ def compare(output: np.ndarray, wanted: np.ndarray, budget: Budget, tolerance: f
         psnr_db=float(max(psnr, -999.0)),
         finite=finite,
         tolerance=tolerance,
-        passed=passed,
+        passed=bound is not None and bool(difference <= bound),
         where=where,
+        bound=bound,
     )

@@ -38,7 +38,8 @@ def test_one_value_that_is_not_finite_fails_at_any_tolerance(bad: float) -> None
 def test_a_reference_that_is_not_finite_proves_nothing() -> None:
     wanted = REFERENCE.copy()
     wanted[7] = np.nan
-    assert not compare(REFERENCE, wanted, AT, 1e9, "here").passed
+    row = compare(REFERENCE, wanted, AT, 1e9, "here")
+    assert (row.passed, row.bound) == (False, None)
 
 
 def test_the_tolerance_is_of_the_largest_value_and_at_least_of_one() -> None:
@@ -55,6 +56,8 @@ def test_figures_by_hand() -> None:
     assert row.cosine == pytest.approx(1 / np.sqrt(1.01))
     assert row.psnr_db == pytest.approx(10 * np.log10(1 / 0.005))
     assert (row.budget, row.tolerance, row.where) == ({"latents": 64}, 0.2, "here")
+    assert row.bound == pytest.approx(0.2)
+    assert compare(REFERENCE, REFERENCE, AT, 0.2, "here").bound == pytest.approx(0.4)
 
 
 def test_zeros_against_something_have_no_cosine() -> None:
