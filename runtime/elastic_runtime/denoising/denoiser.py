@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
 
+from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import axis_feeds
@@ -15,6 +17,8 @@ from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.ralu.patches import pack, unpack
 from elastic_runtime.sessions.session import Arrays, Session, batches, joined
+
+DROP = "drop_fraction"  # the input that says which share of the tokens a router drops, one a row
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """Feeds of the runs that samples take, and the `order` of their rows among the answers (None: as they are)."""
+    """The runs that samples take: which `rows` of them each has, what it is fed whatever the samples are, and the `order` of their rows
+    among the answers (None: as they are)."""
 
-    runs: list[Arrays]
+    rows: list[slice | np.ndarray]
+    feeds: list[Arrays]
     order: np.ndarray | None
 
     def whole(self, answers: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -66,10 +72,12 @@ class Denoiser:
         self._session = session
         self._manifest = manifest
         self._output = "logits" if manifest.model.tokens else "prediction"
-        self._inputs = {spec.name for spec in session.graph.inputs}
-        self._drops = "drop_fraction" in self._inputs
+        self._drops = any(spec.name == DROP for spec in session.graph.inputs)
         counts = any(spec.name == "kept" for spec in session.graph.outputs)
         self._slots = next((axis for axis in manifest.axes if axis.input == "slots"), None) if counts else None
+        # From one step to the next these stay the same, and a small step has no time to make them anew; a branch may have a run of its own.
+        self._asked = lru_cache(maxsize=2)(partial(asked, session, manifest.axes))
+        self._unlabelled = lru_cache(maxsize=1)(partial(_unlabelled, manifest.model.null_label))
 
     def routing(self, drop: float = 0.0, guidance_drop: float | None = None) -> Routing:
         """The state before a picture's first step; the weak branch drops what the other does where nothing else is
@@ -125,7 +133,7 @@ class Denoiser:
         if guidance.auto:
             weak_conditions = conditions
         elif weak_conditions is None:
-            weak_conditions = Conditions(labels=np.full(len(conditions), model.null_label))
+            weak_conditions = self._unlabelled(len(conditions))
         weak = self._branch(weak_conditions, branches.weak, routing.guidance_drop, routing.guidance_slots)
         (prediction, routed), (low, low_routed) = self._predict(x, time, [strong, weak])
         # A variance is no direction to guide in: it is the conditional branch's, as are the channels that the model leaves out.
@@ -151,16 +159,12 @@ class Denoiser:
         would be padded."""
         budgets = [branch.first for branch in branches]
         if not all(branch.beside(branches[0]) for branch in branches):
-            asked = [
-                self._asked(x, time, branch.conditions, _rows(branch), budget) for branch, budget in zip(branches, budgets, strict=True)
-            ]
-            answers = iter(self._session.several([feeds for each in asked for feeds in each.runs]))
-            outputs = [each.whole(list(islice(answers, len(each.runs)))) for each in asked]
+            apart = [self._asked(budget, branch) for branch, budget in zip(branches, budgets, strict=True)]
+            answers = iter(self._session.several([feeds for each in apart for feeds in self._runs(x, time, each)]))
+            outputs = [each.whole(list(islice(answers, len(each.rows)))) for each in apart]
         else:
-            conditions, *others = (branch.conditions for branch in branches)
-            drops = np.concatenate([_rows(branch) for branch in branches])
-            together = self._asked(np.concatenate([x] * len(branches)), time, conditions.joined(*others), drops, budgets[0])
-            whole = together.whole(self._session.several(together.runs))
+            together = self._asked(budgets[0], *branches)
+            whole = together.whole(self._session.several(self._runs(np.concatenate([x] * len(branches)), time, together)))
             rows = [slice(i * len(x), (i + 1) * len(x)) for i in range(len(branches))]
             outputs = [{name: array[part] for name, array in whole.items()} for part in rows]
         return [self._whole(x, time, *each) for each in zip(branches, budgets, outputs, strict=True)]
@@ -187,20 +191,12 @@ class Denoiser:
         return rows
 
     def _run(self, x: np.ndarray, time: float, branch: Branch, budget: Budget) -> dict[str, np.ndarray]:
-        asked = self._asked(x, time, branch.conditions, _rows(branch), budget)
-        return asked.whole(self._session.several(asked.runs))
+        again = self._asked(budget, branch)
+        return again.whole(self._session.several(self._runs(x, time, again)))
 
-    def _asked(self, x: np.ndarray, time: float, conditions: Conditions, drops: np.ndarray, budget: Budget) -> Asked:
-        """What is run for `x` (B, C, H, W) at one time and budget: as few runs as the texts' lengths and the session's batch span
-        allow."""
-        groups = conditions.alike()
-        runs: list[Arrays] = []
-        whole = len(groups) == 1  # then rows are slices, and nothing is copied
-        for rows in (part if whole else alike[part] for alike in groups for part in batches(self._session, len(alike))):
-            feeds = self._feeds(x[rows], time) | axis_feeds(self._manifest.axes, budget)
-            feeds |= {name: array for name, array in conditions.rows(rows).feeds.items() if name in self._inputs}
-            runs.append(feeds | ({"drop_fraction": drops[rows]} if self._drops else {}))
-        return Asked(runs, None if whole else np.argsort(np.concatenate(groups)))
+    def _runs(self, x: np.ndarray, time: float, asked: Asked) -> list[Arrays]:
+        """What is fed for `x` (B, C, H, W) at a time."""
+        return [{**self._feeds(x[rows], time), **fixed} for rows, fixed in zip(asked.rows, asked.feeds, strict=True)]
 
     def _feeds(self, x: np.ndarray, time: float) -> dict[str, np.ndarray]:
         if self._manifest.model.tokens:
@@ -210,6 +206,23 @@ class Denoiser:
         return {name: array.astype(np.float32) for name, array in sample.items()} | {"timestep": np.full(len(x), time, dtype=np.float32)}
 
 
-def _rows(branch: Branch) -> np.ndarray:
-    """A branch's drop fraction, one for each row."""
-    return np.full(len(branch.conditions), branch.drop, dtype=np.float32)
+def asked(session: Session, axes: tuple[Axis, ...], budget: Budget, *branches: Branch) -> Asked:
+    """The runs of the rows of `branches`, one branch after the other, at one budget: as few as the texts' lengths and the session's
+    batch span allow."""
+    inputs = {spec.name for spec in session.graph.inputs}
+    first, *others = (branch.conditions for branch in branches)
+    conditions = first.joined(*others) if others else first
+    drops = np.repeat([branch.drop for branch in branches], [len(branch.conditions) for branch in branches]).astype(np.float32)
+    groups = conditions.alike()
+    whole = len(groups) == 1  # then rows are slices, and nothing is copied
+    rows = [part if whole else alike[part] for alike in groups for part in batches(session, len(alike))]
+    fixed: list[Arrays] = []
+    for part in rows:
+        feeds = {**axis_feeds(axes, budget), **conditions.rows(part).feeds, DROP: drops[part]}
+        fixed.append({name: array for name, array in feeds.items() if name in inputs})
+    return Asked(rows, fixed, None if whole else np.argsort(np.concatenate(groups)))
+
+
+def _unlabelled(label: int, count: int) -> Conditions:
+    """What a weak branch without a label is drawn after."""
+    return Conditions(labels=np.full(count, label))

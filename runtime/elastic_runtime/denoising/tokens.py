@@ -19,7 +19,7 @@ from elastic_runtime.sessions.session import Session, batches
 NAMES = ("encoder_hidden_states", "pooled_projections", "class_labels")  # of inputs that say what to draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: arrays have no hash
 class Conditions:
     """What pictures are drawn after: `encoder_hidden_states` (B, T, D) and, where the model takes them,
     `pooled_projections` (B, P), float32; or `class_labels` (B,), int64.
