@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--backend")
     parser.add_argument("--precision", help="choose among the bundle's artifacts")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="a picture; or .npz, which holds what was drawn at each budget, to compare")
     given = parser.parse_args(arguments)
     bundle = Bundle.open(given.bundle)
     options = {"precision": given.precision} if given.precision else {}
@@ -56,16 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             guidance_scale=given.guidance, output_type="pil" if "decoder" in bundle.manifest.graphs else "latent",
         )  # fmt: skip
         found: dict[str, Any] = {"bundle": given.bundle.name, "opened_s": round(opened, 1)}
+        drawn: dict[str, np.ndarray] = {}
         if given.budgets:
             axis = bundle.manifest.axes[0].name
             for value in given.budgets.split(","):
                 result = pipe.draw(_at(request, Budget(**{axis: int(value)})))
                 found[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.steps))
+                drawn[f"{axis}={value}"] = np.asarray(result.images[0], np.float32)
         else:
             result = pipe.draw(request)
             found["steps_s"] = [round(record.seconds, 1) for record in result.steps]
+            drawn[str(given.plan)] = np.asarray(result.images[0], np.float32)
         found["total_s"] = round(time.monotonic() - begun, 1)
-        if given.output:
+        if given.output and given.output.suffix == ".npz":
+            np.savez(given.output, **drawn)
+        elif given.output:
             result.images[0].save(given.output)
     print(json.dumps(found | {"peak_gb": round((peak_bytes() or 0) / 1e9, 2), "machine": machine(), "versions": versions()}))
     return 0

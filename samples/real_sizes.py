@@ -1,0 +1,176 @@
+"""Export and draw models of real size in every precision, and fill the table of docs/real-size.md.
+
+    python samples/real_sizes.py elit-xl sd3-medium flux-dev --folder build/real --page docs/real-size.md
+
+Weights are random, of the published shapes (`random_folder.py`); FOLDER needs 40 GB for FLUX. A row is kept in FOLDER/rows.json as soon as
+it is there, so that a run goes on where it was stopped; delete the file to begin anew. Nothing else should run meanwhile. Every command is
+a process of its own, whose largest memory the system tells (Linux).
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from card import filled
+from elastic_runtime import Bundle
+from elastic_runtime.contract.artifacts import OnnxArtifact
+from elastic_runtime.files.atomic import save
+from record import machine, versions
+
+HERE = Path(__file__).parent
+HEAD = (
+    "| model | precision | on disk | export | peak | run peak | a step | over fp32 | step dB | picture dB |",
+    "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model: how it is exported and drawn, after `elastic-export onnx SOURCE` and `real_size.py BUNDLE`."""
+
+    title: str
+    precisions: tuple[str, ...]
+    export: tuple[str, ...]
+    draw: tuple[str, ...]
+    zoo: str | None = None  # whose checkpoint the source is, where it is no folder
+
+
+SUBJECTS = {
+    "elit-xl": Subject(
+        "ELIT-SiT-XL/2, 256 px (0.7 billion)", ("fp32", "fp16", "bf16", "int8", "int8w", "int4w"),
+        ("--batch", "1-2", "--verify", "ends"), ("--budgets", "16,64,128,256", "--steps", "5"), zoo="elit-sit-xl-256",
+    ),
+    "sd3-medium": Subject(
+        "SD3-medium's shape with decoder, 512 px (2.1 billion)", ("fp32", "fp16", "int8", "int8w", "int4w"),
+        ("--components", "transformer,vae", "--size", "512", "--batch", "1-2", "--verify", "none"), ("--plan", "7x", "--side", "512"),
+    ),
+    "flux-dev": Subject(
+        "FLUX.1-dev's shape with decoder, 512 px (11.9 billion)", ("int8", "int4w"),
+        ("--components", "transformer,vae", "--size", "512", "--batch", "1", "--verify", "none"), ("--plan", "7x", "--side", "512"),
+    ),
+}  # fmt: skip
+BACKENDS = {"bf16": "openvino"}  # ONNX Runtime's processor kernels have none for it
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", choices=SUBJECTS)
+    parser.add_argument("--folder", type=Path, required=True, help="for models, bundles and rows")
+    parser.add_argument("--page", type=Path, help="Markdown page to fill: docs/real-size.md")
+    given = parser.parse_args(arguments)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    kept = given.folder / "rows.json"
+    rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name in given.models:
+        for precision in SUBJECTS[name].precisions:
+            if (key := f"{name} {precision}") not in rows:
+                rows[key] = row(name, SUBJECTS[name], precision, given.folder)
+                save(kept, json.dumps(rows, indent=1).encode())
+                print(key, rows[key], flush=True)
+    written = section(rows)
+    if given.page:
+        save(given.page, filled(given.page.read_text(encoding="utf-8"), "real size", written, str(given.page)).encode())
+    else:
+        print(written)
+
+
+def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, Any]:
+    """What exporting and drawing took."""
+    source = folder / (f"{name}.safetensors" if subject.zoo else name)
+    if not source.exists():
+        timed([sys.executable, str(HERE / "random_folder.py"), name, str(source)])
+    model = [subject.zoo, "--checkpoint", str(source)] if subject.zoo else [str(source)]
+    bundle = folder / f"{name}-{precision}"
+    command = ["elastic-export", "onnx", *model, "-o", str(bundle), "--precision", precision, *subject.export]
+    _, seconds, peak = timed([str(Path(sys.executable).with_name(command[0])), *command[1:], "--overwrite", "-q"])
+    drawn = folder / f"{name}-{precision}.npz"
+    draw = [sys.executable, str(HERE / "real_size.py"), str(bundle), *subject.draw, "--backend", BACKENDS.get(precision, "ort")]
+    output, _, run_peak = timed([*draw, "--precision", precision, "-o", str(drawn)])
+    told = json.loads(output.splitlines()[-1])
+    manifest = Bundle.open(bundle).manifest
+    (artifact,) = (each for each in manifest.graphs["denoiser"].artifacts if isinstance(each, OnnxArtifact))
+    return {
+        "bytes": sum(file.bytes for graph in manifest.graphs.values() for each in graph.artifacts for file in each.files),
+        "export_s": seconds,
+        "export_peak": peak,
+        "run_peak": run_peak,
+        "steps_ms": [told[key] for key in told if "=" in key] or [1e3 * each for each in told["steps_s"]],
+        "whole_s": None if any("=" in key for key in told) else told["total_s"],
+        "step_db": min((each.psnr_db for each in artifact.verified), default=None),
+        "picture_db": nearest(drawn, folder / f"{name}-fp32.npz") if precision != "fp32" else None,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def timed(command: Sequence[str]) -> tuple[str, float, int]:
+    """What a command printed, its seconds, and the most bytes that it held; SystemExit where it fails."""
+    begun = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"this failed: {' '.join(command)}")
+    return output, time.monotonic() - begun, usage.ru_maxrss * 1024
+
+
+def nearest(drawn: Path, exact: Path) -> float | None:
+    """Decibels of the worst picture against float32's of the same noise; None where float32 was not drawn."""
+    if not exact.exists():
+        return None
+    ours, wanted = np.load(drawn), np.load(exact)
+    return min(_decibels(ours[key], wanted[key]) for key in wanted.files)
+
+
+def _decibels(ours: np.ndarray, wanted: np.ndarray) -> float:
+    error = float(np.square(ours - wanted, dtype=np.float64).mean())
+    return 10 * math.log10(float(np.ptp(wanted)) ** 2 / error) if error else 999.0
+
+
+def section(rows: dict[str, dict[str, Any]]) -> str:
+    """The table, and how it was made."""
+    lines, first = list(HEAD), next(iter(rows.values()))
+    for name, subject in SUBJECTS.items():
+        title = subject.title
+        for precision in subject.precisions:
+            if (found := rows.get(f"{name} {precision}")) is None:
+                continue
+            exact = rows.get(f"{name} fp32")
+            cells = [title, precision, _gb(found["bytes"]), f"{found['export_s']:.0f} s", _gb(found["export_peak"]), _gb(found["run_peak"])]
+            cells += [_steps(found), "-" if exact is None else f"{_pace(exact) / _pace(found):.2f}"]
+            cells += ["-" if found[each] is None else f"{found[each]:.1f}" for each in ("step_db", "picture_db")]
+            lines.append(f"| {' | '.join(cells)} |")
+            title = ""
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(first["versions"].items()))
+    lines += ["", f"`python samples/real_sizes.py {' '.join(SUBJECTS)} --folder build/real` on a {first['machine']}; {libraries}."]
+    return "\n".join(lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _steps(found: dict[str, Any]) -> str:
+    steps = found["steps_ms"]
+    if found["whole_s"] is None:
+        return f"{', '.join(f'{each:.0f}' for each in steps)} ms"
+    return f"{min(steps) / 1e3:.1f} to {max(steps) / 1e3:.1f} s; {found['whole_s']:.0f} s in all"
+
+
+def _pace(found: dict[str, Any]) -> float:
+    return float(sum(found["steps_ms"]))
+
+
+if __name__ == "__main__":
+    main()
