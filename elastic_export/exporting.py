@@ -22,7 +22,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.reference import unpack
-from elastic_runtime.errors import BundleError
+from elastic_runtime.errors import BundleError, UsageError
 from elastic_runtime.files.folder import Draft, writing
 from elastic_targets.capture import BundleGraph
 from elastic_targets.target import OnProgress, Target
@@ -32,12 +32,7 @@ if TYPE_CHECKING:
     from elastic_targets.capture import GraphCapture
 
 REFERENCE = "reference.npz"
-# Which of the budgets that there are to prove an export proves.
-VERIFY: dict[str, Callable[[list[Budget]], list[Budget]]] = {
-    "budgets": lambda every: every,
-    "ends": lambda every: list(dict.fromkeys(every[:1] + every[-1:])),
-    "none": lambda every: [],
-}
+VERIFY = ("budgets", "ends", "none")  # which of the budgets that there are to prove an export proves
 # on_stage(what): told before each part of the work
 OnStage = Callable[[str], None]
 G = TypeVar("G", bound="GraphCapture | BundleGraph")
@@ -91,13 +86,16 @@ def export_into(
     while capture.graphs:
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]
-        every = [budget for budget in _budgets(graph, room, options) if budget not in known]
-        chosen = VERIFY[verify](every)
-        manifest = manifest.left(graph.name, [dict(budget) for budget in every if budget not in chosen])
-        if chosen:
+        proven, left = proving(graph, room, options, verify)
+        asked = [budget for budget in proven if budget not in known]
+        left = [*(Budget(**each) for each in manifest.graphs[graph.name].unproven), *left]
+        manifest = manifest.left(graph.name, [dict(each) for each in dict.fromkeys(left) if each not in known and each not in asked])
+        standing: tuple[Artifact, ...] = ()
+        if asked:
             on_stage(f"running the original {graph.name}")
-            new, rounding = record(graph, chosen)
+            new, rounding = record(graph, asked)
             arrays |= new
+            standing = manifest.graphs[graph.name].artifacts
             manifest = manifest.rounded(graph.name, rounding)
             reference = draft.stage / REFERENCE
             with reference.open("wb") as stream:
@@ -112,6 +110,8 @@ def export_into(
         del graph  # weights that are held in memory are no longer needed,
         gc.collect()  # and the exporter leaves them in reference cycles
         manifest = _proven(bundle, name, artifacts, frugal=True)
+        slots = {artifact.slot for artifact in artifacts}
+        manifest = _proven_again(draft.bundle(manifest), name, [each for each in standing if each.slot not in slots])
     on_stage("writing the bundle")
     return draft.commit(manifest)
 
@@ -188,6 +188,18 @@ def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...], frugal:
     return bundle.manifest.joined(graph, proven)
 
 
+def _proven_again(bundle: Bundle, graph: str, standing: Sequence[Artifact]) -> Manifest:
+    """The manifest of `bundle` with artifacts that stood there proven at what was recorded since; one that cannot run here keeps the rows
+    that it has.
+
+    Raises: as `_proven`.
+    """
+    again = [verify_artifact(bundle, graph, artifact, frugal=True) for artifact in standing]
+    for artifact in again:
+        require(graph, artifact)
+    return bundle.manifest.joined(graph, [artifact for artifact in again if artifact.verified])
+
+
 def versions() -> dict[str, str]:
     """Versions of what took part in an export."""
     packages = {"python": platform.python_version(), "elastic-export": version("elastic-export")}
@@ -214,6 +226,10 @@ def prepare(
     """
     for graph in capture.graphs:
         room.requires(graph, options)
+    names = [graph.name for graph in capture.graphs]
+    for name, words in (room.addressed(options) if room.addressed else {}).items():
+        if not any(name in (each, each.partition("_")[0]) for each in names):  # `text` is every text encoder
+            raise UsageError(f"{words} is for a graph that this export has not; it has {', '.join(names)}: leave it out")
     manifest = _manifest(capture, command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
         capture.graphs[:] = _missing(old, room, capture.graphs, options, overwrite)
@@ -264,8 +280,12 @@ def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overw
     return missing
 
 
-def _budgets(graph: "GraphCapture", room: Target, options: Any) -> list[Budget]:
-    """The budgets that must be proven."""
+def proving(graph: "GraphCapture", room: Target, options: Any, verify: str) -> tuple[list[Budget], list[Budget]]:
+    """The budgets to prove of a graph, and those that `verify` leaves out: its ends are those that the target makes something for, where
+    it does not serve every budget."""
     from elastic_export.capture.capture import probe_budgets
 
-    return list(dict.fromkeys([*probe_budgets(graph.axes, graph.open_dimensions), *room.proves(graph, options)]))
+    probes, own = probe_budgets(graph.axes, graph.open_dimensions), room.proves(graph, options)
+    every, served = list(dict.fromkeys([*probes, *own])), own or probes
+    proven = {"budgets": every, "ends": [*served[:1], *served[-1:]], "none": []}[verify]
+    return list(dict.fromkeys(proven)), [budget for budget in every if budget not in proven]

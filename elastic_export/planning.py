@@ -223,16 +223,17 @@ def _subject(model: str | Path, asked: Asked, config: Path | None) -> Subject:
     if asked.steps < 1:
         raise UsageError(f"--steps is 1 or more, got {asked.steps}")
     text = model if isinstance(model, str) else model.as_posix()
-    if repository := hub.named(text):
+    repository, file = hub.named(text), Path(text).is_file()
+    place = None if repository or file else locate(text)
+    if config is not None and (repository or file or place):
+        what = "is a config itself" if file else "is a diffusers folder and has its own sizes"
+        raise UsageError(f"{text} {what}: --config does not go with it")
+    if repository:
         return _folder(hubs.configs(repository), repository.name, asked)
-    if Path(text).is_file():
+    if file:
         return _config(Path(text), asked)
-    if (place := locate(text)) is None:
-        if asked.size is not None or asked.length is not None:
-            raise UsageError(f"--size and --max-sequence-length are for a diffusers folder, and {text} is none: its config tells its size")
-        return _zoo(Request(text, config=config), asked)
-    if config is not None:
-        raise UsageError(f"{text} is a diffusers folder and has its own sizes: --config does not go with it")
+    if place is None:
+        return _zoo(Request(text, config=config), asked, text)
     return _folder(place, Path(text).name, asked)
 
 
@@ -242,7 +243,7 @@ def _config(file: Path, asked: Asked) -> Subject:
     if "_class_name" not in content:
         if not isinstance(family := content.get("family"), str):
             raise ModelError(f"{file} tells no model: a transformer's config of diffusers has _class_name, and the zoo's has family")
-        return _zoo(Request(family, config=file), asked)
+        return _zoo(Request(family, config=file), asked, str(file))
     if file.name == "config.json" and file.parent.name == "transformer":
         return _folder(file.parent.parent, file.resolve().parent.parent.name, asked)
     with tempfile.TemporaryDirectory() as made:
@@ -252,8 +253,10 @@ def _config(file: Path, asked: Asked) -> Subject:
         return _folder(folder, file.stem, asked)
 
 
-def _zoo(request: Request, asked: Asked) -> Subject:
-    """A model of classes, at its smallest, usual and largest budget and the doublings between."""
+def _zoo(request: Request, asked: Asked, name: str) -> Subject:
+    """A model of classes, at its smallest, usual and largest budget and the doublings between; `name` is what it was asked for by."""
+    if asked.size is not None or asked.length is not None:
+        raise UsageError(f"--size and --max-sequence-length are for a diffusers folder, and {name} is none: its config tells its size")
     family, params = sized(request)
     with torch.device("meta"):
         parameters = _count(family.build(params))

@@ -156,16 +156,16 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
     yield from _budgets(manifest)
     yield "## Files"
     yield ""
-    yield "| graph | target | precision | MB | tolerance | largest error that was proven |"
+    yield "| graph | target | precision | MB | largest error that was proven | its bound |"
     yield "|---|---|---|---:|---:|---:|"
     for name, graph in manifest.graphs.items():
         for artifact in graph.artifacts:
             size = sum(entry.bytes for entry in artifact.files) / 1e6
-            errors = [row.max_abs for row in artifact.verified]
-            proven = f"{max(errors):.1e} at {len(errors)} budgets" if errors else "not run"
-            yield f"| {name} | {artifact.target} | {artifact.held} | {size:.1f} | {artifact.tolerance:g} | {proven} |"
-    yield ""
-    yield "Tolerances and errors are in units of max(1, the original's largest answer)."
+            proven, bound = "not run", "-"
+            if artifact.verified:
+                worst = max(artifact.verified, key=lambda row: row.share)
+                proven, bound = f"{worst.max_abs:.1e} at {len(artifact.verified)} budgets", worst.bounded
+            yield f"| {name} | {artifact.target} | {artifact.held} | {size:.1f} | {proven} | {bound} |"
     yield ""
     yield from _origin(manifest)
 

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nothing ran: {missing}", file=sys.stderr)
         return missing.exit_code
     rows, turns, where = check(bundle, artifact, options.runs)
-    limit = artifact.tolerance
+    limit = bundle.manifest.graphs["denoiser"].tolerance(artifact)
     print(f"{artifact.path} ({artifact.precision}), {where}; tolerance {limit:.0e}")
     print(f"{'budget':<16}{'error':>10}{'graph':>10}{'ms':>10}{'graph ms':>10}")
     for row in rows:

@@ -81,7 +81,7 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
                 seconds.append(time.perf_counter() - start)
             only = {full: array for full, array in arrays.items() if full.split("/")[:2] in ([name, "feed"], [name, key(budget)])}
             session.budgets = (budget,)
-            row = next(check(bundle, name, session, artifact.tolerance, only))
+            row = next(check(bundle, name, session, graph.tolerance(artifact), only))
             lengths = sizes(graph.inputs, feeds)
             function = next(call.function for call in artifact.calls if call.sizes in ({}, lengths))
             devices = plans.get(function, Counter())

@@ -2,9 +2,9 @@
 
     python samples/real_sizes.py elit-xl sd3-medium flux-dev --folder build/real --page docs/real-size.md
 
-Weights are random, of the published shapes (`random_folder.py`); FOLDER needs 40 GB for FLUX. A row is kept in FOLDER/rows.json as soon as
-it is there, so that a run goes on where it was stopped; delete the file to begin anew. Nothing else should run meanwhile. Every command is
-a process of its own, whose largest memory the system tells (Linux).
+Weights are random, of the published shapes (`random_folder.py`); FOLDER needs 80 GB for all three. A row is kept in FOLDER/rows.json as
+soon as it is there, so that a run goes on where it was stopped; delete the file to begin anew. Nothing else should run meanwhile. Every
+command is a process of its own, whose largest memory the system tells (Linux).
 """
 
 import argparse
@@ -88,7 +88,9 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
     """What exporting and drawing took."""
     source = folder / (f"{name}.safetensors" if subject.zoo else name)
     if not source.exists():
-        timed([sys.executable, str(HERE / "random_folder.py"), name, str(source)])
+        part = source.with_name(f"part-{source.name}")
+        timed([sys.executable, str(HERE / "random_folder.py"), name, str(part)])
+        part.rename(source)
     model = [subject.zoo, "--checkpoint", str(source)] if subject.zoo else [str(source)]
     bundle = folder / f"{name}-{precision}"
     command = ["elastic-export", "onnx", *model, "-o", str(bundle), "--precision", precision, *subject.export]

@@ -201,6 +201,8 @@ def test_what_was_left_out_is_proven_by_a_later_export(golden: Path, tmp_path: P
     bundle = elastic_export.export("elit-sit", output=tmp_path / "out", opset=20, **source)
     graph = bundle.manifest.graphs["denoiser"]
     assert not graph.unproven
+    first, second = (sorted(row.budget["latents"] for row in artifact.verified) for artifact in graph.artifacts)
+    assert first == second == [4, 24, 36, 64]
     assert all(row.passed for _, artifact in elastic_export.verify(bundle) for row in artifact.verified)
     with pytest.raises(UsageError, match="--verify is one of budgets, ends, none, got 'some'"):
         elastic_export.export("elit-sit", output=tmp_path / "other", verify="some", **source)

@@ -171,6 +171,10 @@ def test_presets_families_with_a_config_and_this_machine(tmp_path: Path) -> None
     assert (by_config.parameters, by_config.ways) == (by_name.parameters, by_name.ways)
     assert by_config.memory_bytes
     assert any("its decoder (--vae at export) is not counted" in note for note in by_config.notes)
+    with pytest.raises(UsageError, match="own.json is a config itself: --config does not go with it"):
+        elastic_export.plan(tmp_path / "own.json", config=tmp_path / "own.json")
+    with pytest.raises(UsageError, match="are for a diffusers folder, and .*own.json is none"):
+        elastic_export.plan(tmp_path / "own.json", size=512)
     assert elastic_export.plan("elit-sit-xl-256", device="l4").parameters["denoiser"] / 1e6 == pytest.approx(705, rel=1e-2)
 
 

@@ -178,7 +178,7 @@ def test_the_card_says_what_the_manifest_does() -> None:
     assert ours(card)
     assert "somewhere/secret" not in card
     for line in (
-        "| denoiser | onnx | fp32 | 3.5 | 1e-05 | 2.5e-06 at 1 budgets |",
+        "| denoiser | onnx | fp32 | 3.5 | 2.5e-06 at 1 budgets | 1e-05 of the largest |",
         f"elastic-export generate me/digits -o picture.png --classes 0 --latents {manifest.axes[0].default}",
         "- LoRA ink.safetensors, 0.8 times, sha256 `" + "2" * 64 + "`",
         f"- transformer: sha256 `{'1' * 64}`",
@@ -194,7 +194,7 @@ def test_the_card_says_how_weights_came_to_few_bits() -> None:
     (artifact,) = manifest.graphs["denoiser"].artifacts
     fitted = msgspec.structs.replace(artifact, precision="int4w", weight_rounding="gptq")
     card = model_card(manifest.joined("denoiser", [fitted]), "me/digits")
-    assert "| denoiser | onnx | int4w, gptq | 3.5 | 0.25 | 2.5e-06 at 1 budgets |" in card
+    assert "| denoiser | onnx | int4w, gptq | 3.5 | 2.5e-06 at 1 budgets | 1e-05 of the largest |" in card
 
 
 def test_the_card_of_a_thing_without_axes_or_origin_is_whole() -> None:

@@ -61,11 +61,12 @@ def shown(bundle: Bundle | None, command: str, how: How) -> None:
 
 def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> None:
     """Show what would be made."""
-    from elastic_export.capture.capture import probe_budgets
+    from elastic_export.exporting import proving
 
     capture, target = prepared.capture, prepared.target.name
     graphs = capture.graphs if peaks else capture.graphs[:1]  # a folder's have sizes of their own
-    points = {graph.name: [key(budget) for budget in probe_budgets(graph.axes, graph.open_dimensions)] for graph in graphs}
+    proven = {graph.name: proving(graph, prepared.target, prepared.options, how.verify)[0] for graph in graphs}
+    points = {name: [key(budget) for budget in budgets] for name, budgets in proven.items()}
     budgets = next(iter(points.values()))
     plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.manifest.axes, "batch": str(batch)}
     sizes, waiting = {}, {}
@@ -80,5 +81,5 @@ def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> Non
         show.as_json(target, {"dry_run": True, "model": capture.manifest.model} | plan)
     else:
         what = f"{capture.manifest.model.name} for {target}, {prepared.options.precision}, batch {batch}"
-        show.line(f"would write {prepared.output}: {what}, verified at {', '.join(budgets)}")
+        show.line(f"would write {prepared.output}: {what}, {show.proven(budgets)}")
         show.peaks(peaks, sizes, waiting, points)

@@ -42,10 +42,9 @@ def changes(old: Report, new: Report, tolerance: float) -> list[Change]:
         before, after = getattr(old.settings, name), getattr(new.settings, name)
         if before != after:
             raise UsageError(f"these reports do not compare: {name} was {before} and is {after}; measure again with the same")
-    was, now = dict(_rows(old)), dict(_rows(new))
-    if not was.keys() & now.keys():
+    was, now, whys = dict(_rows(old)), dict(_rows(new)), dict(_whys(new))
+    if not was.keys() & now.keys() and not {place[:2] for place in was} & whys.keys():  # what fails everywhere is lost, not another thing
         raise UsageError("these reports do not compare: no bundle, runtime and budget is in both")
-    whys = dict(_whys(new))
     found = [_compare(place, row, now[place], tolerance) for place, row in was.items() if place in now]
     found += [
         Change(place, "lost", before=row.step.p50, why=whys.get(place[:2], "it was not measured"))

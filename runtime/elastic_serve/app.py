@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -143,9 +144,13 @@ class App:
             tickets = await run_in_threadpool(self._submit, body, served, received, client, _teller(events), relayed.again)
             told = _told(request, events)
             if body.stream:
-                status, streaming = 200, True
-                stream = self._stream(tickets, told, body, served, begun, number)
-                return _Streaming(stream, partial(self._engine.cancel, tickets))
+                streaming, outcome = True, _Outcome()
+
+                def ended() -> None:
+                    self._engine.cancel(tickets)
+                    self._note(number, served, body, outcome.status, begun, outcome.drawn)
+
+                return _Streaming(self._stream(told, body, outcome), ended)
             drawn = await self._wait(tickets, told)
             status = 200
             return answers.json(200, await run_in_threadpool(answers.generation, drawn, body))
@@ -205,33 +210,25 @@ class App:
                 self._engine.cancel(tickets)
         return [drawn[place] for place in range(len(tickets))]
 
-    async def _stream(
-        self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None], body: Body, served: Served, begun: float, number: int
-    ) -> AsyncGenerator[bytes, None]:
+    async def _stream(self, told: AsyncGenerator[tuple[int, Event], None], body: Body, outcome: "_Outcome") -> AsyncGenerator[bytes, None]:
         """Events up to the picture."""
-        status, drawn, previews = GONE, list[Drawn](), 0
-        try:
+        previews = 0
+        with contextlib.suppress(ClientDisconnect):
             async with contextlib.aclosing(told):
                 async for _, event in told:
                     if isinstance(event, Stepped) and event.preview is not None:
                         yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
                         previews += 1
                     elif isinstance(event, Drawn):
-                        drawn, status = [event], 200
+                        outcome.drawn, outcome.status = [event], 200
                         yield await run_in_threadpool(answers.completed, event, body)
                         return
                     elif isinstance(event, Failed):
-                        status, content, _ = answers.error_of(event.error)
-                        if status == 500:
+                        outcome.status, content, _ = answers.error_of(event.error)
+                        if outcome.status == 500:
                             _failed(event.error)
                         yield answers.event("error", content)
                         return
-        except ClientDisconnect:
-            return
-        finally:
-            if not drawn:
-                self._engine.cancel(tickets)
-            self._note(number, served, body, status, begun, drawn)
 
     def _note(self, number: int, served: Served | None, body: Body | None, status: int, begun: float, drawn: Sequence[Drawn]) -> None:
         """One line of the log and the counters; what was asked for in words is in neither."""
@@ -250,18 +247,27 @@ def _failed(error: Exception) -> None:
     _log.error("a picture failed: %s", error, exc_info=None if isinstance(error, ElasticError) else error)
 
 
-class _Streaming(StreamingResponse):
-    """Server-sent events. Starlette leaves a source that is cut off, or was never begun, to the garbage collector; here it ends at once."""
+@dataclass
+class _Outcome:
+    """What became of a stream."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None], cancel: Callable[[], None]):
+    status: int = GONE
+    drawn: list[Drawn] = field(default_factory=list)
+
+
+class _Streaming(StreamingResponse):
+    """Server-sent events. Starlette leaves a source that is cut off, or was never begun, to the garbage collector; here it ends at once,
+    and `ended` is told either way."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None], ended: Callable[[], None]):
         super().__init__(source, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type=EVENTS)
-        self._source, self._cancel = source, cancel
+        self._source, self._ended = source, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._cancel()
+            self._ended()
             await self._source.aclose()
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Replica:
 
     def __init__(self, folders: Sequence[str], settings: Settings, secret: str | None):
         log()
+        warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
         self._stack, self._told = contextlib.ExitStack(), 0
         models = [self._stack.enter_context(opened(Path(folder), settings)) for folder in folders]
         self._app, self._engine = application(models, settings, secret)

@@ -20,6 +20,7 @@ from elastic_runtime.choosing.goals import Auto
 from elastic_runtime.choosing.option import Choice, Option
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.denoising.conditions import led_by
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.denoising.guidance import Guidance
 from elastic_runtime.denoising.pictures import drawable, obstacle
@@ -104,8 +105,12 @@ class Served:
 
         Raises: as `ElasticPipeline.from_pretrained`, and UsageError for a bundle that makes no pictures.
         """
-        bundle = servable(folder)
-        return cls(Path(folder).resolve().name, ElasticPipeline.from_pretrained(bundle, backend, precisions), batch)
+        pipe = ElasticPipeline.from_pretrained(servable(folder), backend, precisions)
+        try:
+            return cls(Path(folder).resolve().name, pipe, batch)
+        except BaseException:
+            pipe.close()
+            raise
 
     def close(self) -> None:
         self.pipe.close()
@@ -176,6 +181,8 @@ class Served:
             request, budget=None, guidance_budget=None, policy=None if asked else Auto(guidance_budget=request.guidance_budget)
         )
         outlook = self.pipe.outlook(fitted, reading=False)
+        if request.guidance_budget is not None and outlook.guidance.scale <= 1:  # as a pipeline refuses it
+            raise UsageError(f"guidance_budget acts through guidance, which is off: give {led_by(self.bundle.manifest.model)}")
         if asked:
             budget = request.budget or (outlook.gauge.budgets[-1] if self.elastic else Budget())
             options = [outlook.fixed(budget, request.guidance_budget)]

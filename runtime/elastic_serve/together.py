@@ -62,7 +62,7 @@ class Drawing:
 
     def __init__(self, draw: Callable[[], Any]):
         self._coroutine = _Coroutine(self._run)
-        self._draw = draw
+        self._draw: Callable[[], Any] | None = draw
         self.feeds: Arrays | None = None
         self.result: Any = None
         self.error: Exception | None = None
@@ -90,8 +90,10 @@ class Drawing:
         self.feeds = None if handed is None or isinstance(handed, Paused) else handed
 
     def _run(self) -> None:
+        draw, self._draw = self._draw, None  # which may hold this, and a picture's texts
+        assert draw is not None
         try:
-            self.result = self._draw()
+            self.result = draw()
         except Exception as error:
             self.error = error
 

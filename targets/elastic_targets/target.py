@@ -42,6 +42,7 @@ class Target:
     evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is, or no memory;
         None for an artifact that it cannot compute.
     denoising(options): what was asked of a denoiser alone, in the command's words: without one it would have no effect.
+    addressed(options): the graphs that options name, each with the word of the command that does.
     unrounded(Graph, Graph of the manifest, options): a session of what was lowered before weights were rounded to few bits, and the
         precision that it is in, to whose tolerance it is held; None where they keep their floats.
     """
@@ -59,6 +60,7 @@ class Target:
     estimate: Callable[[Any, Any], Estimate] | None = None
     evaluator: Callable[[Bundle, Graph, Any], Session | None] | None = None
     denoising: Callable[[Any], list[str]] | None = None
+    addressed: Callable[[Any], dict[str, str]] | None = None
     unrounded: Callable[[Any, Graph, Any], tuple[Session, str] | None] | None = None
 
 

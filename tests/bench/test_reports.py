@@ -121,6 +121,9 @@ def test_a_row_that_was_lost_says_why_and_a_new_one_is_none_of_the_worse(report:
     assert [change.place for change in lost] == [("tiny", "two", f"latents={n}") for n in (4, 8, 16, 32, 64)]
     assert {change.why for change in lost} == {"wrong at latents=4"}
     assert {change.verdict for change in changes(new, report, 0.05)} == {"same", "new"}
+    nothing = tuple(msgspec.structs.replace(each, rows=(), failure="wrong at latents=4") for each in (one, two, three))
+    gone = msgspec.structs.replace(report, bundles=(msgspec.structs.replace(report.bundles[0], runtimes=nothing),))
+    assert {(change.verdict, change.why) for change in changes(report, gone, 0.05)} == {("lost", "wrong at latents=4")}
 
 
 def test_reports_of_something_else_do_not_compare(report: Report) -> None:

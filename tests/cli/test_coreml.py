@@ -89,3 +89,16 @@ def test_bad_requests_end_in_one_line_and_leave_nothing(
     assert message in failed.err
     assert "Traceback" not in failed.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("verify", "proven", "left"), [("ends", {16, 64}, {32}), ("none", {64}, {16, 32})])
+def test_budgets_that_are_left_out_are_said_and_the_rest_is_proven(
+    verify: str, proven: set[int], left: set[int], run: Run, model: tuple[object, ...], bundle_copy: Path
+) -> None:
+    """The bundle has the original's answers at 4, 24, 36 and 64 from the export before."""
+    done = run("coreml", *model, "-o", bundle_copy, "--budgets", "16,32,64", "--verify", verify)
+    assert done.code == 0, done.err
+    graph = Bundle.open(bundle_copy).manifest.graphs["denoiser"]
+    assert {row.budget["latents"] for row in graph.artifacts[1].verified} == proven
+    assert {budget["latents"] for budget in graph.unproven} == left
+    assert run("verify", bundle_copy).code == 0

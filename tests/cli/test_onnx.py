@@ -130,6 +130,11 @@ def test_a_dry_run_tells_the_budgets_and_writes_nothing(run: Run, elit_c: list[o
     assert "latents=4, latents=24" in done.out
     told = json.loads(run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--json").out)
     assert (told["dry_run"], told["verify"][0]) == (True, "latents=4")
+    ends = json.loads(run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--json", "--verify", "ends").out)
+    assert ends["verify"] == ["latents=4", "latents=64"]
+    none = run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--verify", "none").out
+    assert "not verified" in none
+    assert "verified at" not in none
     assert list(tmp_path.iterdir()) == []
 
 

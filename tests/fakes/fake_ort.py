@@ -5,6 +5,7 @@ answers from the arrays that were bound to it.
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,7 @@ class Library(ModuleType):
         self.opening: Callable[[], None] = lambda: None
         self.busy = 0
         self.calls: list[str] = []
+        self.opened: list[weakref.ref[Opened]] = []
         self.providers: list[tuple[str, dict[str, Any]]] = []
         self.threads: int | None = None
 
@@ -106,7 +108,11 @@ class Library(ModuleType):
         captures = bool(providers[0][1].get("enable_cuda_graph"))
         if captures and self.uncapturable == "opened":
             raise RuntimeError("the model has control flow nodes which can't be supported by CUDA Graphs")
-        return Opened(self, captures, [*(name for name, _ in providers if name in self.up and name != CPU), CPU])  # which it adds by itself
+        opened = Opened(
+            self, captures, [*(name for name, _ in providers if name in self.up and name != CPU), CPU]
+        )  # which it adds by itself
+        self.opened.append(weakref.ref(opened))
+        return opened
 
 
 class Options:

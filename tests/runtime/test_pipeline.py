@@ -21,6 +21,8 @@ from elastic_runtime import (
     Span,
     UsageError,
 )
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.policy import Replay
 from elastic_runtime.contract.manifest import Vae
 
 FULL, LOW = Budget(latents=64), Budget(latents=4)
@@ -96,6 +98,14 @@ def test_the_same_seed_gives_the_same_picture_and_another_seed_another(sampler: 
     first, again, other = (pipe([1], sampler=sampler, generator=rng(seed), output_type="latent").images for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
+
+
+def test_a_sampler_that_cannot_go_on_is_not_begun_anew_on_a_picture_half_drawn() -> None:
+    pipe, _ = pipeline()
+    choices = [Choice(FULL, FULL), Choice(FULL, FULL, steps=(2,)), Choice(FULL, FULL)]
+    assert pipe([1], sampler="euler", num_inference_steps=8, policy=Replay(tuple(choices)), generator=rng()).images
+    with pytest.raises(UsageError, match="sampler sde cannot go on with other steps than it began with"):
+        pipe([1], sampler="sde", num_inference_steps=8, policy=Replay(tuple(choices)), generator=rng())
 
 
 def test_given_noise_takes_the_generators_place() -> None:

@@ -124,10 +124,19 @@ def test_those_after_as_many_as_wait_with_their_prompts_read_are_read_when_these
         assert all(isinstance(ended, Drawn) for ended in asking.ends(len(prompts)).values())
 
 
-def test_what_else_a_request_asks_for_has_no_part_in_how_its_prompt_is_read(tmp_path: Path) -> None:
-    """A budget of guidance that is off has no effect here, and is refused by a pipeline."""
+def test_a_budget_of_guidance_that_is_off_is_refused_as_a_pipeline_does(tmp_path: Path) -> None:
+    """Left in, it would leave out the budgets below it."""
     reading = Reading(tmp_path, elastic=True)
     asked = Request(prompt="a red cat", seeds=(0,), guidance_scale=1.0, guidance_budget=Budget(latents=32), num_inference_steps=2)
+    for ask in (reading.served.prospect, reading.served.pipe.draw):
+        with pytest.raises(UsageError, match="guidance_budget acts through guidance, which is off"):
+            ask(asked)
+    reading.served.close()
+
+
+def test_what_else_a_request_asks_for_has_no_part_in_how_its_prompt_is_read(tmp_path: Path) -> None:
+    reading = Reading(tmp_path, elastic=True)
+    asked = Request(prompt="a red cat", seeds=(0,), guidance_scale=2.0, guidance_budget=Budget(latents=32), num_inference_steps=2)
     with Asking(reading.served) as asking:
         asking.ask((reading.served, asked), (reading.served, msgspec.structs.replace(asked, guidance_budget=None)))
         assert [type(ended) for ended in asking.ends(2).values()] == [Drawn, Drawn]

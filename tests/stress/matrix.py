@@ -13,7 +13,6 @@ is none.
 
 import argparse
 import json
-import math
 import re
 import sys
 import tempfile
@@ -108,7 +107,7 @@ def cells(subject: Subject, folder: Path) -> list[str]:
             bundle = elastic_export.export(model, output=made, target=target, **words, **options)
         except ElasticError as error:
             figures = FIGURES.search(str(error))
-            row.append(f"refused: {_share(*map(float, figures.groups())) if figures else str(error).split('. ')[0][:70].strip()}")
+            row.append(f"refused: {_share(*figures.groups()) if figures else str(error).split('. ')[0][:70].strip()}")
             continue
         row.append(cell(bundle, target, options.get("precision")))
     return row
@@ -135,14 +134,13 @@ def cell(bundle: Bundle, target: str, precision: str | None) -> str:
         return f"built, {artifact.files[0].bytes / 1e6:.1f} MB"
     if not artifact.verified:
         return f"made, not evaluated: {artifact.unverified}"
-    worst = max(artifact.verified, key=lambda row: row.max_abs / (row.bound or math.inf))
-    passed = all(row.passed for row in artifact.verified)
-    return f"{_share(worst.max_abs, worst.bound or math.inf, worst.tolerance)}{'' if passed else ' FAILS'}"
+    worst = max(artifact.verified, key=lambda row: row.share)
+    return f"{worst.share * worst.tolerance:.1e}{'' if all(row.passed for row in artifact.verified) else ' FAILS'}"
 
 
-def _share(difference: float, bound: float, tolerance: float) -> str:
+def _share(difference: str, bound: str, tolerance: str) -> str:
     """A difference in units of what the tolerance is of."""
-    return f"{difference / bound * tolerance:.1e}"
+    return f"{float(difference) / float(bound) * float(tolerance):.1e}"
 
 
 def table(rows: Sequence[tuple[str, list[str]]]) -> str:

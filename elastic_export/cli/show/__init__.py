@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,14 +143,9 @@ def verifications(graph: str, artifact: Artifact) -> None:
 
 def _figures(row: Verification) -> tuple[str, ...]:
     if not row.finite:
-        return ("not finite", bounded(row), "-", "-", "FAILS")
-    figures = (f"{row.max_abs:.1e}", bounded(row), f"{row.cosine:.7f}", f"{row.psnr_db:.1f}")
+        return ("not finite", row.bounded, "-", "-", "FAILS")
+    figures = (f"{row.max_abs:.1e}", row.bounded, f"{row.cosine:.7f}", f"{row.psnr_db:.1f}")
     return (*figures, "ok" if row.passed else "FAILS")
-
-
-def bounded(row: Verification) -> str:
-    """What the largest difference may be."""
-    return f"{row.tolerance:.0e} of the largest" if row.bound is None else f"{row.bound:.1e}"
 
 
 def engine(graph: str, artifact: TrtArtifact) -> None:
@@ -171,7 +166,12 @@ def peaks(held: Mapping[str, int], written: Mapping[str, int], waiting: Mapping[
     for graph, size in held.items():
         more = f" and {_amount(waiting[graph])} until it is written" if graph in waiting else ""
         disk = f"{_amount(written[graph])} on disk{more}, " if graph in written else ""
-        line(f"{graph}: {disk}about {_amount(size)} of memory at most while exporting, verified at {', '.join(points[graph])}")
+        line(f"{graph}: {disk}about {_amount(size)} of memory at most while exporting, {proven(points[graph])}")
+
+
+def proven(points: Sequence[str]) -> str:
+    """The budgets that an export proves, in words."""
+    return f"verified at {', '.join(points)}" if points else "not verified"
 
 
 def _amount(size: int) -> str:

@@ -7,7 +7,7 @@ from elastic_bench.figures import Figures, figures, method
 from elastic_bench.load import COLUMNS, LoadReport, cells
 from elastic_bench.pareto import SAME
 from elastic_bench.records import BundleReport, Report
-from elastic_export.cli.show import bounded, line, table
+from elastic_export.cli.show import line, table
 from elastic_runtime.contract.budget import key
 
 
@@ -68,9 +68,9 @@ def _runtimes(opened: BundleReport) -> None:
             told = f"missing: {runtime.missing}" if runtime.missing else f"FAILED: {runtime.failure}"
             rows.append((runtime.runtime, held, "-", "-", "-", told))
             continue
-        worst = max(runtime.checked, key=lambda row: row.max_abs)
+        worst = max(runtime.checked, key=lambda row: row.share)
         said = "; ".join([str(runtime.where), *(f"{what}: {why}" for what, why in runtime.skipped.items())])
-        error = f"{worst.max_abs:.1e} of {bounded(worst)}"
+        error = f"{worst.max_abs:.1e} of {worst.bounded}"
         rows.append((runtime.runtime, held, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), said))
     table(f"{opened.name}: {opened.model}", ("runtime", "precision", "checked, max abs", "load s", "peak MB", ""), rows)
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from elastic_runtime.choosing.calibration import chosen, fastest
@@ -11,7 +12,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import probe
 from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
-from elastic_runtime.sessions.session import Session
+from elastic_runtime.sessions.session import Origin, Session
 
 
 class ArtifactOpener:
@@ -42,6 +43,11 @@ class ArtifactOpener:
         self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
         self._choosing = threading.Lock()
 
+    @cached_property
+    def _fastest(self) -> Origin | None:
+        """Kept here, too, since the file of what was measured cannot be written everywhere."""
+        return fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions)
+
     def __call__(self, graph: str) -> Session:
         if self._backend or self._options:
             able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
@@ -50,9 +56,8 @@ class ArtifactOpener:
                 return open_session(self._bundle, graph, self._backend, **self._options)
             best = chosen(able, self._precisions)[0]
             return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
-        graphs = self._bundle.manifest.graphs
         with self._choosing:  # whoever comes second finds what was measured
-            choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions) if "denoiser" in graphs else None
+            choice = self._fastest
         if choice is None:
             return open_session(self._bundle, graph)
         if graph == "denoiser":

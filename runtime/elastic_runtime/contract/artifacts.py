@@ -66,6 +66,16 @@ class Verification(Record, frozen=True, kw_only=True):
     where: str
     bound: float | None = None
 
+    @property
+    def bounded(self) -> str:
+        """What `max_abs` may be, to be shown beside it."""
+        return f"{self.tolerance:.0e} of the largest" if self.bound is None else f"{self.bound:.1e}"
+
+    @property
+    def share(self) -> float:
+        """`max_abs` in units of what it may be."""
+        return self.max_abs / self.bound if self.bound else self.max_abs
+
 
 class CoremlCall(Record, frozen=True, kw_only=True):
     """One call that a package takes: a function and the `sizes` of open dimensions (and values of 0-d inputs) that it

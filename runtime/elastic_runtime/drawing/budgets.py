@@ -21,7 +21,7 @@ from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.drawing.drawing import Drawing, Opener, Texts, checked, conditioning, finite, repeats
 from elastic_runtime.errors import UsageError
 from elastic_runtime.request import Progress, Request, StepRecord
-from elastic_runtime.sampling.fitting import sampler, start, times
+from elastic_runtime.sampling.fitting import resumable, sampler, start, times
 from elastic_runtime.sampling.flow import Loop, Step, after
 from elastic_runtime.sampling.multistep import History
 from elastic_runtime.sampling.noise import Generators
@@ -164,6 +164,8 @@ class BudgetDrawing(Drawing):
         left = choice.left((self._left,))
         if left == (self._left,):
             return replacement
+        if not resumable(self.sampler):
+            raise UsageError(f"sampler {self.sampler} cannot go on with other steps than it began with: leave steps out of later choices")
         (self._left,) = left
         self._loop.close()
         state = after(step, replacement)

@@ -227,12 +227,18 @@ class PlanDrawing(Drawing):
         unit = self._patches.size * self._upscale
         self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
         size = height // unit, width // unit
+        if self._patches.table is not None and max(size) > self._patches.table:
+            most = self._patches.table * unit
+            raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
         steps = request.num_inference_steps
         if steps is None:
             steps = model.few_steps or (MOST_STEPS if chooses else STEPS)
         known = steps, size[0] * size[1], model.config.get("scheduler", {}), model.few_steps
         offered = offers(*known)
-        plan = next(iter(offered)) if asked is None else asked
+        self.size = size
+        plan = asked
+        if plan is None:
+            plan = next(iter(offered)) if open_choice or recorded else self._usual(offered)
         if request.num_inference_steps is not None and plan not in STEPPED:
             raise UsageError(f"num_inference_steps is for plans {', '.join(STEPPED)}; plan {plan!r} has steps of its own")
         if isinstance(plan, Plan):
@@ -251,15 +257,20 @@ class PlanDrawing(Drawing):
             chosen = {FULL if recorded.plain else named(recorded, offered): recorded}
         elif open_choice:
             chosen = offered
-        if self._patches.table is not None and max(size) > self._patches.table:
-            most = self._patches.table * unit
-            raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
-        return size, self._taking(chosen, size)
+        return size, self._taking(chosen)
 
-    def _taking(self, plans: dict[str, Plan], size: tuple[int, int]) -> dict[str, Plan]:
+    def _usual(self, offered: dict[str, Plan]) -> str:
+        """The first of the plans, or the first whose tokens the bundle takes: one may be made for the full resolution alone."""
+        return next((name for name, plan in offered.items() if not self._beyond(plan)), next(iter(offered)))
+
+    def _beyond(self, plan: Plan) -> list[int]:
+        """Tokens of stages that the bundle does not take."""
+        dimensions = self.bundle.manifest.graphs["denoiser"].dimensions
+        return [count for count in self._tokens(plan) if "S" in dimensions and count not in dimensions["S"]]
+
+    def _taking(self, plans: dict[str, Plan]) -> dict[str, Plan]:
         """Those of `plans` that the bundle takes at this size; where it takes none, the first one's fault is the
         error."""
-        self.size = size
         taking, faults = {}, []
         for name, plan in plans.items():
             try:
@@ -282,11 +293,11 @@ class PlanDrawing(Drawing):
         height, width = (side * unit for side in self.size)
         if not plan.plain:
             self._check_sides(height, width, 2 * unit, False)
-        dimensions, counts = self.bundle.manifest.graphs["denoiser"].dimensions, self._tokens(plan)
-        if wrong := [count for count in counts if "S" in dimensions and count not in dimensions["S"]]:
+        if wrong := self._beyond(plan):
+            takes = self.bundle.manifest.graphs["denoiser"].dimensions["S"]
             whose, instead = (f", {self._beside} of them of references,", " and these --tokens") if self._beside else ("", "")
             raise UsageError(
-                f"this bundle takes {dimensions['S']} image tokens, and a picture of {height} x {width} px needs {wrong[0]}{whose} in a "
+                f"this bundle takes {takes} image tokens, and a picture of {height} x {width} px needs {wrong[0]}{whose} in a "
                 f"stage: take another size, or export it for that size{instead}"
             )
         if (plan.mixed or plan.growth == "pixels" or self.request.output_type != "latent") and not drawable(self.bundle.manifest):

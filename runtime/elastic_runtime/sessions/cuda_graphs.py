@@ -104,10 +104,11 @@ class CudaGraphs:
         self._bound: dict[State, _Bound] = {}
         self._lock = threading.Lock()
         self.captures = True
+        self.session: Any = None
         try:
             self.session = open_model([(name, {**options, "enable_cuda_graph": 1}), *others], True)
         except Exception as error:  # it says why it cannot be captured, or what opening it again will say
-            self._without(error)
+            self._without(str(error))
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         # A graph may hold the value of a 0-d input, such as a loop's count: it counts as part of the shape.
@@ -123,19 +124,22 @@ class CudaGraphs:
                         try:
                             bound = bound or self._bind(feeds, self._answers[state], len(self._bound))
                             answer = bound.run(self.session, feeds)
-                        except Exception as error:  # a stream that was being captured is of no more use
-                            self._bound.clear()
-                            self._without(error)
-                            return self._plain(state, feeds)
-                        self._bound[state], bound.thread.captured = bound, True
-                        return answer
+                        except Exception as error:
+                            why = str(error)  # and not the error, whose frames hold the session
+                        else:
+                            self._bound[state], bound.thread.captured = bound, True
+                            return answer
+                        bound = None
+                        self._bound.clear()
+                        self._without(why)  # a stream that was being captured is of no more use
+                        return self._plain(state, feeds)
             with GPU.work():
                 return self._plain(state, feeds)
 
-    def _without(self, error: Exception) -> None:
-        self.captures = False
+    def _without(self, why: str) -> None:
+        self.captures, self.session = False, None  # the GPU may hold the model once
         self.session = self._open_plain()
-        _log.info("runs without CUDA graphs: %s", error)
+        _log.info("runs without CUDA graphs: %s", why)
 
     def _plain(self, state: State, feeds: Arrays) -> dict[str, np.ndarray]:
         answer = dict(zip(self._outputs, self.session.run(self._outputs, dict(feeds), self._options(PLAIN)), strict=True))

@@ -76,9 +76,9 @@ def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | No
 
 
 def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = None, **options: object) -> Session:
-    """Open a graph of a bundle: its first artifact that backend `name`, or any backend here, can run.
+    """Open a graph of a bundle: the most exact of its artifacts that backend `name`, or the first backend here that can run any, runs.
 
-    Backends are tried in the order of preference, and each backend's artifacts in the manifest's order.
+    Backends are tried in the order of preference; of artifacts that are as exact as each other the first in the manifest is taken.
 
     Raises: BundleError if the bundle has no such graph; MissingError saying what to install where nothing here can run
     it; UsageError for a name that no backend has.
@@ -86,7 +86,8 @@ def open_session(bundle: Bundle, graph: str = "denoiser", name: str | None = Non
     choices, reasons = candidates(bundle, graph, name)
     if not choices:
         raise MissingError(f"nothing here can run {graph!r} of {bundle.folder}. {' '.join(reasons)}")
-    return open_artifact(bundle, graph, choices[0].artifact, choices[0].backend, **options)
+    best = min((each for each in choices if each.backend == choices[0].backend), key=lambda each: each.rank)
+    return open_artifact(bundle, graph, best.artifact, best.backend, **options)
 
 
 def open_origin(bundle: Bundle, graph: str, origin: Origin) -> Session:

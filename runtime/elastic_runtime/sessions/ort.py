@@ -141,8 +141,9 @@ class OrtSession(Session):
         self._outputs = [spec.name for spec in graph.outputs]
         path, asked = bundle.file(artifact.path), providers is not None or device is not None
         self._graphs = None
+        alone = PRECISIONS[artifact.precision].by_batch
         with _working(chosen[0][0]):
-            if cuda_graphs and chosen[0][0] == CUDA:
+            if cuda_graphs and chosen[0][0] == CUDA and not alone:  # whose products of bytes are left to the CPU
                 self._graphs = CudaGraphs(onnxruntime, partial(_open, onnxruntime, path, settings), chosen, asked, self._outputs)
             self._session = self._graphs.session if self._graphs else _open(onnxruntime, path, settings, chosen, asked)
         self._large = size >= SMALL
@@ -153,9 +154,11 @@ class OrtSession(Session):
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
         if self._graphs and (provider != CUDA or not self._graphs.captures):
             self._graphs = None
+        if self._graphs:
+            self._session = self._graphs  # which hold what is open: a second hand on it would keep it beside the one that follows
         self._lanes = None
-        alone = PRECISIONS[artifact.precision].by_batch
-        if provider != CPU or not splits(graph) or (count == 1 and not alone):
+        count = count if provider == CPU else 1
+        if not splits(graph) or (count == 1 and not alone):
             return
         lane = self._session
         if count > 1:

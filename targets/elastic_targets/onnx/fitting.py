@@ -23,10 +23,13 @@ ROWS = 12  # samples that matrices are fitted to, each at a time of its own
 
 
 def feeds(graph: GraphCapture, rows: int = ROWS) -> list[dict[str, np.ndarray]]:
-    """`rows` samples to fit to, noise at times all over the schedule, in runs of the least, a middling and the largest budget in turn."""
+    """`rows` samples to fit to, noise at times all over the schedule, in runs of the least, a middling and the largest budget in turn; more
+    where the graph takes larger batches alone."""
     points = budgets(graph)
     rowed = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
-    size = min(rows, max(1, rows // len(points)), graph.batch.max)
+    size = max(graph.batch.min, min(rows, max(1, rows // len(points)), graph.batch.max))
+    if size == graph.batch.min:
+        rows = max(rows, size * len(points))
     runs = []
     for number, first in enumerate(range(0, rows // size * size, size)):
         every = graph.feeds(points[number % len(points)], rows)

@@ -61,6 +61,12 @@ class OnnxOptions:
     keep: int = 0
     conditions_apart: bool = False
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The precision of each graph that is named; none where one is for all."""
+        parts = self.precision.replace(" ", "").split(",") if set("=,") & set(self.precision) else []
+        return dict(part.partition("=")[::2] for part in parts)
+
     def of(self, graph: str) -> str:
         """The precision of a graph.
 
@@ -68,9 +74,13 @@ class OnnxOptions:
         """
         if not set("=,") & set(self.precision):
             return held(self.precision, graph)
-        words = dict(part.partition("=")[::2] for part in self.precision.replace(" ", "").split(","))
+        words = self.words
         graphs = (DENOISER, *CONVOLVED, TEXT)
-        if unknown := [name for name, value in words.items() if not value or not (name in graphs or name.startswith(f"{TEXT}_"))]:
+        if unknown := [
+            f"{name}={value}"
+            for name, value in words.items()
+            if value not in PRECISIONS or not (name in graphs or name.startswith(f"{TEXT}_"))
+        ]:
             raise UsageError(
                 f"--precision is one of {', '.join(PRECISIONS)}, or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; "
                 f"got {unknown[0]!r}"
@@ -254,5 +264,6 @@ TARGET = Target(
     ),
     evaluator=evaluator,
     denoising=denoising,
+    addressed=lambda options: {name: f"--precision {name}={value}" for name, value in options.words.items()},
     unrounded=unrounded,
 )

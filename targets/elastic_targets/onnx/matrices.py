@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-_ORIGIN = "pkg.onnxscript.optimizer.folded_from"  # metadata of a constant: the names of what it was made of, as Python writes a list
+from elastic_targets.onnx.stream import ORIGIN
+
 LEAST = 32  # columns below which a matrix is no worth of it
 # What stands between a matrix and the graph's end, or its beginning, without changing which layer it is.
 _CHAIN = {"Add", "Cast", "Expand", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Split", "Transpose", "Unsqueeze"}
@@ -39,7 +40,7 @@ class Matrix:
     @property
     def weight(self) -> str:
         """The weight's name in the model, also where the optimiser turned it and numbered what came of that."""
-        origin = self.value.metadata_props.get(_ORIGIN)
+        origin = self.value.metadata_props.get(ORIGIN)
         return ast.literal_eval(origin)[0] if origin else str(self.value.name)
 
     @property

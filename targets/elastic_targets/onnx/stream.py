@@ -21,6 +21,7 @@ from elastic_targets.onnx.attention import WITH_HEADS, unsplit
 from elastic_targets.target import OnProgress
 from elastic_targets.weights import mapped, values, weights
 
+ORIGIN = "pkg.onnxscript.optimizer.folded_from"  # metadata of a constant: the names of what it was made of, as Python writes a list
 SMALL = 1 << 18  # values of a weight that the optimiser may see
 # Weights within the graph are one protobuf message, which is made in memory and ends at 2 GB; more than this go to files beside it, of at
 # most 4 GB, where many file systems and archives end.
@@ -126,6 +127,7 @@ def _taken_out(model: ir.Model, value: ir.Value, weight: Tensor) -> dict[str, Tu
         if order not in turned:
             shape = ir.Shape([weight.shape[axis] for axis in order])
             turned[order] = ir.Value(name=f"{name}.{''.join(map(str, order))}", shape=shape, type=value.type)
+            turned[order].metadata_props[ORIGIN] = repr([name])  # as the optimiser says it of those that it turns
             outside[str(turned[order].name)] = (weight, order)
         node.outputs[0].replace_all_uses_with(turned[order])
         model.graph.remove(node, safe=True)

@@ -223,7 +223,7 @@ def _sources(graph: BundleGraph, precision: str | None, two: bool) -> tuple[Onnx
         other = f", or build {'without' if two else 'with'} --conditions-apart, as the one that is there is" * bool(onnx)
         raise UsageError(
             f"{folder} has no ONNX artifact of {graph.name!r} in {'two files' if two else 'one file'} to build from. "
-            f"Add one with: elastic-export onnx{apart_too} -o {folder}{other}"
+            f"Add one with: elastic-export onnx MODEL{apart_too} -o {folder}{other}"
         )
     readable = [artifact.precision for artifact in artifacts if artifact.precision in PRECISIONS]
     precision = held(precision or next(iter(readable), EXACT), graph.name)
@@ -231,7 +231,7 @@ def _sources(graph: BundleGraph, precision: str | None, two: bool) -> tuple[Onnx
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(
             f"{folder} has no {precision} ONNX artifact of {graph.name!r}{' in two files' * two}; it has {have}. "
-            f"Add one with: elastic-export onnx --precision {precision}{apart_too} -o {folder}"
+            f"Add one with: elastic-export onnx MODEL --precision {precision}{apart_too} -o {folder}"
         )
     return tuple(sorted(fitting, key=lambda artifact: -artifact.opset))
 

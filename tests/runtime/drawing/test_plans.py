@@ -337,6 +337,16 @@ def test_a_preview_that_the_decoder_does_not_take_is_told_before_anything_is_ope
     assert len(opener.calls("denoiser")) == 20 + 18
 
 
+def test_a_bundle_for_the_full_resolution_alone_draws_at_it_where_no_plan_is_asked_for() -> None:
+    whole = manifest()
+    narrow = msgspec.structs.replace(whole.graphs["denoiser"], dimensions=whole.graphs["denoiser"].dimensions | {"S": Span(64, 64)})
+    pipe, opener = pipeline(msgspec.structs.replace(whole, graphs=whole.graphs | {"denoiser": narrow}))
+    assert pipe(**EMBEDS).images
+    assert {call["hidden_states"][1] for call in opener.calls("denoiser")} == {64}
+    with pytest.raises(UsageError, match="takes 64-64 image tokens"):
+        pipe(**EMBEDS, plan="4x")
+
+
 def test_what_the_session_was_compiled_for_is_checked_before_the_first_step() -> None:
     pipe, opener = pipeline()
     session = opener("denoiser")

@@ -53,11 +53,13 @@ def test_answers_are_not_overwritten_by_the_next_run(bundle: Bundle, monkeypatch
 def test_a_model_that_cannot_be_captured_runs_without(
     when: str, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    library = fake_ort.install(monkeypatch, uncapturable=when)
+    library, left = fake_ort.install(monkeypatch, uncapturable=when), list[int]()
+    library.opening = lambda: left.append(sum(session() is not None for session in library.opened))
     with caplog.at_level("INFO"), open_session(bundle, device="cuda") as session:
         assert all(right(session, time=time) for time in (0.1, 0.2, 0.3))
         assert session.processor == "gpu"
     assert set(library.runs) == {"plain"}
+    assert left == [0, 0], "the GPU may hold the model once"
     assert "enable_cuda_graph" not in library.providers[0][1], "the session that is left was opened without"
     assert "runs without CUDA graphs" in caplog.text
 

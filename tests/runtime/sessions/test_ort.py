@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import fake_ort
+import msgspec
+import numpy as np
 import pytest
-from fakes import answers_stay_with_their_thread, write_bundle
+from fakes import answers_stay_with_their_thread, write_bundle, write_manifest
 from recordings import MACHINES
 from tiny import tiny_bundle, tiny_feeds
 
-from elastic_runtime import Bundle, BundleError, MissingError, UsageError, open_session
+from elastic_runtime import Bundle, BundleError, ElasticPipeline, MissingError, UsageError, open_session
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.device import packages, thread_limit, usable_cores
 from elastic_runtime.sessions import opening, ort
 from elastic_runtime.sessions.ort import CPU, CUDA, limit, newest_opset
@@ -68,6 +71,39 @@ def test_a_half_precision_artifact_is_left_the_libraries_own_arithmetic(tmp_path
     half = type(graph.artifacts[0])(precision="fp16", files=graph.artifacts[0].files, toolchain={}, opset=23)
     opening.open_artifact(opened, "denoiser", half, "ort", device="cuda").close()
     assert library.providers[0] == (CUDA, {"device_id": 0, **CAPTURES})
+
+
+def test_the_most_exact_artifact_is_opened_whichever_was_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ort.install(monkeypatch)
+    folder = write_bundle(tmp_path / "b").folder
+    graph = (manifest := Bundle.open(folder).manifest).graphs["denoiser"]
+    (exact,) = graph.artifacts
+    (folder / "onnx" / "less.onnx").write_bytes((folder / exact.path).read_bytes())
+    less = msgspec.structs.replace(exact, precision="int8", files=(entry(folder, folder / "onnx" / "less.onnx"),))
+    both = msgspec.structs.replace(graph, artifacts=(less, exact))
+    write_manifest(folder, msgspec.structs.replace(manifest, graphs=manifest.graphs | {"denoiser": both}))
+    with open_session(Bundle.open(folder), name="ort", device="cpu") as session:
+        assert session.origin
+        assert session.origin.artifact.precision == "fp32"
+    for options, precisions, opened in (({"device": "cpu"}, (), "fp32"), ({}, (), "fp32"), ({}, "int8", "int8")):
+        with ElasticPipeline.from_pretrained(folder, "ort", precisions, **options) as pipe:
+            origin = pipe.session("denoiser").origin
+            assert origin
+            assert origin.artifact.precision == opened
+
+
+def test_rows_that_are_rounded_by_their_run_have_one_of_their_own_on_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_ort.install(monkeypatch)
+    opened = write_bundle(tmp_path / "b")
+    less = msgspec.structs.replace(opened.manifest.graphs["denoiser"].artifacts[0], precision="int8")
+    feeds = {
+        "sample": np.zeros((2, 4, 8, 8), np.float32), "timestep": np.array([0.1, 0.9], np.float32), "class_labels": np.zeros(2, np.int64),
+        "latent_ids": np.arange(1),
+    }  # fmt: skip
+    with opening.open_artifact(opened, "denoiser", less, "ort", device="cuda") as session:
+        rows = session.run(feeds)["prediction"][:, 0, 0, 0]
+    assert rows.tolist() == pytest.approx([0.1, 0.9])  # and not the sum of both
+    assert library.runs == ["plain", "plain"]
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA failure 100: no CUDA-capable device is detected")])

@@ -1,5 +1,6 @@
 """Matrices rounded by what they multiply: what is seen of the model, whole or in parts, and what comes of it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import onnx_ir as ir  # noqa: E402
 from onnx import helper, numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import Budget, ModelError, UsageError  # noqa: E402
+from elastic_runtime import Budget, ModelError, Span, UsageError  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_targets.onnx import OnnxOptions, fitting  # noqa: E402
 from elastic_targets.onnx.lower import TARGET, lower  # noqa: E402
@@ -195,3 +196,13 @@ def test_two_files_hold_what_was_fitted_in_one(tmp_path: Path) -> None:
 def test_a_rounding_that_does_not_fit_is_refused(words: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         elastic_export.export("elit-mnist", output=tmp_path / "b", **words)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "sizes"), [((1, 4), 12, [4, 4, 4]), ((4, 4), 6, [4, 4, 4]), ((8, 8), 12, [8, 8, 8]), ((1, 1), 6, [1] * 6)]
+)
+def test_runs_have_a_batch_that_the_graph_takes_and_every_budget_has_one(batch: tuple[int, int], rows: int, sizes: list[int]) -> None:
+    graph = replace(over_tokens(torch.nn.Identity()), batch=Span(*batch))
+    runs = fitting.feeds(graph, rows)
+    assert [len(run["sample"]) for run in runs] == sizes
+    assert len({run["sample"].shape[1] for run in runs}) == 3

@@ -12,7 +12,7 @@ onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 from elastic_runtime import Budget, UsageError  # noqa: E402
-from elastic_targets.onnx import OnnxOptions  # noqa: E402
+from elastic_targets.onnx import OnnxOptions, stream  # noqa: E402
 from elastic_targets.onnx.lower import TARGET, lower  # noqa: E402
 
 WIDTH = 96
@@ -55,6 +55,12 @@ def test_what_costs_most_keeps_its_floats(precision: str, tmp_path: Path) -> Non
     assert errors[1] < 1e-2 * errors[0]
     assert sizes[1] - sizes[0] == pytest.approx(WIDTH * WIDTH * (4 - (1 if precision == "int8" else 0.625)), rel=0.05)
     assert ("weighing matrices", 2, 2) in progress
+
+
+def test_a_large_weight_has_its_name_though_the_graph_turns_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SMALL", 0)
+    (artifact,) = lower(uneven(), OnnxOptions(precision="int8", keep=1), tmp_path)
+    assert artifact.float_matrices == ("loud.weight",)
 
 
 def test_what_is_kept_is_not_rounded_by_what_it_multiplies_either(tmp_path: Path) -> None:
