@@ -7,14 +7,14 @@ Each report is one run of `elastic-export bench` with peers beside ours (`make b
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from card import filled
 from elastic_bench.figures import Figures, figures
 from elastic_bench.files import read
-from elastic_bench.records import BundleReport, Report, RuntimeReport
+from elastic_bench.records import BundleReport, Peaks, Report, RuntimeReport
 from elastic_bench.statistics import ratio
 from elastic_export.bench.peers import PEERS
 from elastic_runtime import Bundle, ElasticError
@@ -60,7 +60,10 @@ class Goal:
 
     def row(self) -> str:
         cells = [self.model, str(self.batch), self.budget, _ms(self.exact), _over(self.compiled, self.exact) + self._at_most]
-        cells += [f"{_ms(self.best)} {self.best.runtime.runtime}", _over(self.compiled, self.best)]
+        cells += [
+            f"{_ms(self.best)} ({self.best.runtime.runtime.split()[0]} {self.best.runtime.precision})",
+            _over(self.compiled, self.best),
+        ]
         cells += [_over(peer, self.best, named=True) for peer in (self.torch, self.openvino)]
         cells.append("-" if self.evenness is None else f"{self.evenness:.2f}")
         least = self.best.least
@@ -80,7 +83,7 @@ def goals(report: Report, bundle: BundleReport, manifest: Manifest) -> Iterator[
         if exact is None or best is None:
             continue
         yield Goal(
-            model=bundle.model,
+            model=bundle.name,
             batch=report.settings.batch,
             budget=budget,
             exact=exact,
@@ -103,7 +106,7 @@ def section(reports: list[Report], bundles: Path) -> str:
     used = {
         runtime.where for report in reports for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where
     }
-    rates = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in first.peaks.rates.items())
+    rates = ", ".join(_peaks(report.peaks for report in reports))
     broken = {each.runtime: each.failure for report in reports for bundle in report.bundles for each in bundle.runtimes if each.failure}
     without = "".join(f" Without figures: {name} ({failure})." for name, failure in broken.items())
     return "\n".join(
@@ -115,11 +118,22 @@ def section(reports: list[Report], bundles: Path) -> str:
             f"`make goals` on a {first.machine}, {first.settings.threads} threads; {', '.join(sorted(used))}. Ratios are medians "
             "within rounds of one run, and say how many times longer the other took. Best is the fastest of ours that the bundle's card "
             f"finds as good as float32, or, where there is none, whose step is within {NEAR:.0f} dB of the original's. Least is what the "
-            f"FLOPs and bytes of a step take at this machine's peaks (GFLOP/s: {rates}; "
-            f"{first.peaks.bytes_per_second / 1e9:.0f} GB/s), and its share of the time; at the peak is what torch.compile took over the "
-            f"least of float32.{without}",
+            f"FLOPs and bytes of a step take at this machine's peaks ({rates}, measured before each run), and its share of the time; at "
+            f"the peak is what torch.compile took over the least of float32.{without}",
         ]
     )
+
+
+def _peaks(measured: Iterable[Peaks]) -> Iterator[str]:
+    """The least and the largest of each rate; one that is below float32's is of no use, and is left out."""
+    every = list(measured)
+    exact = max(each.flops_per_second for each in every)
+    for name in dict.fromkeys(name for each in every for name in each.rates):
+        values = [each.rates[name] for each in every if name in each.rates]
+        if max(values) >= exact:
+            yield f"{name} {min(values) / 1e9:.0f} to {max(values) / 1e9:.0f} GFLOP/s"
+    copies = [each.bytes_per_second / 1e9 for each in every]
+    yield f"{min(copies):.0f} to {max(copies):.0f} GB/s"
 
 
 def _converted(peer: Figures) -> bool:

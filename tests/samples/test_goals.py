@@ -45,7 +45,8 @@ def test_a_row_names_what_was_fastest_of_ours_and_of_the_peers(report: tuple[Rep
     small, large = goals(report[0], report[0].bundles[0], Bundle.open(report[1] / "tiny").manifest)
     # bytes: 1000 of weights in int8 (4000 in float32) and 4 of activations, at 1 MB a second
     assert small.row() == (
-        "| tiny | 1 | latents 4 | 14.00 | 2.00 (6.99) | 9.00 openvino-bf16 | 3.11 | 2.33 (bf16) | 3.89 (openvino) | 0.21 | 1.00 (11%) |"
+        "| tiny | 1 | latents 4 | 14.00 | 2.00 (6.99) | 9.00 (openvino-bf16 int8) | 3.11 | 2.33 (bf16) | 3.89 (openvino) | 0.21 | "
+        "1.00 (11%) |"
     )
     assert large.evenness == 1.0
 

@@ -308,8 +308,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     def joined(self, graph: str, artifacts: Iterable[Artifact]) -> "Manifest":
         """This manifest with `artifacts` added to a graph; one in the same slot takes the old one's place."""
         new = {artifact.slot: artifact for artifact in artifacts}
-        kept = tuple(artifact for artifact in self.graphs[graph].artifacts if artifact.slot not in new)
-        whole = msgspec.structs.replace(self.graphs[graph], artifacts=(*kept, *new.values()))
+        standing = [new.pop(artifact.slot, artifact) for artifact in self.graphs[graph].artifacts]
+        whole = msgspec.structs.replace(self.graphs[graph], artifacts=(*standing, *new.values()))
         return msgspec.structs.replace(self, graphs=self.graphs | {graph: whole})
 
     def rounded(self, graph: str, rounding: float | None) -> "Manifest":

@@ -15,6 +15,7 @@ from recordings import MACHINES
 from tiny import tiny_bundle, tiny_feeds
 
 from elastic_runtime import Bundle, BundleError, ElasticPipeline, MissingError, UsageError, open_session
+from elastic_runtime.choosing.artifacts import ArtifactOpener
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.device import packages, thread_limit, usable_cores
 from elastic_runtime.sessions import opening, ort
@@ -90,6 +91,16 @@ def test_the_most_exact_artifact_is_opened_whichever_was_made_first(tmp_path: Pa
             origin = pipe.session("denoiser").origin
             assert origin
             assert origin.artifact.precision == opened
+
+
+def test_the_fastest_is_found_once_for_all_graphs_also_where_it_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ort.install(monkeypatch)
+    opened, measured = write_bundle(tmp_path / "b"), list[str]()
+    monkeypatch.setattr("elastic_runtime.choosing.artifacts.fastest", lambda bundle, graph, *_: measured.append(graph))
+    opener = ArtifactOpener(opened, None, (), 0.99, {})
+    for _ in range(3):
+        opener("denoiser").close()
+    assert measured == ["denoiser"]
 
 
 def test_rows_that_are_rounded_by_their_run_have_one_of_their_own_on_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
