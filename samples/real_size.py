@@ -47,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, help="a picture; or .npz, which holds what was drawn at each budget, to compare")
     given = parser.parse_args(arguments)
     bundle = Bundle.open(given.bundle)
-    options = {"precision": given.precision} if given.precision else {}
     begun = time.monotonic()
-    with ElasticPipeline.from_pretrained(bundle, given.backend, **options) as pipe:
+    with ElasticPipeline.from_pretrained(bundle, given.backend, given.precision or ()) as pipe:
         opened = time.monotonic() - begun
         request = Request(
             **embeddings(bundle), plan=given.plan, height=given.side, width=given.side, num_inference_steps=given.steps, seeds=0,

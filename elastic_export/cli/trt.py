@@ -41,7 +41,7 @@ def trt(
     precision: Annotated[
         str | None,
         options.precision(
-            "fp32, fp16, bf16, fp8, int8qdq, int4qdq or nvfp4 [dim](default: the bundle's, or fp32)[/dim].", show_default=False
+            "fp32, fp16, bf16, fp8, int8qdq, int4qdq or nvfp4 [dim](default: the bundle's most exact, or fp32)[/dim].", show_default=False
         ),
     ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later (the build needs a GPU).")] = False,

@@ -171,6 +171,8 @@ def _described(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], wa
         assert weight.const_value is not None
         tensor: Any = weight.const_value
         made.graph.initializer.append(ir.to_proto(ir.Tensor(tensor.numpy(), name=str(weight.name), dtype=tensor.dtype)))
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # else every weight's file stays mapped, and the process grows to its size
     return made, seen
 
 

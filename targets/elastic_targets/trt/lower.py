@@ -225,8 +225,8 @@ def _sources(graph: BundleGraph, precision: str | None, two: bool) -> tuple[Onnx
             f"{folder} has no ONNX artifact of {graph.name!r} in {'two files' if two else 'one file'} to build from. "
             f"Add one with: elastic-export onnx MODEL{apart_too} -o {folder}{other}"
         )
-    readable = [artifact.precision for artifact in artifacts if artifact.precision in PRECISIONS]
-    precision = held(precision or next(iter(readable), EXACT), graph.name)
+    readable = sorted((artifact for artifact in artifacts if artifact.precision in PRECISIONS), key=lambda artifact: artifact.rank)
+    precision = held(precision or (readable[0].precision if readable else EXACT), graph.name)
     if not (fitting := [artifact for artifact in artifacts if artifact.precision == precision]):
         have = ", ".join(sorted({artifact.precision for artifact in artifacts}))
         raise UsageError(

@@ -54,3 +54,19 @@ def test_a_large_artifact_is_proven_in_parts_while_it_is_exported_and_whole_by_v
     assert all(row.passed and row.where.endswith("CPU, in 1 parts") for row in artifact.verified)
     ((_, again),) = elastic_export.verify(bundle)
     assert all(row.passed and "parts" not in row.where for row in again.verified)
+
+
+def test_no_weight_stays_mapped_when_its_part_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("what is mapped is told on Linux")
+    monkeypatch.setattr("elastic_targets.onnx.stream.EXTERNAL_FROM", 0)
+    bundle = elastic_export.export("elt-mnist", output=tmp_path / "b", batch="1-2", verify="none")
+    (graph,) = bundle.manifest.graphs.values()
+    (artifact,) = graph.artifacts
+    assert len(artifact.files) == 2
+    feeds = {spec.name: np.ones([1 if isinstance(size, str) else size for size in spec.shape], spec.dtype) for spec in graph.inputs}
+    with PartSession(graph, ir.load(bundle.file(artifact.path)), 200_000) as parts:
+        first = parts.run(feeds)
+        assert "denoiser.onnx.data" not in maps.read_text()
+        assert all(np.array_equal(again, first[name]) for name, again in parts.run(feeds).items())
