@@ -36,6 +36,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     where: str = ""
     budget: str = ""
     max_abs: float | None = None
+    tolerance: float | None = None
     bound: float | None = None
     passed: bool | None = None
     milliseconds: float | None = None
@@ -77,6 +78,7 @@ def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:
         "where": row.where,
         "budget": key(row.budget),
         "max_abs": row.max_abs,
+        "tolerance": row.tolerance,
         "bound": row.bound,
         "passed": row.passed,
     }

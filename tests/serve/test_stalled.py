@@ -15,8 +15,11 @@ BODY = {"class_labels": 1, "steps": 200, "stream": True, "partial_images": 16}
 @pytest.mark.parametrize("stalled", ["http.response.start", "http.response.body"])
 def test_a_stream_that_nobody_reads_ends_when_its_client_goes(server: Running, stalled: str) -> None:
     app = App(server.engine, server.engine.metrics)
+    gone = server.engine.metrics.requests.labels("digits", "499")
+    before = gone._value.get()
     asyncio.run(asyncio.wait_for(asked(app, stalled), 30))
     assert len(server.engine.scheduler) == 0
+    assert gone._value.get() == before + 1, "it is counted, and in the log, though nothing of it was sent"
 
 
 async def asked(app: App, stalled: str) -> None:
