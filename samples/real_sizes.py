@@ -116,7 +116,7 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
 
 
 def timed(command: Sequence[str]) -> tuple[str, float, int]:
-    """What a command printed, its seconds, and the most bytes that it held; SystemExit where it fails."""
+    """What a command printed, its seconds, and the most bytes that it held (no less than this process does); SystemExit where it fails."""
     begun = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
