@@ -63,7 +63,7 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
         (
             ("--precision", "bf16"),
             2,
-            "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx --precision bf16",
+            "has no bf16 ONNX artifact of 'denoiser'; it has fp32. Add one with: elastic-export onnx MODEL --precision bf16",
         ),
         (("--precision", "fp8", "--sm", "80,89"), 2, "fp8 needs a GPU of sm 89 or later, got sm 80: leave it out of --sm, or choose"),
         (("--precision", "nvfp4", "--sm", "86,89"), 2, "needs a GPU of sm 100 or later, got sm 86, 89: leave them out of --sm"),

@@ -77,7 +77,7 @@ class OnnxOptions:
         words = self.words
         graphs = (DENOISER, *CONVOLVED, TEXT)
         if unknown := [
-            f"{name}={value}"
+            f"{name}={value}" if value else name
             for name, value in words.items()
             if value not in PRECISIONS or not (name in graphs or name.startswith(f"{TEXT}_"))
         ]:

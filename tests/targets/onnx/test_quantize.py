@@ -203,10 +203,11 @@ def test_a_precision_is_one_for_all_graphs_or_one_a_graph(text: str, graphs: dic
     ("precision", "message"),
     [
         ("int3w", "--precision for onnx must be one of fp32, fp16, bf16, int8, int8w, int4w, int8qdq, fp8, int4qdq, nvfp4, got int3w"),
-        ("vae=fp16", "or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; got 'vae'"),
+        ("vae=fp16", "or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; got 'vae=fp16'"),
         ("denoiser=", "got 'denoiser'"),
         ("denoiser=int4w,fp16", "got 'fp16'"),
-        ("denoiser=fp33", "must be one of .* got fp33"),
+        ("denoiser=fp33", "or one a graph, as in .* got 'denoiser=fp33'"),
+        ("denoiser=int8w,text=int8w", "--precision text=int8w is for a graph that this export has not; it has denoiser: leave it out"),
     ],
 )
 def test_a_precision_that_there_is_not_is_refused_by_name(precision: str, message: str, tmp_path: Path) -> None:

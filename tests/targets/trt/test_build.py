@@ -104,7 +104,7 @@ def test_turing_gets_an_fp16_engine_of_its_own(room: ModuleType, golden: Path, t
     for artifact in engines(made):
         check_header(made, artifact)
     with pytest.raises(
-        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx --precision fp32"
+        UsageError, match="has no fp32 ONNX artifact of 'denoiser'; it has fp16. Add one with: elastic-export onnx MODEL --precision fp32"
     ):
         room.plan(BundleGraph(bundle, "denoiser"), room.TrtOptions(precision="fp32"))
 
