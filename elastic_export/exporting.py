@@ -90,12 +90,10 @@ def export_into(
         asked = [budget for budget in proven if budget not in known]
         left = [*(Budget(**each) for each in manifest.graphs[graph.name].unproven), *left]
         manifest = manifest.left(graph.name, [dict(each) for each in dict.fromkeys(left) if each not in known and each not in asked])
-        standing: tuple[Artifact, ...] = ()
         if asked:
             on_stage(f"running the original {graph.name}")
             new, rounding = record(graph, asked)
             arrays |= new
-            standing = manifest.graphs[graph.name].artifacts
             manifest = manifest.rounded(graph.name, rounding)
             reference = draft.stage / REFERENCE
             with reference.open("wb") as stream:
@@ -109,9 +107,7 @@ def export_into(
             verify_unrounded(bundle, name, *floats)
         del graph  # weights that are held in memory are no longer needed,
         gc.collect()  # and the exporter leaves them in reference cycles
-        manifest = _proven(bundle, name, artifacts, frugal=True)
-        slots = {artifact.slot for artifact in artifacts}
-        manifest = _proven_again(draft.bundle(manifest), name, [each for each in standing if each.slot not in slots])
+        manifest = _proven(bundle, name, artifacts, frugal=True, standing=bool(asked))
     on_stage("writing the bundle")
     return draft.commit(manifest)
 
@@ -177,27 +173,17 @@ def _lowered(room: Target, graph: Any, options: Any, stage: Path, on_progress: O
     return artifacts
 
 
-def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...], frugal: bool = False) -> Manifest:
-    """The manifest of `bundle` with these artifacts of a graph proven, or told why they could not be run.
+def _proven(bundle: Bundle, graph: str, artifacts: tuple[Artifact, ...], frugal: bool = False, standing: bool = False) -> Manifest:
+    """The manifest of `bundle` with these artifacts of a graph proven, or told why they could not be run; with those that are `standing`
+    beside them, too, at what was recorded since, of which one that cannot run here keeps the rows that it has.
 
     Raises: VerificationError naming the budget that failed.
     """
-    proven = [verify_artifact(bundle, graph, artifact, frugal=frugal) for artifact in artifacts]
+    new, every = {artifact.slot for artifact in artifacts}, bundle.manifest.graphs[graph].artifacts if standing else artifacts
+    proven = [verify_artifact(bundle, graph, artifact, frugal=frugal) for artifact in every]
     for artifact in proven:
         require(graph, artifact)
-    return bundle.manifest.joined(graph, proven)
-
-
-def _proven_again(bundle: Bundle, graph: str, standing: Sequence[Artifact]) -> Manifest:
-    """The manifest of `bundle` with artifacts that stood there proven at what was recorded since; one that cannot run here keeps the rows
-    that it has.
-
-    Raises: as `_proven`.
-    """
-    again = [verify_artifact(bundle, graph, artifact, frugal=True) for artifact in standing]
-    for artifact in again:
-        require(graph, artifact)
-    return bundle.manifest.joined(graph, [artifact for artifact in again if artifact.verified])
+    return bundle.manifest.joined(graph, [artifact for artifact in proven if artifact.slot in new or artifact.verified])
 
 
 def versions() -> dict[str, str]:

@@ -136,8 +136,7 @@ def require(graph: str, artifact: Artifact) -> None:
 
 def _require(row: Verification, what: str) -> None:
     if not row.passed:
-        figure = "values that are not finite" if row.bound is None else f"max abs error {row.max_abs:.2e} of at most {row.bound:.2e}"
         raise VerificationError(
-            f"{what} fails at {key(row.budget)}: {figure}, cosine {row.cosine:.6f}, where the tolerance is "
+            f"{what} fails at {key(row.budget)}: {row.figure}, cosine {row.cosine:.6f}, where the tolerance is "
             f"{row.tolerance:.0e} of the largest reference value (at least 1). Measured with {row.where}."
         )

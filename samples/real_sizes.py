@@ -9,7 +9,6 @@ command is a process of its own, whose largest memory the system tells (Linux).
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from card import filled
-from elastic_runtime import Bundle
+from elastic_runtime import Budget, Bundle
 from elastic_runtime.contract.artifacts import OnnxArtifact
+from elastic_runtime.contract.reference import compare
 from elastic_runtime.files.atomic import save
 from record import machine, versions
 
@@ -132,12 +132,7 @@ def nearest(drawn: Path, exact: Path) -> float | None:
     if not exact.exists():
         return None
     ours, wanted = np.load(drawn), np.load(exact)
-    return min(_decibels(ours[key], wanted[key]) for key in wanted.files)
-
-
-def _decibels(ours: np.ndarray, wanted: np.ndarray) -> float:
-    error = float(np.square(ours - wanted, dtype=np.float64).mean())
-    return 10 * math.log10(float(np.ptp(wanted)) ** 2 / error) if error else 999.0
+    return min(compare(ours[key], wanted[key], Budget(), 0.0, key).psnr_db for key in wanted.files)
 
 
 def section(rows: dict[str, dict[str, Any]]) -> str:

@@ -123,10 +123,8 @@ def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Set
             return
     entry.checked = tuple(entry.ask("check") or ())
     if wrong := next((row for row in entry.checked if not row.passed), None):
-        what = "values that are not finite"
-        if wrong.bound is not None:
-            what = f"max abs error {wrong.max_abs:.2e} of at most {wrong.bound:.2e} ({wrong.tolerance:.0e} of the largest value)"
-        entry.fail(f"wrong at {Budget(**wrong.budget)}: {what}")
+        limit = f" ({wrong.tolerance:.0e} of the largest value)" if wrong.finite else ""
+        entry.fail(f"wrong at {Budget(**wrong.budget)}: {wrong.figure}{limit}")
     elif not entry.checked and not entry.failure:
         entry.fail("nothing was checked: the recording has none of its budgets; export the bundle again")
 

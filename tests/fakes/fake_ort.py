@@ -108,9 +108,8 @@ class Library(ModuleType):
         captures = bool(providers[0][1].get("enable_cuda_graph"))
         if captures and self.uncapturable == "opened":
             raise RuntimeError("the model has control flow nodes which can't be supported by CUDA Graphs")
-        opened = Opened(
-            self, captures, [*(name for name, _ in providers if name in self.up and name != CPU), CPU]
-        )  # which it adds by itself
+        up = [*(name for name, _ in providers if name in self.up and name != CPU), CPU]  # which it adds by itself
+        opened = Opened(self, captures, up)
         self.opened.append(weakref.ref(opened))
         return opened
 

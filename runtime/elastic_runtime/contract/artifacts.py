@@ -72,6 +72,13 @@ class Verification(Record, frozen=True, kw_only=True):
         return f"{self.tolerance:.0e} of the largest" if self.bound is None else f"{self.bound:.1e}"
 
     @property
+    def figure(self) -> str:
+        """What an error says of it."""
+        if self.bound is None:
+            return f"max abs error {self.max_abs:.2e}" if self.finite else "values that are not finite"
+        return f"max abs error {self.max_abs:.2e} of at most {self.bound:.2e}"
+
+    @property
     def share(self) -> float:
         """`max_abs` in units of what it may be."""
         return self.max_abs / self.bound if self.bound else self.max_abs

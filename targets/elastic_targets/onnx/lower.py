@@ -72,9 +72,8 @@ class OnnxOptions:
 
         Raises: UsageError for text that says none.
         """
-        if not set("=,") & set(self.precision):
+        if not (words := self.words):
             return held(self.precision, graph)
-        words = self.words
         graphs = (DENOISER, *CONVOLVED, TEXT)
         if unknown := [
             f"{name}={value}" if value else name
