@@ -52,11 +52,11 @@ SUBJECTS = {
     ),
     "sd3-medium": Subject(
         "SD3-medium's shape with decoder, 512 px (2.1 billion)", ("fp32", "fp16", "int8", "int8w", "int4w"),
-        ("--components", "transformer,vae", "--size", "512", "--batch", "1-2", "--verify", "none"), ("--plan", "7x", "--side", "512"),
+        ("--components", "transformer,vae", "--size", "512", "--batch", "1-2", "--verify", "ends"), ("--plan", "7x", "--side", "512"),
     ),
     "flux-dev": Subject(
         "FLUX.1-dev's shape with decoder, 512 px (11.9 billion)", ("int8", "int4w"),
-        ("--components", "transformer,vae", "--size", "512", "--batch", "1", "--verify", "none"), ("--plan", "7x", "--side", "512"),
+        ("--components", "transformer,vae", "--size", "512", "--batch", "1", "--verify", "ends"), ("--plan", "7x", "--side", "512"),
     ),
 }  # fmt: skip
 BACKENDS = {"bf16": "openvino"}  # ONNX Runtime's processor kernels have none for it
@@ -66,13 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=SUBJECTS)
     parser.add_argument("--folder", type=Path, required=True, help="for models, bundles and rows")
+    parser.add_argument("--precisions", type=lambda given: given.split(","), help="of these alone: fp32,int8 (default: all of the models')")
     parser.add_argument("--page", type=Path, help="Markdown page to fill: docs/real-size.md")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     kept = given.folder / "rows.json"
     rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     for name in given.models:
-        for precision in SUBJECTS[name].precisions:
+        for precision in given.precisions or SUBJECTS[name].precisions:
             if (key := f"{name} {precision}") not in rows:
                 rows[key] = row(name, SUBJECTS[name], precision, given.folder)
                 save(kept, json.dumps(rows, indent=1).encode())
