@@ -3,7 +3,7 @@
 The nodes are run in their order, as many together as have so many bytes of weights; between the parts only activations are kept.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.ort import library, session_options
 from elastic_runtime.sessions.session import Arrays, Session
-from elastic_targets.onnx.float4 import FLOAT4, spelled_out
+from elastic_targets.onnx import bfloat16, float4
 from elastic_targets.onnx.qdq import FORMS
 
 PART = 256_000_000  # bytes of weights
@@ -179,16 +179,19 @@ def _described(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], wa
 def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:
     """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for and that
     is not spelled out for it."""
-    if not _spelled(artifact) and "ort" not in PRECISIONS[artifact.precision].backends:
+    if _spelling(artifact) is None and "ort" not in PRECISIONS[artifact.precision].backends:
         return None
     return apart.opened(bundle, graph, artifact, _in_parts, {}) if artifact.conditions else _in_parts(bundle, graph, artifact)
 
 
-def _spelled(artifact: OnnxArtifact) -> bool:
+def _spelling(artifact: OnnxArtifact) -> Callable[[ir.Model], ir.Model] | None:
+    """What says a precision in operators that ONNX Runtime has kernels for; None where it has its own."""
+    if artifact.precision == "bf16":
+        return bfloat16.spelled_out
     form = FORMS.get(artifact.precision)
-    return form is not None and form.codes == FLOAT4
+    return float4.spelled_out if form is not None and form.codes == float4.FLOAT4 else None
 
 
 def _in_parts(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession:
-    model = ir.load(bundle.file(artifact.path))
-    return PartSession(graph, spelled_out(model) if _spelled(artifact) else model)
+    model, spelling = ir.load(bundle.file(artifact.path)), _spelling(artifact)
+    return PartSession(graph, spelling(model) if spelling else model)
