@@ -21,6 +21,7 @@ from elastic_targets.onnx import bfloat16, float4
 from elastic_targets.onnx.qdq import FORMS
 
 PART = 256_000_000  # bytes of weights
+MOST = 1_500_000_000  # bytes of a part's weights that its message holds, which protobuf ends at 2 GiB; a loop is one node
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,12 @@ def compute(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watch
 
 def _opened(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> tuple[Any, dict[str, str]]:
     """A session of a part, for values of these shapes, and its outputs by the names of the values that they are."""
-    runtime = library()
-    made, seen = _described(model, part, values, watched)
+    runtime, options = library(), session_options(library())
+    made, seen, beside = _described(model, part, values, watched)
     content = made.SerializeToString()
     del made
-    session = runtime.InferenceSession(content, session_options(runtime), providers=["CPUExecutionProvider"])
+    options.add_external_initializers(list(beside), [runtime.OrtValue.ortvalue_from_numpy(array) for array in beside.values()])
+    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return session, {name: name for name in part.gives} | seen
 
 
@@ -146,8 +148,11 @@ def taken(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for each in (node, *body) for value in each.inputs if value is not None and id(value) not in own)
 
 
-def _described(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str]) -> tuple[Any, dict[str, str]]:
-    """The part as a model of its own, with its weights within, and the outputs that `watched` values are to be had by."""
+def _described(
+    model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str]
+) -> tuple[Any, dict[str, str], dict[str, np.ndarray]]:
+    """The part as a model of its own, with its weights within, the outputs that `watched` values are to be had by, and the weights that
+    are left beside it, since no message holds as many."""
     import onnx
 
     made = onnx.ModelProto(ir_version=model.ir_version, graph=onnx.GraphProto(name="part"))
@@ -167,13 +172,22 @@ def _described(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], wa
             proto.output.append(f"{name}.seen")
             seen[name] = f"{name}.seen"
     made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(seen.values()) - set(part.gives)))
+    beside: dict[str, np.ndarray] = {}
+    large = sum(weight.const_value.nbytes for weight in part.weights if weight.const_value) > MOST
     for weight in part.weights:
         assert weight.const_value is not None
         tensor: Any = weight.const_value
-        made.graph.initializer.append(ir.to_proto(ir.Tensor(tensor.numpy(), name=str(weight.name), dtype=tensor.dtype)))
+        array, name = tensor.numpy(), str(weight.name)
+        if large and array.dtype in (np.float32, np.float16) and array.ndim > 1:
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            outside = made.graph.initializer.add(name=name, dims=array.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
+            outside.external_data.add(key="location", value=name)
+            beside[name] = np.ascontiguousarray(array)
+        else:
+            made.graph.initializer.append(ir.to_proto(ir.Tensor(array, name=name, dtype=tensor.dtype)))
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()  # else every weight's file stays mapped, and the process grows to its size
-    return made, seen
+    return made, seen, beside
 
 
 def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:

@@ -130,7 +130,8 @@ def _taken_out(model: ir.Model, value: ir.Value, weight: Tensor) -> dict[str, Tu
             turned[order].metadata_props[ORIGIN] = repr([name])  # as the optimiser says it of those that it turns
             outside[str(turned[order].name)] = (weight, order)
         node.outputs[0].replace_all_uses_with(turned[order])
-        model.graph.remove(node, safe=True)
+        assert isinstance(node.graph, ir.Graph)  # a loop's body has nodes of its own
+        node.graph.remove(node, safe=True)
     if value.uses():
         outside[name] = (weight, None)
         model.graph.inputs.append(value)
