@@ -52,16 +52,23 @@ _log = logging.getLogger(__name__)
 def obstacle(artifact: Artifact) -> str | None:
     """Why this backend cannot run the artifact here, or None."""
     assert isinstance(artifact, OnnxArtifact)
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
+    if reason := absence(artifact.opset):
+        return reason
     if "ort" not in (able := PRECISIONS[artifact.precision].backends):
         others = f"which are for {' and '.join(able)}" if able else "and nothing else has yet"
         return f"ONNX Runtime has no kernels for {artifact.precision} graphs of ours, {others}: open an artifact of another precision"
+    return None
+
+
+def absence(opset: int) -> str | None:
+    """Why the library cannot open graphs of an opset here, whatever their precision, or None."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "ONNX Runtime is not installed: pip install 'elastic-export[ort]' (or [ort-gpu])"
     version = PACKAGES["onnxruntime"].version()
-    if version and (newest := newest_opset(version)) is not None and artifact.opset > newest:
-        needed = next((since for since, opset in reversed(OPSETS) if opset >= artifact.opset), OPSETS[0][0])
+    if version and (newest := newest_opset(version)) is not None and opset > newest:
+        needed = next((since for since, opens in reversed(OPSETS) if opens >= opset), OPSETS[0][0])
         return (
-            f"opset {artifact.opset} needs onnxruntime >= {needed[0]}.{needed[1]}, and here is {version}: "
+            f"opset {opset} needs onnxruntime >= {needed[0]}.{needed[1]}, and here is {version}: "
             "pip install -U onnxruntime, or export with --opset 20 too"
         )
     return None

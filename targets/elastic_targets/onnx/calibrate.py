@@ -7,9 +7,11 @@ says `elastic_targets.feeds`.
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 
 from elastic_runtime.contract.artifacts import Graph, TensorSpec
+from elastic_runtime.errors import ModelError
 from elastic_targets.capture import GraphCapture
 from elastic_targets.feeds import budgets, feeds, starts
 from elastic_targets.onnx.evaluate import PartSession, bodies
@@ -18,7 +20,10 @@ from elastic_targets.target import OnProgress
 
 def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str], on_progress: OnProgress | None = None) -> dict[str, float]:
     """The largest magnitude of each of these values of `model`, at the ends and in the middle of the graph's budgets; `on_progress` is
-    told of the runs that this takes."""
+    told of the runs that this takes.
+
+    Raises: ModelError where one is not finite.
+    """
     if not names:
         return {}
     observed, told = _observed(model, names)
@@ -30,10 +35,15 @@ def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str], on_progr
         for budget in points:
             for fed in feeds(graph, budget):
                 outputs = session.run(fed)
-                found = {name: max(most, float(outputs[told[name]])) for name, most in found.items()}
+                found = {name: float(np.maximum(most, outputs[told[name]])) for name, most in found.items()}
                 done += 1
                 if on_progress:
                     on_progress("calibrating", done, total)
+    if odd := [name for name, most in found.items() if not np.isfinite(most)]:
+        raise ModelError(
+            f"{odd[0]} of the {graph.name} is not finite in the floats that it is held in, so that no scale fits it: export it in fp32 or "
+            "int8w, and see what the model gives in float16"
+        )
     return found
 
 

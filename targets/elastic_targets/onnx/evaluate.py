@@ -15,7 +15,7 @@ from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import apart
-from elastic_runtime.sessions.ort import library, session_options
+from elastic_runtime.sessions.ort import absence, library, session_options
 from elastic_runtime.sessions.session import Arrays, Session
 from elastic_targets.onnx import bfloat16, float4
 from elastic_targets.onnx.qdq import FORMS
@@ -192,7 +192,9 @@ def _described(
 
 def evaluator(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> Session | None:
     """A session that computes an artifact of any size in little memory; None for a precision that ONNX Runtime has no kernels for and that
-    is not spelled out for it."""
+    is not spelled out for it, and where no ONNX Runtime here opens the artifact's opset."""
+    if absence(artifact.opset):
+        return None
     if _spelling(artifact) is None and "ort" not in PRECISIONS[artifact.precision].backends:
         return None
     return apart.opened(bundle, graph, artifact, _in_parts, {}) if artifact.conditions else _in_parts(bundle, graph, artifact)

@@ -18,7 +18,8 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.precision import CONVOLVED, ENCODER, EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import MissingError, UsageError
+from elastic_runtime.sessions.ort import absence
 from elastic_targets.capture import DENOISER, GraphCapture
 from elastic_targets.onnx import fitting, keeping, qdq
 from elastic_targets.onnx.apart import split
@@ -144,6 +145,8 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
             f"--precision {precision} needs --opset {DEFAULT_OPSET}, got {options.opset}, whose operators take no {precision} weights; "
             f"it has those of {fewer}"
         )
+    if precision not in _TYPES and (reason := absence(options.opset)):
+        raise MissingError(f"--precision {precision} runs the graph before its weights are rounded, and {reason}")
 
 
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:

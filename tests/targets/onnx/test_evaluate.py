@@ -1,5 +1,6 @@
 """An artifact in parts answers as it does whole, however it is cut."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import elastic_export  # noqa: E402
 from elastic_export import verifying  # noqa: E402
-from elastic_runtime import Budget, Bundle, InferenceError, open_session  # noqa: E402
+from elastic_runtime import Budget, Bundle, InferenceError, MissingError, open_session  # noqa: E402
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack  # noqa: E402
 from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
 
@@ -54,6 +55,16 @@ def test_a_large_artifact_is_proven_in_parts_while_it_is_exported_and_whole_by_v
     assert all(row.passed and row.where.endswith("CPU, in 1 parts") for row in artifact.verified)
     ((_, again),) = elastic_export.verify(bundle)
     assert all(row.passed and "parts" not in row.where for row in again.verified)
+
+
+def test_without_a_runtime_an_artifact_says_so_in_place_of_rows(digits: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("onnxruntime", "openvino") else find(name, *rest))
+    ((_, artifact),) = elastic_export.verify(digits)
+    assert artifact.verified == ()
+    assert "ONNX Runtime is not installed: pip install 'elastic-export[ort]'" in str(artifact.unverified)
+    with pytest.raises(MissingError, match="--precision int8 runs the graph before its weights are rounded, and ONNX Runtime is not"):
+        elastic_export.export("elit-mnist", output=tmp_path / "b", precision="int8")
 
 
 @pytest.mark.parametrize("name", ["elit-mnist", "elt-mnist"])

@@ -17,7 +17,7 @@ import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import elastic_export  # noqa: E402
-from elastic_runtime import Budget, Bundle, Span, UsageError  # noqa: E402
+from elastic_runtime import Budget, Bundle, ModelError, Span, UsageError  # noqa: E402
 from elastic_runtime.contract.artifacts import Graph, OnnxArtifact, TensorSpec  # noqa: E402
 from elastic_runtime.contract.precision import PRECISIONS  # noqa: E402
 from elastic_runtime.contract.reference import unpack  # noqa: E402
@@ -204,6 +204,13 @@ def test_the_largest_of_every_pass_and_feed_is_taken_and_is_the_same_again(monke
     assert told == [("calibrating", done, len(seen)) for done in range(1, len(seen) + 1)]
     assert calibrate.largest(graph, model, ["sample", "twice"]) == found
     assert [value.name for value in model.graph.outputs] == ["prediction"], "what was asked about is as it was"
+
+
+def test_a_value_that_is_not_finite_is_refused_and_not_left_out() -> None:
+    graph, model = looped()
+    model.graph.initializers["a"].const_value = ir.tensor(np.full((32, 32), np.nan, np.float32))
+    with pytest.raises(ModelError, match="product of the denoiser is not finite in the floats that it is held in"):
+        calibrate.largest(graph, model, ["sample", "product"])
 
 
 def test_times_go_all_along_the_schedule_and_samples_from_noise_to_levels() -> None:

@@ -19,12 +19,13 @@ import folders  # noqa: E402
 import onnxruntime  # noqa: E402
 
 import elastic_export  # noqa: E402
+from elastic_export import verifying  # noqa: E402
 from elastic_export.capture.folders import capture_folder  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
 from elastic_export.foreign.checkpoint import read_checkpoint  # noqa: E402
 from elastic_runtime import Bundle, Span, open_session  # noqa: E402
 from elastic_targets.capture import GraphCapture  # noqa: E402
-from elastic_targets.onnx import OnnxOptions, stream  # noqa: E402
+from elastic_targets.onnx import OnnxOptions, evaluate, stream  # noqa: E402
 from elastic_targets.onnx.lower import lower  # noqa: E402
 from elastic_targets.weights import Streamed, filled, weights  # noqa: E402
 
@@ -150,3 +151,17 @@ def test_a_bundle_of_streamed_weights_opens_as_any_other(tmp_path: Path, monkeyp
     elastic_export.export("elit-mnist", output=tmp_path / "b", batch="1-2", latents="16-32")
     with open_session(Bundle.open(tmp_path / "b", hashes=True)) as session:
         assert session.batch == Span(1, 2)
+
+
+@pytest.mark.parametrize(("opset", "options"), [(23, {"precision": "int4w", "rounding": "gptq"}), (20, {})], ids=["gptq", "fp32"])
+def test_weights_within_a_loop_stay_on_disk_too(
+    opset: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an ELT of real size, whose loop is one node of more weights than protobuf takes."""
+    monkeypatch.setattr(stream, "SMALL", 0)
+    monkeypatch.setattr(evaluate, "MOST", 1000)
+    monkeypatch.setattr(verifying, "LARGE", 1000)
+    bundle = elastic_export.export("elt-mnist", output=tmp_path / "b", batch="1-2", opset=opset, **options)
+    (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
+    assert all(row.passed and row.where.endswith("in 1 parts") for row in artifact.verified)
+    assert len(artifact.verified) == 4
