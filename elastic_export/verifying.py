@@ -15,6 +15,7 @@ from elastic_runtime.contract import reference
 from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.precision import CONVOLVED
 from elastic_runtime.contract.reference import unpack
 from elastic_runtime.errors import BundleError, ModelError, VerificationError
 from elastic_runtime.sessions.checking import check
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.ndarray], float | None]:
     """The original's outputs at each budget, batch as in tracing, as arrays for the bundle's reference file; and its own rounding: the
-    largest error of these outputs against float64, in units of max(1, |output|), None where that was not measured (of a billion weights
-    and more at the first budget alone).
+    largest error of a sample's outputs against float64, in units of max(1, |output|), None where that was not measured (of a billion
+    weights and more at the first budget alone).
 
     The feeds are those of the largest shapes, of which each budget takes its first rows.
 
@@ -48,26 +49,44 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
         for budget in budgets:
             arrays = graph.feeds(budget, size)
             try:
-                result = graph.module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+                results = _answers(graph, arrays, size)
             except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as failure:  # torch's, of shapes that do not meet
                 why = " ".join(str(failure).split())[:300]
                 raise ModelError(
                     f"the original {graph.name} cannot be run at {key(budget)}: {why}. Do the sizes in its config go together?"
                 ) from None
-            results = result if isinstance(result, tuple) else (result,)
-            outputs[budget] = {spec.name: value.numpy() for spec, value in zip(graph.outputs, results, strict=True)}
+            outputs[budget] = {spec.name: value for spec, value in zip(graph.outputs, results, strict=True)}
             if odd := [name for name, value in outputs[budget].items() if not np.isfinite(value).all()]:
                 raise ModelError(
                     f"the original's {odd[0]} of {graph.name} at {key(budget)} has values that are not finite, so nothing can be held "
                     "against it: are the weights whole, and within float32?"
                 )
             if exact and (budget == budgets[0] or not large):  # float64 takes twice as long, which is hours of a large model
-                rounding.append(error(tuple(outputs[budget].values()), exact(arrays)))
+                first = tuple(value[: graph.batch.min] for value in results)  # as many samples as a run needs tell it, and take less
+                rounding.append(error(first, exact(_rows(graph, arrays, slice(0, graph.batch.min)))))
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
     packed = reference.pack(graph.name, {name: array for name, array in shared.items() if name not in carriers}, outputs)
     return packed, max(rounding, default=None)
+
+
+def _answers(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], size: int) -> tuple[np.ndarray, ...]:
+    """What the original gives for `size` samples: pictures one after the other, whose activations are its memory."""
+    import torch
+
+    step = graph.batch.min if graph.name in CONVOLVED else size
+    runs = []
+    for first in range(0, size, step):
+        rows = _rows(graph, arrays, slice(first, first + step))
+        result = graph.module(**{name: torch.from_numpy(array) for name, array in rows.items()})
+        runs.append([value.numpy() for value in (result if isinstance(result, tuple) else (result,))])
+    return tuple(np.concatenate(values) for values in zip(*runs, strict=True)) if len(runs) > 1 else tuple(runs[0])
+
+
+def _rows(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    batched = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
+    return {name: array[rows] if name in batched else array for name, array in arrays.items()}
 
 
 def verify(bundle: Bundle, tolerance: float | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Artifact]]:

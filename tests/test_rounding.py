@@ -18,6 +18,7 @@ from onnx import numpy_helper  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import elastic_export  # noqa: E402
+import elastic_export.rounding  # noqa: E402
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.folders import capture_folder  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
@@ -61,6 +62,27 @@ def test_the_rounding_of_every_component_is_that_of_float32(make: Callable[[], A
     folders.write(tmp_path / "f", make(), text=True)
     for graph in capture_folder(tmp_path / "f", None, Span(16, 32), ONE, digest=False).graphs:
         assert 1e-9 < rounding(graph) < 1e-5, graph.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "shape"),
+    [
+        ("Conv2d", {"kernel_size": 3, "padding": 1}, (2, 4, 13, 9)),
+        ("Conv2d", {"kernel_size": (3, 5), "stride": 2, "padding": (0, 2), "dilation": (2, 1), "groups": 2, "bias": False}, (1, 4, 16, 11)),
+        ("Conv2d", {"kernel_size": 3, "padding": "same"}, (1, 4, 8, 8)),
+        ("Conv3d", {"kernel_size": 3, "stride": (1, 2, 2), "padding": (0, 1, 1)}, (1, 4, 3, 9, 8)),
+    ],
+)
+def test_convolutions_are_measured_in_strips_of_few_rows(
+    kind: str, words: dict[str, Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module, sample = getattr(torch.nn, kind)(4, 6, **words), np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    wanted = module.double()(torch.from_numpy(sample).double()).detach().numpy()
+    for most in (1, 3000, 10**9):
+        monkeypatch.setattr(elastic_export.rounding, "COLUMNS", most)
+        (found,) = Doubled(module)({"input": sample})
+        np.testing.assert_allclose(found, wanted, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
