@@ -1,5 +1,6 @@
 """One runtime on one bundle, in the process that runs it: opened, checked against the recording, timed."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -83,7 +84,11 @@ class Subject:
         seconds = self._clock() - begun
         session = self._opened.denoiser
         draws = "decoder" not in self._bundle.manifest.graphs or self._opened.decoder is not None
-        return Loaded(session.where, session.processor, seconds, before, session.budgets, draws, self._opened.tolerance)
+        axes, budgets = session.axes(self._bundle.manifest.axes), session.budgets
+        if session.spans:
+            points = itertools.product(*(axis.values for axis in axes))
+            budgets = tuple(Budget(**dict(zip((axis.name for axis in axes), point, strict=True))) for point in points)
+        return Loaded(session.where, session.processor, seconds, before, budgets, draws, self._opened.tolerance)
 
     def step(self, budget: Budget) -> tuple[float, dict[str, np.ndarray]]:
         """One step: seconds of a forward pass of the batch, in as few runs as the session takes, and its outputs."""

@@ -21,7 +21,7 @@ class Shared(Session):
     """A session whose runs from within a `Drawing` are left to whoever drives it; from elsewhere they are as ever."""
 
     def __init__(self, session: Session):
-        super().__init__(session.graph, session.batch, session.budgets)
+        super().__init__(session.graph, session.batch, session.budgets, session.spans)
         self.session, self.where, self.processor, self.origin = session, session.where, session.processor, session.origin
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:

@@ -267,7 +267,7 @@ def chosen(able: Sequence[Origin], precisions: Collection[str] | None) -> list[O
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:
-    whole = Budget(**{axis.name: axis.max for axis in manifest.axes})
+    whole = Budget(**{axis.name: axis.max for axis in session.axes(manifest.axes)})
     if session.budgets is None or whole in session.budgets:
         return whole
     return max(session.budgets, key=lambda budget: sum(budget.values()))

@@ -76,7 +76,11 @@ class Gauge:
 
         def offered() -> tuple[Budget, ...]:
             work = Costs(self.manifest, self.prior.rates).work
-            return tuple(sorted(calibration.offered(self.manifest.axes, self.session.budgets), key=lambda budget: work(budget).flops))
+            return tuple(
+                sorted(
+                    calibration.offered(self.session.axes(self.manifest.axes), self.session.budgets), key=lambda budget: work(budget).flops
+                )
+            )
 
         return self._once("budgets", offered)
 

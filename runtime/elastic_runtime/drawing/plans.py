@@ -342,6 +342,11 @@ class PlanDrawing(Drawing):
                     f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
                     f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
                 )
+        if (span := session.spans.get("S")) and (missing := [tokens for tokens in self._tokens(plan) if tokens not in span]):
+            return BudgetError(
+                f"{session.where} takes {span} image tokens, and a stage of the plan needs {missing[0]}: take another plan or size, or "
+                "build a wider engine"
+            )
         guided = {self.guidance.active(sigma) for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:
             for alone in {False, True} if plan.mixed else {False}:  # in the mixed stage each picture runs alone

@@ -56,7 +56,7 @@ class ApartSession(Session):
     def __init__(
         self, graph: Graph, apart: Apart, rest: Session, open_conditions: Callable[[], Session], conditions: Session | None = None
     ):
-        super().__init__(graph, rest.batch, rest.budgets)
+        super().__init__(graph, rest.batch, rest.budgets, rest.spans)
         self._apart, self._rest, self._open = apart, rest, open_conditions
         self.where, self.processor = rest.where, rest.processor
         self._conditions, self._stays = conditions, conditions is not None

@@ -26,7 +26,7 @@ def recordings(
     if missing := [budget for budget in session.budgets or () if budget not in outputs and dict(budget) not in left]:
         raise BundleError(f"the reference of {bundle.folder} has no outputs of {graph!r} at {missing[0]}: export the bundle again")
     for budget, recorded in outputs.items():
-        if session.budgets is None or budget in session.budgets:
+        if session.offers(budget, bundle.manifest.axes):
             axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
             yield budget, cut(session.graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget), recorded
 
@@ -34,14 +34,18 @@ def recordings(
 def check(
     bundle: Bundle, graph: str, session: Session, tolerance: float, arrays: Mapping[str, np.ndarray] | None = None
 ) -> Iterator[Verification]:
-    """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts.
+    """Run `session` at every recorded budget that it offers and yield how each compares; the worst output counts. A session that takes more
+    samples than were recorded is given them over again.
 
     Raises: as `recordings`.
     """
     batched = session.graph.batched
     for budget, inputs, recorded in recordings(bundle, graph, session, arrays):
-        runs = [session.run(inputs | {name: inputs[name][rows] for name in batched}) for rows in batches(session, len(inputs[batched[0]]))]
-        got = {name: np.concatenate([run[name] for run in runs]) for name in recorded}
+        count = len(inputs[batched[0]])
+        size = max(count, session.batch.min)
+        feeds = inputs | {name: np.resize(inputs[name], (size, *inputs[name].shape[1:])) for name in batched if size > count}
+        runs = [session.run(feeds | {name: feeds[name][rows] for name in batched}) for rows in batches(session, size)]
+        got = {name: np.concatenate([run[name] for run in runs])[:count] for name in recorded}
         for name, array in recorded.items():
             if got[name].shape != array.shape:
                 raise BundleError(

@@ -2,15 +2,15 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from elastic_runtime.contract.artifacts import Artifact, Graph
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.precision import PRECISIONS, rank
 from elastic_runtime.device import Processor
@@ -52,18 +52,40 @@ class Session(ABC):
 
     A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that
     is. An artifact may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was
-    compiled for (None: every budget of the axes). `origin` is None for a session that no artifact was opened for.
+    compiled for (None: every budget of the axes), `spans` those of open dimensions of which it takes fewer sizes.
+    `origin` is None for a session that no artifact was opened for.
     """
 
     where: str
     processor: Processor = "cpu"
     origin: Origin | None = None
 
-    def __init__(self, graph: Graph, batch: Span | None = None, budgets: tuple[Budget, ...] | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        batch: Span | None = None,
+        budgets: tuple[Budget, ...] | None = None,
+        spans: Mapping[str, Span] = MappingProxyType({}),
+    ):
         self.graph = graph
         self.interface = Interface(graph)
         self.batch = batch or graph.batch
         self.budgets = budgets
+        self.spans = spans
+
+    def axes(self, axes: Iterable[Axis]) -> tuple[Axis, ...]:
+        """A bundle's axes, narrowed to the sizes that it takes."""
+        return tuple(
+            axis.narrow(Span(span.min * axis.unit, span.max * axis.unit)) if (span := self.spans.get(axis.dimension or "")) else axis
+            for axis in axes
+        )
+
+    def offers(self, budget: Budget, axes: Iterable[Axis]) -> bool:
+        """Whether it takes a budget, which names values of axes and sizes of open dimensions."""
+        if self.budgets is not None:
+            return budget in self.budgets
+        lengths = {axis.dimension: axis.length(budget[axis.name]) for axis in axes if axis.name in budget}
+        return all({**budget, **lengths}.get(name, span.min) in span for name, span in self.spans.items())
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Run the graph on named arrays and return its outputs by name.

@@ -10,13 +10,14 @@ import contextlib
 import importlib
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact
+from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact, dimension, factor
+from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import PACKAGES, Processor
 from elastic_runtime.errors import BundleError, InferenceError, MissingError
@@ -108,7 +109,9 @@ class TrtSession(Session):
     def __init__(
         self, bundle: Bundle, graph: Graph, artifact: TrtArtifact, cuda_graphs: bool = True, weight_streaming_bytes: int | None = None
     ):
-        super().__init__(graph)
+        spans = {name: Span(*_ends(artifact.profiles, name)) for name in graph.dimensions}
+        batch = spans.pop("B", None)
+        super().__init__(graph, batch, spans={name: span for name, span in spans.items() if span != graph.dimensions[name]})
         if weight_streaming_bytes is not None and not artifact.weight_streaming:
             raise MissingError(f"{artifact.path} does not stream weights; build it with: elastic-export trt BUNDLE --weight-streaming")
         self._profiles = artifact.profiles
@@ -198,10 +201,10 @@ class TrtSession(Session):
     def _profile(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Index of the smallest profile that contains the arrays' shapes."""
         sizes = {
-            letter: size
+            dimension(size): length // factor(size)
             for spec in self.graph.inputs
-            for letter, size in zip(spec.shape, arrays[spec.name].shape, strict=True)
-            if isinstance(letter, str)
+            for size, length in zip(spec.shape, arrays[spec.name].shape, strict=True)
+            if isinstance(size, str)
         }
         fitting = [i for i, profile in enumerate(self._profiles) if profile.contains(sizes)]
         if not fitting:
@@ -322,6 +325,12 @@ def make_logger(library: Any) -> Any:
             _log.log(logging.INFO if severity <= library.Logger.WARNING else logging.DEBUG, "%s", message)
 
     return Logger()
+
+
+def _ends(profiles: Sequence[Profile], name: str) -> tuple[int, int]:
+    """The least and the largest size of an open dimension in any profile, which have none between them that is in no profile."""
+    ranges = [profile.dimensions[name] for profile in profiles]
+    return min(each.min for each in ranges), max(each.max for each in ranges)
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

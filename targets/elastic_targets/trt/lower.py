@@ -153,7 +153,10 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
         version_compatible=options.version_compatible,
     )
     engines = builder.engines(options.sms, settings.precision)
-    return Plan(builder, graph, sources, profiles(graph.described, axes, options.batch, buckets), engines, settings)
+    batch, offered = options.batch, graph.described.batch
+    if batch and graph.name != DENOISER:  # guidance is none of theirs: a picture is decoded, and a prompt read, by itself
+        batch = Span(offered.min, max(offered.min, min(batch.max, offered.max)))
+    return Plan(builder, graph, sources, profiles(graph.described, axes, batch, buckets), engines, settings)
 
 
 def estimate(plan: Plan) -> tuple[Network, float]:

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
 
-from elastic_runtime import InferenceError, MissingError, open_session
-from elastic_runtime.contract.artifacts import Apart, FileEntry, Network, Profile, Range, TensorSpec, TrtArtifact
+from elastic_runtime import Budget, InferenceError, MissingError, Span, open_session
+from elastic_runtime.choosing.calibration import offered
+from elastic_runtime.contract.artifacts import Apart, FileEntry, Graph, Network, Profile, Range, TensorSpec, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
+from elastic_runtime.contract.reference import pack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.apart import ROWS
+from elastic_runtime.sessions.checking import check
+from elastic_runtime.sessions.trt import TrtSession
 
 VERSION = "1.7.1.116"
 BUCKETS = ((1, 4), (5, 8), (9, 16))
@@ -69,6 +73,39 @@ def test_one_context_a_profile_shares_scratch_and_buffers_and_is_made_when_neede
     assert len(set(scratch)) == 1  # the same memory for all three
     assert len(gpu.named("malloc")) == 1 + 5  # scratch, then one buffer a tensor at the largest profile
     assert ("malloc", gpu.named("malloc")[1][1], 4 * 4 * 8 * 8 * 4) in gpu.calls  # sample: 4 pictures of 4x8x8 float32
+
+
+def test_a_narrow_engine_offers_what_its_profiles_take_and_is_proven_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph takes latents 4-64 in batches of 1-4; two samples were recorded."""
+    fake_gpu.install(monkeypatch)
+    narrow = tuple(Profile(dimensions={"B": Range(3, 3, 4), "J": Range(low, high, high)}) for low, high in BUCKETS[1:])
+    bundle = trt_bundle(tmp_path, profiles=narrow)
+    asked = [Budget(latents=latents) for latents in (16, 32, 64)]
+    sample = {name: array for name, array in feeds(16).items() if name != "latent_ids"}
+    arrays = pack("denoiser", sample, {budget: {"prediction": sample["sample"] + budget["latents"] // 4} for budget in asked})
+    with open_session(bundle) as session:
+        assert session.batch == Span(3, 4)
+        assert session.spans == {"J": Span(5, 16)}
+        assert [(axis.min, axis.max) for axis in session.axes(bundle.manifest.axes)] == [(20, 64)]
+        assert [session.offers(budget, bundle.manifest.axes) for budget in asked] == [False, True, True]
+        assert {budget["latents"] for budget in offered(session.axes(bundle.manifest.axes), session.budgets)} >= {20, 64}
+        rows = list(check(bundle, "denoiser", session, 1e9, arrays))
+    assert [row.budget for row in rows] == [{"latents": 32}, {"latents": 64}]
+
+
+def test_a_size_that_is_a_multiple_of_an_open_one_finds_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VAE's encoder takes pictures of 8h x 8w."""
+    fake_gpu.install(monkeypatch)
+    spec = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
+    session = TrtSession.__new__(TrtSession)
+    session.graph = Graph(inputs=(spec,), outputs=(), dimensions={name: Span(1, 64) for name in "Bhw"}, artifacts=())
+    session._profiles = tuple(
+        Profile(dimensions={"B": Range(1, 1, 2)} | {name: Range(*ends) for name in "hw"}) for ends in ((8, 8, 16), (17, 32, 32))
+    )
+    for side, index in ((64, 0), (128, 0), (136, 1), (256, 1)):
+        assert session._profile({"image": np.zeros((1, 3, side, side), np.float32)}) == index
+    with pytest.raises(InferenceError, match=r"no profile of this engine takes B=1, h=33, w=8; there are B 1-2, h 8-16, w 8-16; B 1-2"):
+        session._profile({"image": np.zeros((1, 3, 264, 64), np.float32)})
 
 
 def test_a_budget_between_buckets_runs_at_its_own_size_in_the_next_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
