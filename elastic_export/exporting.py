@@ -16,7 +16,7 @@ import numpy as np
 
 import elastic_targets
 from elastic_export.verifying import record, require, verify_artifact, verify_unrounded
-from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.artifacts import Artifact, TrtArtifact
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle, entry
@@ -254,11 +254,19 @@ def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overw
     """The graphs that are still to be lowered: those whose every artifact the bundle has already stay, as a decoder does beside another
     precision of its denoiser.
 
-    Raises: BundleError where nothing is left to do, or some artifacts of a graph are there and others are not.
+    Raises: BundleError where nothing is left to do, or some artifacts of a graph are there and others are not; and for a file to replace
+        that an engine takes its weights from.
     """
-    if overwrite:
-        return list(graphs)
     standing = {graph.name: {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts} for graph in graphs}
+    if overwrite:
+        replaced = {standing[graph.name].get(path) for graph in graphs for path in room.paths(graph, options)}
+        for engine in (each for graph in old.manifest.graphs.values() for each in graph.artifacts if isinstance(each, TrtArtifact)):
+            if engine.stripped and engine.source in replaced:
+                raise BundleError(
+                    f"{old.folder / engine.path} was built with --strip and takes its weights from {engine.source}, which this would "
+                    "replace: choose another -o/--output"
+                )
+        return list(graphs)
     missing = [graph for graph in graphs if set(room.paths(graph, options)) - set(standing[graph.name])]
     for graph in missing or graphs:
         if path := next((standing[graph.name][path] for path in room.paths(graph, options) if path in standing[graph.name]), None):

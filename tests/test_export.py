@@ -18,12 +18,16 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
 
+from fakes import write_manifest  # noqa: E402
+
 import elastic_export  # noqa: E402
 import elastic_targets  # noqa: E402
 from elastic_export.capture.capture import Capture, all_budgets, capture, probe_budgets  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
 from elastic_export.exporting import _room_on_disk, export_capture  # noqa: E402
 from elastic_runtime import Axis, Budget, BudgetError, Bundle, BundleError, ModelError, Span, UsageError  # noqa: E402
+from elastic_runtime.contract.artifacts import Network, TrtArtifact  # noqa: E402
+from elastic_runtime.contract.bundle import entry  # noqa: E402
 from elastic_runtime.files.folder import writing  # noqa: E402
 from elastic_targets.target import Estimate  # noqa: E402
 
@@ -120,6 +124,23 @@ def test_extending_and_replacing_keep_what_is_the_users_and_one_artifact_a_slot(
     assert every == {"elastic.json", "reference.npz", *paths, *mine}
     assert {name: (bundle_copy / name).read_bytes() for name in mine} == mine
     Bundle.open(bundle_copy, hashes=True)
+
+
+def test_a_file_that_an_engine_takes_its_weights_from_is_not_replaced(golden: Path, bundle_copy: Path) -> None:
+    bundle, engine = Bundle.open(bundle_copy), bundle_copy / "trt" / "one.engine"
+    (onnx,) = bundle.manifest.graphs["denoiser"].artifacts
+    engine.parent.mkdir()
+    engine.write_bytes(b"an engine")
+    stripped = TrtArtifact(
+        precision="fp32", files=(entry(bundle_copy, engine),), toolchain={}, builder="tensorrt_rtx", builder_version="1", sms=(89,),
+        source=onnx.path, source_sha256=onnx.files[0].sha256, profiles=(), network=Network(layers=1, attentions=0, loops=0), stripped=True,
+    )  # fmt: skip
+    write_manifest(bundle_copy, bundle.manifest.joined("denoiser", (stripped,)))
+    before = (bundle_copy / "elastic.json").read_bytes()
+    made = capture(load(Request("elit-sit", golden / "elit-c.pt", golden / "elit-c.json")), {}, Span(1, 4))
+    with pytest.raises(BundleError, match=r"one\.engine was built with --strip and takes its weights from onnx/denoiser\.onnx, which this"):
+        export_capture(made, "onnx", options(), bundle_copy, "again", overwrite=True)
+    assert (bundle_copy / "elastic.json").read_bytes() == before
 
 
 def test_an_artifact_that_gives_no_numbers_is_never_delivered(captured: Capture, tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def trt(
     conditions_apart: Annotated[
         bool, typer.Option("--conditions-apart", help="Two engines: what time, class and pooled text ask for alone is run once a picture.")
     ] = False,
-    opset: Annotated[int, typer.Option(help="Of the ONNX file made from MODEL; TensorRT before 10.14 needs 20.")] = 23,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="Of the ONNX file made from MODEL; TensorRT before 10.14 needs 20 [dim](default: 23)[/dim].", show_default=False),
+    ] = None,
 ) -> None:
     """Build TensorRT engines with one profile a bucket, from a bundle's ONNX artifact, for GPUs that need not be here.
 
@@ -78,8 +81,9 @@ def trt(
     bundle = api.opened(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache
+    api.check_opset(bundle, opset)
     if bundle is None:
-        onnx = {"opset": opset, "precision": precision or "fp32", "conditions_apart": conditions_apart}
+        onnx = {"opset": opset or 23, "precision": precision or "fp32", "conditions_apart": conditions_apart}
         folder = output or Path(Path(source.model).name)
         bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
     if bundle and how.dry_run:

@@ -162,6 +162,12 @@ class TrtSession(Session):
                 f"{artifact.builder} cannot open {path}: {self._said()}. Build it again with: elastic-export trt {bundle.folder}"
             )
         if artifact.stripped:
+            onnx = next((file for file in bundle.manifest.files() if file.path == artifact.source), None)
+            if onnx is None or onnx.sha256 != artifact.source_sha256:
+                raise BundleError(
+                    f"{path} takes its weights from {artifact.source}, which is not the file that it was built from: build it again with "
+                    f"elastic-export trt {bundle.folder} --strip"
+                )
             refitter = self._library.Refitter(engine, self._logger)
             parser = self._library.OnnxParserRefitter(refitter, self._logger)
             if not parser.refit_from_file(str(bundle.file(artifact.source))) or not refitter.refit_cuda_engine():

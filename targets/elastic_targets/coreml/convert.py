@@ -17,7 +17,7 @@ from elastic_runtime.sessions.coreml import taken
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml.apart import Halves, split
 from elastic_targets.coreml.mends import mended, rewrite
-from elastic_targets.coreml.options import TARGETS, CoremlOptions, paths
+from elastic_targets.coreml.options import TARGETS, CoremlOptions, enumerated, paths
 from elastic_targets.coreml.precision import precision
 
 _TYPES = {"float32": np.float32, "int64": np.int32}
@@ -100,7 +100,9 @@ class Conversion:
         shape: Any = feeds[spec.name].shape or (1,)  # there are no scalars in Core ML
         if any(_open(size, self.spans) for size in spec.shape):
             if self.options.shapes == "enumerated":
-                every = dict.fromkeys(each[spec.name].shape for each in self.points.values())
+                every = [each[spec.name].shape for each in self.points.values()]
+                if len(enumerated(self.graph, self.options)) == 1:  # else each input has an entry for each point
+                    every = list(dict.fromkeys(every))
                 shape = ct.EnumeratedShapes(shapes=[list(each) for each in every], default=list(max(every)))
             else:
                 sizes = zip(spec.shape, shape, strict=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import coremltools as ct
 import numpy as np
 
+from elastic_runtime.contract.artifacts import dimension
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import UsageError
@@ -129,6 +130,8 @@ def requires(graph: GraphCapture, options: CoremlOptions) -> None:
         )
     if options.shapes == "functions" and len(points) > 1:
         _require(options.target, "iOS18", f"a package of {len(points)} functions")
+    if options.shapes == "enumerated" and len(listed := enumerated(graph, options)) > 1:
+        _require(options.target, "iOS18", f"lists of sizes of more than one input ({', '.join(listed)})")
     if in_two(graph, options):
         _require(options.target, "iOS18", "--conditions-apart, a package of two functions or more")
     if options.compression:
@@ -148,6 +151,12 @@ def opened(graph: GraphCapture, options: CoremlOptions) -> dict[str, Span]:
     points = budgets(graph, options)
     same = {name for name in graph.open_dimensions if len({point.get(name) for point in points}) == 1}
     return {name: span for name, span in spans.items() if name not in same}
+
+
+def enumerated(graph: GraphCapture, options: CoremlOptions) -> list[str]:
+    """Inputs whose sizes are listed where one function lists them."""
+    spans = opened(graph, options)
+    return [spec.name for spec in graph.inputs if any(isinstance(size, str) and dimension(size) in spans for size in spec.shape)]
 
 
 def _point(budget: Budget | int, axes: tuple[Axis, ...]) -> Budget:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from fakes import manifest, session
 
-from elastic_runtime import Budget, BundleError, Span
-from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry
+from elastic_runtime import Budget, BundleError, InferenceError, Span
+from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, Graph, Profile, Range, TensorSpec
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.sessions.checking import check
+from elastic_runtime.sessions.trt import TrtSession
 
 
 def recorded(*budgets: Budget) -> tuple[Any, dict[str, np.ndarray]]:
@@ -48,3 +49,17 @@ def test_fewer_bits_have_a_wider_bound(compression: Any, bound: float) -> None:
         reductions="fp32", compression=compression,
     )  # fmt: skip
     assert artifact.tolerance == bound
+
+
+def test_a_size_that_is_a_multiple_of_an_open_one_finds_its_profile() -> None:
+    """A VAE's encoder takes pictures of 8h x 8w."""
+    spec = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
+    session = TrtSession.__new__(TrtSession)
+    session.graph = Graph(inputs=(spec,), outputs=(), dimensions={name: Span(1, 64) for name in "Bhw"}, artifacts=())
+    session._profiles = tuple(
+        Profile(dimensions={"B": Range(1, 1, 2)} | {name: Range(*ends) for name in "hw"}) for ends in ((8, 8, 16), (17, 32, 32))
+    )
+    for side, index in ((64, 0), (128, 0), (136, 1), (256, 1)):
+        assert session._profile({"image": np.zeros((1, 3, side, side), np.float32)}) == index
+    with pytest.raises(InferenceError, match=r"no profile of this engine takes B=1, h=33, w=8; there are B 1-2, h 8-16, w 8-16; B 1-2"):
+        session._profile({"image": np.zeros((1, 3, 264, 64), np.float32)})

@@ -16,13 +16,12 @@ from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_
 
 from elastic_runtime import Budget, InferenceError, MissingError, Span, open_session
 from elastic_runtime.choosing.calibration import offered
-from elastic_runtime.contract.artifacts import Apart, FileEntry, Graph, Network, Profile, Range, TensorSpec, TrtArtifact
+from elastic_runtime.contract.artifacts import Apart, FileEntry, Network, Profile, Range, TensorSpec, TrtArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.apart import ROWS
 from elastic_runtime.sessions.checking import check
-from elastic_runtime.sessions.trt import TrtSession
 
 VERSION = "1.7.1.116"
 BUCKETS = ((1, 4), (5, 8), (9, 16))
@@ -91,21 +90,6 @@ def test_a_narrow_engine_offers_what_its_profiles_take_and_is_proven_there(tmp_p
         assert {budget["latents"] for budget in offered(session.axes(bundle.manifest.axes), session.budgets)} >= {20, 64}
         rows = list(check(bundle, "denoiser", session, 1e9, arrays))
     assert [row.budget for row in rows] == [{"latents": 32}, {"latents": 64}]
-
-
-def test_a_size_that_is_a_multiple_of_an_open_one_finds_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A VAE's encoder takes pictures of 8h x 8w."""
-    fake_gpu.install(monkeypatch)
-    spec = TensorSpec(name="image", dtype="float32", shape=("B", 3, "8*h", "8*w"))
-    session = TrtSession.__new__(TrtSession)
-    session.graph = Graph(inputs=(spec,), outputs=(), dimensions={name: Span(1, 64) for name in "Bhw"}, artifacts=())
-    session._profiles = tuple(
-        Profile(dimensions={"B": Range(1, 1, 2)} | {name: Range(*ends) for name in "hw"}) for ends in ((8, 8, 16), (17, 32, 32))
-    )
-    for side, index in ((64, 0), (128, 0), (136, 1), (256, 1)):
-        assert session._profile({"image": np.zeros((1, 3, side, side), np.float32)}) == index
-    with pytest.raises(InferenceError, match=r"no profile of this engine takes B=1, h=33, w=8; there are B 1-2, h 8-16, w 8-16; B 1-2"):
-        session._profile({"image": np.zeros((1, 3, 264, 64), np.float32)})
 
 
 def test_a_budget_between_buckets_runs_at_its_own_size_in_the_next_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +226,11 @@ def test_a_stripped_engine_takes_its_weights_from_the_onnx_file(tmp_path: Path, 
     gpu = fake_gpu.install(monkeypatch)
     open_session(trt_bundle(tmp_path, refit=True, stripped=True)).close()
     assert gpu.named("refit_from_file", "refit_engine") == [("refit_from_file", "denoiser.onnx"), ("refit_engine",)]
+    other = trt_bundle(tmp_path / "other", refit=True, stripped=True, source_sha256="0" * 64)
+    with pytest.raises(
+        BundleError, match=r"0.engine takes its weights from onnx/denoiser.onnx, which is not the file that it was built from"
+    ):
+        open_session(other)
 
 
 def test_an_engine_in_two_runs_that_of_its_conditions_once_for_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

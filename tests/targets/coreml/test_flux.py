@@ -14,7 +14,7 @@ import folders
 
 from elastic_export.capture.folders import capture_folder
 from elastic_export.sides import Sides
-from elastic_runtime import Budget, BudgetError, InferenceError, Span
+from elastic_runtime import Budget, BudgetError, InferenceError, Span, UsageError
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_targets.capture import GraphCapture
 from elastic_targets.coreml import CoremlOptions
@@ -40,6 +40,16 @@ def test_a_flux_denoiser_has_a_function_for_each_stage(graphs: Callable[..., Any
     assert [call.function for call in artifact.calls] == ["T_5_tokens_16", "T_5_tokens_28"]
     assert session.budgets == (Budget(tokens=16, T=5), Budget(tokens=28, T=5))
     assert max(error(graph, session, point) for point in session.budgets) < PRECISIONS["fp32"].tolerance
+
+
+def test_lists_of_sizes_of_several_inputs_are_of_one_length(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
+    """Two budgets are of one picture and two lengths of text, so that each input has a size twice."""
+    graph = graphs(folders.flux())[0]
+    points = tuple(Budget(tokens=tokens, T=text) for tokens, text in ((16, 5), (28, 5), (28, 8)))
+    with pytest.raises(UsageError, match=r"macOS14 is too old for lists of sizes of more than one input \(hidden_states, .*needs iOS18"):
+        requires(graph, CoremlOptions(shapes="enumerated", budgets=points, target="macOS14"))
+    _, session = lowered(graph, precision="fp32", shapes="enumerated", budgets=points)
+    assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
 def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:

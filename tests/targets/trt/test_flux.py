@@ -17,6 +17,7 @@ from elastic_export.sides import Sides
 from elastic_runtime import Span
 from elastic_runtime.contract.artifacts import Range, TrtArtifact
 from elastic_targets import target
+from elastic_targets.capture import BundleGraph
 
 
 def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
@@ -32,6 +33,9 @@ def test_a_flux_folder_builds(room: ModuleType, tmp_path: Path) -> None:
     (decoding,) = engines["decoder"].profiles
     assert decoding.dimensions["h"] == Range(4, 16, 16)
     assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
+    guided = room.TrtOptions(sms=(89,), batch=Span(2, 2))
+    batches = {name: room.plan(BundleGraph(bundle, name), guided).profiles[0].dimensions["B"] for name in engines}
+    assert batches == {"denoiser": Range(2, 2, 2), "decoder": Range(1, 2, 2)}, "a picture is decoded by itself"
 
 
 def test_a_qwen_image_denoiser_builds(room: ModuleType, tmp_path: Path) -> None:
