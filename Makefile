@@ -54,9 +54,9 @@ lint: .venv/.dev
 check: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30 --durations-min 10
 
-# The wheel by itself, away from the sources: torch-free tests and --help in an empty environment of each Python that is here. Devices
-# have other ones than the exporter asks for: a Jetson's JetPack 6 has 3.10.
-INTERPRETERS ?= 3.10 3.11 3.12 3.13
+# The wheel by itself, away from the sources: torch-free tests and --help in an empty environment of the oldest and the newest Python that
+# it is for (INTERPRETERS="3.10 3.11 3.12 3.13": of each that is here). Devices have others than the exporter asks for: JetPack 6 has 3.10.
+INTERPRETERS ?= 3.10 3.13
 wheel: export PYENV_VERSION = $(shell pyenv versions --bare 2>/dev/null | paste -sd:)
 wheel: .venv/.dev
 	rm -rf build/wheel && mkdir -p build/wheel
