@@ -87,11 +87,11 @@ def request(
         raise typer.BadParameter(f"--steps is for --plan {', '.join(STEPPED)}; plan {sampling.plan or '4x'} has steps of its own")
     labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
-    if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
-        chooser = None  # the plan is said
-    outline = options.outline(sampling.plan) if sampling.plan else None
     pictures = [picture(path, "--image", "RGB") for path in subject.image or ()]
     edited = bool(pictures) and edits(model, subject.strength, subject.mask)
+    if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None or (pictures and not edited)):
+        chooser = None  # the plan is said, or the one of what is drawn over
+    outline = options.outline(sampling.plan) if sampling.plan else None
     asked = Request(
         class_labels=labels,
         prompt=tuple(subject.prompt) if subject.prompt else None,
