@@ -83,15 +83,13 @@ def request(
     given = typed(subject, sampling, guided, budgets=budgets, weak=weak)
     if wrong := [flag for flag in given if fields_of.get(flag) in unfitting]:
         raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
-    if model.patches and sampling.steps is not None and sampling.plan not in (*STEPPED, *([None] if subject.image else [])):
-        raise typer.BadParameter(f"--steps is for --plan {', '.join(STEPPED)}; plan {sampling.plan or '4x'} has steps of its own")
     labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
-    if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None):
-        chooser = None  # the plan is said
-    outline = options.outline(sampling.plan) if sampling.plan else None
     pictures = [picture(path, "--image", "RGB") for path in subject.image or ()]
     edited = bool(pictures) and edits(model, subject.strength, subject.mask)
+    if model.patches and not typed(goal) and (sampling.plan is not None or sampling.cache is not None or (pictures and not edited)):
+        chooser = None  # the plan is said, or the one of what is drawn over
+    outline = options.outline(sampling.plan) if sampling.plan else None
     asked = Request(
         class_labels=labels,
         prompt=tuple(subject.prompt) if subject.prompt else None,
@@ -115,6 +113,10 @@ def request(
         strength=subject.strength,
         mask_image=None if subject.mask is None else picture(subject.mask, "--mask", "L"),
     )
+    if model.patches and sampling.steps is not None:
+        name = sampling.plan or next(iter(plans_of(bundle, replace(asked, num_inference_steps=None))[1]))
+        if name not in STEPPED:
+            raise typer.BadParameter(f"--steps is for --plan {', '.join(STEPPED)}; plan {name} has steps of its own")
     if outline:
         (steps, *_), (rows, columns) = outline, plans_of(bundle, asked)[0]
         shift = base_shift(sum(steps), rows * columns, model.config.get("scheduler", {}))

@@ -13,12 +13,12 @@ from elastic_runtime.choosing.artifacts import ArtifactOpener
 from elastic_runtime.choosing.estimates import Gauge, Outlook
 from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.choosing.option import Choice
-from elastic_runtime.choosing.policy import Policy
+from elastic_runtime.choosing.policy import Policy, chosen
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, preview, sides, values
+from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, obstacle, pictures, preview, previewed, values
 from elastic_runtime.denoising.sources import Picture, pixels, several
-from elastic_runtime.device import Clock, peak_bytes
+from elastic_runtime.device import Clock, peak_bytes, resident_bytes
 from elastic_runtime.drawing.beside import edits
 from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, Texts, finite
@@ -28,7 +28,7 @@ from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import edge_scores
 from elastic_runtime.ralu.plan import Plan
 from elastic_runtime.request import Progress, Request, Result
-from elastic_runtime.sampling.flow import after
+from elastic_runtime.sampling.flow import after, replaced
 from elastic_runtime.sampling.noise import Generators
 from elastic_runtime.sessions.session import Session
 
@@ -56,6 +56,7 @@ class ElasticPipeline:
         self._sessions: dict[str, Session] = dict(open_graph) if isinstance(open_graph, Mapping) else {}
         self._lock = threading.RLock()
         self._gauge: Gauge | None = None
+        self._before: int | None = None  # peak bytes before the denoiser was opened
 
     @classmethod
     def from_pretrained(
@@ -110,6 +111,7 @@ class ElasticPipeline:
             if graph in self._sessions:
                 return self._sessions[graph]
             if graph in ("denoiser", "decoder"):
+                self._before = peak_bytes() if graph == "denoiser" else self._before
                 self._sessions[graph] = self._open_graph(graph)
                 return self._sessions[graph]
         return self._open_graph(graph)  # which takes long, and whoever draws meanwhile need not wait for it
@@ -126,8 +128,11 @@ class ElasticPipeline:
             session, manifest = self.session("denoiser"), self.bundle.manifest
             if self._gauge is None or self._gauge.session is not session:
                 finish = self._finish if drawable(manifest) else None
-                preview = self._preview if finish and self._previewed() else None
-                self._gauge = Gauge(session, manifest, finish, self._clock, peak_bytes(), preview=preview)
+                preview = self._preview if finish and previewed(manifest) else None
+                opened, before = peak_bytes(), 0
+                if opened is not None and opened == self._before:  # that of something else, such as text encoders
+                    before, opened = opened, resident_bytes() or opened
+                self._gauge = Gauge(session, manifest, finish, self._clock, opened, preview=preview, before=before)
             return self._gauge
 
     def __call__(
@@ -233,11 +238,12 @@ class ElasticPipeline:
         return self.draw(request, generator=generator, callback_on_step_end=callback_on_step_end)
 
     def read(self, request: Request) -> Texts | None:
-        """Read a request's prompts, through text encoders one after the other; None where the model takes none. The denoiser is not opened.
+        """Read a request's prompts, through text encoders one after the other; None where it has none. The denoiser is not opened.
 
         Raises: UsageError and its kinds for wrong arguments; MissingError without tokenizers.
         """
-        return self._drawing(request, None).read(self.session)
+        drawing = self._drawing(request, None)
+        return drawing.read(self.session) if _worded(request) else None
 
     def draw(
         self,
@@ -260,14 +266,15 @@ class ElasticPipeline:
                 break
             records.append(progress.record)
             choices.append(choice)
-            state = replacement = progress.step.sample
+            step, replacement = progress.step, None
             if callback_on_step_end:
-                arrays = {"latents": state, "denoised": progress.step.denoised, "mask": progress.mask}
-                named = {name: array for name, array in arrays.items() if array is not None}
-                answer = callback_on_step_end(self, progress.step.index, progress.step.time, named)
+                arrays = {"latents": step.sample, "denoised": step.denoised, "mask": progress.mask}
+                named, before = {name: array for name, array in arrays.items() if array is not None}, step.sample.copy()
+                answer = callback_on_step_end(self, step.index, step.time, named)
                 if answer is not None and not isinstance(answer, Mapping):
                     raise UsageError(f"callback_on_step_end returns a dict that may hold other latents, got {type(answer).__name__}")
-                state = replacement = after(progress.step, (answer or {}).get("latents"))
+                replacement = replaced(step, before, (answer or {}).get("latents"))
+            state = after(step, replacement)
         assert state is not None  # there is no drawing of no steps
         images = self.images(drawing.latents(state), request.output_type)
         seconds = self._clock() - begun - (self._measuring - measuring)
@@ -290,7 +297,8 @@ class ElasticPipeline:
                 _, progress = steps.send(replacement)
             except StopIteration:
                 return
-            replacement = yield progress
+            before = progress.step.sample.copy()
+            replacement = replaced(progress.step, before, (yield progress))
 
     def outlook(self, request: Request, *, reading: bool = True) -> Outlook:
         """What a policy would know of a request: the ways to draw it, their predicted time and memory, and their quality by the card.
@@ -339,26 +347,28 @@ class ElasticPipeline:
     ) -> Generator[tuple[Choice, Progress], np.ndarray | None, None]:
         """The one loop: every step is chosen for, taken, recorded and checked here. `begun` is when the pictures were
         asked for."""
-        if texts is not None and drawing.request.prompt is None and drawing.request.prompt_embeds is None:
+        if texts is not None and not _worded(drawing.request):
             raise UsageError("texts are what `read` gave of a request's prompt, and this request has none: leave texts out")
         drawing.prepare(self.session, texts)
         gauge, policy = self.gauge, drawing.policy()
-        state = policy.init(drawing.outlook(gauge, finishes=drawing.request.output_type != "latent"))
+        outlook = drawing.outlook(gauge, finishes=drawing.request.output_type != "latent")
+        state = policy.init(outlook)
         begun += self._measuring - measuring  # measuring is no part of this picture
-        choice, state = policy.next(state, 0, self._clock() - begun)
-        drawing.begin(choice)
-        last, replacement = self._clock(), None
-        while True:
-            step = drawing.step(replacement)
-            finite(step.sample, step.index)
-            seconds = self._clock() - last
-            replacement = yield choice, drawing.progress(step, drawing.record(step, choice, seconds))
-            last = self._clock()
-            if not drawing.left:
-                after(step, replacement)  # refuses a last state of another shape, too
-                return
-            choice, state = policy.next(state, step.index + 1, last - begun)
-            replacement = drawing.follow(choice, step, replacement)
+        choice, state = chosen(policy, outlook, state, 0, self._clock() - begun)
+        with gauge.running():
+            drawing.begin(choice)
+            last, replacement = self._clock(), None
+            while True:
+                step = drawing.step(replacement)
+                finite(step.sample, step.index)
+                seconds = self._clock() - last
+                replacement = yield choice, drawing.progress(step, drawing.record(step, choice, seconds))
+                last = self._clock()
+                if not drawing.left:
+                    after(step, replacement)  # refuses a last state of another shape, too
+                    return
+                choice, state = chosen(policy, outlook, state, step.index + 1, last - begun)
+                replacement = drawing.follow(choice, step, replacement)
 
     @property
     def _measuring(self) -> float:
@@ -370,24 +380,18 @@ class ElasticPipeline:
         manifest = self.bundle.manifest
         self.images(np.zeros((1, manifest.model.sample_shape[0], *nearest(manifest))))
 
-    def _previewed(self) -> tuple[int, int] | None:
-        """Sides of the latents of a preview; None where no plan of this bundle has one."""
-        manifest, takes = self.bundle.manifest, sides(self.bundle.manifest)
-        height, width = (side // 2 for side in nearest(manifest))
-        patches = manifest.model.patches
-        if patches is None or height % patches.size or width % patches.size:
-            return None
-        if takes and (height not in takes[0] or width not in takes[1]):
-            return None
-        return height, width
-
     def _preview(self) -> None:
         """Look for edges in a preview of nothing: what a picture takes before a plan's second stage."""
-        model, size = self.bundle.manifest.model, self._previewed()
+        model, size = self.bundle.manifest.model, previewed(self.bundle.manifest)
         assert model.patches is not None
         assert size is not None
         picture = self.decode(np.zeros((1, model.sample_shape[0], *size)))
         edge_scores(picture, model.patches.size * (model.vae.upscale if model.vae else 1))
+
+
+def _worded(request: Request) -> bool:
+    """Whether a request says in words, or in embeddings of them, what is to be drawn."""
+    return request.prompt is not None or request.prompt_embeds is not None
 
 
 def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:

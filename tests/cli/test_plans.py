@@ -164,6 +164,25 @@ def test_a_picture_is_drawn_over_and_the_metadata_do_not_hold_it(run: Run, over:
     assert request["strength"] == 0.5
 
 
+def test_what_is_drawn_over_takes_its_share_of_the_steps_whatever_chooses(run: Run, over: list[Any], tmp_path: Path) -> None:
+    for goal, chooser in (([], "None"), (["--budget", "auto"], "Auto"), (["--max-memory", "999GB"], "FitMemory")):
+        done = run(*over, "-o", tmp_path / "a.png", "--strength", "0.6", "--steps", "28", "--json", "--overwrite", *goal)
+        assert done.code == 0, done.err
+        told = json.loads(done.out)
+        assert (told["plan"], told.get("policy", "None").partition("(")[0]) == ("full, 17 steps", chooser)
+    told = json.loads(run(*over, "-o", tmp_path / "a.png", "--budget", "auto", "--json", "--overwrite").out)
+    assert told["plan"] == "full, 12 steps"
+
+
+def test_steps_may_be_given_where_the_plan_that_is_usual_takes_any(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = manifest(SCHNELL, classes=5)
+    few = replace(whole, model=replace(whole.model, few_steps=4))
+    for name, described, words in (("few", few, []), ("odd", whole, ["--height", "72"])):
+        folder = opened(monkeypatch, tmp_path / name, Opener(described, to_zero))
+        done = run("generate", folder, "-o", tmp_path / "a.png", "--steps", "3", "--json", "--overwrite", *words)
+        assert (done.code, json.loads(done.out)["plan"]) == (0, "full, 3 steps"), done.err
+
+
 def test_pictures_are_edited_after_and_the_metadata_do_not_hold_them(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = opened(monkeypatch, tmp_path / "klein", Opener(manifest(FLUX2, classes=5, encoder=ENCODER), to_zero))
     for name, size in (("a", (96, 64)), ("b", (64, 64))):

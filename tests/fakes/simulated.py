@@ -15,6 +15,7 @@ from elastic_runtime.contract.manifest import Cost, Manifest, Quality
 
 OVERHEAD, PER_LATENT = 2e-3, 5e-5  # seconds a run, and a latent of a sample
 PER_FLOP = 1e6  # FLOPs of a latent
+HELD = 100_000_000  # bytes of the process, whatever runs
 Speed = Callable[[float], float]
 
 
@@ -73,5 +74,7 @@ def pipeline(machine: Machine, graded: bool = True, recording: str = "xeon", **c
     bundle = Bundle(Path("bundle"), msgspec.structs.replace(described(graded), **changes))
     fake = session(machine)
     pipe = ElasticPipeline(bundle, {"denoiser": fake}, machine.clock)
-    pipe._gauge = Gauge(fake, bundle.manifest, None, machine.clock, opened=100_000_000, device=lambda: probe(MACHINES[recording]))
+    found = probe(MACHINES[recording])
+    words: dict[str, Any] = {"opened": HELD, "device": lambda: found, "memory": lambda: found.memory, "held": lambda: HELD}
+    pipe._gauge = Gauge(fake, bundle.manifest, None, machine.clock, **words)
     return pipe

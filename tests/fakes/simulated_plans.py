@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 from fake_flux import SCHNELL, decode, denoiser_graph, manifest
 from recordings import MACHINES
-from simulated import Machine
+from simulated import HELD, Machine
 
 from elastic_runtime import Axis, Bundle, ElasticPipeline, FakeSession, probe
 from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.contract.manifest import Cost, Manifest, Quality
-from elastic_runtime.denoising.pictures import drawable
+from elastic_runtime.denoising.pictures import drawable, previewed
 
 SIDE = 16  # latents, so that a picture is 8 x 8 tokens; its stages have 16, 28 (or 19) and 64
 OVERHEAD, PER_TOKEN, DECODE = 2e-3, 1e-4, 5e-3  # seconds a run, a token of a sample, and a whole picture's decoding
@@ -61,7 +61,8 @@ def pipeline(machine: Machine, graded: bool = True, whole: Manifest | None = Non
         sessions["decoder"] = FakeSession(graphs["decoder"], decoded)
     pipe = ElasticPipeline(bundle, sessions, machine.clock)
     finish = pipe._finish if drawable(bundle.manifest) else None
-    preview = pipe._preview if finish and pipe._previewed() else None
-    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
-    pipe._gauge = Gauge(sessions["denoiser"], bundle.manifest, finish, machine.clock, 100_000_000, device, preview)
+    preview = pipe._preview if finish and previewed(bundle.manifest) else None
+    found = probe(MACHINES["xeon"])
+    words: dict[str, Any] = {"opened": HELD, "device": lambda: found, "memory": lambda: found.memory, "held": lambda: HELD}
+    pipe._gauge = Gauge(sessions["denoiser"], bundle.manifest, finish, machine.clock, preview=preview, **words)
     return pipe

@@ -199,6 +199,41 @@ def test_latents_replaced_midway_are_what_the_next_step_starts_from() -> None:
     np.testing.assert_array_equal(image, 0.5)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "ab2", "ab3"])
+def test_a_state_that_is_changed_in_place_counts_as_replaced(sampler: str) -> None:
+    drawn: dict[str, Any] = {"num_inference_steps": 5, "sampler": sampler, "seeds": 1, "output_type": "latent"}
+    pipe, _ = pipeline(lambda x, t, labels, kept: np.tanh(x + t))
+
+    def moved(pipe: Any, index: int, time: float, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"latents": tensors["latents"] + 1.5} if index == 2 else tensors
+
+    def in_place(pipe: Any, index: int, time: float, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors["latents"][...] += 1.5 if index == 2 else 0
+        return tensors if index else {}
+
+    wanted = pipe([5], callback_on_step_end=moved, **drawn).images
+    np.testing.assert_array_equal(pipe([5], callback_on_step_end=in_place, **drawn).images, wanted)
+    np.testing.assert_array_equal(pipe([5], callback_on_step_end=lambda *given: given[3], **drawn).images, pipe([5], **drawn).images)
+    for progress in pipe.iterate(Request(class_labels=5, **drawn)):
+        progress.step.sample[...] += 1.5 if progress.step.index == 2 else 0
+    np.testing.assert_array_equal(progress.step.sample, wanted)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        ([[1.0], [2.0, 3.0]], r"are numbers, an array of shape \(1, 1, 8, 8\)"),
+        (np.full((1, 1, 8, 8), "x"), r"are numbers, an array of shape \(1, 1, 8, 8\)"),
+        (np.full((1, 1, 8, 8), None), r"are numbers, an array of shape \(1, 1, 8, 8\)"),
+        (np.full((1, 1, 8, 8), np.nan), "after step 1 are finite, got 64 values that are not"),
+    ],
+)
+def test_a_callback_that_returns_no_numbers_is_told(latents: Any, message: str) -> None:
+    pipe, _ = pipeline()
+    with pytest.raises(UsageError, match=f"latents that replace the state {message}"):
+        pipe([5], num_inference_steps=3, callback_on_step_end=lambda *given: {"latents": latents} if given[1] else {}, seeds=1)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_callback_that_returns_another_shape_is_refused(at: int) -> None:
     pipe, _ = pipeline()
@@ -298,6 +333,17 @@ def test_what_was_measured_of_a_session_goes_with_it() -> None:
     assert pipe.gauge is not before
     assert pipe.gauge.session is opened[-1]
     assert len(opened) == 2
+
+
+@pytest.mark.parametrize(("peaks", "opened", "before"), [((700, 900), 900, 0), ((700, 700), 400, 700)])
+def test_a_peak_from_before_the_denoiser_was_opened_is_not_its_own(
+    peaks: tuple[int, ...], opened: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(peaks)
+    monkeypatch.setattr("elastic_runtime.pipeline.peak_bytes", lambda: next(told))
+    monkeypatch.setattr("elastic_runtime.pipeline.resident_bytes", lambda: 400)
+    pipe = ElasticPipeline(Bundle(Path("bundle"), manifest(1)), lambda graph: session(to_label, 1))
+    assert (pipe.gauge.opened, pipe.gauge.before) == (opened, before)
 
 
 def test_closing_the_pipeline_closes_its_sessions() -> None:

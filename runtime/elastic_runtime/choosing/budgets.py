@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from elastic_runtime.choosing.estimates import Evaluations, Gauge, Outlook, improving
-from elastic_runtime.choosing.option import Choice, Option
+from elastic_runtime.choosing.option import Choice, Option, check_budget
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Quality
 from elastic_runtime.denoising.guidance import Guidance
@@ -61,7 +61,7 @@ class BudgetOutlook(Outlook):
         """The weak branch runs at `guidance_budget`, never above the strong one's, or at the same budget."""
         if guidance_budget is None:
             return [self._option(budget, budget) for budget in self.gauge.budgets]
-        weak = guidance_budget.on(self.axes)
+        weak = self._on(guidance_budget, "guidance_budget")
         least = self._flops(weak)
         offered = [(budget, self._flops(budget)) for budget in self.gauge.budgets]
         options = [self._option(budget, weak) for budget, flops in offered if flops > least or (flops == least and not self.guidance.auto)]
@@ -78,14 +78,14 @@ class BudgetOutlook(Outlook):
         return min(options, key=lambda option: abs(self._flops(option.budget) - default))
 
     def fixed(self, budget: Budget, guidance_budget: Budget | None) -> Option:
-        strong = budget.on(self.axes)
-        return self._option(strong, strong if guidance_budget is None else guidance_budget.on(self.axes))
+        strong = self._on(budget, "budget")
+        return self._option(strong, strong if guidance_budget is None else self._on(guidance_budget, "guidance_budget"))
 
-    def check(self, choice: Choice) -> None:
+    def check(self, choice: Choice, index: int = 0) -> None:
         if choice.plan is not None:
             raise UsageError(f"{self.gauge.manifest.model.name} draws at budgets, not along a plan: leave plan out")
         for budget in (choice.budget, choice.guidance_budget):
-            if budget.on(self.axes) != budget:
+            if not isinstance(budget, Budget) or budget.on(self.axes) != budget:
                 raise BudgetError(f"a choice names every axis, {', '.join(axis.name for axis in self.axes)}, got {budget or 'none'}")
 
     def course(self, option: Option, steps: int | None = None) -> Course:
@@ -116,6 +116,10 @@ class BudgetOutlook(Outlook):
 
     def _runs(self, budget: Budget, size: int) -> list[tuple[Budget, int]]:
         return [(budget, rows.stop - rows.start) for rows in batches(self.gauge.session, size)]
+
+    def _on(self, budget: Budget, what: str) -> Budget:
+        check_budget(budget, what)
+        return budget.on(self.axes)
 
     def _option(self, budget: Budget, weak: Budget) -> Option:
         return Option(str(budget), (budget,), (weak,), (self.steps or 1,))

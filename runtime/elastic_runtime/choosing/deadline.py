@@ -79,6 +79,7 @@ class Deadline(Record, frozen=True, tag="deadline"):
     least_steps: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self.seconds, "a deadline", "seconds")
         if not 0 <= self.margin < 1:
             raise UsageError(f"the margin is a share of the time, 0 or more and below 1, got {self.margin!r}")

@@ -1,6 +1,8 @@
 """What a policy may know before it chooses: the ways to draw, their time, memory and quality here, and the pace of
 late."""
 
+import contextlib
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -17,7 +19,8 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.denoising.guidance import Guidance
-from elastic_runtime.device import Clock, Device, probe
+from elastic_runtime.device import Clock, Device, Memory, memory_now, probe, resident_bytes
+from elastic_runtime.errors import MissingError
 from elastic_runtime.sampling.course import Course
 from elastic_runtime.sessions.session import Session
 
@@ -38,7 +41,8 @@ class Gauge:
     gauge.
 
     `finish()` makes a picture of a last state and `preview()` does what leads to a plan's second stage, both to be
-    timed; `opened` is the process's peak memory when the session was opened.
+    timed. `opened` are the bytes that the process held when the session was opened, at its peak unless an earlier one hides
+    that, which then is `before`. `memory()` tells what the machine has free, and `held()` what the process holds, now.
     """
 
     def __init__(
@@ -50,10 +54,15 @@ class Gauge:
         opened: int | None = None,
         device: Callable[[], Device] = probe,
         preview: Callable[[], object] | None = None,
+        before: int = 0,
+        memory: Callable[[], Memory] = memory_now,
+        held: Callable[[], int | None] = resident_bytes,
     ):
         self.session, self.manifest = session, manifest
-        self.opened = opened
+        self.opened, self.before = opened, before
         self.pace = 1.0
+        self._memory, self._held = memory, held
+        self._kept, self._least = 0, math.inf
         self._spent, self._lock = threading.local(), threading.RLock()
         self._measured: dict[str, Any] = {}
         self._ran: set[tuple[Budget, int]] = set()
@@ -69,6 +78,23 @@ class Gauge:
     def device(self) -> Device:
         """What was found here."""
         return self._once("device", self._probe)
+
+    @property
+    def available(self) -> int | None:
+        """Bytes that a run may take now: what the machine has free, and what earlier runs left in this process for the next one. None
+        where the system does not tell."""
+        free, held = self._memory().available, self._held()
+        return free if free is None or held is None else free + int(max(min(self._kept, held - self._least), 0))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """A picture is drawn within; what the process then holds more is left for the next one."""
+        begun = self._held()
+        yield
+        ended = self._held()
+        if begun is not None and ended is not None:
+            with self._lock:
+                self._kept, self._least = self._kept + max(ended - begun, 0), min(self._least, begun)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -260,8 +286,8 @@ class Outlook(ABC):
         """
 
     @abstractmethod
-    def check(self, choice: Choice) -> None:
-        """Raise UsageError for a choice that this model does not take."""
+    def check(self, choice: Choice, index: int = 0) -> None:
+        """Raise UsageError for a choice for step `index` that this model does not take."""
 
     @abstractmethod
     def course(self, option: Option, steps: int | None = None) -> Course:
@@ -323,11 +349,16 @@ class Outlook(ABC):
         return (self.whole(option) if steps is None else self.over(option, self.course(option, steps))) + self.finish
 
     def memory(self, option: Option) -> float:
-        """Predicted peak bytes of this process: what it held when the session was open, and the most that a run adds.
+        """Predicted peak bytes of this process: what it held when the session was open, and the most that a run adds, or what it had
+        held before where that was more.
 
         Nothing is measured for it: a run at the largest budget could take the very memory that is to be saved.
+
+        Raises: MissingError where the system does not tell what a process holds.
         """
-        return (self.gauge.opened or 0) + self.growth(option)
+        if self.gauge.opened is None:
+            raise MissingError("this system does not tell how much memory a process holds, so no limit of it can be kept: leave it out")
+        return max(self.gauge.opened + self.growth(option), self.gauge.before)
 
     def growth(self, option: Option) -> float:
         """Predicted bytes that a run adds."""

@@ -30,13 +30,15 @@ class FitMemory(Settled, frozen=True, tag="fit_memory"):
     """The best way to draw in which the process is predicted to stay within `limit` bytes at its peak.
 
     The process's own share is what it held when the bundle was open; what a run adds comes from a kept calibration, or
-    from the manifest's activations. GPU memory that a backend holds apart from the process is not counted.
+    from the manifest's activations. What it had held before, to read prompts, counts where that was more. GPU memory that a
+    backend holds apart from the process is not counted.
     """
 
     limit: float
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self.limit, "a memory limit", "bytes")
 
     def init(self, outlook: Outlook) -> Choice:
@@ -61,6 +63,7 @@ class FitLatency(Settled, frozen=True, tag="fit_latency"):
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self.seconds, "a time", "seconds")
 
     def init(self, outlook: Outlook) -> Choice:
@@ -89,6 +92,7 @@ class Quality(Settled, frozen=True, tag="quality"):
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share(self.floor, "a quality")
 
     def init(self, outlook: Outlook) -> Choice:
@@ -121,11 +125,12 @@ class Auto(Settled, frozen=True, tag="auto"):
     guidance_budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share(self.floor, "the floor")
 
     def init(self, outlook: Outlook) -> Choice:
         options = outlook.options(self.guidance_budget)
-        available = outlook.gauge.device.memory.available
+        available = outlook.gauge.available
         fitting = [option for option in options if available is None or outlook.growth(option) <= available]
         if not fitting:
             raise UnreachableError(

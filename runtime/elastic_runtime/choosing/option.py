@@ -1,6 +1,7 @@
 """A way to draw that a policy can choose, and what it chose for a step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -35,6 +36,12 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             stages = f"each of the {len(planned)} stages" if len(planned) > 1 else "one stage"
             raise UsageError(f"a choice's steps are a whole number from 1 for {stages} still to come, got {self.steps}")
         return self.steps
+
+
+def check_budget(value: Any, what: str) -> None:
+    """Raise UsageError unless `value` is a budget."""
+    if not isinstance(value, Budget):
+        raise UsageError(f"{what} is a Budget, such as Budget(latents=64), got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,15 @@ RESERVE = 0.25  # of the time, which is lost where the machine is half as fast f
 
 
 class PlanOutlook(Outlook):
-    """The `plans` that fit the bundle and the picture, by name, each in any number of steps; `size` is (rows, columns)
-    of whole-picture tokens.
+    """The `plans` that fit the bundle and the picture, by name, each in any number of steps, and in no more than its own where those are
+    `asked` for; `size` is (rows, columns) of whole-picture tokens.
 
-    `usual_name` is the one that is drawn where nothing is asked for. `lengths` are those of the texts by branch of
+    `usual_name` and `usual_plan` are what is drawn where nothing is asked for. `over` tells that a picture is drawn over, of which a card's
+    rows, of pictures from pure noise, say nothing. `lengths` are those of the texts by branch of
     guidance and picture, on which depends what shares a run. `references` are tokens that stand beside the picture's own.
     """
 
-    named, table = "a plan", "accuracy by plan"
+    named = "a plan"
     smaller = "a smaller picture, or fewer at once"
 
     def __init__(
@@ -41,17 +42,23 @@ class PlanOutlook(Outlook):
         plans: Mapping[str, Plan],
         size: tuple[int, int],
         usual_name: str,
+        usual_plan: Plan,
         lengths: tuple[tuple[int, ...], ...],
         references: int = 0,
         finishes: bool = True,
+        asked: bool = False,
+        over: bool = False,
     ):
-        super().__init__(gauge, count, guidance, None, finishes, tuple(plans.items()), size, lengths, references)
+        others = tuple(plans.items()), size, usual_name, usual_plan, lengths, references, asked, over
+        super().__init__(gauge, count, guidance, None, finishes, *others)
+        self.table = f"accuracy by plan{' of what is drawn over a picture' * over}"
+        self._asked, self._over = asked, over
         patches = gauge.manifest.model.patches
         assert patches is not None
         self._patches = patches
         self._measured = math.prod(side / patches.size for side in nearest(gauge.manifest))
-        self.plans, self.size, self.usual_name, self.lengths = plans, size, usual_name, lengths
-        self.references = references
+        self.plans, self.size, self.lengths, self.references = plans, size, lengths, references
+        self.usual_name, self._usual_plan = usual_name, usual_plan
 
     @property
     def _grades(self) -> dict[str, Grades]:
@@ -77,7 +84,7 @@ class PlanOutlook(Outlook):
 
     def _graded_options(self) -> Iterator[tuple[Quality, Option]]:
         """The card's rows of plans that may be drawn, each with its plan in the steps of the row."""
-        for row in self.gauge.manifest.quality:
+        for row in () if self._over else self.gauge.manifest.quality:
             if row.plan is not None and row.plan in self.plans and row.steps:
                 yield row, self._shaped(row.plan, row.steps)
 
@@ -105,31 +112,33 @@ class PlanOutlook(Outlook):
         return quality + surer, distance
 
     def options(self, guidance_budget: Budget | None = None) -> list[Option]:
-        """Each plan in its own steps, and in those that the card grades."""
+        """Each plan in its own steps and, where none are asked for, in those that the card grades; and what is usual."""
         self._no_weak(guidance_budget)
         options = [self._option(name, plan) for name, plan in self.plans.items()]
-        options += [option for _, option in self._graded_options()]
+        options += [option for _, option in self._graded_options() if not self._asked]
+        options.append(self._option(self.usual_name, self._usual_plan))
         unique = {(option.name, option.steps): option for option in options}
         return sorted(unique.values(), key=self._flops)
 
     def usual(self, options: Sequence[Option]) -> Option:
-        plan = self.plans[self.usual_name]
-        return min(options, key=lambda option: (_kind(option) != self.usual_name, abs(_plan(option).total - plan.total)))
+        total = self._usual_plan.total
+        return min(options, key=lambda option: (_kind(option) != self.usual_name, abs(_plan(option).total - total)))
 
     def fixed(self, budget: Budget, guidance_budget: Budget | None) -> Option:
         if budget or guidance_budget is not None:
             raise UsageError(
                 f"{self.gauge.manifest.model.name} has as many tokens as its plan and the picture's size say: give plan, height and width"
             )
-        return self._option(self.usual_name, self.plans[self.usual_name])
+        return self._option(self.usual_name, self._usual_plan)
 
     def planned(self, plan: Plan) -> Option:
         """A plan in its own steps as an option, by the name under which the card may grade it."""
         return self._option(named(plan, self.plans), plan)
 
-    def check(self, choice: Choice) -> None:
-        if choice.plan is None:
-            raise UsageError(f"{self.gauge.manifest.model.name} draws along a plan, and this choice names none")
+    def check(self, choice: Choice, index: int = 0) -> None:
+        if index == 0 and not isinstance(choice.plan, Plan):
+            named = "none" if choice.plan is None else repr(choice.plan)
+            raise UsageError(f"{self.gauge.manifest.model.name} draws along a plan, and this choice names {named}")
 
     def course(self, option: Option, steps: int | None = None) -> Course:
         plan = _plan(option)
@@ -202,7 +211,8 @@ class PlanOutlook(Outlook):
             )
             return sum(many * self.seconds(option, stage, kind) for many, kind in ((guided, True), (steps - guided, False)) if many)
 
-        return self._kept(("stage", _kind(option), stage, most), lambda: np.array([0.0, *(seconds(n + 1) for n in range(most))]))
+        key = "stage", _kind(option), _plan(option).begin, stage, most
+        return self._kept(key, lambda: np.array([0.0, *(seconds(n + 1) for n in range(most))]))
 
     def _enough(self, least: int) -> Iterator[tuple[str, Option, np.ndarray]]:
         """Name, option and weighed steps (n, stages) of each plan that takes `least` steps or more, or the most that there are."""
@@ -219,7 +229,9 @@ class PlanOutlook(Outlook):
     def _weighed(self, name: str) -> np.ndarray:
         plain = max((self._flops(option) for each, option in self._own.items() if self.plans[each].plain), default=0.0)
         graded = [option.steps for _, option in self._graded_options() if _kind(option) == name]
-        return shapes(self.plans[name], graded, self._step_flops(self._own[name]), plain)
+        weighed = shapes(self.plans[name], graded, self._step_flops(self._own[name]), plain)
+        most = self.plans[name].total
+        return weighed[weighed.sum(1) <= most] if self._asked else weighed
 
     @property
     def _own(self) -> dict[str, Option]:

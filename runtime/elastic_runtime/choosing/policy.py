@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from elastic_runtime.choosing.estimates import Outlook
-from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.option import Choice, check_budget
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError, UsageError
 
@@ -30,8 +30,26 @@ class Policy(Protocol):
         """Choose for step `index`, `seconds` after the picture was begun; return the choice and the next state."""
 
 
+def chosen(policy: Policy, outlook: Outlook, state: Any, index: int, seconds: float) -> tuple[Choice, Any]:
+    """What a policy chooses for step `index`, and its next state.
+
+    Raises: UsageError where a policy of one's own gives something else, or a choice that the model does not take.
+    """
+    answer = policy.next(state, index, seconds)
+    if isinstance(policy, Record):
+        return answer
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Choice):
+        raise UsageError(f"a policy's `next` returns a Choice and the state that follows, such as option.choice() and None, got {answer!r}")
+    outlook.check(answer[0], index)
+    return answer
+
+
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="policy"):
     """Base of the policies that are records."""
+
+    def __post_init__(self) -> None:
+        if (weak := getattr(self, "guidance_budget", None)) is not None:
+            check_budget(weak, "guidance_budget")
 
 
 class Settled(Record, frozen=True):
@@ -47,6 +65,10 @@ class Fixed(Settled, frozen=True, tag="fixed"):
     budget: Budget = Budget()
     guidance_budget: Budget | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget, "budget")
+
     def init(self, outlook: Outlook) -> Choice:
         return outlook.fixed(self.budget, self.guidance_budget).choice(reason="as asked")
 
@@ -56,6 +78,13 @@ class PerStep(Record, frozen=True, tag="per_step"):
 
     budgets: tuple[Budget, ...]
     guidance_budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.budgets, tuple | list):
+            raise UsageError(f"budgets by step are a tuple, one Budget for each step, got {self.budgets!r}")
+        for budget in self.budgets:
+            check_budget(budget, "a budget by step")
 
     def init(self, outlook: Outlook) -> tuple[Choice, ...]:
         if not self.budgets:

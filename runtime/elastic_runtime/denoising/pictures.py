@@ -56,6 +56,17 @@ def nearest(manifest: Manifest) -> tuple[int, int]:
     return height, width
 
 
+def previewed(manifest: Manifest) -> tuple[int, int] | None:
+    """Height and width of the latents of a preview; None where no plan of this bundle has one."""
+    patches, takes = manifest.model.patches, sides(manifest)
+    height, width = (side // 2 for side in nearest(manifest))
+    if patches is None or height % patches.size or width % patches.size:
+        return None
+    if takes and (height not in takes[0] or width not in takes[1]):
+        return None
+    return height, width
+
+
 def values(manifest: Manifest, decoder: Session | None, latents: np.ndarray) -> np.ndarray:
     """Final latents (B, C, h, w) as values in about [-1, 1], (B, C, H, W): through the decoder, or as they are."""
     model, schedule = manifest.model, manifest.model.schedule

@@ -15,17 +15,12 @@ def probe(sources: Sources | None = None) -> Device:
     sources = sources or System()
     notes: list[str] = []
     power_mode = board = None
+    memory = memory_now(sources)
     if sources.system == "Linux":
-        memory = linux.memory(sources)
         board, power_mode = linux.jetson(sources)
     elif sources.system == "Darwin":
-        memory = apple.memory(sources)
         board, power_mode = apple.chip(sources), apple.power_mode(sources)
-    elif sources.system == "Windows":
-        told = sources.windows()
-        memory = Memory(total=told.memory_total, available=told.memory_available)
-    else:
-        memory = Memory(total=None, available=None)
+    elif sources.system != "Windows":
         notes.append(f"on {sources.system} neither memory nor the processor's vector units are read; figures of the CPU are guesses")
     gpus, why = _gpus(sources, board)
     if why and not (board or "").startswith("Apple"):
@@ -44,6 +39,19 @@ def probe(sources: Sources | None = None) -> Device:
         backends={name: version for name, version in versions.items() if version},
         notes=tuple(notes),
     )
+
+
+def memory_now(sources: Sources | None = None) -> Memory:
+    """The memory that there is now, and is free."""
+    sources = sources or System()
+    if sources.system == "Linux":
+        return linux.memory(sources)
+    if sources.system == "Darwin":
+        return apple.memory(sources)
+    if sources.system == "Windows":
+        told = sources.windows()
+        return Memory(total=told.memory_total, available=told.memory_available)
+    return Memory(total=None, available=None)
 
 
 def _gpus(sources: Sources, board: str | None) -> tuple[tuple[Gpu, ...], str | None]:

@@ -1,4 +1,4 @@
-"""What Windows tells of memory and processor: two calls of its kernel and one key of its registry, no package and no command.
+"""What Windows tells of memory and processor: three calls of its kernel and one key of its registry, no package and no command.
 
 Not run on a Windows yet: the calls are those of its documentation, and run against stand-ins.
 """
@@ -11,6 +11,7 @@ import msgspec
 
 # IsProcessorFeaturePresent's numbers, widest first.
 FEATURES = ((41, "AVX-512"), (40, "AVX2"), (39, "AVX"), (19, "Neon"))
+THIS = ctypes.c_void_p(-1)  # what GetCurrentProcess gives
 PROCESSOR = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
 
 
@@ -33,10 +34,38 @@ class _MemoryStatus(ctypes.Structure):
     ]
 
 
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of memory that this process has, and the most that it has had."""
+
+    resident: int
+    peak: int
+
+
+class _ProcessMemory(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS."""
+
+    _fields_ = [("length", ctypes.c_uint32), ("faults", ctypes.c_uint32)] + [
+        (name, ctypes.c_size_t)
+        for name in ("peak", "resident", "peak_paged", "paged", "peak_nonpaged", "nonpaged", "pagefile", "peak_pagefile")
+    ]
+
+
+def process(kernel: Any = None) -> Process | None:
+    """This process's memory; None where the system does not tell. `kernel` stands in for kernel32."""
+    kernel = kernel or _kernel()
+    memory = _ProcessMemory(length=ctypes.sizeof(_ProcessMemory))
+    if kernel is None or not kernel.K32GetProcessMemoryInfo(THIS, ctypes.byref(memory), ctypes.c_uint32(memory.length)):
+        return None
+    return Process(resident=memory.resident, peak=memory.peak)
+
+
+def _kernel() -> Any:
+    return ctypes.CDLL("kernel32") if sys.platform == "win32" else None
+
+
 def read(kernel: Any = None, registry: Any = None) -> Reading:
     """This machine's reading; `kernel` and `registry` stand in for kernel32 and winreg."""
-    if kernel is None:
-        kernel = ctypes.CDLL("kernel32") if sys.platform == "win32" else None
+    kernel = kernel or _kernel()
     memory = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
     told = kernel is not None and bool(kernel.GlobalMemoryStatusEx(ctypes.byref(memory)))
     vector = next((name for number, name in FEATURES if kernel is not None and kernel.IsProcessorFeaturePresent(number)), None)

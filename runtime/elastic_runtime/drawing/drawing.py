@@ -9,9 +9,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from elastic_runtime.choosing.estimates import Gauge, Outlook
-from elastic_runtime.choosing.option import Choice
+from elastic_runtime.choosing.option import Choice, check_budget
 from elastic_runtime.choosing.policy import Policy, Replay
-from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
 from elastic_runtime.denoising.conditions import Conditioning, led_by
@@ -49,8 +48,8 @@ class Drawing(ABC):
             if _given(getattr(request, name), getattr(default, name)):
                 raise UsageError(f"{name} does not fit {self.model.name}, which draws {self.kind}")
         for name in ("budget", "guidance_budget"):
-            if not isinstance(getattr(request, name), Budget | None):
-                raise UsageError(f"{name} is a Budget, such as Budget(latents=64), got {getattr(request, name)!r}")
+            if (budget := getattr(request, name)) is not None:
+                check_budget(budget, name)
         policy = request.policy
         if policy is not None and (isinstance(policy, type) or not (hasattr(policy, "init") and hasattr(policy, "next"))):
             raise UsageError(f"policy is one of the policies, such as Auto() or Deadline(0.5), got {policy!r}")
@@ -157,6 +156,7 @@ def checked(texts: Texts, count: int, led: bool) -> Texts:
 
 
 def _given(value: Any, default: Any) -> bool:
+    value = tuple(value) if isinstance(value, list) else value  # as a pair may come
     return value is not None and (isinstance(value, np.ndarray) or value != default)
 
 

@@ -1,5 +1,6 @@
 """Drawing along a plan: FLUX, SD3 and Qwen-Image over tokens with positions, at one resolution, at two, or at mixed ones."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,7 @@ class PlanDrawing(Drawing):
         self._references = Beside.of(bundle.manifest, request)
         self._beside = len(self._references or ())
         self._over = Over.of(bundle.manifest, request)
-        self.size, self.plans = self._planned()
+        self.size, self.plans, self._usual = self._planned()
         self.name = next(iter(self.plans))
         if request.caching is not None:
             self._check_caching(request.caching)
@@ -111,10 +112,8 @@ class PlanDrawing(Drawing):
         self._open_graph = open_graph
         if self._over:
             unit = self._patches.size * self._upscale
-            picture = self._over.latents(open_graph, (self.size[0] * unit, self.size[1] * unit), self._count)
-            begin = next(iter(self.plans.values())).begin
-            self._keep = self._over.keep(picture, self._start, self._patches.size)
-            self._start = begin * self._start + (1 - begin) * picture
+            self._picture = self._over.latents(open_graph, (self.size[0] * unit, self.size[1] * unit), self._count)
+            self._keep = self._over.keep(self._picture, self._start, self._patches.size)
         references = self._references.references(open_graph) if self._references else None
         self._session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
@@ -125,22 +124,27 @@ class PlanDrawing(Drawing):
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
-        sizes = self.size, usual, self._lengths, self._beside
-        return PlanOutlook(gauge, self.count, self.guidance, self.plans, *sizes, finishes)
+        known = self.plans, self.size, usual, self._usual.get(usual, self.plans[usual]), self._lengths, self._beside
+        asked = self.request.num_inference_steps is not None
+        return PlanOutlook(gauge, self.count, self.guidance, *known, finishes, asked, self._over is not None)
 
     def begin(self, choice: Choice) -> None:
         assert choice.plan is not None
         self.plan = choice.plan
         self._check(choice.plan)
+        self._check_begin(choice.plan)
         if refusal := self._refusal(choice.plan):
             raise refusal
         self._left = list(choice.left(choice.plan.steps))
         self._taken = [0] * len(self._left)
         velocity = self.request.caching.apply(self._velocity, choice.plan) if self.request.caching else self._velocity
         draw = self._noise.standard_normal
+        start, begin = self._start, choice.plan.begin
+        if self._over:
+            start = begin * start + (1 - begin) * self._picture
         steps = self._choose, from_draws(draw), self._enlarge
         self._session.foresee(np.concatenate(Course.along(choice.plan).respaced(tuple(self._left)).times))
-        self._loop: PlanLoop = along(velocity, self._start, choice.plan, self._patches.size, *steps, self._left, self._keep)
+        self._loop: PlanLoop = along(velocity, start, choice.plan, self._patches.size, *steps, self._left, self._keep)
 
     def step(self, replacement: np.ndarray | None) -> Step:
         step = self._loop.send(replacement)
@@ -179,7 +183,7 @@ class PlanDrawing(Drawing):
 
     def name_of(self, plan: Plan) -> str:
         """The name of a plan in whichever number of steps."""
-        return named(plan, self.plans)
+        return named(plan, self.plans, self._usual)
 
     @property
     def drawn(self) -> Plan:
@@ -208,8 +212,8 @@ class PlanDrawing(Drawing):
             large = encode(encoder, self.model.vae, resized(small, height, width, Image.Resampling.BICUBIC))
         return self.plan.again * draw(large.shape) + (1 - self.plan.again) * large
 
-    def _planned(self) -> tuple[tuple[int, int], dict[str, Plan]]:
-        """The size in tokens, and the plans that may be drawn, by name, the one that is asked for or usual first."""
+    def _planned(self) -> tuple[tuple[int, int], dict[str, Plan], dict[str, Plan]]:
+        """The size in tokens; the plans that may be drawn, by name, the one asked for or usual first; and plans in the usual steps."""
         request, model = self.request, self.model
         asked, recorded = request.plan, _recorded(request.policy)
         if not isinstance(asked, str | Plan | None):
@@ -217,51 +221,71 @@ class PlanDrawing(Drawing):
         if self._over and asked is None:
             asked = FULL
         chooses = request.policy is not None and not isinstance(request.policy, Fixed)
-        open_choice = chooses and asked is None and recorded is None
-        plain = recorded.plain if recorded else asked == FULL or (isinstance(asked, Plan) and asked.plain)
+        self.size = self._sized(recorded.plain if recorded else asked in (None, FULL) or (isinstance(asked, Plan) and asked.plain))
+        steps = request.num_inference_steps
+        usual = steps if steps is not None else model.few_steps or STEPS
+        most = MOST_STEPS if chooses and steps is None and not model.few_steps else usual
+        known = self.size[0] * self.size[1], model.config.get("scheduler", {}), model.few_steps
+        offered, ways = offers(most, *known), offers(usual, *known)
+        plan = self._first(offered) if asked is None else asked
+        if steps is not None and plan not in STEPPED:
+            raise UsageError(f"num_inference_steps is for plans {', '.join(STEPPED)}; plan {plan!r} has steps of its own")
+        if isinstance(plan, str) and (why := unsuited(plan, *known)):
+            raise UsageError(why)
+
+        def chosen(count: int) -> Plan:
+            each = plan if isinstance(plan, Plan) else stepped(plan, count, *known) if plan in STEPPED else preset(plan)
+            return each.over(self._over.strength) if self._over else each
+
+        name, weighed, drawn = plan if isinstance(plan, str) else OWN, chosen(most), chosen(usual)
+        if recorded:
+            self._check_recorded(recorded, plan, (weighed, drawn))
+            name, weighed, drawn = FULL if recorded.plain else named(recorded, offered, ways), recorded, recorded
+        self._check_begin(weighed)
+        if chooses and asked is None and not recorded:
+            return self.size, self._taking(offered), ways
+        return self.size, self._taking({name: weighed}), {name: drawn}
+
+    def _sized(self, plain: bool) -> tuple[int, int]:
+        """Rows and columns of full-resolution tokens of what is drawn, along a `plain` plan maybe."""
+        request, unit = self.request, self._patches.size * self._upscale
         given = self._over.size if self._over else self._references.size if self._references else None
-        usual = given or tuple(side * self._upscale for side in model.sample_shape[1:])
+        usual = given or tuple(side * self._upscale for side in self.model.sample_shape[1:])
         height, width = (
             side if asked_for is None else asked_for for side, asked_for in zip(usual, (request.height, request.width), strict=True)
         )
-        unit = self._patches.size * self._upscale
-        self._check_sides(height, width, unit if plain or open_choice else 2 * unit, plain or open_choice)
+        self._check_sides(height, width, unit if plain else 2 * unit, plain)
         size = height // unit, width // unit
         if self._patches.table is not None and max(size) > self._patches.table:
             most = self._patches.table * unit
             raise UsageError(f"this model draws pictures of at most {most} px a side, got {height} x {width}")
-        steps = request.num_inference_steps
-        if steps is None:
-            steps = model.few_steps or (MOST_STEPS if chooses else STEPS)
-        known = steps, size[0] * size[1], model.config.get("scheduler", {}), model.few_steps
-        offered = offers(*known)
-        self.size = size
-        plan = asked
-        if plan is None:
-            plan = next(iter(offered)) if open_choice or recorded else self._usual(offered)
-        if request.num_inference_steps is not None and plan not in STEPPED:
-            raise UsageError(f"num_inference_steps is for plans {', '.join(STEPPED)}; plan {plan!r} has steps of its own")
-        if isinstance(plan, Plan):
-            chosen = {OWN: plan}
-        elif why := unsuited(plan, *known[1:]):
-            raise UsageError(why)
-        else:
-            chosen = {plan: stepped(plan, *known) if plan in STEPPED else preset(plan)}
-        if self._over:
-            chosen = {name: each.over(self._over.strength) for name, each in chosen.items()}
-        if not self._over and any(each.begin < 1 for each in (*chosen.values(), *([recorded] if recorded else []))):
-            raise UsageError("a plan that begins below sigma 1 draws over a picture: give image")
-        if recorded:
-            if request.plan is not None and not any(each.alike(recorded) for each in chosen.values()):
-                raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
-            chosen = {FULL if recorded.plain else named(recorded, offered): recorded}
-        elif open_choice:
-            chosen = offered
-        return size, self._taking(chosen)
+        return size
 
-    def _usual(self, offered: dict[str, Plan]) -> str:
-        """The first of the plans, or the first whose tokens the bundle takes: one may be made for the full resolution alone."""
-        return next((name for name, plan in offered.items() if not self._beyond(plan)), next(iter(offered)))
+    def _check_recorded(self, recorded: Plan, plan: str | Plan, asked: Sequence[Plan]) -> None:
+        """Raise UsageError where a replay was drawn along another plan than `plan`, in any of the steps that are `asked`."""
+        if self._over and not (recorded.plain and recorded.begin in {each.begin for each in asked}):
+            begins = f"at sigma {recorded.begin:.3g}" if recorded.plain else f"in {len(recorded.steps)} stages"
+            raise UsageError(
+                f"the replay was drawn {begins}, and over this picture, with this strength, it begins at {asked[-1].begin:.3g}: leave "
+                "policy out, or image and strength as they were"
+            )
+        if self.request.plan is not None and not any(each.alike(recorded) for each in asked):
+            raise UsageError(f"the replay was drawn along another plan than {plan!r}: leave plan out")
+
+    def _check_begin(self, plan: Plan) -> None:
+        """Raise UsageError unless a plan begins where a picture that is drawn over does, or in noise where there is none."""
+        if not self._over and plan.begin < 1:
+            raise UsageError("a plan that begins below sigma 1 draws over a picture: give image")
+        if self._over and not plan.plain:
+            raise UsageError("a picture is drawn over along a plan of one stage, such as 'full'")
+
+    def _first(self, offered: dict[str, Plan]) -> str:
+        """The first of the plans that the bundle takes at this size, or where there is none the first of all, whose fault is told."""
+        for name, plan in offered.items():
+            with contextlib.suppress(UsageError):
+                self._check(plan)
+                return name
+        return next(iter(offered))
 
     def _beyond(self, plan: Plan) -> list[int]:
         """Tokens of stages that the bundle does not take."""
@@ -334,18 +358,12 @@ class PlanDrawing(Drawing):
     def _refusal(self, plan: Plan) -> UsageError | None:
         """Why the open session does not take a plan: its tokens, or the batches that will run."""
         session: Session = self._session
-        if session.budgets is not None:
-            compiled = sorted({budget["tokens"] for budget in session.budgets if "tokens" in budget})
-            if missing := [tokens for tokens in self._tokens(plan) if compiled and tokens not in compiled]:
-                wider = ",".join(map(str, sorted({*compiled, *missing})))
-                return BudgetError(
-                    f"{session.where} was compiled for {', '.join(map(str, compiled))} image tokens, and a stage of the plan needs "
-                    f"{missing[0]}: take another plan or size, or export the bundle again with --budgets {wider}"
-                )
-        if (span := session.spans.get("S")) and (missing := [tokens for tokens in self._tokens(plan) if tokens not in span]):
+        span, compiled = session.spans.get("S"), sorted({budget["tokens"] for budget in session.budgets or () if "tokens" in budget})
+        if missing := [each for each in self._tokens(plan) if (compiled and each not in compiled) or (span and each not in span)]:
+            wider = f"export the bundle again with --budgets {','.join(map(str, sorted({*compiled, *missing})))}"
             return BudgetError(
-                f"{session.where} takes {span} image tokens, and a stage of the plan needs {missing[0]}: take another plan or size, or "
-                "build a wider engine"
+                f"{session.where} was compiled for {', '.join(map(str, compiled)) or span} image tokens, and a stage of the plan needs "
+                f"{missing[0]}: take another plan or size, or {wider if compiled else 'build a wider engine'}"
             )
         guided = {self.guidance.active(sigma) for stage in plan.stages() for sigma in stage.sigmas[:-1]}
         try:

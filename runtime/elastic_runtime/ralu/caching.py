@@ -4,7 +4,7 @@ The paper combines RALU with TaylorSeer (arXiv 2503.06923), which extrapolates f
 these to itself, so here it is the network's output that is extrapolated, in sigma.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,9 +29,11 @@ class Caching:
     order: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "skip", frozenset(self.skip))
-        if self.order not in (0, 1):
-            raise UsageError(f"caching has order 0 (reuse) or 1 (extrapolate), got {self.order!r}")
+        steps = list(self.skip) if isinstance(self.skip, Iterable) else [None]
+        if not all(isinstance(step, int | np.integer) and not isinstance(step, bool) for step in steps):
+            raise UsageError(f"caching skips steps, whole numbers such as {{3, 5}}, got {self.skip!r}")
+        object.__setattr__(self, "skip", frozenset(map(int, steps)))
+        _check_order(self.order)
 
     @classmethod
     def every(cls, plan: Plan, interval: int, order: Literal[0, 1] = 1) -> "Caching":
@@ -45,6 +47,7 @@ class Caching:
             raise UsageError(
                 f"the network runs on every 2nd step or more rarely, got an interval of {interval!r}: without caching it runs on every step"
             )
+        _check_order(order)
         skip, begin = set(), 0
         for steps in plan.steps:
             free = range(begin + order + 1, begin + steps)
@@ -91,3 +94,8 @@ class Caching:
             return v + (sigma - late) / (late - early) * (v - before)
 
         return cached
+
+
+def _check_order(order: int) -> None:
+    if isinstance(order, bool) or order not in (0, 1):
+        raise UsageError(f"caching has order 0 (reuse) or 1 (extrapolate), got {order!r}")

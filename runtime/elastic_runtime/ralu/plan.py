@@ -316,9 +316,9 @@ def check_outline(steps: tuple[int, ...], end_times: tuple[float, ...], finished
         raise UsageError(f"the last end time is 1, the finished picture, got {end_times[-1]:g}")
 
 
-def named(plan: Plan, plans: Mapping[str, Plan]) -> str:
+def named(plan: Plan, *plans: Mapping[str, Plan]) -> str:
     """The name among `plans` of a plan in whichever number of steps."""
-    return next((name for name, each in plans.items() if each.alike(plan)), OWN)
+    return next((name for known in plans for name, each in known.items() if each.alike(plan)), OWN)
 
 
 def check_ratio(up_ratio: Any) -> None:

@@ -44,12 +44,29 @@ Loop = Generator[Step, np.ndarray | None, None]
 
 
 def after(step: Step, replacement: np.ndarray | None) -> np.ndarray:
-    """The state to go on from: the step's, or what the caller sent in its place, of the same shape and kind."""
-    if replacement is None:
+    """The state to go on from: the step's, or what the caller sent in its place, of the same shape and kind.
+
+    Raises: UsageError for what is no array of that shape, or holds something else than finite numbers.
+    """
+    if replacement is None or replacement is step.sample:
         return step.sample
-    if np.shape(replacement) != step.sample.shape:
-        raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {np.shape(replacement)}")
-    return np.asarray(replacement, dtype=step.sample.dtype)
+    try:
+        shape, numbers = np.shape(replacement), np.isfinite(replacement)
+        if shape == step.sample.shape and numbers.all():
+            return np.asarray(replacement, dtype=step.sample.dtype)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"latents that replace the state are numbers, an array of shape {step.sample.shape}: {error}") from None
+    if shape != step.sample.shape:
+        raise UsageError(f"latents that replace the state must have shape {step.sample.shape}, got {shape}")
+    raise UsageError(f"latents that replace the state after step {step.index} are finite, got {(~numbers).sum()} values that are not")
+
+
+def replaced(step: Step, before: np.ndarray, replacement: np.ndarray | None) -> np.ndarray | None:
+    """What a caller put in the place of a step's state, which it was handed as it was `before`: what it sent or, where it changed the state
+    in place, a copy of that, so that a solver sees that its answers belong to another path. None where all is as it was."""
+    if replacement is not None and replacement is not step.sample:
+        return replacement
+    return None if np.array_equal(step.sample, before) else step.sample.copy()
 
 
 def euler(

@@ -107,7 +107,7 @@ def dpm_2m(
         if len(places) and np.isfinite(there - here) and np.isfinite(places[0]):
             turn = (there - here) / (here - places[0]) / 2 * (picture - pictures[0])
             ahead = ahead + (alpha_next - sigma_next * alpha / sigma) * turn
-        history.add(float(here), picture)
+        history.add(float(here), picture.copy())  # callers see it, and may change it
         step = Step(i, steps, float(t), float(t_next), ahead, picture)
         x = after(step, (yield step))
         if x is not step.sample:

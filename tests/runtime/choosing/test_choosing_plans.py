@@ -158,6 +158,23 @@ def test_a_plan_that_is_named_is_kept_and_its_steps_are_chosen() -> None:
     assert steps(asked) == (12,), "more than was asked for is never taken"
 
 
+@pytest.mark.parametrize(("plan", "asked"), [("full", 4), ("full", 10), ("speed", 10)])
+@pytest.mark.parametrize("graded", [True, False])
+def test_steps_that_are_asked_for_are_taken_and_no_others(plan: str, asked: int, graded: bool) -> None:
+    for policy in (
+        Auto(),
+        Auto(0.5),
+        FitMemory(1e9),
+        FitLatency(60.0),
+        Deadline(60.0),
+        *([Quality(0.5)] if graded and plan == "full" else []),
+    ):
+        result = draw(pipeline(Machine(), graded), policy, plan=plan, num_inference_steps=asked, output_type="latent")
+        assert sum(steps(result)) == asked, policy
+    with pytest.raises(UnreachableError, match=r"the nearest is 9\d\.\d%, at full, 10 steps"):
+        draw(pipeline(Machine()), Quality(0.99), plan="full", num_inference_steps=10)
+
+
 @pytest.mark.parametrize(("floor", "name"), [(0.99, "4x"), (0.97, "full, 20 steps"), (0.72, "7x, 1+1+2 steps"), (0.9, "7x")])
 def test_quality_is_the_cheapest_graded_way_that_keeps_it(floor: float, name: str) -> None:
     machine = Machine()

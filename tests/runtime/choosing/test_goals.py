@@ -7,23 +7,30 @@ import msgspec
 import numpy as np
 import pytest
 from recordings import GIB, MACHINES, meminfo
-from simulated import Machine, described, pipeline, run_seconds
+from simulated import HELD, Machine, described, pipeline, run_seconds
 
 from elastic_runtime import (
     Auto,
     Budget,
+    Deadline,
     ElasticPipeline,
     FitLatency,
     FitMemory,
+    Fixed,
+    MissingError,
+    PerStep,
+    Plan,
     Policy,
     Quality,
     Result,
     Span,
     UnreachableError,
     UsageError,
-    probe,
 )
 from elastic_runtime.choosing.cost import RESERVED
+from elastic_runtime.choosing.estimates import Outlook
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.device import Memory, memory_now
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +130,95 @@ def test_auto_takes_what_memory_leaves() -> None:
     pipe = pipeline(Machine())
     recording = MACHINES["xeon"]
     short = type(recording)(system="Linux", machine="x86_64", files={**recording.files, "/proc/meminfo": meminfo(1, 900_000 / GIB)})
-    pipe.gauge._probe = lambda: probe(short)
+    pipe.gauge._memory = lambda: memory_now(short)
     result = draw(pipe, Auto())
     assert 4 <= result.steps[0].budget["latents"] < 56
     assert "largest that fits" in result.steps[0].reason
     nothing = pipeline(Machine())
-    nothing.gauge._probe = lambda: probe(type(recording)(system="Linux", machine="x86_64", files={"/proc/meminfo": meminfo(1, 0)}))
+    nothing.gauge._memory = lambda: Memory(total=GIB, available=0)
     with pytest.raises(UnreachableError, match="smallest budget, latents=4, needs"):
         draw(nothing, Auto())
+
+
+def test_auto_asks_anew_what_memory_is_free() -> None:
+    pipe = pipeline(Machine())
+    assert chosen(pipe, Auto()) == 56
+    pipe.gauge._memory = lambda: Memory(total=GIB, available=1000)
+    with pytest.raises(UnreachableError, match="there are 0 MB of memory free"):
+        draw(pipe, Auto())
+
+
+def test_what_an_earlier_picture_left_in_the_process_is_free_for_the_next() -> None:
+    gauge, taken = pipeline(Machine()).gauge, 0
+    gauge._memory = lambda: Memory(total=GIB, available=1000)
+    gauge._held = lambda: HELD + taken
+    assert gauge.available == 1000
+    with gauge.running():
+        taken = 50_000
+    assert gauge.available == 51_000
+    taken = 80_000  # of which others have some
+    assert gauge.available == 51_000
+    taken = 0  # what was given back is free
+    assert gauge.available == 1000
+    gauge._held = lambda: None
+    with gauge.running():
+        pass
+    assert gauge.available == 1000
+
+
+def test_a_limit_of_memory_needs_a_system_that_tells_what_a_process_holds() -> None:
+    pipe = pipeline(Machine())
+    pipe.gauge.opened = None
+    with pytest.raises(MissingError, match="this system does not tell how much memory a process holds"):
+        draw(pipe, FitMemory(3e6))
+
+
+def test_what_the_process_had_held_before_counts_where_it_was_more() -> None:
+    pipe = pipeline(Machine())
+    pipe.gauge.before = HELD + 50_000_000
+    assert chosen(pipe, FitMemory(HELD + 50_000_000)) == 64
+    with pytest.raises(UnreachableError, match="at latents=4 it needs 150 MB"):
+        draw(pipe, FitMemory(HELD + 40_000_000))
+
+
+@pytest.mark.parametrize("policy", [Fixed, lambda budget: PerStep((budget,)), *(
+    lambda weak, make=make: make(1.0, weak) for make in (Auto, Quality, FitMemory, FitLatency, Deadline))])  # fmt: skip
+@pytest.mark.parametrize("budget", [{"latents": 64}, 64])
+def test_budgets_are_budgets(policy: Any, budget: Any) -> None:
+    with pytest.raises(UsageError, match=r"is a Budget, such as Budget\(latents=64\), got (\{'latents': )?64"):
+        policy(budget)
+
+
+class Own:
+    """A policy of one's own that answers `answer`, of an option where it is a function."""
+
+    def __init__(self, answer: Any):
+        self.answer = answer
+
+    def init(self, outlook: Outlook) -> Any:
+        return self.answer(outlook) if callable(self.answer) else self.answer
+
+    def next(self, state: Any, index: int, seconds: float) -> Any:
+        return (state[0], state) if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((Choice(Budget(), Budget()), None), "a choice names every axis, latents, got none"),
+        ((Choice({"latents": 64}, Budget(latents=64)), None), "a choice names every axis, latents, got {'latents': 64}"),  # type: ignore[arg-type]
+        ((Choice(Budget(latents=3), Budget(latents=3)), None), "latents"),
+        ((Choice(Budget(latents=64), Budget(latents=64), plan=Plan.full(2)), None), "draws at budgets, not along a plan: leave plan out"),
+        (Choice(Budget(latents=64), Budget(latents=64)), "`next` returns a Choice and the state that follows"),
+        (None, "`next` returns a Choice and the state that follows, .* got None"),
+        (lambda outlook: outlook.fixed({"latents": 64}, None), "budget is a Budget"),
+        (lambda outlook: outlook.options({"latents": 64}), "guidance_budget is a Budget"),
+    ],
+)
+def test_a_policy_of_one_s_own_is_told_what_it_does_wrong(answer: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        draw(pipeline(Machine()), Own(answer))
+    assert chosen(pipeline(Machine()), Own(lambda outlook: (outlook.fixed(Budget(latents=8), None).choice(), None))) == 8
 
 
 def test_auto_takes_what_is_free_below_the_knee() -> None:

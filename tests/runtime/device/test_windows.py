@@ -21,6 +21,13 @@ class Kernel:
         status.total, status.available = 16 << 30, 5 << 30
         return int(not self.fails)
 
+    def K32GetProcessMemoryInfo(self, process: Any, pointer: Any, length: Any) -> int:  # noqa: N802
+        memory = pointer._obj
+        assert process.value == ctypes.c_void_p(-1).value, "this process"
+        assert memory.length == length.value == ctypes.sizeof(memory) == 8 + 8 * ctypes.sizeof(ctypes.c_size_t)
+        memory.peak, memory.resident = 3 << 30, 2 << 30
+        return int(not self.fails)
+
     def IsProcessorFeaturePresent(self, number: int) -> int:  # noqa: N802
         return int(number in self.features)
 
@@ -55,6 +62,12 @@ def test_what_is_not_told_is_none() -> None:
     assert windows.read(Kernel(set(), fails=True), Closed()) == windows.Reading()
 
 
+def test_the_memory_of_this_process() -> None:
+    assert windows.process(Kernel(set())) == windows.Process(resident=2 << 30, peak=3 << 30)
+    assert windows.process(Kernel(set(), fails=True)) is None
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="this is a Windows")
 def test_there_is_nothing_to_read_elsewhere() -> None:
     assert windows.read() == windows.Reading()
+    assert windows.process() is None

@@ -66,6 +66,12 @@ def test_with_a_strength_a_mask_or_references_of_its_own_image_is_drawn_over() -
         assert drawn.facts["references"] == (256 if "image_reference" in more else 0)
 
 
+def test_one_of_odd_tokens_is_edited_after_where_no_plan_is_asked_for() -> None:
+    pipe, _ = pipeline()
+    drawn = pipe(**{name: value for name, value in ASKED.items() if name != "plan"}, image=ramp(68, 76))
+    assert (drawn.facts["plan"], drawn.facts["size"]) == ("full, 20 steps", (17, 19))
+
+
 def test_a_large_one_is_made_smaller() -> None:
     assert fitted(ramp(1500, 1100), 16).shape == (1184, 864, 3)
     assert fitted(ramp(1024, 1024), 16).shape == (1024, 1024, 3)

@@ -35,6 +35,13 @@ def test_guidance_that_is_off_at_0_leads_from_the_strong_prediction(scale: float
             pipe(**EMBEDS, **NEGATIVE, plan=Plan.full(2), guidance_scale=scale)
 
 
+def test_an_interval_may_be_a_list() -> None:
+    for pair in ([0.0, 1.0], (0.0, 1.0)):
+        assert pipeline()[0](**EMBEDS, plan="full", num_inference_steps=1, guidance_interval=pair).images
+        with pytest.raises(UsageError, match="guidance_interval acts through guidance, which is off"):
+            pipeline()[0](**EMBEDS, plan="full", guidance_interval=[0.1, pair[1]])
+
+
 def test_normalization_caps_the_guided_prediction() -> None:
     def field(feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.ones_like(feeds["hidden_states"]) * feeds["pooled_projections"][:, :1, None]

@@ -64,6 +64,14 @@ def test_a_picture_is_the_same_alone_and_in_any_batch_and_draws_again() -> None:
     np.testing.assert_array_equal(again.images, together.images)
 
 
+def test_auto_takes_it_in_the_steps_of_the_default() -> None:
+    plain, auto = (pipeline()[0](**EMBEDS, plan="mrflow", policy=policy, output_type="latent", seeds=1) for policy in (None, Auto()))
+    assert plain.plan == auto.plan
+    assert plain.plan is not None
+    assert plain.plan.steps == (19, 1)
+    np.testing.assert_array_equal(pipeline()[0].draw(auto.request).images, plain.images)
+
+
 def test_its_step_comes_on_top_of_the_few_of_a_distilled_model() -> None:
     result = pipeline(few_steps=4)[0](**EMBEDS, plan="mrflow", output_type="latent", seeds=1)
     assert result.plan is not None

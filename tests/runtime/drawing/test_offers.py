@@ -44,8 +44,16 @@ def test_what_a_policy_may_choose_suits_the_steps_of_a_distilled_model(few_steps
 @pytest.mark.parametrize("policy", [Auto(), None])
 def test_where_no_preset_suits_a_picture_is_drawn_along_full(policy: Any) -> None:
     result = pipeline(9.0)(**EMBEDS, policy=policy, output_type="latent", seeds=1)
-    assert result.plan is not None
-    assert result.plan.plain
+    assert result.plan == Plan.full(20, 9.0)
+
+
+@pytest.mark.parametrize("policy", [Auto(), None])
+def test_a_size_that_no_preset_takes_is_drawn_along_full(policy: Any) -> None:
+    result = pipeline()(**EMBEDS, policy=policy, height=72, output_type="latent", seeds=1)
+    assert (result.plan, result.facts["size"]) == (Plan.full(20, 3.0), (9, 8))
+    assert pipeline()(**EMBEDS, policy=policy, height=72, num_inference_steps=3, output_type="latent").plan == Plan.full(3, 3.0)
+    with pytest.raises(UsageError, match="height is a multiple of 16 px for this plan, got 72"):
+        pipeline()(**EMBEDS, policy=policy, height=72, plan="4x")
 
 
 def test_one_that_is_asked_for_by_name_is_refused_with_what_to_take() -> None:

@@ -8,8 +8,22 @@ import pytest
 from fake_flux import CHANNELS, EMBEDS, ENCODER, SCHNELL, UPSCALE, Opener, encode, manifest, to_zero
 from PIL import Image
 
-from elastic_runtime import Deadline, ElasticPipeline, InferenceError, Plan, Request, UsageError
+from elastic_runtime import (
+    Auto,
+    Deadline,
+    ElasticPipeline,
+    FitMemory,
+    Fixed,
+    InferenceError,
+    Plan,
+    Quality,
+    Request,
+    UsageError,
+)
+from elastic_runtime.choosing.option import Choice
+from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.manifest import Cost
+from elastic_runtime.contract.manifest import Quality as Row
 from elastic_runtime.ralu.plan import full
 
 ROWS = tuple(Cost(budget={"tokens": n}, flops=1000 * n, weight_bytes=4000, activation_bytes=100 * n) for n in (16, 34, 64))
@@ -20,8 +34,14 @@ def still(feeds: Any) -> np.ndarray:
     return np.zeros_like(feeds["hidden_states"])
 
 
-def pipeline(field: Any = to_zero, encoder: Any = encode) -> tuple[ElasticPipeline, Opener]:
-    whole = msgspec.structs.replace(manifest(SCHNELL, encoder=ENCODER), cost=ROWS)
+# a card that knows pictures from pure noise alone
+CARD = tuple(
+    Row(budget={}, plan=plan, steps=steps, accuracy=0.9, frechet_distance=1.0) for plan, steps in (("full", (10,)), ("4x", (5, 6, 7)))
+)
+
+
+def pipeline(field: Any = to_zero, encoder: Any = encode, card: tuple[Row, ...] = ()) -> tuple[ElasticPipeline, Opener]:
+    whole = msgspec.structs.replace(manifest(SCHNELL, encoder=ENCODER), cost=ROWS, quality=card)
     opener = Opener(whole, field, encoder=encoder)
     return ElasticPipeline(opener.bundle, opener), opener
 
@@ -104,6 +124,71 @@ def test_a_request_is_json_and_a_policy_spreads_its_steps() -> None:
     assert late.plan.begin < 1
     replayed = pipeline(still)[0].draw(late.request)
     np.testing.assert_array_equal(replayed.images, late.images)
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ({}, 12), ({"strength": 0.1}, 2), ({"strength": 0.58}, 12), ({"strength": 0.6, "num_inference_steps": 28}, 17),
+        ({"strength": 0.9, "num_inference_steps": 50}, 45), ({"strength": 1.0}, 20),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("card", [(), CARD])
+def test_a_policy_that_keeps_to_no_time_takes_the_steps_that_are_taken_without_one(asked: dict[str, Any], steps: int, card: Any) -> None:
+    wanted = pipeline(still)[0](**EMBEDS, image=ramp(), seeds=2, output_type="latent", **asked)
+    assert len(wanted.steps) == steps
+    for policy in (Fixed(), Auto()):
+        for plan in (None, "full"):
+            drawn = pipeline(still, card=card)[0](**EMBEDS, image=ramp(), plan=plan, policy=policy, seeds=2, output_type="latent", **asked)
+            assert (drawn.plan, drawn.facts["plan"]) == (wanted.plan, f"full, {steps} steps")
+            np.testing.assert_array_equal(drawn.images, wanted.images)
+            np.testing.assert_array_equal(pipeline(still, card=card)[0].draw(drawn.request).images, wanted.images)
+
+
+def test_a_card_of_pictures_from_noise_tells_nothing_of_one_that_is_drawn_over() -> None:
+    pipe, _ = pipeline(card=CARD)
+    assert pipe(**EMBEDS, plan="full", policy=Quality(0.9), output_type="latent").plan == Plan.full(10, 3.0)
+    with pytest.raises(UsageError, match=r"no quality table \(accuracy by plan of what is drawn over a picture\), so a quality cannot"):
+        pipe(**EMBEDS, image=GREY, policy=Quality(0.9))
+    outlook = pipe.outlook(Request(**EMBEDS, image=GREY, num_inference_steps=10, policy=Auto()))
+    assert [option.name for option in outlook.options()] == ["full, 6 steps"]
+    assert {sum(option.steps) for option in outlook.frontier()} <= set(range(1, 7))
+    assert pipe(**EMBEDS, image=GREY, strength=0.5, num_inference_steps=8, policy=FitMemory(1e12)).facts["plan"] == "full, 4 steps"
+
+
+def test_a_replay_is_of_its_own_picture_and_strength() -> None:
+    pipe, _ = pipeline()
+    noise = pipe(**EMBEDS, policy=Auto(), seeds=2, output_type="latent").request
+    with pytest.raises(UsageError, match=r"the replay was drawn in 3 stages, and over this picture, .* leave policy out, or image and"):
+        pipe.draw(msgspec.structs.replace(noise, image=GREY))
+    over = pipe(**EMBEDS, image=ramp(), strength=0.9, policy=Deadline(30.0), seeds=2, output_type="latent").request
+    with pytest.raises(UsageError, match=r"the replay was drawn at sigma 0\.9\d+, and over this picture, with this strength, it begins at"):
+        pipe.draw(msgspec.structs.replace(over, strength=0.1))
+    with pytest.raises(UsageError, match="a plan that begins below sigma 1 draws over a picture: give image"):
+        pipe.draw(msgspec.structs.replace(over, image=None, strength=None))
+
+
+def test_a_policy_of_one_s_own_names_a_plan_that_fits() -> None:
+    class Own:
+        def __init__(self, plan: Any):
+            self.plan = plan
+
+        def init(self, outlook: Any) -> None:
+            pass
+
+        def next(self, state: None, index: int, seconds: float) -> tuple[Choice, None]:
+            return Choice(Budget(), Budget(), plan=self.plan if index == 0 else None), None
+
+    pipe, _ = pipeline()
+    assert len(pipe(**EMBEDS, policy=Own(Plan.full(3)), output_type="latent").steps) == 3
+    for plan, image, message in (
+        (None, None, "tiny draws along a plan, and this choice names none"),
+        ("full", None, "and this choice names 'full'"),
+        (Plan((2,), begin=0.5), None, "a plan that begins below sigma 1 draws over a picture: give image"),
+        (Plan((2, 2), (0.4, 1.0), (1.0, 1.0), growth="spectrum"), GREY, "a picture is drawn over along a plan of one stage"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            pipe(**EMBEDS, image=image, policy=Own(plan))
 
 
 @pytest.mark.parametrize(

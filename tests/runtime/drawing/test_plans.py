@@ -288,12 +288,12 @@ def test_a_prompt_that_is_no_text_is_named(text: str) -> None:
         (EMBEDS | {"plan": "full", "num_inference_steps": 10**20}, "a picture takes at most 100,000 steps, got 100000000000000000000"),
         (EMBEDS | {"caching": 2}, "caching is a Caching, such as Caching.every(plan, 2), got 2"),
         (EMBEDS | NEGATIVE | {"true_cfg_scale": "2"}, "true_cfg_scale must be a number, 0 or more, got '2'"),
-        (EMBEDS | {"height": 50}, "height is a multiple of 16 px for this plan, got 50"),
-        (EMBEDS | {"width": 24}, "width is a multiple of 16 px for this plan, got 24"),
+        (EMBEDS | {"height": 56, "plan": "4x"}, "height is a multiple of 16 px for this plan, got 56"),
+        (EMBEDS | {"width": 24, "plan": "4x"}, "width is a multiple of 16 px for this plan, got 24"),
         (EMBEDS | {"width": 20, "plan": "full"}, "width is a multiple of 8 px, got 20"),
-        (EMBEDS | {"height": 0}, "height is a multiple of 16 px for this plan, got 0"),
-        (EMBEDS | {"height": 64.0}, "height is a multiple of 16 px for this plan, got 64.0"),
-        (EMBEDS | {"height": 16, "width": 32}, "up_ratio 0.3 of 2 patches grows 0"),
+        (EMBEDS | {"height": 0}, "height is a multiple of 8 px, got 0"),
+        (EMBEDS | {"height": 64.0}, "height is a multiple of 8 px, got 64.0"),
+        (EMBEDS | {"height": 16, "width": 32, "plan": "4x"}, "up_ratio 0.3 of 2 patches grows 0"),
         (EMBEDS | {"height": 512, "width": 512}, "takes 1-1024 image tokens, and a picture of 512 x 512 px needs 1945 in a stage"),
     ],
 )
@@ -331,8 +331,8 @@ def test_a_preview_that_the_decoder_does_not_take_is_told_before_anything_is_ope
     narrow = msgspec.structs.replace(whole.graphs["decoder"], dimensions=whole.graphs["decoder"].dimensions | {"h": Span(16, 64)})
     pipe, opener = pipeline(msgspec.structs.replace(whole, graphs=whole.graphs | {"decoder": narrow}))
     with pytest.raises(UsageError, match="decodes heights of 64 to 256 px, and its preview has 32"):
-        pipe(**EMBEDS)
-    assert pipe(**EMBEDS, plan="full").images
+        pipe(**EMBEDS, plan="4x")
+    assert pipe(**EMBEDS).images, "along full"
     assert pipe(**EMBEDS, height=128).images
     assert len(opener.calls("denoiser")) == 20 + 18
 

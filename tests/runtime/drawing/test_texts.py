@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import simulated
-from fake_flux import EMBEDS, manifest, pipeline, to_zero
+from fake_flux import EMBEDS, SCHNELL, manifest, pipeline, to_zero
 from fake_prompts import flux
 
 from elastic_runtime import BudgetError, ElasticPipeline, Request, Span, UsageError
@@ -84,6 +84,17 @@ def test_prompts_may_be_read_before_they_are_drawn(tmp_path: Path) -> None:
             pipe.draw(unguided, texts=texts)
         with pytest.raises(UsageError, match="texts are what `read` gives of a request, got 'a cat'"):
             pipe.draw(request, texts="a cat")  # type: ignore[arg-type]
+
+
+def test_a_request_without_words_has_nothing_to_read() -> None:
+    pipes = pipeline(manifest(SCHNELL, classes=5))[0], simulated.pipeline(simulated.Machine())
+    for pipe in pipes:
+        request = Request(class_labels=(1,), seeds=3, output_type="latent")
+        texts = pipe.read(request)
+        assert texts is None
+        np.testing.assert_array_equal(pipe.draw(request, texts=texts).images, pipe.draw(request).images)
+        with pytest.raises(UsageError, match="classes"):
+            pipe.read(Request(class_labels=(99,)))
 
 
 def test_texts_of_a_request_that_draws_classes_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def counted(value: Any) -> tuple[Any, list[int]]:
     return velocity, asked
 
 
+@pytest.mark.parametrize("skip", [3, None, {2.5}, "35", [True], [[3]]])
+def test_what_is_skipped_are_whole_numbers(skip: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"caching skips steps, whole numbers such as {{3, 5}}, got {skip!r}")):
+        Caching(skip)
+    assert Caching([np.int64(3), 5]) == Caching(frozenset({3, 5}))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="caching has order 0"):
+        Caching.every(PLAN, 2, "1")  # type: ignore[arg-type]
+
+
 def test_extrapolation_is_exact_where_the_velocity_is_linear_in_sigma() -> None:
     """Each stage has a line of its own: nothing is carried over."""
     velocity, asked = counted(lambda sigma, index, stage: (stage + 1) * (2 - 3 * sigma))

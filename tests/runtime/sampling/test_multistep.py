@@ -66,6 +66,21 @@ def test_on_a_path_they_come_nearer_than_ddim_to_what_many_steps_give(prediction
     assert np.abs(ours - converged).max() < np.abs(plain - converged).max() / 4
 
 
+def test_what_a_step_shows_may_be_changed() -> None:
+    noise = np.random.default_rng(0).standard_normal(SHAPE)
+    plain = states(dpm_2m(answer_of, noise, 6, PATH, "v"))
+    touched = []
+    for step in dpm_2m(answer_of, noise, 6, PATH, "v"):
+        assert step.denoised is not None
+        step.denoised[...] = 0
+        touched.append(step.sample)
+    np.testing.assert_array_equal(touched, plain)
+
+
+def answer_of(x: np.ndarray, t: float, index: int) -> np.ndarray:
+    return answer(x, t)
+
+
 @given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=3, unique_by=lambda place: round(place, 2)), st.floats(0.05, 1.0))
 def test_the_weights_integrate_polynomials_exactly(places: list[float], length: float) -> None:
     low = places[-1]
