@@ -9,9 +9,11 @@ from pathlib import Path
 
 from elastic_runtime import hub
 from elastic_runtime.contract.agreement import decode
+from elastic_runtime.contract.artifacts import Artifact, OnnxArtifact, TrtArtifact
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.denoising.pictures import obstacle
 from elastic_runtime.errors import BundleError, UsageError
 
@@ -164,7 +166,7 @@ def _drawing(manifest: Manifest, repository: str) -> Iterator[str]:
     subject = ' --prompt "a red cat"' if prompted else " --classes 0" if model.num_classes else ""
     budget = f" --{axis.name} {axis.default}" if (axis := next(iter(manifest.axes), None)) and not model.patches else ""
     yield "```sh"
-    yield f"pip install 'elastic-export[ort,hub{',ralu' if model.patches or prompted else ''}]'"  # with scipy and tokenizers
+    yield f"pip install 'elastic-export[{_runtime(manifest)},hub{',ralu' if model.patches or prompted else ''}]'"  # scipy, tokenizers
     if not lacking:
         yield f"elastic-export generate {repository} -o picture.png{subject}{budget}"
     yield f"elastic-export verify {repository}"
@@ -180,6 +182,20 @@ def _drawing(manifest: Manifest, repository: str) -> Iterator[str]:
     yield f'with ElasticPipeline.from_pretrained("{repository}") as pipe:'
     yield f'    pipe({what}).images[0].save("picture.png")'
     yield "```"
+
+
+def _runtime(manifest: Manifest) -> str:
+    """The extra of what opens the bundle: ONNX Runtime's wherever it opens something."""
+    extras = [_opens(artifact) for graph in manifest.graphs.values() for artifact in graph.artifacts]
+    return "ort" if "ort" in extras or not extras else extras[0]
+
+
+def _opens(artifact: Artifact) -> str:
+    if isinstance(artifact, TrtArtifact):
+        return "rtx" if artifact.builder == "tensorrt_rtx" else "trt"
+    if isinstance(artifact, OnnxArtifact):
+        return next(name for name in ("ort", "openvino", "trt") if name in PRECISIONS[artifact.precision].backends)
+    return artifact.target
 
 
 def _lacking(manifest: Manifest) -> Iterator[str]:

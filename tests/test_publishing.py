@@ -16,7 +16,7 @@ import yaml
 import elastic_export
 from elastic_export.publishing import model_card, ours
 from elastic_runtime import Bundle, BundleError, MissingError, Span, UsageError, hub
-from elastic_runtime.contract.artifacts import OnnxArtifact, Verification
+from elastic_runtime.contract.artifacts import CoremlArtifact, OnnxArtifact, Verification
 from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.manifest import Adapter, Manifest, Provenance, Text
 
@@ -239,3 +239,18 @@ def test_the_card_tells_no_command_that_fails() -> None:
         assert "pip install 'elastic-export[ort,hub]'" in card
         for failing in ("generate", "--prompt", "```python"):
             assert failing not in card
+
+
+def test_the_card_installs_what_opens_the_bundle() -> None:
+    plain = described()
+    (artifact,) = plain.graphs["denoiser"].artifacts
+    package = CoremlArtifact(
+        precision="fp16", files=artifact.files, toolchain={}, package="coreml/d.mlpackage", deployment_target="iOS18", shapes="functions",
+        batch=Span(1, 1), calls=(), reductions="fp32",
+    )  # fmt: skip
+    half = msgspec.structs.replace(artifact, precision="bf16")
+    choices: Any = (((artifact, half), "ort"), ((half, artifact), "ort"), ((half,), "openvino"), ((package,), "coreml"))
+    for artifacts, extra in choices:
+        graph = msgspec.structs.replace(plain.graphs["denoiser"], artifacts=artifacts)
+        card = model_card(msgspec.structs.replace(plain, graphs={"denoiser": graph}), "me/digits")
+        assert f"pip install 'elastic-export[{extra},hub]'" in card
