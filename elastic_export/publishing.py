@@ -9,9 +9,12 @@ from pathlib import Path
 
 from elastic_runtime import hub
 from elastic_runtime.contract.agreement import decode
+from elastic_runtime.contract.artifacts import Artifact, OnnxArtifact, TrtArtifact
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
 from elastic_runtime.contract.manifest import Manifest
+from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.denoising.pictures import obstacle
 from elastic_runtime.errors import BundleError, UsageError
 
 CARD = "README.md"
@@ -137,21 +140,7 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
     yield ""
     yield "## Draw"
     yield ""
-    subject = ' --prompt "a red cat"' if model.text else " --classes 0" if model.num_classes else ""
-    budget = f" --{axis.name} {axis.default}" if (axis := next(iter(manifest.axes), None)) and not model.patches else ""
-    yield "```sh"
-    yield f"pip install 'elastic-export[ort,hub{',ralu' if model.patches else ''}]'"
-    yield f"elastic-export generate {repository} -o picture.png{subject}{budget}"
-    yield f"elastic-export verify {repository}"
-    yield "```"
-    yield ""
-    yield "```python"
-    yield "from elastic_runtime import ElasticPipeline"
-    yield ""
-    what = 'prompt="a red cat"' if model.text else "class_labels=[0]" if model.num_classes else ""
-    yield f'with ElasticPipeline.from_pretrained("{repository}") as pipe:'
-    yield f'    pipe({what}).images[0].save("picture.png")'
-    yield "```"
+    yield from _drawing(manifest, repository)
     yield ""
     yield from _budgets(manifest)
     yield "## Files"
@@ -168,6 +157,58 @@ def _body(manifest: Manifest, repository: str) -> Iterator[str]:
             yield f"| {name} | {artifact.target} | {artifact.held} | {size:.1f} | {proven} | {bound} |"
     yield ""
     yield from _origin(manifest)
+
+
+def _drawing(manifest: Manifest, repository: str) -> Iterator[str]:
+    """Commands that prove the bundle and draw a picture, and the same in Python; or what a picture needs beside the bundle."""
+    model, lacking = manifest.model, " ".join(_lacking(manifest))
+    prompted = bool(model.text and model.text.encoders)
+    subject = ' --prompt "a red cat"' if prompted else " --classes 0" if model.num_classes else ""
+    budget = f" --{axis.name} {axis.default}" if (axis := next(iter(manifest.axes), None)) and not model.patches else ""
+    yield "```sh"
+    yield f"pip install 'elastic-export[{_runtime(manifest)},hub{',ralu' if model.patches or prompted else ''}]'"  # scipy, tokenizers
+    if not lacking:
+        yield f"elastic-export generate {repository} -o picture.png{subject}{budget}"
+    yield f"elastic-export verify {repository}"
+    yield "```"
+    yield ""
+    if lacking:
+        yield lacking
+        return
+    yield "```python"
+    yield "from elastic_runtime import ElasticPipeline"
+    yield ""
+    what = 'prompt="a red cat"' if prompted else "class_labels=[0]" if model.num_classes else ""
+    yield f'with ElasticPipeline.from_pretrained("{repository}") as pipe:'
+    yield f'    pipe({what}).images[0].save("picture.png")'
+    yield "```"
+
+
+def _runtime(manifest: Manifest) -> str:
+    """The extra of what opens the bundle: ONNX Runtime's wherever it opens something."""
+    extras = [_opens(artifact) for graph in manifest.graphs.values() for artifact in graph.artifacts]
+    return "ort" if "ort" in extras or not extras else extras[0]
+
+
+def _opens(artifact: Artifact) -> str:
+    if isinstance(artifact, TrtArtifact):
+        return "rtx" if artifact.builder == "tensorrt_rtx" else "trt"
+    if isinstance(artifact, OnnxArtifact):
+        return next(name for name in ("ort", "openvino", "trt") if name in PRECISIONS[artifact.precision].backends)
+    return artifact.target
+
+
+def _lacking(manifest: Manifest) -> Iterator[str]:
+    """What keeps `generate` from drawing: sentences, none where nothing does."""
+    text = manifest.model.text
+    if "denoiser" not in manifest.graphs:
+        yield f"It holds {', '.join(manifest.graphs)} and no denoiser, so nothing is drawn from it alone."
+        return
+    if text and not text.encoders:
+        beside = " and `pooled_prompt_embeds`" if text.pooled else ""
+        yield f"It holds no text encoders: embeddings of prompts are the caller's, `prompt_embeds`{beside} of `ElasticPipeline`."
+    if why := obstacle(manifest):
+        yield f"{why[0].upper()}{why[1:]}."
 
 
 def _budgets(manifest: Manifest) -> Iterator[str]:

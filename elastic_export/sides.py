@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.axis import Span, whole
 from elastic_runtime.errors import BudgetError
 
 
@@ -21,9 +21,8 @@ def read_size(value: Span | Sides | str | int) -> Span | Sides:
     """`"512-1024"` and `1024` as a span of sides, `"1024x768"` as height and width; raises BudgetError for other text."""
     if isinstance(value, Span | Sides):
         return value
-    if match := re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(value)):
-        return Sides(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*", str(value))
     try:
-        return Span.parse(str(value))
+        return Sides(whole(match[1]), whole(match[2])) if match else Span.parse(str(value))
     except BudgetError as error:
         raise BudgetError(f"--size: {error}; a single size is written 1024x768, height first") from None

@@ -15,6 +15,7 @@ from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, Te
 from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.errors import MissingError, UsageError
 from elastic_runtime.files import placing
 
@@ -122,7 +123,12 @@ def _obstacle(artifact: Artifact) -> str | None:
     if artifact.conditions:
         return "in two files, and a model of Triton's is one: export it without --conditions-apart"
     if isinstance(artifact, OnnxArtifact):
-        return None
+        runs = "ort" in PRECISIONS[artifact.precision].backends
+        return (
+            None
+            if runs
+            else f"of a precision that ONNX Runtime has no kernels for, {artifact.precision}: elastic-export trt builds an engine of it"
+        )
     if not isinstance(artifact, TrtArtifact):
         return f"Triton has no backend for {artifact.target}"
     if artifact.builder != "tensorrt":

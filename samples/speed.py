@@ -16,9 +16,11 @@ from elastic_bench.plots import latency_plot
 from elastic_bench.records import BundleReport, Report
 from elastic_bench.svg import captioned
 from elastic_runtime import ElasticError
+from elastic_runtime.contract.budget import key
 from elastic_runtime.files.atomic import save
 
 NAME = "speed"
+OURS, TORCH = "onnxruntime", {"torch-compile": "torch.compile", "torch": "eager torch"}
 
 
 def table(report: Report, bundle: BundleReport) -> str:
@@ -41,6 +43,19 @@ def table(report: Report, bundle: BundleReport) -> str:
     return "\n".join(lines)
 
 
+def beside_torch(report: Report) -> str | None:
+    """How many times as long as ONNX Runtime torch takes for a step, over all budgets of all bundles; None where not both ran."""
+    ratios: dict[str, list[float]] = {name: [] for name in TORCH}
+    for bundle in report.bundles:
+        found = figures(bundle, report.settings, report.peaks)
+        steps = {(each.runtime.runtime, key(each.row.budget)): each.row.step.p50 for each in found}
+        for (name, budget), seconds in steps.items():
+            if name in ratios and (OURS, budget) in steps:
+                ratios[name].append(seconds / steps[OURS, budget])
+    spans = [f"{min(each):.1f} to {max(each):.1f} times as long in {TORCH[name]}" for name, each in ratios.items() if each]
+    return f"On the same weights and threads, a step takes {' and '.join(spans)} as in {OURS}." if spans else None
+
+
 def section(report: Report) -> str:
     """What stands between the markers."""
     parts = []
@@ -50,6 +65,8 @@ def section(report: Report) -> str:
         parts += [f"**{bundle.model}**, ms a step at batch {report.settings.batch}:", table(report, bundle)]
         if bundle.recommendation:
             parts.append(bundle.recommendation)
+    if told := beside_torch(report):
+        parts.append(told)
     used = {runtime.where for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where}
     parts.append(f"`make bench` on a {report.machine}; {', '.join(sorted(used))}. {method(report.settings, report.bundles)}")
     return "\n\n".join(parts)

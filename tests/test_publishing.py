@@ -16,9 +16,9 @@ import yaml
 import elastic_export
 from elastic_export.publishing import model_card, ours
 from elastic_runtime import Bundle, BundleError, MissingError, Span, UsageError, hub
-from elastic_runtime.contract.artifacts import OnnxArtifact, Verification
+from elastic_runtime.contract.artifacts import CoremlArtifact, OnnxArtifact, Verification
 from elastic_runtime.contract.bundle import entry
-from elastic_runtime.contract.manifest import Adapter, Manifest, Provenance
+from elastic_runtime.contract.manifest import Adapter, Manifest, Provenance, Text
 
 FILE = "onnx/denoiser.onnx"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own way to send a file
@@ -153,7 +153,7 @@ def test_a_damaged_bundle_is_not_sent_and_no_hub_is_said(server: fake_hub.Hub, b
 
 
 def described(**changes: Any) -> Manifest:
-    manifest = fakes.manifest()
+    manifest = fakes.manifest(channels=1)
     row = Verification(
         budget={"latents": 64}, max_abs=2.5e-6, cosine=1.0, psnr_db=90.0, finite=True, tolerance=1e-5, passed=True, where="ort"
     )
@@ -203,3 +203,54 @@ def test_the_card_of_a_thing_without_axes_or_origin_is_whole() -> None:
     assert ours(card)
     assert "base_model" not in card
     assert "## Budgets" not in card
+
+
+def prompted(encoders: bool, **changes: Any) -> Manifest:
+    """A manifest of a model of prompts without patches, as an ELIT on Qwen-Image has it."""
+    encoder: Any = [{"graph": "text", "max_length": 8, "pad_token_id": 0, "gives": ["last_hidden_state"],
+                     "tokenizer": {"path": "tokenizers/text.json", "bytes": 1, "sha256": "3" * 64}}]  # fmt: skip
+    text = msgspec.convert({"encoders": encoder if encoders else [], "length": 8, "width": 6, "pooled": 0}, Text)
+    plain = described()
+    graph = msgspec.structs.replace(
+        plain.graphs["denoiser"], outputs=(msgspec.structs.replace(plain.graphs["denoiser"].outputs[0], name="last_hidden_state"),)
+    )
+    model = msgspec.structs.replace(plain.model, text=text, num_classes=0, null_label=0, **changes)
+    return msgspec.structs.replace(plain, model=model, graphs=plain.graphs | ({"text": graph} if encoders else {}))
+
+
+def test_the_card_of_prompts_brings_their_tokenizers() -> None:
+    card = model_card(prompted(encoders=True), "me/cats")
+    assert "pip install 'elastic-export[ort,hub,ralu]'" in card
+    assert 'elastic-export generate me/cats -o picture.png --prompt "a red cat" --latents 64' in card
+    assert 'pipe(prompt="a red cat").images[0]' in card
+
+
+def test_the_card_tells_no_command_that_fails() -> None:
+    without = prompted(encoders=False)
+    decoder = msgspec.structs.replace(described(), graphs={"decoder": fakes.decoder_graph()})
+    for manifest, why in (
+        (without, "It holds no text encoders: embeddings of prompts are the caller's, `prompt_embeds` of `ElasticPipeline`."),
+        (decoder, "It holds decoder and no denoiser, so nothing is drawn from it alone."),
+        (fakes.manifest(channels=4), "This bundle's model draws 4-channel latents and it holds no decoder: export it again with --vae DIR"),
+    ):
+        card = model_card(manifest, "me/cats")
+        assert why in card
+        assert "elastic-export verify me/cats" in card
+        assert "pip install 'elastic-export[ort,hub]'" in card
+        for failing in ("generate", "--prompt", "```python"):
+            assert failing not in card
+
+
+def test_the_card_installs_what_opens_the_bundle() -> None:
+    plain = described()
+    (artifact,) = plain.graphs["denoiser"].artifacts
+    package = CoremlArtifact(
+        precision="fp16", files=artifact.files, toolchain={}, package="coreml/d.mlpackage", deployment_target="iOS18", shapes="functions",
+        batch=Span(1, 1), calls=(), reductions="fp32",
+    )  # fmt: skip
+    half = msgspec.structs.replace(artifact, precision="bf16")
+    choices: Any = (((artifact, half), "ort"), ((half, artifact), "ort"), ((half,), "openvino"), ((package,), "coreml"))
+    for artifacts, extra in choices:
+        graph = msgspec.structs.replace(plain.graphs["denoiser"], artifacts=artifacts)
+        card = model_card(msgspec.structs.replace(plain, graphs={"denoiser": graph}), "me/digits")
+        assert f"pip install 'elastic-export[{extra},hub]'" in card

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from elastic_export.triton import models, write
 from elastic_runtime import Bundle, ElasticPipeline, MissingError, PerStep, UsageError
-from elastic_runtime.contract.artifacts import Network, OnnxArtifact, TrtArtifact
+from elastic_runtime.contract.artifacts import FileEntry, Network, OnnxArtifact, TrtArtifact
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
 
@@ -52,6 +52,11 @@ def engine(folder: Path, name: str = "e", **changes: Any) -> TrtArtifact:
         "source": "onnx/denoiser.onnx", "source_sha256": "0" * 64, "profiles": (), "network": Network(layers=1, attentions=1, loops=0),
     }  # fmt: skip
     return TrtArtifact(**whole | changes)
+
+
+def placed(folder: Path, name: str) -> FileEntry:
+    (folder / "onnx" / name).write_bytes(b"no graph")
+    return entry(folder, folder / "onnx" / name)
 
 
 def whole_bundle(folder: Path, *more: Any) -> Bundle:
@@ -95,11 +100,14 @@ def test_graphs_and_engines_become_models_and_the_rest_is_named(tmp_path: Path) 
         lambda folder: engine(folder, "second", sms=(90,)),
         lambda folder: engine(folder, "rtx", builder="tensorrt_rtx"),
         lambda folder: engine(folder, "stripped", stripped=True),
+        lambda folder: OnnxArtifact(precision="bf16", files=(placed(folder, "b.onnx"),), toolchain={}, opset=23),
+        lambda folder: OnnxArtifact(precision="nvfp4", files=(placed(folder, "n.onnx"),), toolchain={}, opset=23),
     )
     written = write(bundle, tmp_path / "r", instances=2)
     names = [each.name for each in written.models]
     assert names == ["b-denoiser-onnx-fp32", "b-denoiser-trt-fp16", "b-denoiser-trt-fp16-2", "b-decoder-onnx-fp32"]
-    assert [why.split(":")[0] for why in written.left_out] == ["trt/rtx.engine", "trt/stripped.engine"]
+    assert [why.split(":")[0] for why in written.left_out] == ["trt/rtx.engine", "trt/stripped.engine", "onnx/b.onnx", "onnx/n.onnx"]
+    assert "onnx/n.onnx: of a precision that ONNX Runtime has no kernels for, nvfp4: elastic-export trt builds" in written.left_out[-1]
     config = config_of(tmp_path / "r" / names[1])
     assert (config.platform, config.default_model_filename, config.instance_group[0].count) == ("tensorrt_plan", "e.engine", 2)
     assert config.instance_group[0].kind == 1, "KIND_GPU"

@@ -103,6 +103,7 @@ def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: in
 def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
     """Export a sample that is drawn along plans: a column for each, and what runs it."""
     from elastic_runtime.choosing.cost import plan_flops
+    from elastic_runtime.contract.manifest import plan_label
     from elastic_runtime.drawing.plans import takes
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.ralu.plan import FULL, Plan
@@ -113,13 +114,15 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
         return lambda digit: pipe(class_labels=[digit], plan=plan, guidance_scale=guidance, generator=_noise(seed, digit))
 
     with ElasticPipeline.from_pretrained(bundle) as pipe:
-        whole, (size, full) = f"full {steps}", takes(bundle, FULL)
-        plans = {f"full {count}": full.spread(count) for count in (steps, max(1, steps // 2))}
+        whole, (size, full) = plan_label(FULL, (steps,)), takes(bundle, FULL)
+        counts = {plan_label(FULL, (count,)): count for count in (steps, max(1, steps // 2))}
+        plans = {name: full.spread(count) for name, count in counts.items()}
         plans |= {name: takes(bundle, name)[1] for name in PLANS}
+        heads = {name: f"full {counts[name]}" if name in counts else name for name in plans}
         flops = {name: plan_flops(bundle.manifest, plan, size) for name, plan in plans.items()}
         yield (
             [
-                Column(f"plan {name}", name, along(pipe, plan), flops[name] / plan.total / 1e9, flops[name] / flops[whole])
+                Column(f"plan {name}", heads[name], along(pipe, plan), flops[name] / plan.total / 1e9, flops[name] / flops[whole])
                 for name, plan in plans.items()
             ],
             pipe.where,

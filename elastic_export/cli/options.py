@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from elastic_export.sides import read_size
-from elastic_runtime.contract.axis import Span
+from elastic_runtime.contract.axis import Span, whole
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
 
@@ -42,12 +42,16 @@ def integers(text: str) -> list[int]:
         raise typer.BadParameter(f"numbers are written 7 or 0,3,7 or 0-9, got {text!r}")
     values: list[int] = []
     for part in text.split(","):
-        low, _, high = part.partition("-")
-        if high and int(high) < int(low):
-            raise typer.BadParameter(f"{part.strip()} is reversed: write {high.strip()}-{low.strip()}")
-        if int(high or low) - int(low) >= MOST:
+        first, _, last = part.partition("-")
+        try:
+            low, high = whole(first), whole(last or first)
+        except BudgetError as error:
+            raise typer.BadParameter(str(error)) from None
+        if high < low:
+            raise typer.BadParameter(f"{part.strip()} is reversed: write {high}-{low}")
+        if high - low >= MOST:
             raise typer.BadParameter(f"{part.strip()} is more than {MOST} numbers: give fewer")
-        values += range(int(low), int(high or low) + 1)
+        values += range(low, high + 1)
     return values
 
 

@@ -132,8 +132,9 @@ def picture(path: Path, option: str, mode: str) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             return np.asarray(ImageOps.exif_transpose(opened).convert(mode))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read {option} {path}: {getattr(error, 'strerror', None) or error}") from None
+    except Exception as error:  # whatever Pillow's readers raise: OSError and ValueError, but SyntaxError and EOFError as well
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UsageError(f"cannot read {option} {path}: {why}") from None
 
 
 def _subject(model: Model, subject: Subject) -> None:

@@ -46,8 +46,10 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def trials(bundle: Bundle, clock: Clock = time.perf_counter) -> Iterator[Trial]:
     """A row for each budget that the original recorded, of each artifact, in each way of each backend that opens its kind.
 
-    Paths are the bundle's own; a reason says what the library said.
+    Paths are the bundle's own; a reason says what the library said, with BUNDLE for the bundle's folder.
     """
+    # Of a folder that was given as `.` or `digits`, no reason would tell the path from a full stop or a word.
+    bundle = Bundle(bundle.folder.resolve(), bundle.manifest, bundle.stage, bundle.text, bundle.name)
     for name, graph in bundle.manifest.graphs.items():
         for artifact in graph.artifacts:
             for record in (record for record in backends() if artifact.target in record.opens):

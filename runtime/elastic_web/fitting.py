@@ -16,7 +16,7 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest, Model
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
-from elastic_runtime.contract.reference import unpack
+from elastic_runtime.contract.reference import cut, unpack
 from elastic_runtime.contract.schedule import RectifiedFlow, ShiftedCosine
 from elastic_runtime.denoising.pictures import obstacle
 from elastic_runtime.errors import UsageError
@@ -24,6 +24,7 @@ from elastic_runtime.sampling.fitting import OFFERED
 
 # Samplers that the page has too, of those that the schedule offers, whose first is the one where none is asked for.
 SAMPLERS = {RectifiedFlow: ("euler", "heun", "ab2", "ab3"), ShiftedCosine: ("ddpm", "ddim")}
+OUTPUTS = {"denoiser": "prediction", "decoder": "image"}
 INPUTS = {"sample", "timestep", "class_labels"}
 MOST_BYTES = 2_000_000_000  # of a file that a page can hold beside what it computes, in the four gigabytes of WebAssembly
 INSTEAD = "elastic-export serve BUNDLE draws it for a browser"
@@ -138,28 +139,34 @@ def _rows(manifest: Manifest) -> list[dict[str, Any]]:
     return sorted((row(budget) for budget in offered(manifest.axes)), key=lambda each: float(each["flops"]))
 
 
-def proof(bundle: Bundle, artifact: OnnxArtifact) -> tuple[dict[str, Any], bytes]:
-    """What the original answered, for a page to check its own answers by: a description and the numbers that it points into.
+def proof(bundle: Bundle, chosen: dict[str, OnnxArtifact]) -> tuple[dict[str, Any], bytes]:
+    """What the original answered, for a page to check its own answers by: a description by graph and the numbers that it points into.
 
-    Of each recorded budget the first sample. `bound` is what an answer may be off by.
+    Of the denoiser at each recorded budget, of the decoder the first of its answers: the first sample. `bound` is what an answer may be off
+    by.
     """
-    graph = bundle.manifest.graphs["denoiser"]
-    feeds, outputs = unpack("denoiser", bundle.reference())
+    reference = bundle.reference()
     parts: list[bytes] = []
 
     def put(array: np.ndarray) -> dict[str, Any]:
         offset = sum(map(len, parts))
         parts.append(np.ascontiguousarray(array).tobytes())
-        return {"offset": offset, "length": int(array.size), "dtype": array.dtype.name}
+        return {"offset": offset, "length": int(array.size), "dtype": array.dtype.name, "dims": list(array.shape)}
 
-    described = {name: put(array[:1]) for name, array in feeds.items()}
-    tolerance = graph.tolerance(artifact)
-    answers = [
-        {
-            "budget": dict(budget),
-            "bound": tolerance * max(1.0, float(np.abs(named["prediction"]).max())),
-            "prediction": put(named["prediction"][:1]),
-        }
-        for budget, named in outputs.items()
-    ]
-    return {"feeds": described, "answers": answers}, b"".join(parts)
+    described: dict[str, Any] = {}
+    for name, artifact in chosen.items():
+        graph, (feeds, outputs) = bundle.manifest.graphs[name], unpack(name, reference)
+        told = list(outputs.items()) if name == "denoiser" else list(outputs.items())[:1]
+        if not told:
+            continue
+        feeds, tolerance = cut(graph.inputs, feeds, told[0][0]), graph.tolerance(artifact)
+        answers = [
+            {
+                "budget": dict(budget),
+                "bound": tolerance * max(1.0, float(np.abs(named[OUTPUTS[name]]).max())),
+                "output": put(named[OUTPUTS[name]][:1]),
+            }
+            for budget, named in told
+        ]
+        described[name] = {"feeds": {each: put(array[:1]) for each, array in feeds.items()}, "answers": answers}
+    return described, b"".join(parts)

@@ -2,13 +2,16 @@
 
 import base64
 import contextlib
+import gzip
 import hashlib
+import http.client
 import io
 import json
 import os
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +95,8 @@ def _fetched() -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
             content = answer.read(MOST)
-    except (OSError, ValueError) as error:  # of the net, of TLS, or an address that is none
-        why = getattr(error, "reason", None) or error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # of the net, of TLS, of what answered, or an address that is none
+        why = getattr(error, "reason", None) or str(error) or type(error).__name__
         raise MissingError(
             f"{NAME} {VERSION} is not here, and {address} is not reached: {why}. On a machine with a network, npm pack {NAME}@{VERSION} "
             f"writes the archive to give as --runtime"
@@ -119,11 +122,13 @@ def _archived(content: bytes, where: str) -> Library:
     wanted = {f"package/{name}" for name in ("package.json", *(f"dist/{name}" for name in FILES))}
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
+        with gzip.open(io.BytesIO(content)) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             for member in _members(archive):
                 if member.name in wanted and (stream := archive.extractfile(member)):
                     found[member.name.removeprefix("package/")] = stream.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+            while unpacked.read(1 << 20):  # to the end, where its checksum is
+                pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{where} is no archive: {error}. --runtime takes {_kinds()}") from None
     return _checked(found, where)
 

@@ -61,8 +61,10 @@ def write(
         models = {graph: _model(bundle, graph, artifact, draft.stage) for graph, artifact in chosen.items()}
         about = facts(bundle, chosen) | {"library": f"{NAME} {runtime.version}"}
         if bundle.manifest.reference:
-            about["proof"], numbers = proof(bundle, chosen["denoiser"])
-            (draft.stage / PROOF).write_bytes(numbers)
+            told, numbers = proof(bundle, chosen)
+            if told:
+                about["proof"] = told
+                (draft.stage / PROOF).write_bytes(numbers)
         files = draft.commit(lambda name, entries: _page(name, entries, about | {"models": models}))
     return Site(folder, chosen, runtime.version, files)
 

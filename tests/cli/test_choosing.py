@@ -3,6 +3,7 @@
 import getpass
 import json
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -133,6 +134,26 @@ def test_a_report_holds_what_ran_and_nothing_private(run: Run, digits: Path, tmp
         assert private not in text or len(private) < 5, private
     assert "add --report" in run("doctor", digits).err
     assert "exists: choose another name" in run("doctor", digits, "--report", report).err
+
+
+@pytest.mark.parametrize("spelling", [".", "../digits"])
+def test_a_report_says_bundle_for_its_folder_and_nothing_else(
+    run: Run, digits: Path, tmp_path: Path, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(digits, tmp_path / "digits"))
+    monkeypatch.chdir(copy)
+    denoiser = copy / "onnx" / "denoiser.onnx"
+    opened = Bundle.open
+
+    def damaged(folder: Path) -> Bundle:
+        bundle = opened(folder)
+        denoiser.unlink(missing_ok=True)
+        return bundle
+
+    monkeypatch.setattr(Bundle, "open", staticmethod(damaged))
+    assert run("doctor", spelling, "--report", tmp_path / "report.json").code in (0, 3)
+    reasons = {row["reason"] for row in json.loads((tmp_path / "report.json").read_text())["trials"] if row["way"] == "onnxruntime"}
+    assert reasons == {"BUNDLE/onnx/denoiser.onnx is missing: the bundle is incomplete. Copy it again, or export it again."}
 
 
 def test_a_report_of_an_artifact_that_misses_its_original(run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """The whole path on the packaged samples, and the one among them that is a diffusers folder."""
 
+import io
 import json
+import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("diffusers", reason="ralu-digits is a diffusers folder")
 pytest.importorskip("onnxruntime", reason="drawing needs ONNX Runtime")
 
+from elastic_export.cli.demo import SAMPLES as DRAWN
 from elastic_runtime import Bundle, ElasticPipeline
 from elastic_runtime.errors import UsageError
 
@@ -26,7 +30,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from elastic_export.cli.demo import demo as command
 
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    command(folder, steps=2, quiet=True)
+    with redirect_stdout(io.StringIO()) as said:
+        command(folder, steps=2, quiet=True)
+    folder.with_name("said.txt").write_text(said.getvalue())
     return folder
 
 
@@ -41,6 +47,13 @@ def test_every_sample_is_proven_and_drawn_at_its_budgets_and_plans(demo: Path) -
     assert sheet.shape == (28 + 10 * cell - 4, 44 + columns * cell - 4)
     last = sheet[28 : 28 + 64, -64:]
     assert np.ptp(last) > 100, "something is drawn in the last plan's column"
+
+
+def test_the_table_has_a_row_a_budget_and_a_plan_in_the_words_of_the_card(demo: Path) -> None:
+    said = demo.with_name("said.txt").read_text()
+    rows = re.findall(r"((?:latents|loops|tokens) \d+|plan (?:full, \d+ steps|4x|7x)) +[│|]? *\d", said)
+    budgets = [f"{axis} {value}" for _, axis, values in DRAWN.values() for value in values]
+    assert rows == [*budgets, "plan full, 2 steps", "plan full, 1 steps", "plan 4x", "plan 7x"]
 
 
 def test_the_packaged_flux_brings_its_card_and_tells_no_place(demo: Path) -> None:

@@ -208,6 +208,8 @@ def test_pictures_are_edited_after_and_the_metadata_do_not_hold_them(run: Run, m
         (["--image", "small.png"], "image is a picture, or several of one size, got 96 x 64, 8 x 8"),
         (["--mask", "nothing.png"], "cannot read --mask nothing.png: No such file or directory"),
         (["--mask", "text.png"], "cannot read --mask text.png: cannot identify image file"),
+        (["--mask", "broken.png"], "cannot read --mask broken.png: broken PNG file"),
+        (["--image", "cut.png"], "cannot read --image cut.png: "),
     ],
 )
 def test_a_picture_that_cannot_be_drawn_over_is_said(
@@ -216,6 +218,11 @@ def test_a_picture_that_cannot_be_drawn_over_is_said(
     monkeypatch.chdir(tmp_path)
     Image.new("L", (8, 8)).save("small.png")
     Path("text.png").write_text("no picture")
+    Image.effect_noise((300, 300), 64).save("noise.png")
+    whole = Path("noise.png").read_bytes()
+    before, after = whole.rsplit(b"IDAT", 1)
+    Path("broken.png").write_bytes(before + b"I\0AT" + after)
+    Path("cut.png").write_bytes(whole[: len(whole) // 2])
     done = run(*over, "-o", tmp_path / "a.png", *arguments)
     assert done.code == 2
     assert message in " ".join(done.err.replace("│", " ").split())

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import random
 import re
-from collections.abc import Callable
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +181,47 @@ def test_offline_says_what_to_do(run: Run, grey: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "site").exists()
 
 
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """The address of a server that answers so to whatever it is asked, and then hangs up."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(answer)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join(30)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nbroken off",
+        b"HTTP/1.1 404 Not Found\r\n\r\n",
+        None,
+    ],
+)
+def test_a_registry_that_is_none_says_what_to_do(
+    run: Run, grey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with nullcontext("http://a b") if answer is None else answering(answer) as address:
+        monkeypatch.setenv("npm_config_registry", address)
+        refused = run("web", grey, "-o", tmp_path / "site")
+    assert refused.code == 3
+    assert f"{address}/onnxruntime-web/-/onnxruntime-web-1.30.0.tgz is not reached: " in refused.err
+    assert "npm pack onnxruntime-web@1.30.0 writes the archive to give as --runtime" in refused.err
+
+
 def test_an_archive_is_checked_before_it_is_kept(run: Run, grey: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = packed(tmp_path / "registry" / "onnxruntime-web" / "-" / f"onnxruntime-web-{library.VERSION}.tgz")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -209,6 +254,10 @@ def test_a_package_that_does_not_do(run: Run, grey: Path, tmp_path: Path, files:
         refused = run("web", grey, "-o", tmp_path / "site", "--runtime", package)
         assert refused.code == 2
         assert message in refused.err
+    whole = packed(tmp_path / "whole.tgz", contents() | {"dist/ort.wasm.min.mjs": random.Random(0).randbytes(100_000)}).read_bytes()
+    for at in (15, 50_000):
+        (tmp_path / "damaged.tgz").write_bytes(whole[:at] + b"\xff" * 100 + whole[at + 100 :])
+        assert "is no archive" in run("web", grey, "-o", tmp_path / "site", "--runtime", tmp_path / "damaged.tgz").err
     (tmp_path / "text.tgz").write_text("no archive")
     assert "is no archive" in run("web", grey, "-o", tmp_path / "site", "--runtime", tmp_path / "text.tgz").err
     assert "cannot read" in run("web", grey, "-o", tmp_path / "site", "--runtime", tmp_path / "nothing.tgz").err

@@ -6,13 +6,22 @@ from xml.etree import ElementTree
 
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
+from msgspec.structs import replace
 
 from card import filled
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
-from elastic_bench.records import Peaks, Report, Settings, encode
+from elastic_bench.records import BundleReport, Peaks, Report, Settings, encode
 from elastic_runtime import UsageError
-from speed import NAME, main, options, section, table
+from speed import NAME, beside_torch, main, options, section, table
+
+
+def reported(settings: Settings, found: BundleReport) -> Report:
+    """A report of one bundle."""
+    return Report(
+        schema_version=1, created="now", command="elastic-export bench", machine=machine(), settings=settings, energy={}, bundles=(found,),
+        peaks=Peaks(flops_per_second=1e9, bytes_per_second=1e9),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     runtimes = [FakeRuntime("one", clock), FakeRuntime("two", clock, base=0.02), FakeRuntime("three", clock, "absent")]
     settings = Settings(steps=2, duration=0.1, quality=True)
     found, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
-    peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
-    return Report(
-        schema_version=1, created="now", command="elastic-export bench", machine=machine(), peaks=peaks, energy={}, settings=settings,
-        bundles=(found,),
-    )  # fmt: skip
+    return reported(settings, found)
 
 
 def test_the_table_has_a_row_a_budget_and_a_column_a_runtime(report: Report) -> None:
@@ -35,6 +40,29 @@ def test_the_table_has_a_row_a_budget_and_a_column_a_runtime(report: Report) -> 
         "| 4 | 14.00 | 24.00 | 19% | 63% | 56 |",
         "| 64 | 74.00 | 84.00 | 100% | 100% | 300 |",
     ]
+
+
+def test_what_torch_takes_beside_ours_is_computed(tmp_path: Path) -> None:
+    clock, opened = Clock(), bundle(tmp_path / "tiny")
+    runtimes = [
+        FakeRuntime("onnxruntime", clock, base=0.01),
+        FakeRuntime("openvino", clock, base=0.001),
+        FakeRuntime("torch", clock, base=0.038),
+        FakeRuntime("torch-compile", clock, base=0.024),
+    ]
+    settings = Settings(steps=2, duration=0.1)
+    found, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
+
+    def told(*names: str) -> str | None:
+        runtimes = tuple(each for each in found.runtimes if each.runtime in names)
+        return beside_torch(reported(settings, replace(found, runtimes=runtimes)))
+
+    compiled, eager = "1.2 to 2.0 times as long in torch.compile", "1.4 to 3.0 times as long in eager torch"
+    words = "On the same weights and threads, a step takes {} as in onnxruntime."
+    assert told("onnxruntime", "openvino", "torch", "torch-compile") == words.format(f"{compiled} and {eager}")
+    assert told("onnxruntime", "torch") == words.format(eager)
+    assert told("onnxruntime", "openvino") is None
+    assert told("openvino", "torch") is None
 
 
 def test_the_page_and_the_plot_are_filled_and_checked(report: Report, tmp_path: Path) -> None:

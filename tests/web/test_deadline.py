@@ -68,6 +68,12 @@ def test_a_machine_that_slows_down_is_believed_at_once(page: Browser) -> None:
     assert done["seconds"] <= 1.0
 
 
+def test_the_first_run_of_a_size_tells_nothing_of_the_machine(page: Browser) -> None:
+    done = paper(page, {"deadline_ms": 1500}, [8, 1])
+    assert done["latents"] == [64] * 10
+    assert done["reasons"][1] == "868 ms left for 9 steps at pace 1.00"
+
+
 def test_where_nothing_keeps_it_the_rest_goes_as_fast_as_it_can(page: Browser) -> None:
     done = paper(page, {"deadline_ms": 300}, [1, 1, 8])
     assert set(done["latents"][4:]) == {16}

@@ -2,15 +2,23 @@
 
 import itertools
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from chromium import CHROMIUM, Browser, browser
+from fakes import write_manifest
+from tiny import tiny_feeds
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline
+from elastic_runtime.contract.bundle import entry
+from elastic_runtime.contract.reference import pack
+from elastic_runtime.sessions.opening import open_artifact
 
 pytestmark = pytest.mark.browser
 CLOSE = 1e-4
@@ -95,6 +103,35 @@ def test_a_decoder_makes_the_picture(visit: Any, sited: Callable[..., Path], lat
     assert pixels.shape == (16, 16, 3)
     assert np.abs(pixels - np.asarray(picture, dtype=int)).max() <= 1
     assert pixels.std() > 10
+
+
+def recorded(folder: Path, off: float) -> Path:
+    """A bundle with a decoder and what the original answered, of the decoder `off` beside what it answers."""
+    bundle = Bundle.open(folder)
+    graphs, random = bundle.manifest.graphs, np.random.default_rng(0)
+    feeds = {name: array for name, array in tiny_feeds(2, 16).items() if name != "latent_ids"}
+    latent = random.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    with open_artifact(bundle, "decoder", graphs["decoder"].artifacts[0], "ort") as session:
+        image = session.run({"latent": latent})["image"]
+    arrays = pack("denoiser", feeds, {Budget(latents=64): {"prediction": feeds["sample"] + np.float32(16)}})
+    arrays |= pack("decoder", {"latent": latent}, {Budget(): {"image": image + np.float32(off)}})
+    np.savez(folder / "reference.npz", **arrays)
+    write_manifest(folder, msgspec.structs.replace(bundle.manifest, reference=entry(folder, folder / "reference.npz")))
+    return folder
+
+
+def test_the_decoder_is_compared_with_the_original(visit: Any, sited: Callable[..., Path], latent: Path, tmp_path: Path) -> None:
+    said = (
+        r"Compared with what the original answered at 1 budgets: the largest difference is [\d.e+-]+; and as the picture of a latent: "
+        r"the largest difference is [\d.e+-]+\. onnxruntime-web .*"
+    )
+    with visit(sited(recorded(Path(shutil.copytree(latent, tmp_path / "right")), 0.0))) as page:
+        assert re.fullmatch(said, page.value("document.getElementById('proof').textContent"))
+    wrong = sited(recorded(Path(shutil.copytree(latent, tmp_path / "wrong")), 0.5))
+    with visit(wrong, until="document.getElementById('status')?.classList.contains('wrong')") as page:
+        status = page.value("document.getElementById('status').textContent")
+        assert re.fullmatch(r"the decoder answers otherwise than the original, by 0\.50 where [\d.e+-]+ is allowed\.", status)
+        assert page.value("document.getElementById('draw').disabled") is True
 
 
 def test_a_seed_is_numpys_noise(visit: Any, sited: Callable[..., Path], digits: Path) -> None:

@@ -79,6 +79,9 @@ def test_the_slider_changes_the_budget_and_the_table_tells_of_each(visit: Any, s
         put(page, "budget", "2")
         drawn(page)
         assert page.value("elastic.last.records[0].guidance_budget.latents") == 16
+        put(page, "guidance", "1")  # where there is no weak branch, whatever is chosen for it
+        drawn(page)
+        assert page.value("elastic.last.records[0].guidance_budget") is None
 
 
 def test_a_deadline_is_kept_or_refused_with_the_nearest(visit: Any, site: Path) -> None:
@@ -121,6 +124,14 @@ WRONG_REQUESTS = [
     ("{seeds: -1}", "seeds must be a whole number from 0 to 2^63 - 1, as a text where it is above 2^53, got -1."),
     ("{seeds: 2 ** 60}", "seeds must be a whole number from 0 to 2^63 - 1, as a text where it is above 2^53, got 1152921504606847000."),
     ("{deadline_ms: 0}", "deadline_ms must be above 0, got 0."),
+    ("{budget: {latents: 16}, deadline_ms: 60000}", "Give budget or deadline_ms, not both: a deadline chooses the budgets."),
+    ("{guidance_budget: {latents: 16}}", "guidance_budget acts through guidance, which is off: give guidance_scale above 1."),
+    (
+        "{guidance_scale: 1, guidance_interval: [0.2, 1]}",
+        "guidance_interval acts through guidance, which is off: give guidance_scale above 1.",
+    ),
+    ("{guidance_scale: 2, guidance_interval: [0, 0.5, 1]}", "guidance_interval must be two times that rise, within 0 to 1, got [0,0.5,1]."),
+    ("{guidance_scale: 2, guidance_interval: 0.5}", "guidance_interval must be two times that rise, within 0 to 1, got 0.5."),
     ("{prompt: 'a cat'}", "There is no prompt in a request; there are class_labels,"),
 ]
 
@@ -185,7 +196,7 @@ def test_a_damaged_or_wrong_model_never_draws(visit: Any, site: Path, tmp_path: 
     model.write_bytes(whole)
     numbers.write_bytes(bytes(len(numbers.read_bytes())))
     with visit(copy, until=WRONG) as page:
-        assert re.match(r"it answers otherwise than the original, by [\d.e+-]+ where [\d.e+-]+ is allowed", text(page, "status"))
+        assert re.match(r"the denoiser answers otherwise than the original, by [\d.e+-]+ where [\d.e+-]+ is allowed", text(page, "status"))
 
 
 def test_it_fits_a_phone_and_the_dark(visit: Any, site: Path) -> None:

@@ -8,8 +8,18 @@ import numpy as np
 
 from elastic_runtime.errors import BudgetError
 
+DIGITS = 18  # of a whole number that an int64 holds; Python itself reads none of more than 4,300
 
-class Span(msgspec.Struct, frozen=True):
+
+def whole(text: str) -> int:
+    """The number that a text of digits stands for; raises BudgetError for one that is too long."""
+    digits = text.strip()
+    if len(digits) > DIGITS:
+        raise BudgetError(f"a number has {DIGITS} digits at most, got one of {len(digits)}, {digits[:DIGITS]}...")
+    return int(digits)
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An inclusive range, written `32-256`."""
 
     min: int
@@ -30,7 +40,7 @@ class Span(msgspec.Struct, frozen=True):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
         if not match:
             raise BudgetError(f"a span is written 32-256 or 64, got {text!r}")
-        low, high = int(match[1]), int(match[2] or match[1])
+        low, high = whole(match[1]), whole(match[2] or match[1])
         if low > high:
             raise BudgetError(f"the span {text!r} is reversed: write {high}-{low}")
         return cls(low, high)

@@ -241,7 +241,7 @@ def _providers(providers: Sequence[Provider] | None, device: str | None, availab
     if providers is not None and device is not None:
         raise UsageError(f"give device or providers, not both: device={device!r}, providers={list(providers)!r}")
     if device is not None:
-        match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+        match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", device)
         if not match:
             raise UsageError(f"ONNX Runtime's device is cpu, cuda or cuda:N, got {device!r}")
         providers = [CPU] if device == "cpu" else [(CUDA, {"device_id": int(match[1] or 0)}), CPU]

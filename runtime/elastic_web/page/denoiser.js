@@ -17,10 +17,13 @@ function axisFeeds(axes, budget) {
 export class Denoiser {
   /** `run(feeds, budget, rows) -> Float32Array`, the prediction of so many rows. */
   constructor(run, facts) {
-    Object.assign(this, {run, facts});
+    Object.assign(this, {run, facts, sizes: new Set()});
     this.shape = facts.model.sample_shape;
     this.size = this.shape.reduce((one, other) => one * other);
   }
+
+  /** Whether so many rows were run at a budget before: the first run of a size plans its memory, and tells nothing of the others. */
+  ran(budget, rows) { return this.sizes.has(`${rows} ${key(budget)}`); }
 
   /** Budgets and rows of the runs that one evaluation takes. */
   runs(budget, weak, guided) {
@@ -53,6 +56,8 @@ export class Denoiser {
       ...(this.facts.inputs.includes("class_labels") ? {class_labels: {data: int64(labels), dims: [rows]}} : {}),
       ...axisFeeds(this.facts.axes, budget),
     };
-    return Float64Array.from(await this.run(feeds, budget, rows));
+    const answer = await this.run(feeds, budget, rows);
+    this.sizes.add(`${rows} ${key(budget)}`);
+    return Float64Array.from(answer);
   }
 }

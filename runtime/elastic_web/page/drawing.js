@@ -17,6 +17,7 @@ const whole = (value, low, high) => Number.isInteger(value) && low <= value && v
 /** A request with everything filled in. Throws RangeError for what the model does not take. */
 export function checked(request, facts) {
   const {model, axes, samplers} = facts, size = model.sample_shape.reduce((one, other) => one * other);
+  const given = name => (request[name] ?? null) !== null;
   const refuse = (name, wanted) => { throw new RangeError(`${name} must be ${wanted}, got ${JSON.stringify(request[name])}.`); };
   for (const name of Object.keys(request))
     if (!FIELDS.includes(name)) throw new RangeError(`There is no ${name} in a request; there are ${FIELDS.join(", ")}.`);
@@ -24,18 +25,24 @@ export function checked(request, facts) {
     class_labels = 0, num_inference_steps = STEPS, guidance_scale = 1, guidance_interval = [0, 1], sampler = samplers[0],
     seeds = crypto.getRandomValues(new Uint32Array(1))[0], noise = null, deadline_ms = null,
   } = request;
+  if (!model.num_classes && given("class_labels"))
+    throw new RangeError("The model has no classes: leave class_labels out.");
   if (!whole(class_labels, 0, Math.max(model.num_classes - 1, 0))) refuse("class_labels", `0 to ${Math.max(model.num_classes - 1, 0)}`);
   if (!whole(num_inference_steps, 1, MOST_STEPS)) refuse("num_inference_steps", `a whole number from 1 to ${MOST_STEPS}`);
   if (!(guidance_scale >= 1 && guidance_scale < Infinity)) refuse("guidance_scale", "1 (off) or more");
   if (guidance_scale > 1 && !model.num_classes) refuse("guidance_scale", "1: the model has no classes to lead away from");
-  const [low, high] = guidance_interval;
-  if (!(0 <= low && low <= high && high <= 1)) refuse("guidance_interval", "two times that rise, within 0 to 1");
+  const [low, high, ...more] = Array.isArray(guidance_interval) ? guidance_interval : [];
+  if (!(0 <= low && low <= high && high <= 1) || more.length) refuse("guidance_interval", "two times that rise, within 0 to 1");
+  const idle = guidance_scale > 1 ? null : given("guidance_budget") ? "guidance_budget" : low > 0 || high < 1 ? "guidance_interval" : null;
+  if (idle) throw new RangeError(`${idle} acts through guidance, which is off: give guidance_scale above 1.`);
   if (!samplers.includes(sampler)) refuse("sampler", samplers.join(", "));
   const digits = /^\d{1,19}$/.test(String(seeds)) && (typeof seeds === "string" || Number.isSafeInteger(seeds));
   if (!digits || BigInt(seeds) >= 2n ** 63n) refuse("seeds", "a whole number from 0 to 2^63 - 1, as a text where it is above 2^53");
   if (noise !== null && (noise.length !== size || !Array.from(noise).every(Number.isFinite))) refuse("noise", `${size} finite numbers`);
   if (deadline_ms !== null && !(deadline_ms > 0)) refuse("deadline_ms", "above 0");
-  const budget = point(request.budget ?? {}, axes), weak = request.guidance_budget ? point(request.guidance_budget, axes) : null;
+  if (deadline_ms !== null && given("budget"))
+    throw new RangeError("Give budget or deadline_ms, not both: a deadline chooses the budgets.");
+  const budget = point(request.budget ?? {}, axes), weak = given("guidance_budget") ? point(request.guidance_budget, axes) : null;
   return {
     label: model.num_classes ? class_labels : 0, steps: num_inference_steps, sampler, seed: String(seeds), noise, budget, weak,
     deadline: deadline_ms === null ? null : deadline_ms / 1e3,
@@ -55,12 +62,16 @@ function point(budget, axes) {
   }));
 }
 
-/** Seconds that step `index` is predicted to take, at a budget and a weak branch's. */
+/** Budgets and rows of the runs that step `index` takes, at a budget and a weak branch's. */
+function stepRuns(model, drawing, times, index, budget) {
+  return evaluations(drawing.sampler, times, index).flatMap(
+    time => model.denoiser.runs(budget, drawing.weak ?? budget, drawing.guidance.active(time)));
+}
+
+/** Seconds that they are predicted to take. */
 function stepSeconds(model, drawing, times, index, budget) {
   let seconds = 0;
-  for (const time of evaluations(drawing.sampler, times, index))
-    for (const [each, rows] of model.denoiser.runs(budget, drawing.weak ?? budget, drawing.guidance.active(time)))
-      seconds += model.times.seconds(each, rows);
+  for (const [each, rows] of stepRuns(model, drawing, times, index, budget)) seconds += model.times.seconds(each, rows);
   return seconds;
 }
 
@@ -81,7 +92,9 @@ export async function* draw(model, request, clock) {
   const policy = drawing.deadline === null ? null
     : new Deadline(drawing.deadline, atLeast(facts.budgets, drawing.weak), drawing.steps, predicted, model.times.finish);
   const fixed = {budget: drawing.budget, reason: ""};
-  let choice = policy ? policy.choose(0, clock() - begun) : fixed, before = clock();
+  // A step with a run of a size that was never run tells nothing of the pace.
+  const fresh = (budget, index) => stepRuns(model, drawing, times, index, budget).some(run => !model.denoiser.ran(...run));
+  let choice = policy ? policy.choose(0, clock() - begun) : fixed, first = fresh(choice.budget, 0), before = clock();
   const predict = (x, time) =>
     model.denoiser.guided(x, time, drawing.label, drawing.guidance, choice.budget, drawing.weak ?? choice.budget);
   const limit = facts.model.pixels ? 1 : null;
@@ -99,9 +112,12 @@ export async function* draw(model, request, clock) {
     };
     records.push(record);
     latents = step.sample;
-    if (policy) policy.measured(record.predicted, record.seconds);
+    if (policy && !first) policy.measured(record.predicted, record.seconds);
     yield {record, denoised: step.denoised, share: records.length / drawing.steps};
-    if (policy && step.index + 1 < drawing.steps) choice = policy.choose(step.index + 1, clock() - begun);
+    if (policy && step.index + 1 < drawing.steps) {
+      choice = policy.choose(step.index + 1, clock() - begun);
+      first = fresh(choice.budget, step.index + 1);
+    }
     before = clock();
   }
   return {latents, records, seed: drawing.seed, deadline: drawing.deadline};

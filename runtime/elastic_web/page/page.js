@@ -64,8 +64,12 @@ async function open() {
 }
 
 function proof({proven, notes}) {
+  const words = {
+    denoiser: ({answers, largest}) => `at ${answers} budgets: the largest difference is ${largest.toExponential(1)}`,
+    decoder: ({largest}) => `as the picture of a latent: the largest difference is ${largest.toExponential(1)}`,
+  };
   const compared = proven
-    ? `Compared with what the original answered at ${proven.budgets} budgets: the largest difference is ${proven.largest.toExponential(1)}.`
+    ? `Compared with what the original answered ${Object.entries(proven).map(([graph, found]) => words[graph](found)).join("; and ")}.`
     : "The bundle holds no answers of the original to compare with.";
   return [...notes, compared, `${site.library}. Nothing leaves this browser.`].join(" ");
 }
@@ -84,7 +88,7 @@ function asked() {
     seeds: at("seed").value === "" ? undefined : at("seed").value,
   };
   if (site.model.num_classes) request.class_labels = Number((at("label") ?? document.querySelector("input[name=class]:checked")).value);
-  if (at("weak").value === "least") request.guidance_budget = site.budgets[0].budget;
+  if (at("weak").value === "least" && request.guidance_scale > 1) request.guidance_budget = site.budgets[0].budget;
   if (at("keep").checked) request.deadline_ms = number("deadline"); else request.budget = site.budgets[at("budget").value].budget;
   return Object.fromEntries(Object.entries(request).filter(([, value]) => value !== undefined));
 }

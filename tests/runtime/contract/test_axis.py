@@ -43,6 +43,13 @@ def test_a_span_that_is_not_one_is_quoted(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
+def test_a_number_of_more_digits_than_python_reads_is_refused() -> None:
+    assert Span.parse("9" * 18) == Span(10**18 - 1, 10**18 - 1)
+    for text in ("9" * 19, "1 - " + "9" * 5000):
+        with pytest.raises(BudgetError, match=r"a number has 18 digits at most, got one of \d+, 999999999999999999\.\.\."):
+            Span.parse(text)
+
+
 def test_a_reversed_span_is_answered_with_the_right_one() -> None:
     with pytest.raises(BudgetError, match="reversed: write 32-256"):
         Span.parse("256-32")
