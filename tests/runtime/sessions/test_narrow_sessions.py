@@ -33,6 +33,16 @@ def test_recorded_budgets_that_it_does_not_offer_are_left_out() -> None:
     assert [call["sample"][0] for call in narrow.calls] == [1, 1, 1]
 
 
+def test_pictures_share_a_run_at_the_smallest_size_alone() -> None:
+    """Activations are a decoder's memory."""
+    bundle, arrays = recorded(Budget(latents=16), Budget(latents=64))
+    arrays = {name.replace("denoiser", "decoder"): array for name, array in arrays.items()}
+    bundle.manifest = SimpleNamespace(axes=bundle.manifest.axes, graphs={"decoder": bundle.manifest.graphs["denoiser"]})
+    decoder = session(lambda x, t, labels, kept: x * 2)
+    assert all(row.passed for row in check(bundle, "decoder", decoder, 1e-6, arrays))
+    assert [call["sample"][0] for call in decoder.calls] == [3, 1, 1, 1]
+
+
 def test_a_budget_that_was_not_recorded_is_named() -> None:
     bundle, arrays = recorded(Budget(latents=64))
     narrow = session(lambda x, t, labels, kept: x)
