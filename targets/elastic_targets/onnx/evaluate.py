@@ -13,6 +13,7 @@ import onnx_ir as ir
 from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import PRECISIONS
+from elastic_runtime.device.memory import give_back
 from elastic_runtime.errors import InferenceError
 from elastic_runtime.sessions import apart
 from elastic_runtime.sessions.ort import absence, library, session_options
@@ -21,7 +22,10 @@ from elastic_targets.onnx import bfloat16, float4
 from elastic_targets.onnx.qdq import FORMS
 
 PART = 256_000_000  # bytes of weights
-MOST = 1_500_000_000  # bytes of a part's weights that its message holds, which protobuf ends at 2 GiB; a loop is one node
+BESIDE = 1_000_000  # bytes of a weight that is handed over beside its part's message, which would hold copies of it, and no more than 2 GiB
+
+
+_HANDED = (np.float32, np.float16, np.int8, np.uint8)  # numpy's own; those of fewer bits are packed in the message
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class PartSession(Session):
             except Exception as error:  # its exception types are private
                 raise InferenceError(f"ONNX Runtime failed in part {position + 1} of {len(self._parts)}: {error}") from error
             values = {name: array for name, array in values.items() if name in wanted or last.get(name, -1) > position}
+            if len(self._parts) > 1:
+                give_back()  # what opening a part left in the C library's heap
         return {spec.name: values[spec.name] for spec in self.graph.outputs}
 
     def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -152,7 +158,7 @@ def _described(
     model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str]
 ) -> tuple[Any, dict[str, str], dict[str, np.ndarray]]:
     """The part as a model of its own, with its weights within, the outputs that `watched` values are to be had by, and the weights that
-    are left beside it, since no message holds as many."""
+    are handed over beside it."""
     import onnx
 
     made = onnx.ModelProto(ir_version=model.ir_version, graph=onnx.GraphProto(name="part"))
@@ -173,12 +179,11 @@ def _described(
             seen[name] = f"{name}.seen"
     made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(seen.values()) - set(part.gives)))
     beside: dict[str, np.ndarray] = {}
-    large = sum(weight.const_value.nbytes for weight in part.weights if weight.const_value) > MOST
     for weight in part.weights:
         assert weight.const_value is not None
         tensor: Any = weight.const_value
         array, name = tensor.numpy(), str(weight.name)
-        if large and array.dtype in (np.float32, np.float16) and array.ndim > 1:
+        if array.nbytes > BESIDE and array.dtype in _HANDED:
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             outside = made.graph.initializer.add(name=name, dims=array.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
             outside.external_data.add(key="location", value=name)

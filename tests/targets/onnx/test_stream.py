@@ -157,9 +157,9 @@ def test_a_bundle_of_streamed_weights_opens_as_any_other(tmp_path: Path, monkeyp
 def test_weights_within_a_loop_stay_on_disk_too(
     opset: int, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of an ELT of real size, whose loop is one node of more weights than protobuf takes."""
+    """An ELT of real size has a loop of more weights than protobuf takes in one message."""
     monkeypatch.setattr(stream, "SMALL", 0)
-    monkeypatch.setattr(evaluate, "MOST", 1000)
+    monkeypatch.setattr(evaluate, "BESIDE", 1000)
     monkeypatch.setattr(verifying, "LARGE", 1000)
     bundle = elastic_export.export("elt-mnist", output=tmp_path / "b", batch="1-2", opset=opset, **options)
     (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
