@@ -83,6 +83,8 @@ def export_into(
         (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
         (draft.stage / path).write_bytes(content)
     _room_on_disk(capture.graphs, room, options, draft.stage)
+    # What fails should fail soon: a denoiser of billions of weights takes hours, and a decoder minutes.
+    capture.graphs.sort(key=lambda graph: sum(weight.numel() for weight in graph.module.parameters()))
     while capture.graphs:
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]

@@ -172,7 +172,7 @@ def test_a_model_that_decides_by_thresholds_is_held_to_the_fixed_bound() -> None
     graph = Graph(inputs=(), outputs=(), dimensions={"B": ONE}, artifacts=())
     file = FileEntry(path="a.onnx", bytes=0, sha256="")
     artifact = OnnxArtifact(precision="fp32", files=(file,), toolchain={}, opset=23)
-    for own, bound in ((None, 1e-5), (1e-6, 1e-5), (1e-5, 4e-5), (MOST_ROUNDING, 1e-3), (0.02, 1e-5)):
+    for own, bound in ((None, 1e-5), (1e-6, 1e-5), (1e-5, 8e-5), (MOST_ROUNDING, 2e-3), (0.02, 1e-5)):
         assert msgspec.structs.replace(graph, rounding=own).tolerance(artifact) == pytest.approx(bound)
 
 
