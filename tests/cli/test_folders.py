@@ -30,7 +30,7 @@ def rows(bundle: Bundle, graph: str) -> list[tuple[int, ...]]:
     """Sizes that a graph was proven at."""
     (artifact,) = bundle.manifest.graphs[graph].artifacts
     assert all(row.passed and row.max_abs <= row.tolerance for row in artifact.verified)
-    assert artifact.precision == "fp16" or artifact.verified[0].tolerance == 1e-5
+    assert artifact.precision == "fp16" or artifact.verified[0].tolerance < 2e-5
     return [tuple(row.budget.values()) for row in artifact.verified]
 
 
