@@ -112,7 +112,7 @@ class Engine:
     ):
         self.models: Mapping[str, Served] = {served.name: served for served in models}
         self.metrics = metrics
-        self.times = Learned(lambda kind, rows: self.models[kind.model].prior(kind, rows), lambda model: self.models[model].most)
+        self.times = Learned(lambda kind, rows: self.models[kind.model].prior(kind, rows), lambda model: self.models[model].most, clock)
         self.scheduler = scheduler(self.times)
         self._clock, self._wish = clock, wish
         self._flights: dict[int, _Flight] = {}
@@ -248,7 +248,7 @@ class Engine:
                 return
             for number in numbers:
                 self._flights[number].texts = answer
-            self.times.read(prompt.model, seconds)
+            self.times.read(prompt.model, self.models[prompt.model].reading, seconds)
             self._changed.notify_all()
         self.metrics.reading.labels(prompt.model).observe(seconds)
 
