@@ -16,9 +16,10 @@ from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
 from elastic_serve.body import BodyError
+from elastic_serve.jobs import Job
 from elastic_serve.metrics import Metrics
 from elastic_serve.reading import Reader
-from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
+from elastic_serve.scheduler import RefusedError, Scheduler, Turn, Unkept
 from elastic_serve.served import Prompt, Prospect, Served, Steered
 from elastic_serve.times import Learned
 from elastic_serve.together import Drawing, pause, step
@@ -135,23 +136,15 @@ class Engine:
                     f"steps are at most {order.most} here, and without other words they are {prospect.steps}: give steps, or a shorter plan"
                 )
                 raise BodyError(words, "steps")
-        with self._changed:
-            if self._closing or not self.alive:
-                self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
-                raise ClosingError("the server is closing: ask another, or later")
-            now = self._clock()
-            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
-            try:
-                numbers = self.scheduler.admit(jobs, now, again=any(order.again for order in orders))
-            except RefusedError as refusal:
-                reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
-                self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
-                raise
-            for number, order, prospect, job in zip(numbers, orders, prospects, jobs, strict=True):
-                self._flights[number] = _Flight(order, prospect, job)
-            self._gauges()
-            self._changed.notify_all()
-        return numbers
+        try:
+            taken = self._take(orders, prospects)
+            if isinstance(taken, Unkept):
+                raise taken.refusal()  # while drawing goes on
+        except RefusedError as refusal:
+            reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
+            self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
+            raise
+        return taken
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Nobody waits for these pictures any more; those that are done stay done."""
@@ -199,6 +192,20 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and self._reader.alive
 
+    def _take(self, orders: Sequence[Order], prospects: Sequence[Prospect]) -> tuple[int, ...] | Unkept:
+        with self._changed:
+            if self._closing or not self.alive:
+                self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
+                raise ClosingError("the server is closing: ask another, or later")
+            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
+            taken = self.scheduler.take(jobs, self._clock())
+            if not isinstance(taken, Unkept):
+                for number, order, prospect, job in zip(taken, orders, prospects, jobs, strict=True):
+                    self._flights[number] = _Flight(order, prospect, job)
+                self._gauges()
+                self._changed.notify_all()
+            return taken
+
     def _job(self, order: Order, prospect: Prospect) -> Job:
         best, prompt = prospect.ways[-1], order.served.prompt(order.request)
         reading = self.times.reading(order.served.name, order.served.reading) if prompt else 0.0
@@ -206,7 +213,7 @@ class Engine:
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
         promised = order.deadline is not None and not order.again
-        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading}
+        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading, "again": order.again}
         return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, **told)
 
     def _run(self) -> None:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from elastic_runtime import InferenceError, Request, UsageError
 from elastic_serve.body import BodyError
 from elastic_serve.engine import ClosingError, Drawn, Event, Failed, Order, Stepped
+from elastic_serve.paper import Paper
 from elastic_serve.scheduler import RefusedError, Scheduler, Turn
 from elastic_serve.served import Served
 
@@ -157,6 +158,35 @@ def test_the_shortest_deadline_is_refused_and_leaves_nothing_behind(plans: Serve
             asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=deadline)
         asking.ask((plans, Request(class_labels=1)))
         assert isinstance(asking.ends(1)[0], Drawn)
+
+
+def test_while_a_refusal_is_worded_others_are_taken_in(plans: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    wording, let = threading.Event(), threading.Event()
+
+    def behind(*_: object) -> float:
+        wording.set()
+        assert let.wait(30)
+        return 1.0
+
+    monkeypatch.setattr(Paper, "behind", behind)
+    with Asking(plans) as asking:
+        refused: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=1e-9)
+            except RefusedError as error:
+                refused.append(error)
+
+        asks = threading.Thread(target=ask)
+        asks.start()
+        assert wording.wait(30)
+        asking.ask((plans, Request(class_labels=1)))
+        assert isinstance(asking.ends(1)[0], Drawn)
+        assert not refused
+        let.set()
+        asks.join(30)
+    assert len(refused) == 1
 
 
 def test_one_pictures_fault_ends_it_alone(plans: Served) -> None:

@@ -4,7 +4,8 @@ import pytest
 
 from elastic_runtime import Budget
 from elastic_serve import times as serve_times
-from elastic_serve.scheduler import Job, RefusedError, Scheduler, Way
+from elastic_serve.jobs import Job, Way
+from elastic_serve.scheduler import RefusedError, Scheduler
 from elastic_serve.times import FADES, SIZED, Kind, Learned
 
 SMALL, LARGE, OTHER = (Kind("m", Budget(latents=16)), Kind("m", Budget(latents=64)), Kind("n", Budget(latents=16)))
