@@ -150,15 +150,19 @@ class Engine:
         """Nobody waits for these pictures any more; those that are done stay done."""
         with self._changed:
             for number in numbers:
-                self.scheduler.remove(number)
+                self.scheduler.abandon(number)
                 if flight := self._flights.pop(number, None):
                     self._left.append(flight)
                     self.metrics.pictures.labels(flight.order.served.name, "cancelled").inc()
             self._gauges()
             self._changed.notify_all()
 
-    def close(self, drain: float = 0.0) -> None:
-        """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""
+    def close(self, drain: float = 0.0, patience: float | None = None) -> bool:
+        """Take nothing more, draw what is in flight for at most `drain` seconds, and end.
+
+        Returns whether it has ended: what is in progress then, a step or a prompt, may go on beyond a `patience` in seconds, and its bundle
+        must stay open.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -167,8 +171,8 @@ class Engine:
         for flight in rest:
             flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
         self.cancel(tuple(self._flights))
-        self._thread.join()
-        self._reader.close()
+        self._thread.join(patience)
+        return self._reader.close(patience) and not self._thread.is_alive()
 
     def forecast(self) -> dict[str, dict[str, float]]:
         """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
@@ -348,7 +352,6 @@ class Engine:
             seconds = self._clock() - flight.job.arrived
             deadline = flight.order.deadline
             late = 0.0 if deadline is None else max(seconds - deadline, 0.0)
-            self.metrics.drawn(flight.order.served.name, seconds, None if deadline is None else late == 0.0)
             self._end(number, Drawn(drawing.result, seconds, late))
 
     def _preview(self, flight: _Flight) -> Any:
@@ -375,6 +378,8 @@ class Engine:
             return
         if isinstance(event, Failed):
             self.metrics.pictures.labels(flight.order.served.name, "failed").inc()
+        elif isinstance(event, Drawn):
+            self.metrics.drawn(flight.order.served.name, event.seconds, None if flight.order.deadline is None else event.late == 0.0)
         try:
             flight.order.tell(event)
         except Exception:

@@ -30,9 +30,9 @@ class Job:
     """A picture to be drawn, in one of its `ways`, cheapest first.
 
     due: when it should be done, on the scheduler's clock; `promised` tells a deadline that was asked for, and is kept or refused, from one
-    that is a wish. rows: of the denoiser's batch in each step. client: whose turns it takes; user: who among that client's. turn and own
-    count the turns of both. prompt: what is to be read before its first step, in `reading` seconds, once for all whose prompts are equal;
-    None where nothing is.
+    that is a wish. again: whether it was taken in before, elsewhere: it is not refused, and gives way to nothing. rows: of the denoiser's
+    batch in each step. client: whose turns it takes; user: who among that client's. turn and own count the turns of both. prompt: what is
+    to be read before its first step, in `reading` seconds, once for all whose prompts are equal; None where nothing is.
     """
 
     id: int
@@ -58,6 +58,11 @@ class Job:
     def yields(self) -> bool:
         """Whether it gives way to promises that come after it."""
         return not self.promised and not self.again
+
+    @property
+    def done(self) -> float:
+        """The share of its steps that were taken."""
+        return self.taken / sum(steps for _, steps in self.ways[-1].legs)
 
     @property
     def started(self) -> bool:

@@ -130,7 +130,7 @@ class Scheduler:
                 firm, wishes = [job for job in present if not job.yields], [job for job in present if job.yields]
                 self._jobs |= {job.id: job for job in paper.yielding(wishes, [*firm, *jobs], before)}
         for job in asked:  # what is refused will not be drawn, and says nothing of how busy the device will be
-            self._demand.arrived(now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
+            self._demand.arrived(job.id, now, job.due - job.arrived, [self._seconds(way, job.rows) for way in job.ways])
         self._jobs |= {job.id: job for job in jobs}
         return tuple(job.id for job in jobs)
 
@@ -195,8 +195,13 @@ class Scheduler:
         self._jobs[number] = replace(job, ways=(job.way(level),))
 
     def remove(self, number: int) -> None:
-        """A picture is done, or nobody wants it any more."""
+        """A picture is done."""
         self._jobs.pop(number, None)
+
+    def abandon(self, number: int) -> None:
+        """Nobody wants a picture any more: what was not drawn of it says nothing of how busy the device will be."""
+        if job := self._jobs.pop(number, None):
+            self._demand.abandoned(number, job.done)
 
     def finishes(self, jobs: Iterable[Job], level: float, now: float) -> dict[int, float]:
         """When each picture would be done if all went as predicted and nothing else came."""

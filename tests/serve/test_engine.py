@@ -225,6 +225,52 @@ def test_what_is_not_finite_fails_that_picture(tmp_path: Path) -> None:
     model.close()
 
 
+def test_an_engine_ends_though_a_step_does_not(tmp_path: Path) -> None:
+    stepping, let = threading.Event(), threading.Event()
+
+    def field(feeds: Any) -> np.ndarray:
+        stepping.set()
+        assert let.wait(30)
+        return to_zero(feeds)
+
+    let.set()
+    model = served(tmp_path / "plans", field=field)
+    asking = Asking(model)
+    stepping.clear()
+    let.clear()
+    asking.ask((model, Request(class_labels=1, plan="4x")))
+    assert stepping.wait(30)
+    assert not asking.engine.close(patience=0.1)
+    assert isinstance(asking.ends(1)[0], Failed)
+    let.set()
+    assert asking.engine.close()
+    model.close()
+
+
+def test_a_picture_that_is_cancelled_as_it_is_decoded_is_no_other_that_was_drawn(plans: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, let, draw = threading.Event(), threading.Event(), plans.pipe.draw
+
+    def slowly(*args: Any, **words: Any) -> Any:
+        drawn = draw(*args, **words)
+        decoding.set()
+        assert let.wait(30)
+        return drawn
+
+    monkeypatch.setattr(plans.pipe, "draw", slowly)
+    with Asking(plans) as asking:
+        numbers = asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=60.0)
+        assert decoding.wait(30)
+        asking.engine.cancel(numbers)
+        let.set()
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        assert isinstance(asking.ends(1)[0], Drawn)
+        lines = asking.engine.metrics.text().decode().splitlines()
+    assert 'elastic_pictures_total{model="plans",outcome="cancelled"} 1.0' in lines
+    assert 'elastic_pictures_total{model="plans",outcome="drawn"} 1.0' in lines
+    assert 'elastic_picture_seconds_count{model="plans"} 1.0' in lines
+    assert not any(line.startswith("elastic_deadlines_kept_total{") for line in lines)
+
+
 def test_an_engine_that_closes_tells_those_it_has_not_drawn(plans: Served) -> None:
     asking = Asking(plans)
     asking.ask(*[(plans, Request(class_labels=1, plan="4x", guidance_scale=3.0))] * 40)

@@ -265,6 +265,38 @@ def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None
     assert scheduler.level(now + 100 * alone(256)) == 1.0
 
 
+def test_what_is_abandoned_lowers_nobodys_budgets() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    for number in range(60):
+        now = number * alone(256) / 10
+        (abandoned,) = scheduler.admit([job(now, 3 * alone(256), promised=False)], now)
+        scheduler.abandon(abandoned)
+    scheduler.admit([job(now, 100.0)], now)
+    assert scheduler.level(now) == 1.0
+    scheduler.abandon(99)  # which is not there
+
+
+def test_of_what_is_abandoned_the_steps_that_were_taken_count() -> None:
+    demand = Demand()
+    for number in range(2):
+        demand.arrived(number, 0.0, 10.0, [2.0, 4.0])
+    whole = demand.busy(1.0, 0.0)
+    demand.abandoned(1, 0.25)
+    assert demand.busy(1.0, 0.0) == pytest.approx(whole * 1.25 / 2)
+    demand.abandoned(0, 0.0)
+    assert demand.busy(1.0, 0.0) == pytest.approx(whole * 0.25 / 2)
+
+
+def test_the_oldest_arrivals_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elastic_serve.demand.MOST", 2)
+    demand = Demand()
+    for number, seconds in enumerate((8.0, 1.0, 1.0)):
+        demand.arrived(number, 0.0, 10.0, [seconds])
+    assert demand.busy(0.0, 0.0) == pytest.approx(0.1)
+    demand.arrived(3, 1e4, 10.0, [1.0])
+    assert demand.busy(0.0, 1e4) == pytest.approx(0.05)
+
+
 def test_what_is_refused_lowers_nobodys_budgets() -> None:
     scheduler = Scheduler(Exact(most=1), queue=2)
     scheduler.admit([job(0.0, 10.0), job(0.0, 10.0)], 0.0)
@@ -287,7 +319,7 @@ def test_what_promises_can_spare() -> None:
 
 def test_one_arrival_is_a_busy_device_at_most() -> None:
     demand = Demand()
-    demand.arrived(0.0, 1e-9, [10.0, 100.0])
+    demand.arrived(1, 0.0, 1e-9, [10.0, 100.0])
     assert demand.busy(1.0, 0.0) == 1.0
     assert demand.busy(1.0, -1e6) == 1.0, "a clock that goes back"
 
