@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
-from elastic_serve.demand import Demand
 from elastic_serve.jobs import Job, Way
 from elastic_serve.scheduler import MARGIN, RESERVE, RefusedError, Scheduler
 from elastic_serve.times import Kind
@@ -276,27 +275,6 @@ def test_what_is_abandoned_lowers_nobodys_budgets() -> None:
     scheduler.abandon(99)  # which is not there
 
 
-def test_of_what_is_abandoned_the_steps_that_were_taken_count() -> None:
-    demand = Demand()
-    for number in range(2):
-        demand.arrived(number, 0.0, 10.0, [2.0, 4.0])
-    whole = demand.busy(1.0, 0.0)
-    demand.abandoned(1, 0.25)
-    assert demand.busy(1.0, 0.0) == pytest.approx(whole * 1.25 / 2)
-    demand.abandoned(0, 0.0)
-    assert demand.busy(1.0, 0.0) == pytest.approx(whole * 0.25 / 2)
-
-
-def test_the_oldest_arrivals_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elastic_serve.demand.MOST", 2)
-    demand = Demand()
-    for number, seconds in enumerate((8.0, 1.0, 1.0)):
-        demand.arrived(number, 0.0, 10.0, [seconds])
-    assert demand.busy(0.0, 0.0) == pytest.approx(0.1)
-    demand.arrived(3, 1e4, 10.0, [1.0])
-    assert demand.busy(0.0, 1e4) == pytest.approx(0.05)
-
-
 def test_what_is_refused_lowers_nobodys_budgets() -> None:
     scheduler = Scheduler(Exact(most=1), queue=2)
     scheduler.admit([job(0.0, 10.0), job(0.0, 10.0)], 0.0)
@@ -317,13 +295,6 @@ def test_what_promises_can_spare() -> None:
     assert scheduler.spare(0.5) == pytest.approx((1 - MARGIN) - 2 * alone(16) - 0.5)
 
 
-def test_one_arrival_is_a_busy_device_at_most() -> None:
-    demand = Demand()
-    demand.arrived(1, 0.0, 1e-9, [10.0, 100.0])
-    assert demand.busy(1.0, 0.0) == 1.0
-    assert demand.busy(1.0, -1e6) == 1.0, "a clock that goes back"
-
-
 def test_settled_ways_are_kept() -> None:
     scheduler = Scheduler(Exact())
     (number,) = scheduler.admit([job(0.0, 5.0)], 0.0)
@@ -332,14 +303,6 @@ def test_settled_ways_are_kept() -> None:
     turn = scheduler.turn(0.0)
     assert turn is not None
     assert turn.kind == kind(16)
-
-
-def test_legs_are_taken_in_order() -> None:
-    way = Way(((kind(16), 2), (kind(64), 3)))
-    assert way.after(0) == [(kind(64), 3), (kind(16), 2)]
-    assert way.after(2) == [(kind(64), 3)]
-    assert way.after(4) == [(kind(64), 1)]
-    assert way.after(5) == []
 
 
 def taken(played: Played, new: Job) -> int | None:
