@@ -30,7 +30,7 @@ def test_a_client_that_goes_leaves_nothing_waiting(server: Running, stream: bool
     async def leave() -> None:
         await asked(App(server.engine, server.engine.metrics), "nothing", BODY if stream else ALONE, leave_at=0.2)
         await asyncio.sleep(0.1)
-        left.extend(asyncio.all_tasks() - {asyncio.current_task()})  # type: ignore[arg-type]
+        left.extend(asyncio.all_tasks() - {asyncio.current_task()})
 
     asyncio.run(leave())
     assert not left
