@@ -80,10 +80,10 @@ def measure(
     """
     settings.check()
     require()
-    worth, model, where = _facts(bundle, backend, settings.guidance)
+    worth, model, classes, where = _facts(bundle, backend, settings.guidance)
     on_stage("starting servers")
     with server(bundle, backend) as shared, server(bundle, backend, "--batch", "1") as single:
-        alone, sustained, rows = asyncio.run(_loads({True: shared, False: single}, settings, worth, on_stage))
+        alone, sustained, rows = asyncio.run(_loads({True: shared, False: single}, settings, classes, worth, on_stage))
     return LoadReport(
         schema_version=SCHEMA_VERSION,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -99,15 +99,15 @@ def measure(
     )
 
 
-def _facts(bundle: Path, backend: str | None, guidance: float) -> tuple[dict[str, float] | None, str, str]:
-    """By the card what each budget is worth, the model's name, and where it runs here."""
+def _facts(bundle: Path, backend: str | None, guidance: float) -> tuple[dict[str, float] | None, str, int, str]:
+    """By the card what each budget is worth, the model's name, how many classes it draws, and where it runs here."""
     with ElasticPipeline.from_pretrained(bundle, backend) as pipe:
         model = pipe.bundle.manifest.model
         if not model.num_classes or model.patches is not None:
             raise UsageError(f"{bundle} does not draw classes at budgets, which is what the load asks for: give a bundle as elit-mnist's")
         outlook = pipe.outlook(Request(class_labels=0, guidance_scale=guidance, policy=Auto()))
         worth = {key(option.budget): outlook.quality(option) for option in outlook.options()} if outlook.graded else None
-        return worth, model.name, pipe.session("denoiser").where
+        return worth, model.name, model.num_classes, pipe.session("denoiser").where
 
 
 @contextlib.contextmanager
@@ -166,21 +166,21 @@ async def sustained(client: Any, body: Mapping[str, Any], pictures: int) -> floa
     return pictures / (time.perf_counter() - begun)
 
 
-async def load(client: Any, body: Mapping[str, Any], rate: float, seconds: float, seed: int) -> list[Answer]:
-    """An open loop of `rate` requests a second; the same times for the same seed and rate."""
+async def load(client: Any, body: Mapping[str, Any], rate: float, seconds: float, classes: int, seed: int) -> list[Answer]:
+    """An open loop of `rate` requests a second for pictures of each of the classes; the same times for the same seed and rate."""
     source = np.random.default_rng(seed)
     times = np.cumsum(source.exponential(1 / rate, size=max(int(3 * rate * seconds), 8)))
     begun = time.perf_counter()
     asked = []
     for number, at in enumerate(times[times < max(seconds, times[0] + 1e-9)]):
         await asyncio.sleep(max(begun + float(at) - time.perf_counter(), 0.0))
-        words = {"class_labels": number % 10, "seed": number}
+        words = {"class_labels": number % classes, "seed": number}
         asked.append(asyncio.ensure_future(ask(client, dict(body) | words)))
     return list(await asyncio.gather(*asked))
 
 
 async def _loads(
-    addresses: Mapping[bool, str], settings: LoadSettings, worth: Mapping[str, float] | None, on_stage: OnStage
+    addresses: Mapping[bool, str], settings: LoadSettings, classes: int, worth: Mapping[str, float] | None, on_stage: OnStage
 ) -> tuple[float, dict[str, float], list[LoadRow]]:
     """Seconds of one picture alone, what each way sustains, and the rows; `addresses` by whether the server shares runs."""
     import httpx2
@@ -194,7 +194,7 @@ async def _loads(
         }
 
         def words(way: Way) -> dict[str, Any]:
-            return common | {"class_labels": 1, "quality": way.quality}
+            return common | {"class_labels": 0, "quality": way.quality}
 
         on_stage("asking for one picture")
         for way in WAYS.values():  # shapes and sizes are met once
@@ -219,7 +219,7 @@ async def _loads(
                 way = WAYS[name]
                 body = words(way) | ({"deadline_ms": 1e3 * deadline} if way.promised else {})
                 begun = time.perf_counter()
-                answers_of[name] += await load(clients[way.shared], body, times * rates[BEST], seconds, number)
+                answers_of[name] += await load(clients[way.shared], body, times * rates[BEST], seconds, classes, number)
                 spans[name] += time.perf_counter() - begun
             rows += [row(name, times, answers_of[name], deadline, spans[name], worth) for name in WAYS]
     return alone, rates, rows

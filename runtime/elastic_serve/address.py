@@ -35,7 +35,8 @@ def client_of(address: str) -> str:
         known = ipaddress.ip_address(address)
     except ValueError:
         return address
-    return str(ipaddress.ip_network((known, 64), strict=False)) if known.version == 6 else address
+    known = getattr(known, "ipv4_mapped", None) or known  # as a socket for both kinds tells of IPv4
+    return str(ipaddress.ip_network((known, 64), strict=False)) if known.version == 6 else str(known)
 
 
 def same_origin(origin: str, host: str) -> bool:

@@ -147,7 +147,7 @@ class App:
                 streaming, outcome = True, _Outcome()
 
                 def ended() -> None:
-                    self._engine.cancel(tickets)
+                    self._cancel(tickets)
                     self._note(number, served, body, outcome.status, begun, outcome.drawn)
 
                 return _Streaming(self._stream(told, body, outcome), ended)
@@ -193,6 +193,10 @@ class App:
             [Order(served, each, partial(tell, place), received, client, deadline, **held) for place, each in enumerate(asked)]
         )
 
+    def _cancel(self, tickets: Sequence[int]) -> None:
+        """On another thread, without waiting for it: the engine may be busy with what comes next."""
+        asyncio.get_running_loop().run_in_executor(None, self._engine.cancel, tickets)
+
     async def _wait(self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
         """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
         drawn: dict[int, Drawn] = {}
@@ -207,7 +211,7 @@ class App:
                         break
         finally:
             if len(drawn) < len(tickets):
-                self._engine.cancel(tickets)
+                self._cancel(tickets)
         return [drawn[place] for place in range(len(tickets))]
 
     async def _stream(self, told: AsyncGenerator[tuple[int, Event], None], body: Body, outcome: "_Outcome") -> AsyncGenerator[bytes, None]:
@@ -289,17 +293,17 @@ async def _told(request: Request, events: Events) -> AsyncGenerator[tuple[int, E
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    leaving = asyncio.ensure_future(gone())
+    leaving, event = asyncio.ensure_future(gone()), asyncio.ensure_future(events.get())
     try:
         while True:
-            event = asyncio.ensure_future(events.get())
             await asyncio.wait({leaving, event}, return_when=asyncio.FIRST_COMPLETED)
             if not event.done():
-                event.cancel()
                 raise ClientDisconnect
             yield event.result()
+            event = asyncio.ensure_future(events.get())
     finally:
         leaving.cancel()
+        event.cancel()
 
 
 async def _http(request: Request, error: Exception) -> Response:

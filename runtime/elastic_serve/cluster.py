@@ -69,11 +69,9 @@ class Soonest(FIFOMixin, RequestRouter):
             if self._told.get(each.replica_id) != number:  # what was sent before is in what it foresees
                 self._told[each.replica_id] = number
                 self._sent[each.replica_id] = 0
-        ranked = sorted(
-            self.select_available_replicas(candidate_replicas),
-            key=lambda each: soonest(each.routing_stats, self._sent[each.replica_id], model),
-        )
-        return [[each] for each in ranked]
+        free = self.select_available_replicas(candidate_replicas)
+        told = [(each.routing_stats, self._sent[each.replica_id]) for each in free]
+        return [[free[place]] for place in soonest(told, model)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._sent[replica_id] += 1
@@ -84,6 +82,7 @@ class Replica:
 
     def __init__(self, folders: Sequence[str], settings: Settings, secret: str | None):
         log()
+        exposed(settings, secret)
         warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
         self._stack, self._told = contextlib.ExitStack(), 0
         models = [self._stack.enter_context(opened(Path(folder), settings)) for folder in folders]
@@ -189,7 +188,6 @@ def serve(folders: Sequence[Path], settings: Settings, cluster: Cluster, ready: 
     named(folders)
     secret = key()
     log()
-    exposed(settings, secret)
     if not settings.port:
         raise UsageError("--port 0 is for one machine: with --ray name a port, which every node then has")
     for folder in folders:

@@ -16,9 +16,10 @@ from elastic_runtime.errors import ElasticError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request, Result
 from elastic_serve.body import BodyError
+from elastic_serve.jobs import Job
 from elastic_serve.metrics import Metrics
 from elastic_serve.reading import Reader
-from elastic_serve.scheduler import Job, RefusedError, Scheduler, Turn
+from elastic_serve.scheduler import RefusedError, Scheduler, Turn, Unkept
 from elastic_serve.served import Prompt, Prospect, Served, Steered
 from elastic_serve.times import Learned
 from elastic_serve.together import Drawing, pause, step
@@ -112,7 +113,7 @@ class Engine:
     ):
         self.models: Mapping[str, Served] = {served.name: served for served in models}
         self.metrics = metrics
-        self.times = Learned(lambda kind, rows: self.models[kind.model].prior(kind, rows), lambda model: self.models[model].most)
+        self.times = Learned(lambda kind, rows: self.models[kind.model].prior(kind, rows), lambda model: self.models[model].most, clock)
         self.scheduler = scheduler(self.times)
         self._clock, self._wish = clock, wish
         self._flights: dict[int, _Flight] = {}
@@ -135,37 +136,33 @@ class Engine:
                     f"steps are at most {order.most} here, and without other words they are {prospect.steps}: give steps, or a shorter plan"
                 )
                 raise BodyError(words, "steps")
-        with self._changed:
-            if self._closing or not self.alive:
-                self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
-                raise ClosingError("the server is closing: ask another, or later")
-            now = self._clock()
-            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
-            try:
-                numbers = self.scheduler.admit(jobs, now, again=any(order.again for order in orders))
-            except RefusedError as refusal:
-                reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
-                self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
-                raise
-            for number, order, prospect, job in zip(numbers, orders, prospects, jobs, strict=True):
-                self._flights[number] = _Flight(order, prospect, job)
-            self._gauges()
-            self._changed.notify_all()
-        return numbers
+        try:
+            taken = self._take(orders, prospects)
+            if isinstance(taken, Unkept):
+                raise taken.refusal()  # while drawing goes on
+        except RefusedError as refusal:
+            reason = "full" if refusal.nearest is None else "deadline" if refusal.wait is not None else "never"
+            self.metrics.refused.labels(orders[0].served.name, reason).inc(len(orders))
+            raise
+        return taken
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Nobody waits for these pictures any more; those that are done stay done."""
         with self._changed:
             for number in numbers:
-                self.scheduler.remove(number)
+                self.scheduler.abandon(number)
                 if flight := self._flights.pop(number, None):
                     self._left.append(flight)
                     self.metrics.pictures.labels(flight.order.served.name, "cancelled").inc()
             self._gauges()
             self._changed.notify_all()
 
-    def close(self, drain: float = 0.0) -> None:
-        """Take nothing more, draw what is in flight for at most `drain` seconds, and end."""
+    def close(self, drain: float = 0.0, patience: float | None = None) -> bool:
+        """Take nothing more, draw what is in flight for at most `drain` seconds, and end.
+
+        Returns whether it has ended: what is in progress then, a step or a prompt, may go on beyond a `patience` in seconds, and its bundle
+        must stay open.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -174,8 +171,8 @@ class Engine:
         for flight in rest:
             flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
         self.cancel(tuple(self._flights))
-        self._thread.join()
-        self._reader.close()
+        self._thread.join(patience)
+        return self._reader.close(patience) and not self._thread.is_alive()
 
     def forecast(self) -> dict[str, dict[str, float]]:
         """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
@@ -199,6 +196,20 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive() and self._reader.alive
 
+    def _take(self, orders: Sequence[Order], prospects: Sequence[Prospect]) -> tuple[int, ...] | Unkept:
+        with self._changed:
+            if self._closing or not self.alive:
+                self.metrics.refused.labels(orders[0].served.name, "closing").inc(len(orders))
+                raise ClosingError("the server is closing: ask another, or later")
+            jobs = [self._job(order, prospect) for order, prospect in zip(orders, prospects, strict=True)]
+            taken = self.scheduler.take(jobs, self._clock())
+            if not isinstance(taken, Unkept):
+                for number, order, prospect, job in zip(taken, orders, prospects, jobs, strict=True):
+                    self._flights[number] = _Flight(order, prospect, job)
+                self._gauges()
+                self._changed.notify_all()
+            return taken
+
     def _job(self, order: Order, prospect: Prospect) -> Job:
         best, prompt = prospect.ways[-1], order.served.prompt(order.request)
         reading = self.times.reading(order.served.name, order.served.reading) if prompt else 0.0
@@ -206,7 +217,7 @@ class Engine:
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
         promised = order.deadline is not None and not order.again
-        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading}
+        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading, "again": order.again}
         return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, **told)
 
     def _run(self) -> None:
@@ -248,7 +259,7 @@ class Engine:
                 return
             for number in numbers:
                 self._flights[number].texts = answer
-            self.times.read(prompt.model, seconds)
+            self.times.read(prompt.model, self.models[prompt.model].reading, seconds)
             self._changed.notify_all()
         self.metrics.reading.labels(prompt.model).observe(seconds)
 
@@ -341,7 +352,6 @@ class Engine:
             seconds = self._clock() - flight.job.arrived
             deadline = flight.order.deadline
             late = 0.0 if deadline is None else max(seconds - deadline, 0.0)
-            self.metrics.drawn(flight.order.served.name, seconds, None if deadline is None else late == 0.0)
             self._end(number, Drawn(drawing.result, seconds, late))
 
     def _preview(self, flight: _Flight) -> Any:
@@ -368,6 +378,8 @@ class Engine:
             return
         if isinstance(event, Failed):
             self.metrics.pictures.labels(flight.order.served.name, "failed").inc()
+        elif isinstance(event, Drawn):
+            self.metrics.drawn(flight.order.served.name, event.seconds, None if flight.order.deadline is None else event.late == 0.0)
         try:
             flight.order.tell(event)
         except Exception:

@@ -37,12 +37,13 @@ class Reader:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """End, after the prompt that is being read."""
+    def close(self, patience: float | None = None) -> bool:
+        """End, after the prompt that is being read; returns whether it has ended, where that is waited for with `patience` in seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

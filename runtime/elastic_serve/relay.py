@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,10 @@ class Relayed:
     def of(cls, scope: Mapping[str, Any]) -> "Relayed":
         """What a request's scope says of it."""
         found = (scope.get("extensions") or {}).get(RELAYED)
-        return cls(**found) if found else cls()
+        if not found:
+            return cls()
+        # What hands it on may hold it for long; between machines only the time of day is common, and may be set a little apart.
+        return cls(found["ago"] + max(time.time() - found["sent"], 0.0), found["again"])
 
 
 async def answered(app: ASGIApp, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
@@ -128,7 +131,7 @@ class _Answer:
 
     async def run(self, scope: Mapping[str, Any], body: bytes, model: str | None, received: float) -> None:
         for attempt in range(ATTEMPTS):
-            relayed = {"ago": time.monotonic() - received, "again": attempt > 0}
+            relayed = {"ago": time.monotonic() - received, "sent": time.time(), "again": attempt > 0}
             asked = dict(scope) | {"extensions": {RELAYED: relayed}}
             try:
                 async with contextlib.aclosing(self._ask(asked, body, model)) as messages:
@@ -183,8 +186,13 @@ def _seeded(body: bytes) -> tuple[bytes, str | None]:
     return body, model if isinstance(model, str) else None
 
 
-def soonest(forecast: Mapping[str, Any], sent: int, model: str | None) -> float:
-    """Seconds in which a picture would be done, by what a replica foretold when it was last asked, and how many were sent there since."""
-    rows = forecast.get("models") or {}
-    row = rows.get(model) or next(iter(rows.values()), None)
-    return 0.0 if row is None else row["wait"] + sent * row["alone"]
+def soonest(told: Sequence[tuple[Mapping[str, Any], int]], model: str | None) -> list[int]:
+    """Replicas, by their places, in the order in which they would be done with a picture.
+
+    Of each is `told` what it foresaw when it was last asked, and how many pictures were sent there since. One that has foreseen nothing yet
+    is new and idle: what was sent there takes as long as elsewhere.
+    """
+    rows = [models.get(model) or next(iter(models.values()), None) for models in (forecast.get("models") or {} for forecast, _ in told)]
+    usual = min((row["alone"] for row in rows if row), default=1.0)
+    waits = [row["wait"] + sent * row["alone"] if row else sent * usual for row, (_, sent) in zip(rows, told, strict=True)]
+    return sorted(range(len(waits)), key=waits.__getitem__)

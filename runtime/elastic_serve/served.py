@@ -30,7 +30,7 @@ from elastic_runtime.errors import UsageError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.request import Request
 from elastic_runtime.sessions.session import Session, batches
-from elastic_serve.scheduler import Way
+from elastic_serve.jobs import Way
 from elastic_serve.times import Kind
 from elastic_serve.together import Shared
 

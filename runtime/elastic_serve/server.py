@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import uvicorn
@@ -30,7 +30,8 @@ KEY = "ELASTIC_EXPORT_API_KEY"
 HEADERS = 1 << 14  # bytes of a request's head
 CONNECTIONS = 2048
 LONGEST = 3600.0  # seconds that pictures in flight may get when the server ends
-ANSWERING = 5  # seconds for the answers, after that
+ANSWERING = 5  # seconds for the answers, after that, and for the step and the prompt in progress
+AT_ONCE = 0.5  # seconds for these where the server is told twice
 _log = logging.getLogger("elastic_serve")
 
 
@@ -94,8 +95,17 @@ def serve(folders: Sequence[Path], settings: Settings | None = None, ready: Call
         except (KeyboardInterrupt, SystemExit):  # uvicorn hands the signal on when it is done
             pass
         finally:
-            engine.close()
+            if not engine.close(patience=0.0):
+                _end()
         _log.info("closed")
+
+
+def _end() -> NoReturn:
+    """End the process though a step or a prompt goes on, in a bundle that cannot be closed under it."""
+    _log.info("closed", extra={"facts": {"left": "a step or a prompt that was in progress"}})
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def exposed(settings: Settings, secret: str | None) -> None:
@@ -176,10 +186,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         # The engine first: uvicorn waits for answers, and those whose time is over are the engine's to give.
-        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, self._drain))
+        closing = asyncio.ensure_future(asyncio.to_thread(self._engine.close, self._drain, ANSWERING))
         await super().shutdown(sockets)
-        if self.force_exit:  # a second Ctrl-C: nothing more is drawn
-            await asyncio.to_thread(self._engine.close)
+        if self.force_exit and not await asyncio.to_thread(self._engine.close, 0.0, AT_ONCE):  # a second Ctrl-C: nothing more is drawn
+            _end()
         await closing
 
 
@@ -187,7 +197,7 @@ def log() -> None:
     """Lines of JSON on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines())
-    for name in ("elastic_serve", "elastic_runtime", "uvicorn.error"):
+    for name in ("elastic_serve", "elastic_runtime", "uvicorn.error", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers[:], logger.propagate = [handler], False
-        logger.setLevel(logging.WARNING if name == "uvicorn.error" else logging.INFO)
+        logger.setLevel(logging.INFO if name.startswith("elastic") else logging.WARNING)

@@ -1,22 +1,24 @@
 """A server under load: a short one, through real processes, and the figures on paper."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Outcome
 
 from elastic_bench.load import COLUMNS, LoadReport, LoadRow, LoadSettings, cells, decode
 from elastic_bench.machine import machine
-from elastic_bench.openloop import WAYS, Answer, row
+from elastic_bench.openloop import WAYS, Answer, load, row
 from elastic_bench.plots import load_plots
 from elastic_bench.records import encode
 from elastic_runtime.errors import UsageError
 
 Run = Callable[..., Outcome]
 SIZES = {
-    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 10, "group_size": 2,
+    "input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 3, "group_size": 2,
     "head_blocks": 1, "tail_blocks": 1,
 }  # fmt: skip
 ASKED = [Answer(200, 0.1, {"a": 2}), Answer(200, 0.4, {"b": 2}), Answer(429, 0.0, {}), Answer(500, 0.0, {})]
@@ -55,6 +57,20 @@ def test_what_is_refused_is_not_on_time() -> None:
     got = row("ours", 2.0, ASKED, 0.2, 1.0, {"a": 1.0, "b": 0.5})
     assert cells(got) == ("2", "ours", "25.0%", "25.0%", "50.0%", "250", "385", "397", "1.0", "75.0%")
     assert got.failed == 1
+
+
+@pytest.mark.parametrize("classes", [1, 4, 1000])
+def test_a_load_asks_for_classes_that_there_are(classes: int) -> None:
+    asked: list[int] = []
+
+    class Client:
+        async def post(self, path: str, json: dict[str, int]) -> SimpleNamespace:
+            asked.append(json["class_labels"])
+            return SimpleNamespace(status_code=429)
+
+    asyncio.run(load(Client(), {"steps": 3}, 2000.0, 0.02, classes, 0))
+    assert len(asked) > classes or classes == 1000
+    assert set(asked) <= set(range(classes))
 
 
 def test_nothing_drawn_and_no_card_have_no_figures() -> None:

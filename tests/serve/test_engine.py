@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from elastic_runtime import InferenceError, Request, UsageError
 from elastic_serve.body import BodyError
 from elastic_serve.engine import ClosingError, Drawn, Event, Failed, Order, Stepped
+from elastic_serve.paper import Paper
 from elastic_serve.scheduler import RefusedError, Scheduler, Turn
 from elastic_serve.served import Served
 
@@ -159,6 +160,35 @@ def test_the_shortest_deadline_is_refused_and_leaves_nothing_behind(plans: Serve
         assert isinstance(asking.ends(1)[0], Drawn)
 
 
+def test_while_a_refusal_is_worded_others_are_taken_in(plans: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    wording, let = threading.Event(), threading.Event()
+
+    def behind(*_: object) -> float:
+        wording.set()
+        assert let.wait(30)
+        return 1.0
+
+    monkeypatch.setattr(Paper, "behind", behind)
+    with Asking(plans) as asking:
+        refused: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=1e-9)
+            except RefusedError as error:
+                refused.append(error)
+
+        asks = threading.Thread(target=ask)
+        asks.start()
+        assert wording.wait(30)
+        asking.ask((plans, Request(class_labels=1)))
+        assert isinstance(asking.ends(1)[0], Drawn)
+        assert not refused
+        let.set()
+        asks.join(30)
+    assert len(refused) == 1
+
+
 def test_one_pictures_fault_ends_it_alone(plans: Served) -> None:
     with Asking(plans) as asking:
         asking.engine.times.together = lambda kind: 4  # type: ignore[method-assign]  # whatever this machine says of larger runs
@@ -193,6 +223,52 @@ def test_what_is_not_finite_fails_that_picture(tmp_path: Path) -> None:
     assert isinstance(ended, Failed)
     assert "not finite" in str(ended.error)
     model.close()
+
+
+def test_an_engine_ends_though_a_step_does_not(tmp_path: Path) -> None:
+    stepping, let = threading.Event(), threading.Event()
+
+    def field(feeds: Any) -> np.ndarray:
+        stepping.set()
+        assert let.wait(30)
+        return to_zero(feeds)
+
+    let.set()
+    model = served(tmp_path / "plans", field=field)
+    asking = Asking(model)
+    stepping.clear()
+    let.clear()
+    asking.ask((model, Request(class_labels=1, plan="4x")))
+    assert stepping.wait(30)
+    assert not asking.engine.close(patience=0.1)
+    assert isinstance(asking.ends(1)[0], Failed)
+    let.set()
+    assert asking.engine.close()
+    model.close()
+
+
+def test_a_picture_that_is_cancelled_as_it_is_decoded_is_no_other_that_was_drawn(plans: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding, let, draw = threading.Event(), threading.Event(), plans.pipe.draw
+
+    def slowly(*args: Any, **words: Any) -> Any:
+        drawn = draw(*args, **words)
+        decoding.set()
+        assert let.wait(30)
+        return drawn
+
+    monkeypatch.setattr(plans.pipe, "draw", slowly)
+    with Asking(plans) as asking:
+        numbers = asking.ask((plans, Request(class_labels=1, plan="4x")), deadline=60.0)
+        assert decoding.wait(30)
+        asking.engine.cancel(numbers)
+        let.set()
+        asking.ask((plans, Request(class_labels=1, plan="4x")))
+        assert isinstance(asking.ends(1)[0], Drawn)
+        lines = asking.engine.metrics.text().decode().splitlines()
+    assert 'elastic_pictures_total{model="plans",outcome="cancelled"} 1.0' in lines
+    assert 'elastic_pictures_total{model="plans",outcome="drawn"} 1.0' in lines
+    assert 'elastic_picture_seconds_count{model="plans"} 1.0' in lines
+    assert not any(line.startswith("elastic_deadlines_kept_total{") for line in lines)
 
 
 def test_an_engine_that_closes_tells_those_it_has_not_drawn(plans: Served) -> None:

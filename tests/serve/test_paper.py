@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from elastic_runtime import Budget
-from elastic_serve.scheduler import Job, RefusedError, Scheduler, Way
+from elastic_serve.jobs import Job, Way
+from elastic_serve.scheduler import RefusedError, Scheduler
 from elastic_serve.times import Kind
 
 LATENTS = (16, 64, 112, 160, 208, 256)

@@ -23,9 +23,11 @@ PROGRAM = "from elastic_export.cli import main; main()"
 
 
 @contextlib.contextmanager
-def process(folder: Path, *options: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
+def process(
+    folder: Path, *options: str, program: str = PROGRAM, **environment: str
+) -> Iterator[tuple["subprocess.Popen[str]", str, list[str]]]:
     """The command over a bundle, on a free port: the process, its address, and its lines on stderr."""
-    command = [sys.executable, "-c", PROGRAM, "serve", str(folder), "--backend", "ort", "--port", "0", *options]
+    command = [sys.executable, "-c", program, "serve", str(folder), "--backend", "ort", "--port", "0", *options]
     running = subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -103,6 +105,35 @@ def test_what_is_not_drawn_when_the_time_is_over_is_told_so(digits: Path, stream
     assert answers[0].status_code == (200 if stream else 503)
     assert '"code":"closing"' in answers[0].text
     assert "Traceback" not in "".join(lines)
+
+
+STUCK = (
+    "import threading; from elastic_serve import engine, server; engine.step = lambda *_: threading.Event().wait(); server.ANSWERING = 1\n"
+)
+
+
+@pytest.mark.parametrize(("drain", "signals"), [("60", 2), ("0.2", 1)])
+def test_it_ends_though_a_step_does_not(digits: Path, drain: str, signals: int) -> None:
+    with process(digits, "--drain-seconds", drain, program=STUCK + PROGRAM) as (running, address, lines):
+        answers: list[Any] = []
+
+        def ask() -> None:
+            with contextlib.suppress(httpx2.HTTPError):
+                answers.append(httpx2.post(f"{address}/v1/images/generations", json={"class_labels": 1}, timeout=60))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with httpx2.Client() as http:
+            while "elastic_pictures_waiting 1.0" not in http.get(f"{address}/metrics").text:
+                time.sleep(0.01)
+        for _ in range(signals):
+            running.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert running.wait(20) == 0
+        asking.join()
+    assert json.loads(lines[-1])["what"] == "closed"
+    assert "Traceback" not in "".join(lines)
+    assert [answer.status_code for answer in answers] == [503] * (signals == 1) or signals == 2
 
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "3601"])

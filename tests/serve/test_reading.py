@@ -19,7 +19,8 @@ from fakes import manifest as elit
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, Request, UsageError
 from elastic_serve.engine import ClosingError, Drawn, Failed
-from elastic_serve.scheduler import AHEAD, Job, RefusedError, Scheduler, Way
+from elastic_serve.jobs import Job, Way
+from elastic_serve.scheduler import AHEAD, RefusedError, Scheduler
 from elastic_serve.served import Served
 from elastic_serve.times import Kind
 

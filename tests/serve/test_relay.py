@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,10 +202,30 @@ def test_a_client_that_leaves_ends_what_is_drawn_for_it() -> None:
 
 
 def test_who_is_soonest() -> None:
-    told = {"models": {"a": {"wait": 2.0, "alone": 0.5}, "b": {"wait": 1.0, "alone": 0.1}}}
-    assert soonest(told, 0, "a") == soonest(told, 0, None) == 2.0
-    assert soonest(told, 3, "b") == pytest.approx(1.3)
-    assert soonest({}, 5, "a") == 0.0, "of whom nothing is known is new, and idle"
+    slow = {"models": {"a": {"wait": 2.0, "alone": 0.5}, "b": {"wait": 1.0, "alone": 0.1}}}
+    fast = {"models": {"a": {"wait": 1.5, "alone": 0.4}, "b": {"wait": 1.25, "alone": 0.1}}}
+    assert soonest([(slow, 0), (fast, 0)], "a") == soonest([(slow, 0), (fast, 0)], None) == [1, 0]
+    assert soonest([(slow, 0), (fast, 0)], "b") == [0, 1]
+    assert soonest([(slow, 3), (fast, 0)], "b") == [1, 0], "by what was sent since"
+    assert soonest([(slow, 0), ({}, 0)], "a") == [1, 0], "of whom nothing is known is new, and idle"
+    assert soonest([(slow, 0), ({}, 6)], "a") == [0, 1], "and has what was sent there"
+    assert soonest([({}, 2), ({}, 1)], "a") == [1, 0]
+
+
+def test_what_a_request_waits_between_machines_is_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Relayed] = []
+
+    async def ask(scope: Message, body: bytes, model: str | None) -> AsyncGenerator[Message, None]:
+        clock = time.time() + (2.0 if not found else -2.0)  # held up on the way; and a machine whose clock is slow
+        monkeypatch.setattr("elastic_serve.relay.time", SimpleNamespace(time=lambda: clock, monotonic=time.monotonic))
+        found.append(Relayed.of(scope))
+        monkeypatch.undo()
+        async for message in life(b"{}", lost=len(found) == 1, head=len(found) > 1)():
+            yield message
+
+    drawn(Relay(ask, (LostError,)))
+    assert 2.0 <= found[0].ago < 3.0
+    assert 0.0 <= found[1].ago < 1.0
 
 
 @pytest.fixture
@@ -254,7 +276,7 @@ def test_a_picture_outlives_who_drew_it_though_there_is_no_room_and_it_is_late(a
         if len(times) == 1:
             async for message in losing(first, dying, 5)(scope, sent):
                 yield message
-        late = dict(scope, extensions={"elastic.relayed": {"ago": 100.0, "again": True}})  # as after a long time
+        late = dict(scope, extensions={"elastic.relayed": {"ago": 100.0, "sent": time.time(), "again": True}})  # as after a long time
         async for message in answered(second, late, sent):
             yield message
 

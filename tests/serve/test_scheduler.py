@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_runtime import Budget
-from elastic_serve.demand import Demand
-from elastic_serve.scheduler import MARGIN, RESERVE, Job, RefusedError, Scheduler, Way
+from elastic_serve.jobs import Job, Way
+from elastic_serve.scheduler import MARGIN, RESERVE, RefusedError, Scheduler
 from elastic_serve.times import Kind
 
 LATENTS = (16, 64, 128, 256)
@@ -150,6 +150,44 @@ def test_a_wish_that_gave_way_goes_before_promises_that_come_later() -> None:
     assert played.order == [first, wish, *later]
 
 
+def test_a_promise_is_not_refused_for_wishes_that_came_before() -> None:
+    played = Played(Scheduler(Exact(most=1)))
+    wishes = [played.scheduler.admit([job(0.0, 4.5 * alone(16), promised=False, client=f"{number}")], 0.0)[0] for number in range(20)]
+    played.turn()
+    (promise,) = played.scheduler.admit([job(played.now, 5 * alone(16))], played.now)
+    assert played.scheduler.jobs[0].due < math.inf, "they go on as soon as it can be kept"
+    (other,) = played.scheduler.admit([job(played.now, 8 * alone(16))], played.now)
+    begun = played.now
+    played.rest()
+    assert played.done[promise] <= begun + 5 * alone(16)
+    assert played.done[other] <= begun + 8 * alone(16)
+    assert [number for number in played.order if number in wishes] == wishes
+
+
+def test_a_promise_is_refused_where_promises_leave_no_time_and_wishes_do_not_count() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    for _ in range(5):
+        scheduler.admit([job(0.0, 6 * alone(16), promised=False)], 0.0)
+        scheduler.admit([job(0.0, 7 * alone(16))], 0.0)
+    before = scheduler.jobs
+    with pytest.raises(RefusedError, match="5 pictures are ahead") as refusal:
+        scheduler.admit([job(0.0, 3 * alone(16))], 0.0)
+    assert scheduler.jobs == before, "nobody gives way to what is refused"
+    assert refusal.value.nearest is not None
+    assert refusal.value.nearest < 7.2 * alone(16)
+    scheduler.admit([job(0.0, refusal.value.nearest + 1e-6)], 0.0)
+
+
+def test_what_was_promised_elsewhere_gives_way_to_nothing_and_is_not_refused() -> None:
+    scheduler = Scheduler(Exact(most=1), queue=2)
+    again = replace(job(0.0, alone(16), promised=False), again=True)
+    numbers = [scheduler.admit([again], 0.0)[0] for _ in range(3)]
+    scheduler.queue = 10
+    with pytest.raises(RefusedError, match="3 pictures are ahead"):
+        scheduler.admit([job(0.0, 1.5 * alone(16))], 0.0)
+    assert [each.id for each in scheduler.jobs if each.due == alone(16)] == numbers
+
+
 def test_clients_take_turns_among_equal_deadlines() -> None:
     played = Played(Scheduler(Exact(most=1)))
     many = played.scheduler.admit([job(0.0, 5.0, client="a")] * 4, 0.0)
@@ -226,6 +264,17 @@ def test_what_comes_often_lowers_the_budgets_before_a_deadline_is_near() -> None
     assert scheduler.level(now + 100 * alone(256)) == 1.0
 
 
+def test_what_is_abandoned_lowers_nobodys_budgets() -> None:
+    scheduler = Scheduler(Exact(most=1))
+    for number in range(60):
+        now = number * alone(256) / 10
+        (abandoned,) = scheduler.admit([job(now, 3 * alone(256), promised=False)], now)
+        scheduler.abandon(abandoned)
+    scheduler.admit([job(now, 100.0)], now)
+    assert scheduler.level(now) == 1.0
+    scheduler.abandon(99)  # which is not there
+
+
 def test_what_is_refused_lowers_nobodys_budgets() -> None:
     scheduler = Scheduler(Exact(most=1), queue=2)
     scheduler.admit([job(0.0, 10.0), job(0.0, 10.0)], 0.0)
@@ -246,13 +295,6 @@ def test_what_promises_can_spare() -> None:
     assert scheduler.spare(0.5) == pytest.approx((1 - MARGIN) - 2 * alone(16) - 0.5)
 
 
-def test_one_arrival_is_a_busy_device_at_most() -> None:
-    demand = Demand()
-    demand.arrived(0.0, 1e-9, [10.0, 100.0])
-    assert demand.busy(1.0, 0.0) == 1.0
-    assert demand.busy(1.0, -1e6) == 1.0, "a clock that goes back"
-
-
 def test_settled_ways_are_kept() -> None:
     scheduler = Scheduler(Exact())
     (number,) = scheduler.admit([job(0.0, 5.0)], 0.0)
@@ -261,14 +303,6 @@ def test_settled_ways_are_kept() -> None:
     turn = scheduler.turn(0.0)
     assert turn is not None
     assert turn.kind == kind(16)
-
-
-def test_legs_are_taken_in_order() -> None:
-    way = Way(((kind(16), 2), (kind(64), 3)))
-    assert way.after(0) == [(kind(64), 3), (kind(16), 2)]
-    assert way.after(2) == [(kind(64), 3)]
-    assert way.after(4) == [(kind(64), 1)]
-    assert way.after(5) == []
 
 
 def taken(played: Played, new: Job) -> int | None:
