@@ -36,10 +36,12 @@ class Doubled:
 
         class Mode(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func in (torch.conv2d, torch.conv3d):
+                    func = partial(_by_strips, func)
                 func = torch.Tensor.double if func is torch.Tensor.float else func
                 args = tuple(torch.float64 if value is torch.float32 else value for value in args)
                 named = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
-                return (partial(_by_strips, func) if func in (torch.conv2d, torch.conv3d) else func)(*args, **named)
+                return func(*args, **named)
 
         arrays = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with torch.inference_mode(), Mode():

@@ -84,7 +84,7 @@ class Session(ABC):
         """Whether it takes a budget, which names values of axes and sizes of open dimensions."""
         if self.budgets is not None:
             return budget in self.budgets
-        lengths = {axis.dimension: axis.length(budget[axis.name]) for axis in axes if axis.name in budget}
+        lengths = {axis.dimension: axis.length(budget[axis.name]) for axis in axes if axis.name in budget and axis.dimension}
         return all({**budget, **lengths}.get(name, span.min) in span for name, span in self.spans.items())
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:

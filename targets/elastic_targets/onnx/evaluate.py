@@ -187,9 +187,10 @@ def _described(
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
             outside = made.graph.initializer.add(name=name, dims=array.shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
             outside.external_data.add(key="location", value=name)
-            beside[name] = np.ascontiguousarray(array)
+            beside[name] = np.array(array, order="C")  # a copy: the file that it lies in is let go below
         else:
             made.graph.initializer.append(ir.to_proto(ir.Tensor(array, name=name, dtype=tensor.dtype)))
+        del array  # which holds the file
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()  # else every weight's file stays mapped, and the process grows to its size
     return made, seen, beside

@@ -159,6 +159,7 @@ def test_weights_within_a_loop_stay_on_disk_too(
 ) -> None:
     """An ELT of real size has a loop of more weights than protobuf takes in one message."""
     monkeypatch.setattr(stream, "SMALL", 0)
+    monkeypatch.setattr(stream, "EXTERNAL_FROM", 0)
     monkeypatch.setattr(evaluate, "BESIDE", 1000)
     monkeypatch.setattr(verifying, "LARGE", 1000)
     bundle = elastic_export.export("elt-mnist", output=tmp_path / "b", batch="1-2", opset=opset, **options)
