@@ -154,8 +154,8 @@ def elasticize(
         elastic_export.elasticize("path/to/Qwen-Image", output="elit-qwen", group_size=8, head_blocks=8, tail_blocks=8)
 
     The backbone's weights stay as they are; of SiT's public code time and velocity are turned into ELIT's, and the variance of a last layer
-    trained with `learn_sigma` is left out. Write starts with nothing to add, so at every budget it gives the very tokens that Read took, and
-    a first step of training reaches it. **The outputs are not the plain model's, at no budget**: the core's blocks act on latents alone, of
+    trained with `learn_sigma` is left out. Write starts with nothing to add, so at every budget it gives the very tokens that Read took,
+    and a first step of training reaches it. **The outputs are not the plain model's, at no budget**: core blocks act on latents alone, of
     which the picture knows nothing yet. Nor can a Read be made that hands the tokens over: it normalises them, so that their means and
     lengths are lost. Of a SiT and an HDiT the outputs are those of the plain model without its core blocks; of a U-ViT and of Qwen-Image
     nearly so, as tokens of time, label and text go through the core beside the latents. `samples/finetune_elit.py` trains on from there.
