@@ -154,9 +154,9 @@ def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
         raise ModelError(f"{path} has {MAGNITUDE} of some modules, and of {_listed(odd)} that or the LoRA alone: download it again")
     config = _config(path, peft, any(module.startswith(kohya.BLOCKS) for _, module in halves))
     # In diffusers a module without one has alpha = r by the trainers' names, and by its own names that of the others.
-    bare = [place for place, held in halves.items() if place not in alphas and not any("lora_down" in name for name, _ in held.values())]
-    if alphas and (config or bare):
-        other = f"its {CONFIG if peft else 'header'} has one for all" if config else f"none of {_listed(bare)}"
+    untold = [place for place, held in halves.items() if place not in alphas and not any("lora_down" in name for name, _ in held.values())]
+    if alphas and (config or untold):
+        other = f"its {CONFIG if peft else 'header'} has one for all" if config else f"none of {_listed(untold)}"
         raise ModelError(f"{path} has alphas of {_listed(alphas)}, and {other}: which is meant?")
     parts: dict[str, dict[str, Pair]] = {}
     for (component, module), held in halves.items():
