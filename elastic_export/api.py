@@ -153,12 +153,12 @@ def elasticize(
         elastic_export.elasticize("SiT-XL-2-256.pt", output="elit.safetensors", group_size=4, head_blocks=4, tail_blocks=4)
         elastic_export.elasticize("path/to/Qwen-Image", output="elit-qwen", group_size=8, head_blocks=8, tail_blocks=8)
 
-    The weights of the backbone stay as they are, but for what a SiT trained with `learn_sigma` says of the variance, which is left out.
-    Write starts with nothing to add, so at every budget the tokens that it gives are the very tokens that Read took, and a first step of
-    training reaches it. **The outputs are not the plain model's, at no budget**: the core's blocks act on latents alone, of which the
-    picture knows nothing yet. Nor can a Read be made that hands the tokens over: it normalises them, so that their means and lengths are
-    lost. Of a SiT and an HDiT the outputs are those of the plain model without its core blocks; of a U-ViT and of Qwen-Image nearly so, as
-    tokens of time, label and text go through the core beside the latents. `samples/finetune_elit.py` trains on from there.
+    The backbone's weights stay as they are; of SiT's public code time and velocity are turned into ELIT's, and the variance of a last layer
+    trained with `learn_sigma` is left out. Write starts with nothing to add, so at every budget it gives the very tokens that Read took,
+    and a first step of training reaches it. **The outputs are not the plain model's, at no budget**: core blocks act on latents alone, of
+    which the picture knows nothing yet. Nor can a Read be made that hands the tokens over: it normalises them, so that their means and
+    lengths are lost. Of a SiT and an HDiT the outputs are those of the plain model without its core blocks; of a U-ViT and of Qwen-Image
+    nearly so, as tokens of time, label and text go through the core beside the latents. `samples/finetune_elit.py` trains on from there.
 
     Args:
         model: weights of a SiT, of the public U-ViT (baofff) or HDiT (k-diffusion), `.pt` or `.safetensors`; or a diffusers folder of
@@ -169,7 +169,7 @@ def elasticize(
             innermost level.
         family: what a SiT becomes, `elit-sit` or `elit-uvit`, which has long skips that pass nothing on yet; the others become
             `elit-uvit-tokens`, `elit-hdit-levels` and `elit-qwen-image`.
-        config: sizes that the weights do not tell (`num_heads`), in JSON. seed: of the new weights. overwrite: whether to replace files.
+        config: what weights do not tell (`num_heads`, a SiT's `prediction`), in JSON. seed: of new weights. overwrite: whether to replace.
 
     Returns: the output.
 

@@ -100,6 +100,7 @@ def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], 
     family = FAMILIES[name]
     told = read_json(config, "config") if config else {}
     told.pop("family", None)
+    prediction = told.pop("prediction", None) if kind is KINDS[0] else None
     params = agree(family, kind.sources(weights, checkpoint.args) | {f"config {config}": told}, split)
     if kind is KINDS[0]:
         weights |= backbone.without_variance(weights, params)
@@ -109,6 +110,8 @@ def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], 
     with torch.device("meta"):
         module = family.build(params)
     ignored = load_weights(module, family, Checkpoint(checkpoint.path, weights, {}))  # which names what does not fit
+    if kind is KINDS[0] and backbone.from_noise(checkpoint.weights, checkpoint.args, params, prediction):
+        weights |= backbone.turned(weights)
     held = {key: values(value).contiguous() for key, value in weights.items() if key not in ignored}
     save_file(output, save(held))
     save_file(output.with_suffix(".json"), json.dumps({"family": name} | asdict(params), indent=1).encode())

@@ -152,9 +152,11 @@ def read_adapter(path: Path, scale: float = 1.0) -> Adapter:
         raise ModelError(f"{path} has an alpha of {_listed(lost)} and no weights of it: download it again")
     if lengths and (odd := lengths.keys() ^ halves.keys()):
         raise ModelError(f"{path} has {MAGNITUDE} of some modules, and of {_listed(odd)} that or the LoRA alone: download it again")
-    config = _config(path, peft)
-    if alphas and (config or len(alphas) < len(halves)):
-        other = f"its {CONFIG if peft else 'header'} has one for all" if config else f"none of {_listed(halves.keys() - alphas.keys())}"
+    config = _config(path, peft, any(module.startswith(kohya.BLOCKS) for _, module in halves))
+    # In diffusers a module without one has alpha = r by the trainers' names, and by its own names that of the others.
+    untold = [place for place, held in halves.items() if place not in alphas and not any("lora_down" in name for name, _ in held.values())]
+    if alphas and (config or untold):
+        other = f"its {CONFIG if peft else 'header'} has one for all" if config else f"none of {_listed(untold)}"
         raise ModelError(f"{path} has alphas of {_listed(alphas)}, and {other}: which is meant?")
     parts: dict[str, dict[str, Pair]] = {}
     for (component, module), held in halves.items():
@@ -213,10 +215,11 @@ def _rows(stored: Tensor, parts: tuple[slice, ...]) -> Tensor:
     return Streamed(lambda: torch.cat([values(stored)[part] for part in parts]), shape, stored.dtype)
 
 
-def _config(path: Path, peft: bool) -> dict[str, dict[str, Any]]:
-    """PEFT's config by component: from the header, where diffusers writes it, or the file beside a file of PEFT's own; empty without.
+def _config(path: Path, peft: bool, public: bool) -> dict[str, dict[str, Any]]:
+    """PEFT's config by component: from the header, where diffusers writes it, or the file beside a file of PEFT's names; empty without.
 
-    Raises: ModelError for a config that is none, and for names of PEFT's without the file that tells their alpha.
+    Raises: ModelError for a config that is none, and for names of PEFT's without the file that tells their alpha, but before `public` names
+        of a model's code: trainers who write those alone mean alpha = r.
     """
     with reading(path) as opened:
         text = (opened.metadata() or {}).get(HEADER)
@@ -232,11 +235,11 @@ def _config(path: Path, peft: bool) -> dict[str, dict[str, Any]]:
             prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
             config.setdefault(PREFIXES.get(prefix, TRANSFORMER), {})[name.removeprefix(prefix)] = value
         return config
-    if not peft:
-        return {}
-    if not (path.parent / CONFIG).is_file():
+    if peft and (path.parent / CONFIG).is_file():
+        return {TRANSFORMER: read_json(path.parent / CONFIG)}
+    if peft and not public:
         raise ModelError(f"{path} has PEFT's names ({PEFT}...), whose alpha {CONFIG} tells, and there is none beside it: copy it there")
-    return {TRANSFORMER: read_json(path.parent / CONFIG)}
+    return {}
 
 
 def _factor(path: Path, config: Mapping[str, Any], module: str, pair: Pair) -> float:

@@ -58,6 +58,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ]
     if len(averages) > 1:
         raise ModelError(f"{path} holds several averages of the weights, {few(averages)}: save the one that is meant")
+    if not averages and (odd := next((name for name, value in content.items() if AVERAGE.search(str(name)) and _is_average(value)), None)):
+        kind = content[odd].kind if isinstance(content[odd], inert.Inert) else "list of tensors without names"
+        raise ModelError(
+            f"{path} holds an average of the weights, {odd}, as a {kind}: save its state_dict(), or leave it out for the last ones"
+        )
     weights: Any = content
     for place in (*averages, *PLACES):
         if isinstance(content.get(place), inert.Inert):
@@ -80,6 +85,21 @@ def _unwrapped(path: Path, weights: Mapping[Any, Any], args: Mapping[str, Any]) 
     if not weights or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
         raise ModelError(f"{path} holds no weights: expected tensors, or a dict with 'ema' or 'model'; it has {few(weights)}")
     return Checkpoint(path, dict(weights), dict(args), tuple(others))
+
+
+def _is_average(value: Any) -> bool:
+    """Whether what is called an average holds weights in a form that is not read: an object, or tensors without names."""
+    if isinstance(value, inert.Inert):
+        return not vars(value) or _holds_tensors(vars(value))  # of an object that keeps its state in its own way nothing is known
+    return isinstance(value, list | tuple) and _holds_tensors(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, inert.Inert):
+        value = vars(value)
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_holds_tensors, value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, Tensor)
 
 
 def _prefix(weights: Mapping[Any, Any]) -> str | None:

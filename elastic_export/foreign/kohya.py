@@ -13,6 +13,8 @@ PREFIXES = MappingProxyType({
     "lora_unet_": "transformer", "lora_transformer_": "transformer", "lora_te1_": "text_encoder", "lora_te_": "text_encoder",
     "text_encoders.clip_l.transformer.": "text_encoder",
 })  # fmt: skip
+# How names of blocks begin in the models' public code, and in no class of diffusers that is read.
+BLOCKS = ("double_blocks.", "single_blocks.", "blocks.", "txtfusion.")
 SWAPPED = "final_layer_adaLN_modulation_1"  # of FLUX, which has shift and scale in the other order
 Rows = dict[str, tuple[str, ...]]
 

@@ -1,4 +1,4 @@
-"""JSON files of a model folder."""
+"""Files of a model folder."""
 
 import json
 from pathlib import Path
@@ -22,3 +22,9 @@ def read_json(path: Path, what: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{name} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether git-lfs has put a pointer in a file's place."""
+    with file.open("rb") as stream:
+        return stream.read(40).startswith(b"version https://git-lfs")

@@ -1,6 +1,7 @@
 """Text encoders and tokenizers of a diffusers folder: CLIP and T5, by transformers, and what language models are read with, too."""
 
 import contextlib
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from elastic_export.foreign.folder import Folder
-from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.reading import is_pointer, read_json
 from elastic_export.foreign.weights import Naming
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Span
@@ -28,6 +29,8 @@ GIVES = {
     "CLIPTextModelWithProjection": ("pooled", "penultimate_hidden_state"),
     "T5EncoderModel": ("last_hidden_state",),
 }
+# The files of a tokenizer's vocabulary, one set of which is enough.
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",), ("tekken.json",))
 
 
 class Encoder(nn.Module):
@@ -103,7 +106,8 @@ def sizes(folder: Folder, component: str) -> tuple[int, int]:
 def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
     """The tokenizer of an encoder: its `tokenizer.json` as it is, or what transformers makes of the older files.
 
-    Raises: MissingError without transformers; ModelError naming the missing or unreadable folder.
+    Raises: MissingError without transformers, or what it reads the vocabulary with; ModelError naming the missing or unreadable folder, and
+        one without a vocabulary, of which transformers makes a tokenizer that reads nothing of any prompt.
     """
     path = folder.path / component.replace("text_encoder", "tokenizer")
     if not path.is_dir():
@@ -119,7 +123,17 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
                 f"{path} is a tokenizer with code of its own, and no code of a model folder is run: save it there as a "
                 "tokenizer.json that needs none (PreTrainedTokenizerFast), and take auto_map out of tokenizer_config.json"
             ) from None
+        _check_vocabulary(path)
+        lost = [name for name in ("sentencepiece", "google.protobuf") if importlib.util.find_spec(name) is None]
+        if lost and any((path / name).is_file() for name in ("spiece.model", "tokenizer.model")):
+            raise MissingError(
+                f"{path} has its vocabulary as sentencepiece's, which is not read without {lost[0]}: pip install sentencepiece protobuf, "
+                "or save a tokenizer.json there"
+            ) from None
         raise ModelError(f"{path} is not a tokenizer that transformers reads: {str(error).splitlines()[0]}") from None
+    _check_vocabulary(path)
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # of T5's kind an empty one has the mark of a space
+        raise ModelError(f"{path} has a vocabulary without words, with which nothing is read of a prompt: download it again")
     if (file := path / "tokenizer.json").is_file():
         content = file.read_bytes()
     elif (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -132,6 +146,17 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
     if not isinstance(length, int | float) or not length >= 1:
         raise ModelError(f"{path}: model_max_length is a number of tokens, got {length!r}")
     return Tokenizer(content, pad, int(length), path, tokenizer)
+
+
+def _check_vocabulary(tokenizer: Path) -> None:
+    """Raise ModelError for a tokenizer's folder without a vocabulary, or with a pointer in its place."""
+    files = [tokenizer / name for names in VOCABULARIES for name in names]
+    if pointers := [file for file in files if file.is_file() and is_pointer(file)]:
+        raise ModelError(f"{pointers[0]} is a git-lfs pointer and not the vocabulary: run git lfs pull in its folder")
+    if not any(all((tokenizer / name).is_file() for name in names) for names in VOCABULARIES):
+        has = ", ".join(sorted(each.name for each in tokenizer.iterdir())) or "nothing"
+        known = ", or ".join(" with ".join(names) for names in VOCABULARIES)
+        raise ModelError(f"{tokenizer} lacks its vocabulary ({known}); it has {has}: download it again")
 
 
 def _config(tokenizer: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.reading import is_pointer, read_json
 from elastic_runtime.errors import ModelError
 from elastic_targets.weights import Streamed, values
 
@@ -61,6 +61,12 @@ def weight_files(folder: Path) -> list[Path]:
     if name := weights_name(lambda name: (folder / name).is_file()):
         return _shards(folder / name) if name.endswith(".json") else [folder / name]
     has = ", ".join(sorted(each.name for each in folder.iterdir())) or "nothing"
+    if any(each.suffix in (".safetensors", ".sft") for each in folder.iterdir()):
+        raise ModelError(
+            f"{folder} holds no weights by the names that diffusers and transformers write ({', '.join(STEMS)}, .safetensors behind, or "
+            f"shards with their index); it has {has}. A model in a single file, by its public code's names, is to be read by diffusers "
+            "(from_single_file) and saved (save_pretrained) first"
+        )
     raise ModelError(
         f"{folder} holds no safetensors weights; it has {has}. Pickled weights could run code and are not read: "
         "save the component again with safe_serialization=True"
@@ -99,9 +105,7 @@ def reading(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        with file.open("rb") as stream:
-            pointer = stream.read(40).startswith(b"version https://git-lfs")
-        if pointer:
+        if is_pointer(file):
             raise ModelError(
                 f"{file} is not a readable safetensors file: it is a git-lfs pointer and not the weights: run git lfs pull in its folder"
             ) from None
@@ -192,6 +196,7 @@ def match(
         for name, twin in ((one, other), (other, one)):
             if name in state and name not in held and twin in held:
                 held[name] = held[twin]
+                scales |= {name: scales[twin]} if twin in scales else {}
     if missing := [name for name in state if name not in held]:
         faults.append(f"lacks {few(missing)}")
     extra = [name for name in held if name not in state]

@@ -117,6 +117,58 @@ def test_names_are_read_as_diffusers_reads_them(name: str, tmp_path: Path) -> No
     assert len(changed) == sum(times for _, times in names.values())
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen", "z-image"])
+def test_a_module_without_an_alpha_has_its_rank(name: str, tmp_path: Path) -> None:
+    make, pipeline, names = CASES[name]
+    model = make()
+    folder, weights = folders.write(tmp_path / "m", model, decoder=False), low_rank(names, model)
+    del weights[f"{next(iter(names))}.alpha"]
+    file = save(weights, tmp_path)
+    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
+    assert difference(found, fused(pipeline, model, file).transformer) < 1e-6
+
+
+def dotted(weights: dict[str, Any]) -> dict[str, Any]:
+    """Halves as PEFT has them, behind its prefix."""
+    return {"base_model.model." + key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "pipeline", "names"),
+    [
+        (folders.krea2, "Krea2Pipeline", {
+            "blocks.1.attn.wo": (f"{BLOCK}.attn.to_out.0", 1), "txtfusion.layerwise_blocks.0.attn.wq": (
+                "text_fusion.layerwise_blocks.0.attn.to_q", 1),
+        }),
+        (folders.flux2, "Flux2Pipeline", {
+            "double_blocks.0.img_attn.qkv": (f"{BLOCK}.attn.to_q", 3), "single_blocks.1.linear1": (f"{SINGLE}.attn.to_qkv_mlp_proj", 1),
+        }),
+    ],
+)  # fmt: skip
+def test_pefts_prefix_before_names_of_public_code_needs_no_config(
+    make: Callable[[], Any], pipeline: str, names: Names, tmp_path: Path
+) -> None:
+    model = make()
+    folder = folders.write(tmp_path / "m", model, decoder=False)
+    file = save(dotted(low_rank(names, model, alpha=False)), tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
+    wanted = fused(pipeline, model, file).transformer
+    assert difference(found, wanted) < 1e-6
+    assert any((value - before[key]).abs().max() > 1e-3 for key, value in wanted.state_dict().items())
+
+
+def test_the_same_of_flux_is_what_it_is_behind_comfys_prefix(tmp_path: Path) -> None:
+    model = folders.flux()
+    folder, states = folders.write(tmp_path / "m", model, decoder=False), []
+    weights = dotted(low_rank({"double_blocks.0.img_attn.qkv": (f"{BLOCK}.attn.to_q", 3)}, model, alpha=False))
+    for prefix in ("base_model.model.", "diffusion_model."):
+        (tmp_path / prefix).mkdir()
+        file = save({key.replace("base_model.model.", prefix): value for key, value in weights.items()}, tmp_path / prefix)
+        states.append(Folder.open(folder, (read_adapter(file),)).component("transformer").load(type(model)))
+    assert difference(*states) == 0 < difference(states[0], model)
+
+
 def test_a_clip_is_changed_with_its_transformer(tmp_path: Path) -> None:
     """Its MLP as diffusers changes it, which reads past its attention (0.42 with transformers 5): that as by diffusers' own names."""
     folder, clip = folders.write(tmp_path / "m", folders.flux(), text=True), folders.clip()

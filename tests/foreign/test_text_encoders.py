@@ -1,4 +1,8 @@
+import dataclasses
+import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -7,13 +11,14 @@ pytest.importorskip("diffusers", reason="the folders are diffusers'")
 pytest.importorskip("transformers", reason="the encoders are transformers'")
 
 import folders
+import language_models
 import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTextModelWithProjection
 
 from elastic_export.foreign.folder import Folder
 from elastic_export.foreign.text_encoders import load_encoder, read_tokenizer, text_encoder
-from elastic_runtime import Budget, ModelError, Span
+from elastic_runtime import Budget, MissingError, ModelError, Span
 from elastic_targets.weights import Streamed
 
 
@@ -71,3 +76,63 @@ def test_a_tokenizer_or_an_encoder_that_is_not_there_is_named(flux: Folder, tmp_
     (folder / "text_encoder" / "config.json").write_text('{"architectures": ["GemmaModel"]}')
     with pytest.raises(ModelError, match="is a GemmaModel; there are CLIPTextModel, "):
         text_encoder(Folder.open(folder), "text_encoder", 12, Span(1, 1))
+
+
+T5 = {"tokenizer_class": "T5Tokenizer", "model_max_length": 6, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+def qwen(folder: Path) -> Path:
+    language_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text(json.dumps(T5))
+    return folder
+
+
+def clip(folder: Path) -> Path:
+    folders.write_clip_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "gone", "has"),
+    [
+        (clip, ("vocab.json", "merges.txt"), "tokenizer_config.json"),
+        (clip, ("merges.txt",), "tokenizer_config.json, vocab.json"),
+        (qwen, ("tokenizer.json",), "chat_template.jinja, tokenizer_config.json"),
+        (t5, (), "tokenizer_config.json"),
+    ],
+)
+def test_a_tokenizer_without_its_vocabulary_is_refused(write: Any, gone: tuple[str, ...], has: str, flux: Folder, tmp_path: Path) -> None:
+    """Of which transformers makes one that reads every prompt alike."""
+    tokenizer = write(tmp_path / "tokenizer")
+    for name in gone:
+        (tokenizer / name).unlink()
+    with pytest.raises(ModelError, match=rf"lacks its vocabulary \(tokenizer.json, or vocab.json with merges.txt, .*; it has {has}: "):
+        read_tokenizer(dataclasses.replace(flux, path=tmp_path), "text_encoder")
+
+
+@pytest.mark.parametrize(("write", "name"), [(clip, "vocab.json"), (qwen, "tokenizer.json"), (t5, "spiece.model")])
+def test_a_pointer_in_place_of_a_vocabulary_is_named(write: Any, name: str, flux: Folder, tmp_path: Path) -> None:
+    (write(tmp_path / "tokenizer") / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=rf"{name} is a git-lfs pointer and not the vocabulary: run git lfs pull"):
+        read_tokenizer(dataclasses.replace(flux, path=tmp_path), "text_encoder")
+
+
+def test_a_vocabulary_without_words_is_refused(flux: Folder, tmp_path: Path) -> None:
+    tokenizer = clip(tmp_path / "tokenizer")
+    (tokenizer / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ModelError, match="has a vocabulary without words"):
+        read_tokenizer(dataclasses.replace(flux, path=tmp_path), "text_encoder")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is here")
+def test_what_reads_a_vocabulary_is_named(flux: Folder, tmp_path: Path) -> None:
+    (t5(tmp_path / "tokenizer") / "spiece.model").write_bytes(b"\x0a\x0b\x0a\x05<unk>\x15\0\0\0\0\x18\x02")
+    with pytest.raises(MissingError, match="not read without sentencepiece: pip install sentencepiece protobuf, or save a tokenizer.json"):
+        read_tokenizer(dataclasses.replace(flux, path=tmp_path), "text_encoder")

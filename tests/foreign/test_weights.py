@@ -17,6 +17,7 @@ from torch import Tensor  # noqa: E402
 
 import elastic_export  # noqa: E402
 from elastic_export.capture.folders import capture_folder  # noqa: E402
+from elastic_export.families.sd3 import Sd3  # noqa: E402
 from elastic_export.foreign.component import Component  # noqa: E402
 from elastic_export.foreign.folder import Folder  # noqa: E402
 from elastic_export.foreign.text_encoders import load_encoder  # noqa: E402
@@ -269,6 +270,54 @@ def test_scales_of_activations_and_a_tokenizer_among_the_weights_are_left_aside(
     change(flux, "text_encoder_2", narrow)
     state = load_encoder(Folder.open(flux), "text_encoder_2").encoder.state_dict()
     assert all(torch.equal(state[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("held", ["shared.", "encoder.embed_tokens."])
+def test_an_embedding_in_eight_bits_has_its_scale_by_either_of_its_names(name: str, held: str, flux: Path) -> None:
+    wanted: Weights = {}
+
+    def narrow(weights: Weights) -> Weights:
+        value = weights.pop("shared.weight")
+        scale = value.abs().max() / 448
+        stored = (value / scale).to(torch.float8_e4m3fn)
+        wanted["it"] = stored.float() * scale
+        return weights | {f"{held}weight": stored, held + name: scale}
+
+    change(flux, "text_encoder_2", narrow)
+    state = load_encoder(Folder.open(flux), "text_encoder_2").encoder.state_dict()
+    assert all(torch.equal(state[each], wanted["it"]) for each in ("shared.weight", "encoder.embed_tokens.weight"))
+
+
+def test_a_single_file_of_the_public_code_is_told_what_to_do_with(flux: Path) -> None:
+    whole = flux / "transformer" / FILES["transformer"]
+    whole.rename(whole.with_name("flux1-dev-fp8.safetensors"))
+    with pytest.raises(
+        ModelError, match=r"by the names that diffusers .* it has config.json, flux1-dev-fp8.safetensors. .*from_single_file"
+    ):
+        capture(flux)
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16,), (torch.float16, torch.bfloat16)])
+def test_sd3s_table_of_places_may_have_been_rounded(types: tuple[torch.dtype, ...], tmp_path: Path) -> None:
+    """Also twice: the published weights are in float16, and people save them in bfloat16."""
+    from diffusers import SD3Transformer2DModel
+
+    folder = folders.write(tmp_path / "m", folders.sd3(pos_embed_max_size=96), decoder=False)
+
+    def rounded(weights: Weights) -> Weights:
+        for kind in types:
+            weights = {name: value.to(kind) for name, value in weights.items()}
+        return weights
+
+    def load() -> None:
+        Sd3(Folder.open(folder).component("transformer").load(SD3Transformer2DModel))
+
+    change(folder, "transformer", rounded)
+    load()
+    change(folder, "transformer", lambda weights: weights | {"pos_embed.pos_embed": weights["pos_embed.pos_embed"].float() + 0.01})
+    with pytest.raises(ModelError, match="position table is not the analytic sin-cos table"):
+        load()
 
 
 def test_a_tensor_that_two_shards_have_is_refused(tmp_path: Path) -> None:

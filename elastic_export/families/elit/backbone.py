@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
@@ -36,6 +37,7 @@ from elastic_export.families.layers import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    Sinusoids,
     TimestepEmbedder,
     initialize,
     sincos_2d,
@@ -260,6 +262,46 @@ def without_variance(weights: Mapping[str, Tensor], params: ElitParams) -> dict[
             whole = values(weights[key]).unflatten(0, (area, 2, channels))  # (p p, 2, C, ...): a patch is laid out (p, p, 2C)
             kept[key] = whole[:, 0].flatten(0, 1).contiguous()
     return kept
+
+
+# Words of trainers for a velocity on a straight path -> whether their time goes from noise at 0 to the picture at 1.
+_FROM_NOISE = {"velocity": True, "Linear": True, "v": False, "linear": False}
+
+
+def from_noise(weights: Mapping[str, Tensor], args: Mapping[str, Any], params: ElitParams, prediction: Any = None) -> bool:
+    """Whether a SiT's time goes from noise to the picture, as in its own public code, and not from the picture to noise, as in REPA's and
+    ELIT's. `prediction` is what a config says: "velocity" of the former, "v" of the latter.
+
+    Raises: ModelError where nothing tells, or two words contradict each other.
+    """
+    if prediction not in (None, "velocity", "v"):
+        raise ModelError(f"a config's prediction is 'velocity' (SiT's own code) or 'v' (REPA's and ELIT's), got {prediction!r}")
+    told = {"its config's prediction": prediction} | {f"its args' {name}": args.get(name) for name in ("prediction", "path_type")}
+    said = {f"{word!r} by {where}": _FROM_NOISE[word] for where, word in told.items() if isinstance(word, str) and word in _FROM_NOISE}
+    if len(set(said.values())) > 1:
+        raise ModelError(f"this SiT is {' and '.join(said)}, whose times go opposite ways: 'velocity' and 'Linear' are SiT's own words")
+    if said:
+        return next(iter(said.values()))
+    if any(key.startswith("projectors.") for key in weights):  # REPA's
+        return False
+    if len(weights["final_layer.linear.weight"]) == 2 * params.patch_size**2 * params.in_channels:  # learn_sigma, in SiT's own code alone
+        return True
+    raise ModelError(
+        'nothing tells which way the time of this SiT goes: write "prediction" in its config, "velocity" of SiT\'s own code (noise at 0) '
+        "or \"v\" of REPA's and ELIT's (the picture at 0)"
+    )
+
+
+def turned(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers of a SiT whose time goes from noise to the picture, as ELIT has them: `-v(x, 1 - t)` is the velocity at t.
+
+    Features at 1 - t are `cos(w - wt) = cos w cos wt + sin w sin wt` and `sin(w - wt) = sin w cos wt - cos w sin wt`.
+    """
+    made = {key: -values(weights[key]) for key in ("final_layer.linear.weight", "final_layer.linear.bias")}
+    key, angles = "t_embedder.mlp.0.weight", Sinusoids().frequencies.double()
+    of_cos, of_sin = values(weights[key]).double().chunk(2, dim=1)  # (D, 128)
+    cos, sin = angles.cos(), angles.sin()
+    return made | {key: torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()}
 
 
 def _told(named: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

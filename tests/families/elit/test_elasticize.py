@@ -88,23 +88,81 @@ def passes_tokens_on(module: Any, given: dict[str, Any]) -> bool:
     return bool(torch.equal(before, after))
 
 
+def without_core(sample: Any, time: Any, label: Any) -> Any:
+    """The plain SiT with its first and last block alone, by the words of its own direction."""
+    whole = random_sit()
+    c = whole.t_embedder(time) + whole.y_embedder(label)
+    x = whole.x_embedder(sample) + whole.pos_embed
+    for index in (0, 4):
+        x = whole.blocks[index](x, c)
+    return unpatchify(whole.final_layer(x, c), 2, 4)
+
+
+OWN = {"path_type": "Linear", "prediction": "velocity"}  # SiT's code: x_t = t picture + (1 - t) noise, and picture - noise is predicted
+REPA = {"path_type": "linear", "prediction": "v"}  # x_t = (1 - t) picture + t noise, and noise - picture
+
+
 @pytest.mark.parametrize("family", ["elit-sit", "elit-uvit"])
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_sit_becomes_itself_without_its_core_at_every_budget(plain: Write, tmp_path: Path, family: str, learned: bool) -> None:
-    path = plain(learned, path_type="Linear", prediction="velocity")
-    model = made(path, tmp_path / "elit.safetensors", family=family)
+@pytest.mark.parametrize("args", [OWN, REPA])
+def test_a_sit_becomes_itself_without_its_core_at_every_budget(
+    plain: Write, tmp_path: Path, family: str, learned: bool, args: dict[str, str]
+) -> None:
+    model = made(plain(learned, **args), tmp_path / "elit.safetensors", family=family)
     assert model.family.name == family
-    whole = random_sit()
     for latents in (4, 12, 16):
         given = inputs(model, latents)
         assert passes_tokens_on(model.module, given)
+        sample, time, label = (given[name] for name in ("sample", "timestep", "class_labels"))
         with torch.inference_mode():
-            c = whole.t_embedder(given["timestep"]) + whole.y_embedder(given["class_labels"])
-            x = whole.x_embedder(given["sample"]) + whole.pos_embed
-            for index in (0, 4):
-                x = whole.blocks[index](x, c)
-            wanted = unpatchify(whole.final_layer(x, c), 2, 4)
+            wanted = -without_core(sample, 1 - time, label) if args is OWN else without_core(sample, time, label)
             np.testing.assert_allclose(model.module(**given), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("learned", "args", "told", "own"),
+    [
+        (True, {}, {}, True),
+        (True, {"prediction": "v"}, {}, False),
+        (False, {"path_type": "Linear"}, {}, True),
+        (False, {}, {"prediction": "velocity"}, True),
+        (False, {}, {"prediction": "v"}, False),
+        (False, {"projectors": True}, {}, False),
+    ],
+)
+def test_a_sits_direction_is_told(
+    plain: Write, tmp_path: Path, learned: bool, args: dict[str, Any], told: dict[str, str], own: bool
+) -> None:
+    path = plain(learned, **args)
+    if "projectors" in args:
+        content = torch.load(path)
+        torch.save(content["ema"] | {"projectors.0.0.weight": torch.ones(2)}, path)
+    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | told))
+    model = made(path, tmp_path / "elit.safetensors")
+    given = inputs(model, 4)
+    with torch.inference_mode():
+        times = given["timestep"]
+        wanted = without_core(given["sample"], 1 - times if own else times, given["class_labels"])
+        np.testing.assert_allclose(model.module(**given), -wanted if own else wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "told", "message"),
+    [
+        ({}, {}, 'nothing tells which way the time of this SiT goes: write "prediction" in its config'),
+        ({}, {"prediction": "noise"}, "a config's prediction is 'velocity' .* got 'noise'"),
+        (OWN, {"prediction": "v"}, "is 'v' by its config's prediction and 'velocity' by its args' prediction and 'Linear' by"),
+        ({"prediction": "noise"}, {}, "was trained with prediction='noise'"),
+        ({"path_type": "GVP"}, {}, "was trained with path_type='GVP'"),
+    ],
+)
+def test_a_direction_that_is_not_told_is_named(
+    plain: Write, tmp_path: Path, args: dict[str, Any], told: dict[str, str], message: str
+) -> None:
+    path = plain(**args)
+    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | told))
+    with pytest.raises(ModelError, match=message):
+        elasticize(path, output=tmp_path / "e.safetensors", config=path.with_suffix(".json"), **SPLIT)
 
 
 def test_a_u_vit_and_an_hdit_keep_their_tokens(backbone: Any, tmp_path: Path) -> None:
@@ -145,7 +203,7 @@ def test_qwen_image_keeps_its_tokens(golden: Path, tmp_path: Path) -> None:
 
 def test_training_reaches_the_new_weights(plain: Write, tmp_path: Path) -> None:
     """Write at the first step, Read by what Write then lets through."""
-    output = elasticize(plain(), output=tmp_path / "e.safetensors", config=tmp_path / "plain.json", **SPLIT)
+    output = elasticize(plain(**REPA), output=tmp_path / "e.safetensors", config=tmp_path / "plain.json", **SPLIT)
     params = load(Request("elit-sit", output, output.with_suffix(".json"))).params
     module = sit.Elit(params)
     module.load_state_dict({sit.FAMILY.rename_key(key): value for key, value in load_file(output).items()})
@@ -169,7 +227,7 @@ def test_public_keys_come_back(golden: Path, name: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(plain: Write, tmp_path: Path) -> None:
-    path = plain()
+    path = plain(**REPA)
     torch.manual_seed(5)
     noise = torch.randn(3)
     torch.manual_seed(5)
@@ -197,14 +255,14 @@ def test_the_same_seed_gives_the_same_weights(plain: Write, tmp_path: Path) -> N
     ],
 )
 def test_what_does_not_fit_is_named(plain: Write, tmp_path: Path, how: dict[str, Any], error: type, message: str) -> None:
-    path = plain()
+    path = plain(**REPA)
     with pytest.raises(error, match=message):
         elasticize(path, output=tmp_path / "e.safetensors", **SPLIT | {"config": path.with_suffix(".json")} | how)
     assert not (tmp_path / "e.safetensors").exists()
 
 
 def test_outputs_and_checkpoints_that_will_not_do_are_named(plain: Write, golden: Path, tmp_path: Path) -> None:
-    path = plain()
+    path = plain(**REPA)
     told = SPLIT | {"config": path.with_suffix(".json")}
     with pytest.raises(UsageError, match=r"the output of a checkpoint is a .safetensors file, .* got .*e.pt"):
         elasticize(path, output=tmp_path / "e.pt", **told)
