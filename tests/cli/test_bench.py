@@ -135,7 +135,7 @@ def test_other_models_under_one_name_are_noted(run: Run, tiny: Path, tmp_path: P
 
 def test_tokens_of_a_bundle_that_draws_nothing_are_a_sentence(run: Run, tmp_path: Path) -> None:
     """`generate --show-tokens` looks for a router in the denoiser."""
-    whole = manifest(4, vae=Vae(scaling_factor=1.0, upscale=8))
+    whole = manifest(4, vae=Vae(scaling_factor=1.0, shift_factor=0.0, upscale=8))
     graphs = {"decoder": whole.graphs["decoder"]}
     write_manifest(tmp_path, msgspec.structs.replace(whole, graphs=graphs, axes=(), cost=()))
     done = run("generate", tmp_path, "-o", tmp_path / "x.png", "--classes", 1, "--steps", 2, "--show-tokens", tmp_path / "y.png")
