@@ -1,11 +1,12 @@
 """The most that this machine's processor does: the best product of several libraries at each rate, since none is best everywhere."""
 
+import contextlib
 import importlib.util
 import itertools
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from elastic_bench.machine import fastest
 from elastic_bench.machine import peaks as of_numpy
+from elastic_bench.process import deaf, ignore_interrupts
 from elastic_bench.records import Peaks
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import Clock
@@ -26,19 +28,40 @@ LONGEST = 3.0
 EXACT_RATE, INT8_RATE = (PRECISIONS[name].rate for name in (EXACT, "int8"))
 RATES = (EXACT_RATE, PRECISIONS["bf16"].rate, INT8_RATE)
 MISLEADING = "OPENBLAS_CORETYPE"  # makes numpy multiply as an older processor would
+# What tells numpy's library of products, whichever it is, how many threads it may have; it reads that when it is imported.
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def peaks(threads: int) -> Peaks:
     """Peaks of `threads` threads, measured in a process of its own: by numpy, and where torch is installed by that too, in float32,
     bfloat16 and 8-bit integers. The greatest of each rate counts.
     """
-    before = os.environ.pop(MISLEADING, None)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=ignore_interrupts) as pool:
+        with _surroundings(threads), deaf():
+            found = pool.submit(_measured, threads)
+        try:
+            return found.result()
+        except KeyboardInterrupt:  # leaving waits for the process, which measures on
+            for process in list(pool._processes.values()):
+                process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def _surroundings(threads: int) -> Iterator[None]:
+    """The environment of a process in which numpy multiplies as well as it can in so many threads."""
+    before = {name: os.environ.get(name) for name in (MISLEADING, *THREADS)}
+    os.environ.pop(MISLEADING, None)
+    os.environ.update(dict.fromkeys(THREADS, str(threads)))
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_measured, threads).result()
+        yield
     finally:
-        if before is not None:
-            os.environ[MISLEADING] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _measured(threads: int) -> Peaks:

@@ -17,10 +17,10 @@ from elastic_runtime.contract.artifacts import Graph
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Manifest
-from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import InferenceError, MissingError, ModelError
 from elastic_runtime.sessions.lanes import example
-from elastic_runtime.sessions.openvino import properties, without_telemetry
+from elastic_runtime.sessions.openvino import properties, require_precision, without_telemetry
 from elastic_runtime.sessions.session import Arrays, Session
 
 
@@ -91,8 +91,8 @@ class TorchRuntime:
             session = ConvertedSession(graph, module, example(bundle.manifest, graph), self.precision, threads)
         else:
             session = TorchSession(graph, module, self.peer)
-        # The bound of the precision, as for an artifact: eager torch wrote the recording, perhaps on another processor.
-        return Opened(session, None, PRECISIONS[self.precision].tolerance)
+        # The bound of an artifact in this precision: eager torch wrote the recording, perhaps on another processor.
+        return Opened(session, None, graph.tolerance(precision=self.precision))
 
     def _find(self, manifest: Manifest) -> Callable[[], Any]:
         """What loads the original; raises ModelError where its weights are not at hand."""
@@ -123,6 +123,8 @@ class TorchSession(Session):
 
         self._torch, self._peer = torch, peer
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what the compiler thinks of a graph is not the benchmark's to tell
+        if peer.precision == EXACT:  # and not TF32, which convolutions on a GPU otherwise are
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._module: Any = filled(module).to(peer.device)
         if peer.precision != EXACT:
             import torch._inductor.config as inductor
@@ -182,6 +184,7 @@ class ConvertedSession(Session):
         with warnings.catch_warnings(action="ignore"), torch.no_grad():  # the tracer's, of sizes that become constants
             model = openvino.convert_model(filled(module), example_input=tensors)
         compiled = openvino.Core().compile_model(model, "CPU", properties(precision, threads=threads))
+        require_precision(compiled, precision, "CPU")
         self._request: Any = compiled.create_infer_request()
         self.where = f"openvino {openvino.__version__.split('-')[0]} CPU {precision}, converted from torch"
 

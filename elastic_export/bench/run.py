@@ -1,6 +1,7 @@
 """The whole benchmark: every bundle, by every runtime that was asked for."""
 
 import datetime
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from elastic_bench.drawing import Album
 from elastic_bench.energy import counters
 from elastic_bench.machine import machine
-from elastic_bench.measure import OnStage, measure, points
+from elastic_bench.measure import OnStage, measure, points, suited
 from elastic_bench.process import Process
 from elastic_bench.records import SCHEMA_VERSION, Report, Settings
 from elastic_bench.runtimes import Runtime, runtimes, ways
@@ -38,14 +39,17 @@ def bench(
     settings.check()
     if unknown := [name for name in names if name not in NAMES]:
         raise UsageError(f"there is no runtime {unknown[0]!r}; there are {', '.join(NAMES)}")
-    if len({folder.resolve().name for folder in folders}) < len(folders):
-        raise UsageError("two bundles have the same folder name, by which the report knows them: rename one")
     bundles = [Bundle.open(folder) for folder in folders]
+    if twice := [name for name, count in Counter(bundle.name for bundle in bundles).items() if count > 1]:
+        raise UsageError(
+            f"two bundles have the same name, {twice[0]}, by which the report knows them: rename a folder, or measure one at a time"
+        )
     for bundle in bundles:
         if "denoiser" not in bundle.manifest.graphs:
             raise BundleError(
                 f"{bundle.folder} has no graph 'denoiser', it has {', '.join(bundle.manifest.graphs)}: there is nothing to time"
             )
+        suited(settings, bundle)
     wanted = [(bundle, points(bundle, values), _runtimes(bundle, names, checkpoint)) for bundle in bundles]
     on_stage("measuring the processor's peaks")
     most = peaks(settings.threads)
@@ -65,6 +69,6 @@ def bench(
 
 def _runtimes(bundle: Bundle, names: Sequence[str], checkpoint: Path | None) -> list[Runtime]:
     found: list[Runtime] = []
-    for name in names:
+    for name in dict.fromkeys(names):
         found += [TorchRuntime(name, checkpoint)] if name in PEERS else runtimes(name, bundle)
     return found

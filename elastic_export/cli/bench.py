@@ -91,12 +91,14 @@ def bench(
     if compare:
         if bundles:
             raise UsageError("--compare reads two files and measures nothing: leave the bundles out")
-        from elastic_bench.compare import changes, other_machine
+        from elastic_bench.compare import changes, other_machine, other_models
         from elastic_bench.files import read
 
         old, new = (read(path) for path in compare)
         if different := other_machine(old, new):
             show.note(f"these are two machines: {different}")
+        for said in other_models(old, new):
+            show.note(f"these are two models: {said}")
         found = changes(old, new, tolerance)
         shown.changes(found, tolerance)
         if worse := [change for change in found if change.verdict in ("slower", "lost")]:
@@ -119,15 +121,8 @@ def bench(
     from elastic_bench.records import Settings
     from elastic_export.bench.run import DEFAULT
     from elastic_export.bench.run import bench as run
-    from elastic_runtime.files.atomic import refuse_clobber
 
-    if html:
-        from elastic_bench.page import page, require
-
-        require()  # a missing package should not wait for the measurement to end
-    for path in (json, html):
-        if path:
-            refuse_clobber(path, overwrite, "name")
+    _writable(json, html, overwrite)
     settings = Settings(
         batch=batch, steps=steps, duration=3.0 if duration is None else duration, guidance=guidance, threads=threads or usable_cores(),
         quality=quality, single_stream=single_stream,
@@ -136,8 +131,14 @@ def bench(
     values = options.integers(budgets) if budgets else None
     with show.stages(quiet) as on_stage:
         report, albums = run(bundles, names, values, settings, options.command_line(), checkpoint, on_stage)
-    _written(json, html, report, lambda: page(report, albums))
     shown.benchmark(report)
+
+    def whole() -> str:
+        from elastic_bench.page import page
+
+        return page(report, albums)
+
+    _written(json, html, report, whole)
     every = [runtime for bundle in report.bundles for runtime in bundle.runtimes]
     if wrong := [runtime for runtime in every if runtime.failure]:
         raise VerificationError(f"{wrong[0].runtime} has no figures: {wrong[0].failure}")
@@ -161,22 +162,17 @@ def _load(
     """`bench --serve`: who is on time when more is asked for than the best budget can draw."""
     from elastic_bench.load import LOADS, LoadSettings
     from elastic_bench.openloop import measure
-    from elastic_bench.page import load_page, require
+    from elastic_bench.page import load_page
     from elastic_bench.runtimes import ways
     from elastic_export.cli.show import benchmark as shown
     from elastic_runtime.errors import UsageError
-    from elastic_runtime.files.atomic import refuse_clobber
 
     if len(bundles) > 1:
         raise UsageError(f"--serve loads a server over one bundle, got {len(bundles)}: give them one after the other")
     backends = {next(iter(backend.ways)): backend.name for backend, _ in ways().values()}
     if runtimes and runtimes not in backends:
         raise UsageError(f"--serve runs in one of {', '.join(backends)}, got {runtimes!r}")
-    if html:
-        require()
-    for path in (json, html):
-        if path:
-            refuse_clobber(path, overwrite, "name")
+    _writable(json, html, overwrite)
     settings = LoadSettings(
         duration=10.0 if duration is None else duration,
         loads=tuple(options.numbers(loads)) if loads else LOADS,
@@ -186,12 +182,28 @@ def _load(
     backend = backends[runtimes] if runtimes else None
     with show.stages(quiet) as on_stage:
         report = measure(bundles[0], settings, options.command_line(), backend, on_stage)
-    _written(json, html, report, lambda: load_page(report))
     shown.load(report)
+    _written(json, html, report, lambda: load_page(report))
+
+
+def _writable(json: Path | None, html: Path | None, overwrite: bool) -> None:
+    """Refuse files that could not be written, before anything is measured."""
+    from elastic_runtime.errors import UsageError
+    from elastic_runtime.files.atomic import refuse_clobber
+
+    if json and html and json.resolve() == html.resolve():
+        raise UsageError(f"--json and --html are both {json}: give two names")
+    if html:
+        from elastic_bench.page import require
+
+        require()
+    for path in (json, html):
+        if path:
+            refuse_clobber(path, overwrite, "name")
 
 
 def _written(json: Path | None, html: Path | None, report: Any, page: Callable[[], str]) -> None:
-    """Write a report's files, those that were asked for."""
+    """Write a report's files, those that were asked for; it was shown before, and is not lost where a disk is full."""
     from elastic_bench.records import encode
     from elastic_runtime.files.atomic import save
 

@@ -71,7 +71,8 @@ def generate(
         if show_tokens.resolve() == output.resolve():
             raise UsageError(f"-o/--output and --show-tokens are both {output}: give two names")
     folder = Bundle.open(bundle)
-    if show_tokens and all(spec.name != "probability" for spec in folder.manifest.graphs["denoiser"].outputs):
+    denoiser = folder.manifest.graphs.get("denoiser")  # without one drawing says what is lacking
+    if show_tokens and denoiser and all(spec.name != "probability" for spec in denoiser.outputs):
         raise UsageError(f"{bundle} keeps every token, or does not tell which: --show-tokens is for models with a router")
     if request:
         asked = requests.read(request, typed(subject, goal, sampling, guided, budgets=budgets, weak=guidance_budgets))

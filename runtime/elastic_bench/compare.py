@@ -1,6 +1,6 @@
 """Two reports of the same benchmark: what changed beyond noise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ Verdict = Literal["slower", "faster", "same", "lost", "new"]
 # What makes the times of two reports two different measurements
 SETTINGS = ("batch", "threads")
 Place = tuple[str, str, str]  # bundle, runtime, budget
+# bundle, way, artifact: what a runtime is, whose name has the artifact's only beside others
+_Whose = tuple[str, str, str | None]
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,31 @@ def changes(old: Report, new: Report, tolerance: float) -> list[Change]:
         if before != after:
             raise UsageError(f"these reports do not compare: {name} was {before} and is {after}; measure again with the same")
     was, now, whys = dict(_rows(old)), dict(_rows(new)), dict(_whys(new))
-    if not was.keys() & now.keys() and not {place[:2] for place in was} & whys.keys():  # what fails everywhere is lost, not another thing
+    if not was.keys() & now.keys() and not any(_why(whose, whys) for whose, _ in was):  # what fails everywhere is lost, not another thing
         raise UsageError("these reports do not compare: no bundle, runtime and budget is in both")
-    found = [_compare(place, row, now[place], tolerance) for place, row in was.items() if place in now]
+    found = [_compare(place, row, now[at][1], tolerance) for at, (place, row) in was.items() if at in now]
     found += [
-        Change(place, "lost", before=row.step.p50, why=whys.get(place[:2], "it was not measured"))
-        for place, row in was.items()
-        if place not in now
+        Change(place, "lost", before=row.step.p50, why=_why(at[0], whys) or "it was not measured")
+        for at, (place, row) in was.items()
+        if at not in now
     ]
-    return found + [Change(place, "new", after=row.step.p50) for place, row in now.items() if place not in was]
+    return found + [Change(place, "new", after=row.step.p50) for at, (place, row) in now.items() if at not in was]
 
 
 def other_machine(old: Report, new: Report) -> str | None:
     """What is different about the machines, in words; None where they are alike."""
     return None if str(old.machine) == str(new.machine) else f"{old.machine} before, {new.machine} now"
+
+
+def other_models(old: Report, new: Report) -> list[str]:
+    """Bundles of one name in both that hold other models, or other weights of one, in words."""
+    before = {bundle.name: bundle for bundle in old.bundles}
+    pairs = [(before[bundle.name], bundle) for bundle in new.bundles if bundle.name in before]
+    return [
+        f"{now.name} held {was.model}, and now {now.model}{'' if was.model != now.model else ' of other weights'}"
+        for was, now in pairs
+        if (was.model, was.family, was.weights) != (now.model, now.family, now.weights)
+    ]
 
 
 def _compare(place: Place, old: Row, new: Row, tolerance: float) -> Change:
@@ -74,13 +87,23 @@ def _runtimes(report: Report) -> Iterator[tuple[str, RuntimeReport]]:
             yield bundle.name, runtime
 
 
-def _rows(report: Report) -> Iterator[tuple[Place, Row]]:
+def _whose(name: str, runtime: RuntimeReport) -> _Whose:
+    return name, runtime.runtime.partition(" ")[0], runtime.artifact
+
+
+def _rows(report: Report) -> Iterator[tuple[tuple[_Whose, str], tuple[Place, Row]]]:
     for name, runtime in _runtimes(report):
         for row in runtime.rows:
-            yield (name, runtime.runtime, key(row.budget)), row
+            budget = key(row.budget)
+            yield (_whose(name, runtime), budget), ((name, runtime.runtime, budget), row)
 
 
-def _whys(report: Report) -> Iterator[tuple[tuple[str, str], str]]:
+def _whys(report: Report) -> Iterator[tuple[_Whose, str]]:
     for name, runtime in _runtimes(report):
         if why := runtime.failure or runtime.missing:
-            yield (name, runtime.runtime), why
+            yield _whose(name, runtime), why
+
+
+def _why(whose: _Whose, whys: Mapping[_Whose, str]) -> str | None:
+    """Why a runtime has no rows: what was said of its artifact, or where the bundle has none for it, of the way."""
+    return whys.get(whose) or whys.get((*whose[:2], None))

@@ -35,11 +35,15 @@ def counters() -> tuple[dict[str, Counter], dict[str, str]]:
 
 
 def rapl(folder: Path = RAPL) -> Counter | str:
-    """Sum of the processor packages' counters (microjoules, which wrap around), or why there is none."""
+    """Sum of the processor packages' counters (microjoules, which wrap around), or why there is none.
+
+    A laptop's zone `psys` is the platform, the package in it.
+    """
     zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if re.fullmatch(r"intel-rapl:\d+", zone.name)]
-    if not zones:
-        return "this system has no power capping interface" if not folder.is_dir() else "the processor offers no counter"
     try:
+        zones = [zone for zone in zones if (zone / "name").read_text(encoding="utf-8").startswith("package")]
+        if not zones:
+            return "this system has no power capping interface" if not folder.is_dir() else "the processor offers no counter"
         ranges = [int((zone / "max_energy_range_uj").read_text(encoding="utf-8")) for zone in zones]
         last = [int((zone / "energy_uj").read_text(encoding="utf-8")) for zone in zones]
     except PermissionError:

@@ -64,9 +64,13 @@ def figures(bundle: BundleReport, settings: Settings, peaks: Peaks) -> Iterator[
 def method(settings: Settings, bundles: Iterable[BundleReport] = ()) -> str:
     """How the figures of `bundles` were made, in a few sentences."""
     many = "one picture" if settings.batch == 1 else f"{settings.batch} pictures"
-    one = "; one where the model takes guidance as an input" if any(bundle.embedded_guidance for bundle in bundles) else ""
-    guided = f"guidance {settings.guidance:g} (two branches{one})" if settings.guidance > 1 else "no guidance"
     bundles = list(bundles)
+    led = [bundle for bundle in bundles if bundle.guidance != 1]
+    one = "; one where the model takes guidance as an input" if any(bundle.embedded_guidance for bundle in led) else ""
+    none = f"; none for {', '.join(bundle.name for bundle in bundles if bundle.guidance == 1)}" if len(led) < len(bundles) else ""
+    guided = (
+        f"guidance {settings.guidance:g} (two branches{one}{none})" if settings.guidance > 1 and (led or not bundles) else "no guidance"
+    )
     planned = any(trial.plan for bundle in bundles for trial in bundle.trials)
     own = " (a plan has its own)" if planned else ""
     threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"

@@ -1,5 +1,6 @@
 """A bundle in several runtimes, in turns: opened, checked, timed, and only then told of."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ from elastic_runtime.choosing.cost import Costs, Rates
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import compare
+from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.errors import BudgetError, ElasticError, MissingError, UsageError
 from elastic_runtime.ralu.plan import PRESETS
+from elastic_runtime.sessions.checking import worst
 
 QUERIES = 1024  # the least that MLPerf asks of a single stream
 LIMIT = 20  # times the duration of a row: the time limit of its single stream
@@ -60,13 +63,13 @@ def measure(
 
     `start` gives a subject, by default in a process of its own. All of them stay open, since they take turns.
 
-    Raises: UsageError for settings that measure nothing; a runtime that is missing, wrong or breaks is a finding.
+    Raises: UsageError for settings that measure nothing, or more steps than the model takes; a runtime that is
+    missing, wrong or breaks is a finding.
     """
     settings.check()
     if not budgets or not runtimes:
         raise UsageError("there is nothing to measure: give at least one runtime and one budget")
-    if bundle.manifest.model.unconditional or bundle.manifest.model.distilled:  # there is nothing to lead away from
-        settings = replace(settings, guidance=1.0)
+    settings = suited(settings, bundle)
     entries = [Entry(runtime) for runtime in runtimes]
     try:
         for entry in entries:
@@ -75,13 +78,13 @@ def measure(
         _agree(_running(entries))
         on_stage(f"{bundle.name}: timing steps, {ROUNDS} rounds")
         _time(entries, budgets, settings)
-        for entry in _running(entries):
-            entry.peak = entry.ask("memory")
         on_stage(f"{bundle.name}: drawing")
         found, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
         if settings.single_stream:
             on_stage(f"{bundle.name}: single stream")
             _stream(entries, budgets, settings)
+        for entry in _running(entries):  # last: the decoder and guidance's larger batches belong to the most
+            entry.peak = entry.ask("memory")
     finally:
         for entry in entries:
             entry.close()
@@ -93,11 +96,25 @@ def measure(
         axis=bundle.manifest.axes[0].name if bundle.manifest.axes else None,
         weights=bundle.manifest.provenance.checkpoint_sha256 or model.weights,
         embedded_guidance=model.patches is not None and model.patches.guidance_embeds,
+        guidance=settings.guidance,
         runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
         trials=found,
         card=bundle.manifest.quality if settings.quality or model.patches else (),
     )
     return replace(report, recommendation=recommend(report, settings)), album
+
+
+def suited(settings: Settings, bundle: Bundle) -> Settings:
+    """The settings of a bundle's pictures: without guidance where there is nothing to lead away from.
+
+    Raises: UsageError for more steps than its schedule takes.
+    """
+    model = bundle.manifest.model
+    if isinstance(model.schedule, CosineMask):
+        model.schedule.masked(math.prod(model.sample_shape), settings.steps)
+    elif model.patches is None:
+        model.schedule.times(settings.steps)
+    return replace(settings, guidance=1.0) if model.unconditional or model.distilled else settings
 
 
 def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Settings, start: Callable[..., Any]) -> None:
@@ -146,9 +163,9 @@ def _agree(running: list[Entry]) -> None:
             bound = entry.loaded.tolerance + running[0].loaded.tolerance
             wanted = running[0].first[budget][1]
             rows = [compare(array, wanted[name], budget, bound, running[0].runtime.name) for name, array in outputs.items()]
-            entry.agrees[budget] = max(rows, key=lambda row: (not row.finite, row.max_abs))
-            if not entry.agrees[budget].passed:
-                entry.fail(f"differs from {running[0].runtime.name} at {budget}: max abs {entry.agrees[budget].max_abs:.2e}")
+            entry.agrees[budget] = found = worst(rows)
+            if not found.passed:
+                entry.fail(f"differs from {running[0].runtime.name} at {budget}: {found.figure}")
                 break
 
 

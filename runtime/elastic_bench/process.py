@@ -2,7 +2,10 @@
 
 import contextlib
 import multiprocessing
+import signal
 import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,29 @@ from elastic_runtime.errors import ElasticError, InferenceError
 REST = 0.02  # seconds for the threads of the runtime before to fall asleep
 
 
+def ignore_interrupts() -> None:
+    """What a process does first that was started to measure: Ctrl-C reaches it, too, and whoever started it ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started within hear no Ctrl-C from their first moment on, where the system can do that; one that comes meanwhile is heard
+    here afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which would be started within, and lets the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve(pipe: Connection, runtime: Runtime, folder: Path, settings: Settings) -> None:
     """The process: answer each (method, arguments) with (True, result) or (False, error) until told None."""
+    ignore_interrupts()
     subject: Subject | None = None
     while (asked := pipe.recv()) is not None:
         name, arguments = asked
@@ -43,7 +67,8 @@ class Process:
         self._pipe, theirs = context.Pipe()
         # no daemon: torch.compile has children of its own
         self._process = context.Process(target=serve, args=(theirs, runtime, bundle.folder, settings))
-        self._process.start()
+        with deaf():
+            self._process.start()
         theirs.close()
 
     def __getattr__(self, method: str) -> Any:
@@ -55,6 +80,9 @@ class Process:
             except (EOFError, OSError):
                 self._process.join()
                 raise InferenceError(f"the process of {self._name} died with exit code {self._process.exitcode}") from None
+            except KeyboardInterrupt:  # nobody waits for what it was asked
+                self._process.kill()
+                raise
             if not done:
                 raise result
             return result

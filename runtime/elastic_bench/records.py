@@ -125,7 +125,8 @@ class RuntimeReport(_Record, frozen=True, kw_only=True):
 
     `where` is what it ran on and `processor` of which kind that is (None: it did not run, or an older version wrote this).
     `held` is the precision with how weights came to their bits, where the artifact says more than its precision.
-    A runtime that failed has no rows. `started_bytes` and `peak_bytes` are its process's memory before it opened the bundle and at most.
+    A runtime that failed has no rows. `started_bytes` and `peak_bytes` are its process's memory before it opened the bundle and at most,
+    pictures included.
     `skipped` says for a budget (as in `budget.key`), or for `pictures`, why it has no figures.
     """
 
@@ -171,7 +172,8 @@ class Trial(_Record, frozen=True, kw_only=True):
 class BundleReport(_Record, frozen=True, kw_only=True):
     """One bundle: its runtimes, and with quality, or where it is drawn along plans, its trials and the card's figures.
 
-    `embedded_guidance`: guidance is an input of its denoiser, so that a guided picture takes one branch.
+    `embedded_guidance`: guidance is an input of its denoiser, so that a guided picture takes one branch. `guidance` is that of its
+    pictures, 1 where the model takes none (None: as the settings have it, by an older version).
     """
 
     name: str
@@ -180,6 +182,7 @@ class BundleReport(_Record, frozen=True, kw_only=True):
     axis: str | None
     weights: str
     embedded_guidance: bool = False
+    guidance: float | None = None
     runtimes: tuple[RuntimeReport, ...]
     trials: tuple[Trial, ...] = ()
     card: tuple[Quality, ...] = ()

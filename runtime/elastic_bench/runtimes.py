@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.contract.precision import EXACT, PRECISIONS, rank
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.opening import backends, obstacles, open_artifact, open_session
@@ -65,10 +65,11 @@ class SessionRuntime:
     precision: str
 
     def obstacle(self, bundle: Bundle) -> str | None:
-        backend, _ = ways()[self.way]
+        backend, way = ways()[self.way]
         if self.artifact is None:
             opens = " or ".join(backend.opens)
-            return f"the bundle has no {opens} artifact: elastic-export {opens} makes one"
+            held = f" in {EXACT}, of which {way.precision} is computed" if way.precision else ""
+            return f"the bundle has no {opens} artifact{held}: elastic-export {opens} makes one"
         able, reasons = obstacles(_artifact(bundle, self.artifact), backend.name)
         return None if able else " ".join(reasons)
 
@@ -88,9 +89,14 @@ class SessionRuntime:
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:
-    """Runtime `name` on each artifact of the bundle that it opens; with none, one that says so."""
+    """Runtime `name` on each artifact of the bundle that it opens; with none, one that says so. Less than float32 is computed of float32's
+    weights alone."""
     backend, way = ways()[name]
-    artifacts = [artifact for artifact in bundle.manifest.graphs[GRAPH].artifacts if artifact.target in backend.opens]
+    artifacts = [
+        artifact
+        for artifact in bundle.manifest.graphs[GRAPH].artifacts
+        if artifact.target in backend.opens and (way.precision is None or artifact.rank == rank(EXACT))
+    ]
     if not artifacts:
         return [SessionRuntime(name, name, None, way.precision or EXACT)]
     several = len(artifacts) > 1

@@ -15,7 +15,9 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
 from elastic_runtime.denoising.pictures import drawable
+from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.device import Clock, Processor, peak_bytes
+from elastic_runtime.drawing.drawing import Texts
 from elastic_runtime.errors import BundleError, InferenceError
 from elastic_runtime.pipeline import ElasticPipeline
 from elastic_runtime.ralu.plan import FULL
@@ -123,9 +125,9 @@ class Subject:
         Raises: InferenceError if they are not finite.
         """
         sessions = {"denoiser": self._open.denoiser} | ({"decoder": self._open.decoder} if self._open.decoder else {})
-        pipe, request = ElasticPipeline(self._bundle, sessions), self._request(way, seed)
+        pipe, request, texts = ElasticPipeline(self._bundle, sessions), self._request(way, seed), self._texts()
         begun = self._clock()
-        pictures = np.asarray(pipe.draw(request, generator=np.random.default_rng(seed)).images)
+        pictures = np.asarray(pipe.draw(request, generator=np.random.default_rng(seed), texts=texts).images)
         seconds = self._clock() - begun
         if not np.isfinite(pictures).all():
             raise InferenceError(f"{self._open.denoiser.where} drew values that are not finite at {way.plan or way.budget}")
@@ -141,6 +143,8 @@ class Subject:
         elif not model.num_classes:
             names = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
             taken = {name: self._feeds[feed] for name, feed in names.items() if feed in self._feeds}
+            if model.text and model.text.layers:  # recorded as one of many layers, as the denoiser takes them: see `_texts`
+                taken = {"prompt_embeds": np.zeros((1, 1, model.text.layers, model.text.width), np.float32)}
             subject = {name: array[rows % len(array)] for name, array in taken.items()}
             if self._settings.guidance > 1 and not (model.patches and model.patches.guidance_embeds):
                 subject |= {f"negative_{name}": np.zeros_like(array) for name, array in subject.items()}
@@ -154,6 +158,15 @@ class Subject:
             guidance_scale=model.guidance_scale(self._settings.guidance),
             output_type="np" if drawable(self._bundle.manifest) else "latent",
         )
+
+    def _texts(self) -> Texts | None:
+        """What the recorded embeddings stand for where a graph makes them of a text encoder's layers, once a picture; else None."""
+        model, rows = self._bundle.manifest.model, np.arange(self._settings.batch)
+        if not (model.text and model.text.layers):
+            return None
+        hidden = self._feeds["encoder_hidden_states"]
+        strong = Conditions(hidden[rows % len(hidden)])
+        return strong, Conditions(np.zeros_like(strong.hidden)) if self._settings.guidance > 1 else None
 
     def stream(self, way: Drawing, queries: int, limit: float) -> tuple[float, ...]:
         """Seconds of one batch of pictures after another, until there are `queries` or `limit` seconds have passed."""

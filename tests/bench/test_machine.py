@@ -29,22 +29,24 @@ def test_peaks_count_the_work_of_the_fastest_run() -> None:
     assert found.bytes_per_second == 2 * 8000 / 2.0
 
 
-def zone(folder: Path, name: str, microjoules: int, most: int = 1000) -> Path:
+def zone(folder: Path, name: str, microjoules: int, of: str = "package-0", most: int = 1000) -> Path:
     (folder / name).mkdir(parents=True)
+    (folder / name / "name").write_text(f"{of}\n")
     (folder / name / "energy_uj").write_text(f"{microjoules}\n")
     (folder / name / "max_energy_range_uj").write_text(f"{most}\n")
     return folder / name / "energy_uj"
 
 
 def test_rapl_adds_packages_not_their_parts_and_goes_on_where_a_counter_wraps(tmp_path: Path) -> None:
-    one, two = zone(tmp_path, "intel-rapl:0", 900), zone(tmp_path, "intel-rapl:1", 100)
-    part = zone(tmp_path, "intel-rapl:0:0", 50)
+    one, two = zone(tmp_path, "intel-rapl:0", 900), zone(tmp_path, "intel-rapl:1", 100, "package-1")
+    part, platform = zone(tmp_path, "intel-rapl:0:0", 50, "core"), zone(tmp_path, "intel-rapl:2", 10, "psys")
     read = energy.rapl(tmp_path)
     assert callable(read)
     assert read() == 0
     one.write_text("99")  # past 1000 and on
     two.write_text("300")
     part.write_text("999")
+    platform.write_text("900")  # both packages are in it
     assert read() == pytest.approx(400e-6)
     one.write_text("199")
     assert read() == pytest.approx(500e-6)
@@ -52,6 +54,8 @@ def test_rapl_adds_packages_not_their_parts_and_goes_on_where_a_counter_wraps(tm
 
 def test_rapl_says_why_it_is_absent(tmp_path: Path) -> None:
     assert energy.rapl(tmp_path / "none") == "this system has no power capping interface"
+    assert energy.rapl(tmp_path) == "the processor offers no counter"
+    zone(tmp_path, "intel-rapl:1", 10, "psys")
     assert energy.rapl(tmp_path) == "the processor offers no counter"
     (tmp_path / "intel-rapl:0").mkdir()
     assert "cannot be read" in str(energy.rapl(tmp_path))

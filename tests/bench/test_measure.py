@@ -1,18 +1,26 @@
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 
 from elastic_bench.drawing import Album
+from elastic_bench.entry import Entry
 from elastic_bench.figures import figures, method
-from elastic_bench.measure import measure, points
+from elastic_bench.measure import _agree, measure, points, suited
 from elastic_bench.process import Process
 from elastic_bench.records import ROUNDS, BundleReport, Peaks, Settings
 from elastic_bench.runtimes import runtimes, ways
-from elastic_runtime import Budget, BudgetError, Bundle, InferenceError, UsageError
+from elastic_bench.subject import Subject
+from elastic_export.bench import run as room
+from elastic_runtime import Budget, BudgetError, Bundle, ElasticError, InferenceError, UsageError
 from elastic_runtime.contract.manifest import Quality
+from elastic_runtime.contract.schedule import CosineMask, LinearBeta
 
 SETTINGS = Settings(steps=4, duration=1.0)
 
@@ -83,7 +91,7 @@ def test_figures_follow_from_rows(opened: Bundle) -> None:
     ("kind", "field", "why"),
     [
         ("wrong", "failure", "wrong at latents=4: max abs error 5.00e-01 of at most 6.34e-05 (1e-05 of the largest value)"),
-        ("sly", "failure", "differs from right-0 at latents=32: max abs 5.00e-01"),
+        ("sly", "failure", "differs from right-0 at latents=32: max abs error 5.00e-01 of at most 1.45e-04"),
         ("broken", "failure", "it does not open"),
         ("absent", "missing", "it is not installed: pip install it"),
         ("gone", "missing", "there is no such device"),
@@ -191,3 +199,111 @@ def test_a_process_that_dies_is_a_failure_of_its_runtime(opened: Bundle) -> None
         process.load()
     process.close()
     assert not process._process.is_alive()
+
+
+def test_the_output_that_is_wrong_speaks_for_all(opened: Bundle) -> None:
+    """Two outputs have two bounds: one passes with a larger difference than the other fails with."""
+    answers = {"large": np.array([1000.0]), "small": np.array([1.0])}
+    off = {"large": np.array([1000.01]), "small": np.array([1.001])}
+    clock, budget = Clock(), Budget(latents=8)
+    right, sly = (Entry(FakeRuntime(name, clock), start(clock)(FakeRuntime(name, clock), opened, SETTINGS)) for name in ("right", "sly"))
+    for entry, outputs in ((right, answers), (sly, off)):
+        entry.loaded = entry.ask("load")
+        entry.first[budget] = 0.1, outputs
+    _agree([right, sly])
+    assert sly.failure is not None
+    assert sly.failure.startswith("differs from right at latents=8: max abs error 1.00e-03 of at most 2")
+    assert not sly.agrees[budget].passed
+
+
+@pytest.mark.parametrize("kind", ["distilled", "unconditional"])
+def test_what_is_drawn_without_guidance_is_told_so(opened: Bundle, kind: str) -> None:
+    report, _ = run(opened, "right")
+    assert (report.guidance, "with guidance 2 (two branches)." in method(SETTINGS, [report])) == (2.0, True)
+    changes: dict[str, Any] = {"distilled": True} if kind == "distilled" else {"num_classes": 0, "null_label": 0}
+    model = msgspec.structs.replace(opened.manifest.model, **changes)
+    alone = suited(SETTINGS, Bundle(opened.folder, msgspec.structs.replace(opened.manifest, model=model)))
+    assert alone.guidance == 1.0
+    led_nowhere = msgspec.structs.replace(report, name="few", guidance=alone.guidance)
+    assert "with no guidance." in method(SETTINGS, [led_nowhere])
+    assert "with guidance 2 (two branches; none for few)." in method(SETTINGS, [report, led_nowhere])
+    older = msgspec.structs.replace(report, guidance=None)
+    assert "with guidance 2 (two branches)." in method(SETTINGS, [older])
+
+
+def test_memory_is_asked_for_when_all_is_drawn(opened: Bundle) -> None:
+    asked: list[str] = []
+
+    class Watched(Subject):
+        def draw(self, *arguments: Any) -> Any:
+            asked.append("draw")
+            return super().draw(*arguments)
+
+        def memory(self) -> int:
+            asked.append("memory")
+            return 7
+
+    clock, settings = Clock(), Settings(steps=1, duration=0.01, single_stream=True)
+
+    def begin(runtime: Any, bundle: Bundle, settings: Settings) -> Subject:
+        return Watched(runtime, bundle, settings, {}, clock)
+
+    report, _ = measure(opened, [FakeRuntime("right", clock)], points(opened, [4]), settings, begin)
+    assert (asked[-1], asked.count("memory"), report.runtimes[0].peak_bytes) == ("memory", 1, 7)
+
+
+def test_less_than_float32_is_computed_of_float32_alone(opened: Bundle) -> None:
+    (artifact,) = opened.manifest.graphs["denoiser"].artifacts
+    few = msgspec.structs.replace(artifact, precision="int4w", files=(msgspec.structs.replace(artifact.files[0], path="onnx/few.onnx"),))
+    opened.manifest = opened.manifest.joined("denoiser", [few])
+    assert [each.name for each in runtimes("openvino", opened)] == ["openvino denoiser.onnx", "openvino few.onnx"]
+    (only,) = runtimes("openvino-bf16", opened)
+    assert (only.name, only.artifact) == ("openvino-bf16", "onnx/denoiser.onnx")
+    graph = msgspec.structs.replace(opened.manifest.graphs["denoiser"], artifacts=(few,))
+    opened.manifest = msgspec.structs.replace(opened.manifest, graphs={"denoiser": graph})
+    (none,) = runtimes("openvino-bf16", opened)
+    assert none.obstacle(opened) == "the bundle has no onnx artifact in fp32, of which bf16 is computed: elastic-export onnx makes one"
+
+
+def test_more_steps_than_a_model_takes_are_refused_before_anything_is_measured(opened: Bundle) -> None:
+    for schedule, steps in ((CosineMask(vocabulary=16), 65), (LinearBeta(beta_start=1e-4, beta_end=2e-2), 1001)):
+        model = msgspec.structs.replace(opened.manifest.model, schedule=schedule)
+        limited = Bundle(opened.folder, msgspec.structs.replace(opened.manifest, model=model))
+        assert suited(Settings(steps=steps - 1), limited).steps == steps - 1
+        with pytest.raises(UsageError, match=f"{steps - 1}.*got {steps}"):
+            run(limited, "right", settings=Settings(steps=steps))
+
+
+def test_runtimes_and_bundles_of_one_name_are_not_mixed_up(opened: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "peaks", lambda threads: Peaks(flops_per_second=1e9, bytes_per_second=1e9))
+    other = bundle(tmp_path / "other" / "tiny").folder
+    with pytest.raises(UsageError, match="two bundles have the same name, tiny, by which the report knows them"):
+        room.bench([opened.folder, other], ["onnxruntime"], None, SETTINGS, "elastic-export bench")
+    clock = Clock()
+    monkeypatch.setattr(room, "runtimes", lambda name, bundle: [FakeRuntime(name, clock)])
+    words: dict[str, Any] = {"start": start(clock), "settings": Settings(steps=2, duration=0.1, quality=True)}
+    report, _ = room.bench([opened.folder], ["onnxruntime", "onnxruntime"], None, command="elastic-export bench", **words)
+    assert [runtime.runtime for runtime in report.bundles[0].runtimes] == ["onnxruntime"]
+
+
+@pytest.mark.skipif(not hasattr(os, "kill"), reason="this system has no signals")
+def test_an_interrupt_is_for_the_process_that_measures(
+    opened: Bundle, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the process opens ONNX Runtime")
+    (runtime,) = runtimes("onnxruntime", opened)
+    process = Process(runtime, opened, SETTINGS)
+    os.kill(process._process.pid or 0, signal.SIGINT)
+    with pytest.raises(ElasticError, match="ONNX Runtime cannot open"):
+        process.load()
+    os.kill(process._process.pid or 0, signal.SIGINT)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "_pipe", SimpleNamespace(send=process._pipe.send, recv=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        process.load()
+    process.close()
+    assert process._process.exitcode == -9, "nobody waits for its answer"
+    assert capfd.readouterr().err == ""

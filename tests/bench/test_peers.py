@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ from elastic_export.bench.peers import TorchRuntime
 from elastic_export.capture.capture import capture
 from elastic_export.capture.zoo import Request, load
 from elastic_export.exporting import export_capture
-from elastic_runtime import Bundle, InferenceError, ModelError, Span
+from elastic_runtime import Bundle, InferenceError, MissingError, ModelError, Span
 from elastic_runtime.sessions.checking import check
 from elastic_targets import target as room
 
@@ -139,3 +140,33 @@ def test_a_baseline_on_a_gpu_that_is_not_there_says_so(name: str, masked: Bundle
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert TorchRuntime(name).obstacle(masked) == "this torch sees no cuda device"
+
+
+def test_the_original_is_held_to_the_bound_of_an_artifact_in_its_precision(masked: Bundle) -> None:
+    import torch
+
+    graph = msgspec.structs.replace(masked.manifest.graphs["denoiser"], rounding=1e-5)
+    manifest = msgspec.structs.replace(masked.manifest, graphs=masked.manifest.graphs | {"denoiser": graph})
+    opened = TorchRuntime("torch").open(Bundle(masked.folder, manifest), threads=1)
+    opened.denoiser.close()
+    assert opened.tolerance == graph.tolerance() == 4e-5
+    assert not torch.backends.cudnn.allow_tf32, "float32 is float32 on a GPU, too"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_converted_model_in_another_precision_than_asked_for_is_missing(monkeypatch: pytest.MonkeyPatch, masked: Bundle) -> None:
+    openvino = pytest.importorskip("openvino")
+    from elastic_export.bench.peers import ConvertedSession
+
+    kind = SimpleNamespace(get_type_name=lambda: "f32")
+    model = SimpleNamespace(get_property=lambda name: kind)
+    monkeypatch.setattr(openvino, "convert_model", lambda module, example_input: None)
+    monkeypatch.setattr(openvino, "Core", lambda: SimpleNamespace(compile_model=lambda *arguments: model))
+    with pytest.raises(MissingError, match="this CPU computes no bf16, and OpenVINO would run it in fp32: use precision fp32"):
+        ConvertedSession(masked.manifest.graphs["denoiser"], torch_module(), {}, "bf16", 1)
+
+
+def torch_module() -> object:
+    import torch
+
+    return torch.nn.Identity()

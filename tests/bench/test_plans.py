@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 from bench_fakes import Clock, start
-from fake_flux import DECODER, FLUX, SCHNELL, decode, denoiser_graph, manifest
+from fake_flux import DECODER, FLUX, POOLED, QWEN, SCHNELL, WIDTH, decode, denoiser_graph, manifest, spec
 from fakes import write_manifest
 
 from elastic_bench.drawing import Album, drawings
@@ -18,15 +18,22 @@ from elastic_bench.measure import measure, points
 from elastic_bench.records import BundleReport, Settings
 from elastic_bench.runtimes import Opened
 from elastic_bench.subject import Drawing
-from elastic_runtime import Budget, BudgetError, FakeSession
-from elastic_runtime.contract.artifacts import OnnxArtifact
+from elastic_runtime import Budget, BudgetError, FakeSession, Span
+from elastic_runtime.contract.artifacts import Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle, entry
-from elastic_runtime.contract.manifest import Cost, Patches, Quality
+from elastic_runtime.contract.manifest import Cost, Patches, Quality, Text
 from elastic_runtime.contract.reference import cut, pack
 
 # 64 tokens a picture: a quarter of them, 7x's and 4x's mixed stages, all.
 TOKENS = (16, 19, 28, 64)
 SETTINGS = Settings(steps=8, duration=0.05)
+LAYERS = 3
+FUSION = Graph(
+    inputs=(spec("tapped", "B", "T", LAYERS, WIDTH),),
+    outputs=(spec("fused", "B", "T", WIDTH),),
+    dimensions={"B": Span(1, 4), "T": Span(1, 64)},
+    artifacts=(),
+)
 
 
 def velocity(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -57,17 +64,18 @@ class Runtime:
         return Opened(session, FakeSession(DECODER, decode), 1e-5)
 
 
-def bundle(folder: Path, patches: Patches = SCHNELL, classes: int = 5, **changes: Any) -> Bundle:
+def bundle(folder: Path, patches: Patches = SCHNELL, classes: int = 5, text: Text | None = None, **changes: Any) -> Bundle:
     (folder / "onnx").mkdir(parents=True)
     (folder / "onnx" / "denoiser.onnx").write_bytes(b"not a graph")
-    graph, generator = denoiser_graph(patches), np.random.default_rng(0)
+    graph, generator = denoiser_graph(patches, pooled=0 if text else POOLED), np.random.default_rng(0)
     sizes = {"B": 2, "S": 64, "T": 1}
     feeds = {
         spec.name: generator.standard_normal([sizes.get(str(size), size) for size in spec.shape]).astype(np.float32)  # type: ignore[misc]
         for spec in graph.inputs
     } | {"timestep": np.array([0.3, 0.8], np.float32)}
     budgets = [Budget(tokens=count, T=1) for count in TOKENS]
-    whole = manifest(patches, classes=classes)
+    fusion = {"text_fusion": FUSION} if text else {}
+    whole = manifest(patches, classes, text, **fusion)
     outputs = {budget: velocity(cut(graph.inputs, feeds, budget, whole.axes)) for budget in budgets}
     np.savez(folder / "reference.npz", **pack("denoiser", feeds, outputs))  # type: ignore[arg-type]
     artifact = OnnxArtifact(precision="fp32", files=(entry(folder, folder / "onnx" / "denoiser.onnx"),), toolchain={}, opset=23)
@@ -140,6 +148,16 @@ def test_a_model_of_prompts_is_drawn_after_the_recorded_embeddings(tmp_path: Pat
     assert next(trial.seconds for trial in report.trials) == pytest.approx(8 * 0.064), "its guidance is an input: one branch"
     assert "(two branches; one where the model takes guidance as an input)" in method(SETTINGS, [report])
     assert np.isfinite(album["7x"]).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_model_whose_text_is_made_of_layers_is_drawn_after_what_its_denoiser_was_fed(tmp_path: Path, batch: int) -> None:
+    text = Text(encoders=(), length=64, width=WIDTH, pooled=0, layers=LAYERS)
+    opened = bundle(tmp_path / "b", QWEN, classes=0, text=text)
+    report, album = run(opened, None, settings=msgspec.structs.replace(SETTINGS, batch=batch))
+    assert (report.runtimes[0].failure, report.runtimes[0].skipped) == (None, {})
+    assert next(trial.seconds for trial in report.trials) == pytest.approx(8 * 2 * 0.064 * batch), "two branches"
+    assert all(np.isfinite(pictures).all() for pictures in album.values())
 
 
 def test_plans_that_the_picture_is_too_small_for_are_left_out(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from bench_fakes import Clock, FakeRuntime, bundle, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic_bench.compare import changes, other_machine
+from elastic_bench.compare import changes, other_machine, other_models
 from elastic_bench.files import read
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
-from elastic_bench.records import Peaks, Report, Row, Settings, decode, encode
+from elastic_bench.records import Peaks, Report, Row, RuntimeReport, Settings, decode, encode
 from elastic_bench.statistics import summarize
 from elastic_runtime import UsageError
 from elastic_runtime.files.atomic import refuse_clobber, save
@@ -137,3 +137,31 @@ def test_reports_of_something_else_do_not_compare(report: Report) -> None:
     assert other_machine(report, report) is None
     moved = msgspec.structs.replace(report, machine=msgspec.structs.replace(report.machine, cores=99))
     assert "99-core" in str(other_machine(report, moved))
+
+
+def test_a_runtime_is_the_same_beside_an_artifact_that_was_added(report: Report) -> None:
+    (only,) = report.bundles
+    one = only.runtimes[0]
+
+    def of(*runtimes: RuntimeReport, **changes: str) -> Report:
+        return msgspec.structs.replace(report, bundles=(msgspec.structs.replace(only, runtimes=runtimes, **changes),))
+
+    before = of(msgspec.structs.replace(one, runtime="onnxruntime", artifact="onnx/denoiser.onnx"))
+    same = msgspec.structs.replace(one, runtime="onnxruntime denoiser.onnx", artifact="onnx/denoiser.onnx")
+    added = msgspec.structs.replace(one, runtime="onnxruntime half.onnx", artifact="onnx/half.onnx")
+    found = changes(before, of(same, added), 0.05)
+    assert [change.verdict for change in found] == ["same"] * 5 + ["new"] * 5
+    assert {change.place[:2] for change in found if change.verdict == "new"} == {("tiny", "onnxruntime half.onnx")}
+    gone = msgspec.structs.replace(one, runtime="onnxruntime", artifact=None, rows=(), missing="the bundle has no onnx artifact")
+    assert {(change.verdict, change.why) for change in changes(before, of(gone), 0.05)} == {("lost", "the bundle has no onnx artifact")}
+
+
+def test_bundles_of_one_name_that_hold_other_models_are_told_of(report: Report) -> None:
+    def of(**facts: str) -> Report:
+        return msgspec.structs.replace(report, bundles=(msgspec.structs.replace(report.bundles[0], **facts),))
+
+    assert other_models(report, report) == []
+    assert other_models(report, of(model="huge")) == [f"tiny held {report.bundles[0].model}, and now huge"]
+    assert other_models(report, of(weights="0" * 64)) == [
+        f"tiny held {report.bundles[0].model}, and now {report.bundles[0].model} of other weights"
+    ]

@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from bench_fakes import Clock, FakeRuntime, bundle, start
 from conftest import Outcome
+from fakes import manifest, write_manifest
 
 from elastic_bench.machine import machine
 from elastic_bench.measure import measure, points
 from elastic_bench.records import Peaks, Report, Settings, encode
-from elastic_runtime import Bundle
+from elastic_runtime import Bundle, UsageError
+from elastic_runtime.contract.manifest import Vae
 
 Run = Callable[..., Outcome]
 
@@ -66,7 +69,9 @@ def test_a_bundle_is_measured_shown_and_written(run: Run, golden_bundle: Callabl
         (["BUNDLE", "--budgets", "65"], 2, "latents 65 is not available: this model offers 4-64 in steps of 4"),
         (["BUNDLE", "--budgets", "few"], 2, "numbers are written"),
         (["none"], 2, "none is not a bundle: it does not exist"),
-        (["BUNDLE", "BUNDLE"], 2, "two bundles have the same folder name"),
+        (["BUNDLE", "BUNDLE"], 2, "two bundles have the same name, tiny"),
+        (["BUNDLE", "--json", "x", "--html", "x"], 2, "--json and --html are both x: give two names"),
+        (["BUNDLE", "--serve", "--json", "x", "--html", "x"], 2, "--json and --html are both x: give two names"),
         (["BUNDLE", "--duration", "0"], 2, "more than 0, got 0"),
         (["BUNDLE", "--batch", "0"], 2, "Invalid value for '--batch'"),
         ([], 2, "give a bundle's folder"),
@@ -105,3 +110,33 @@ def test_a_regression_ends_with_1_and_names_the_first_row(run: Run, tiny: Path, 
     assert run("bench", "--compare", old, new, "--tolerance", 0.25).code == 0
     better = run("bench", "--compare", new, old)
     assert (better.code, "faster" in better.out) == (0, True)
+
+
+def test_what_cannot_be_written_was_shown(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise UsageError("cannot write new.json (No space left on device)")
+
+    monkeypatch.setattr("elastic_runtime.files.atomic.save", full)
+    monkeypatch.setattr("elastic_export.bench.run.peaks", lambda threads: Peaks(flops_per_second=1e9, bytes_per_second=1e9))
+    done = run("bench", tiny, "--runtimes", "trt", "--duration", "0.1", "--json", tmp_path / "new.json", "-q")
+    assert (done.code, "No space left" in done.err) == (2, True)
+    assert "missing: the bundle has no trt artifact" in done.out
+
+
+def test_other_models_under_one_name_are_noted(run: Run, tiny: Path, tmp_path: Path) -> None:
+    old = report(tiny, tmp_path / "old.json", 1.0)
+    plain = json.loads(old.read_text())
+    plain["bundles"][0]["weights"] = "other"
+    (tmp_path / "new.json").write_text(json.dumps(plain))
+    done = run("bench", "--compare", old, tmp_path / "new.json")
+    assert (done.code, "these are two models: tiny held tiny" in " ".join(done.err.split())) == (0, True), done.err
+    assert "two models" not in run("bench", "--compare", old, old).err
+
+
+def test_tokens_of_a_bundle_that_draws_nothing_are_a_sentence(run: Run, tmp_path: Path) -> None:
+    """`generate --show-tokens` looks for a router in the denoiser."""
+    whole = manifest(4, vae=Vae(scaling_factor=1.0, shift_factor=0.0, upscale=8))
+    graphs = {"decoder": whole.graphs["decoder"]}
+    write_manifest(tmp_path, msgspec.structs.replace(whole, graphs=graphs, axes=(), cost=()))
+    done = run("generate", tmp_path, "-o", tmp_path / "x.png", "--classes", 1, "--steps", 2, "--show-tokens", tmp_path / "y.png")
+    assert (done.code, "has no graph 'denoiser', it has decoder" in " ".join(done.err.split())) == (2, True), done.err

@@ -2,7 +2,7 @@
 
 from elastic_runtime.device.advice import advice, runtimes
 from elastic_runtime.device.catalogue import Entry, Figure, Peak, catalogue, listed_peak, matched, peak
-from elastic_runtime.device.cores import thread_limit, usable_cores
+from elastic_runtime.device.cores import busy_cores, thread_limit, usable_cores
 from elastic_runtime.device.memory import peak_bytes, resident_bytes
 from elastic_runtime.device.nvml import Reading
 from elastic_runtime.device.packages import PACKAGES, Package
@@ -27,6 +27,7 @@ __all__ = [
     "Sources",
     "System",
     "advice",
+    "busy_cores",
     "catalogue",
     "listed_peak",
     "matched",

@@ -14,7 +14,7 @@ def _told(sources: Sources) -> dict[str, str]:
 def cpu(sources: Sources) -> Cpu:
     """The processor. On Apple silicon only the performance cores count: a thread pool waits for its slowest."""
     values = _told(sources)
-    cores = int(values.get("hw.perflevel0.physicalcpu") or values.get("hw.physicalcpu") or sources.cpus() or 1)
+    cores = int(values.get("hw.perflevel0.physicalcpu") or values.get("hw.physicalcpu") or len(sources.cpus() or ()) or 1)
     if sources.machine == "arm64":
         vector, flops = "Neon", 32  # four 128-bit units
     elif values.get("hw.optional.avx512f") == "1":

@@ -72,7 +72,7 @@ def matched(device: Device) -> Entry | None:
     """The catalogue's entry for the processor that backends would use here, or None where it is not listed."""
     gpu = device.gpus[0] if device.gpus else None
     name = device.board or (gpu.name if gpu else device.cpu.model)
-    memory = (gpu.memory_total if gpu else None) or device.memory.total
+    memory = (gpu.memory_total if gpu else None) or device.memory.machine or device.memory.total
     fitting = [entry for entry in catalogue() if re.search(entry.match, name)]
     modes = [entry for entry in fitting if entry.power_mode and re.search(entry.power_mode, device.power_mode or "", re.IGNORECASE)]
     fitting = modes or [entry for entry in fitting if not entry.power_mode] or fitting[:1]

@@ -3,6 +3,7 @@
 from elastic_runtime.device import apple, linux
 from elastic_runtime.device.record import Cpu
 from elastic_runtime.device.sources import Sources, System
+from elastic_runtime.errors import UsageError
 
 
 def processor(sources: Sources | None = None) -> Cpu:
@@ -12,7 +13,7 @@ def processor(sources: Sources | None = None) -> Cpu:
         return linux.cpu(sources)
     if sources.system == "Darwin":
         return apple.cpu(sources)
-    count = sources.cpus() or 1
+    count = len(sources.cpus() or ()) or 1
     if sources.system == "Windows":
         told = sources.windows()
         model, flops = told.model or sources.processor or "unknown", linux.FLOPS_PER_CLOCK.get(told.vector or "", linux.SSE2)
@@ -25,6 +26,16 @@ def usable_cores(sources: Sources | None = None) -> int:
     performance cores.
     """
     return max(1, int(processor(sources).usable))
+
+
+def busy_cores(threads: int) -> int:
+    """Cores that so many threads keep busy; 0 stands for one a core, of those that this process may use.
+
+    Raises: UsageError for what is no such number.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+        raise UsageError(f"threads is a whole number, 0 for one a core, got {threads!r}")
+    return threads or usable_cores()
 
 
 def thread_limit(sources: Sources | None = None) -> int:

@@ -25,13 +25,19 @@ def cpu(sources: Sources) -> Cpu:
     """The processor, by /proc/cpuinfo and the cache folders of its first core."""
     blocks = [_fields(block) for block in re.split(r"\n\s*\n", sources.text("/proc/cpuinfo") or "") if block.strip()]
     first = next((block for block in blocks if "processor" in block), {})
-    logical = sum("processor" in block for block in blocks) or sources.cpus() or 1
-    pairs = {(block.get("physical id"), block["core id"]) for block in blocks if "core id" in block}
-    cores = len(pairs) or logical
-    allowed = sources.cpus() or logical
+    allowed = sources.cpus() or frozenset()
+    logical = sum("processor" in block for block in blocks) or len(allowed) or 1
+    places = {
+        block["processor"]: (block.get("physical id"), block["core id"]) for block in blocks if {"processor", "core id"} <= block.keys()
+    }
+    cores = len(set(places.values())) or logical
     quota = _quota(sources)
-    # Threads of one core share its vector units, so a process is not faster than its share of the cores.
-    usable = min(float(cores), allowed * cores / logical, quota or float(cores))
+    # Threads of one core share its vector units, so a process is not faster than the cores that it may run on.
+    if allowed and all(str(number) in places for number in allowed):
+        free = float(len({places[str(number)] for number in allowed}))
+    else:  # where the system does not tell which processor is whose, as on ARM, or numbers a container's anew
+        free = (len(allowed) or logical) * cores / logical
+    usable = min(float(cores), free, quota or float(cores))
     vector, flops = _vector(first)
     model = first.get("model name") or ARM.get((first.get("CPU implementer", ""), first.get("CPU part", ""))) or "unknown"
     return Cpu(
@@ -85,7 +91,7 @@ def memory(sources: Sources) -> Memory:
         return Memory(total=total, available=available)
     limit = min(limit for limit, _ in limits)
     left = min(max(limit - used, 0) for limit, used in limits)
-    return Memory(total=limit, available=left if available is None else min(left, available), limit=limit)
+    return Memory(total=limit, available=left if available is None else min(left, available), limit=limit, machine=total)
 
 
 def _limits(sources: Sources) -> Iterator[tuple[int, int]]:

@@ -27,11 +27,13 @@ class Cpu(_Record, frozen=True, kw_only=True):
 
 
 class Memory(_Record, frozen=True, kw_only=True):
-    """Bytes. `total` and `available` respect the limit of a container, which is `limit` where there is one."""
+    """Bytes. `total` and `available` respect the limit of a container, which is `limit` where there is one; `machine` is then what the
+    machine has, by which a board is known."""
 
     total: int | None
     available: int | None
     limit: int | None = None
+    machine: int | None = None
 
 
 class Gpu(_Record, frozen=True, kw_only=True):

@@ -42,8 +42,8 @@ class Sources(Protocol):
     def version(self, package: str) -> str | None:
         """Version of an installed distribution, found without importing it."""
 
-    def cpus(self) -> int | None:
-        """Logical processors that this process may run on."""
+    def cpus(self) -> frozenset[int] | None:
+        """Logical processors that this process may run on, by number."""
 
     def nvml(self) -> tuple[Reading, ...] | str:
         """What the NVIDIA driver says of each GPU, or why it says nothing."""
@@ -83,10 +83,11 @@ class System:
             return version(package)
         return None
 
-    def cpus(self) -> int | None:
+    def cpus(self) -> frozenset[int] | None:
         if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count()
+            return frozenset(os.sched_getaffinity(0))
+        count = os.cpu_count()
+        return frozenset(range(count)) if count else None
 
     def nvml(self) -> tuple[Reading, ...] | str:
         return read_gpus()
@@ -96,7 +97,8 @@ class System:
 
 
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
-    """Another machine, replayed: what its files, commands and packages said. `commands` are keyed by their words."""
+    """Another machine, replayed: what its files, commands and packages said. `commands` are keyed by their words. `allowed` are the
+    processors that the process may run on, where they are not the first `cpu_count`."""
 
     system: str
     machine: str
@@ -105,6 +107,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     commands: dict[str, str] = {}
     packages: dict[str, str] = {}
     cpu_count: int | None = None
+    allowed: tuple[int, ...] | None = None
     gpus: tuple[Reading, ...] | str = "there is no NVIDIA driver"
     kernel: windows.Reading = windows.Reading()
 
@@ -117,8 +120,10 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     def version(self, package: str) -> str | None:
         return self.packages.get(package)
 
-    def cpus(self) -> int | None:
-        return self.cpu_count
+    def cpus(self) -> frozenset[int] | None:
+        if self.allowed is not None:
+            return frozenset(self.allowed)
+        return None if self.cpu_count is None else frozenset(range(self.cpu_count))
 
     def nvml(self) -> tuple[Reading, ...] | str:
         return self.gpus

@@ -4,15 +4,18 @@ A package is compiled once and kept in the user's cache folder, because macOS wo
 Its functions are loaded when they are first used: each takes memory of its own.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import logging
 import platform
 import shutil
 import sys
 import tempfile
 import threading
+import time
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError, BundleError, InferenceError, UsageError
 from elastic_runtime.files.cache import folder as cache_folder
 from elastic_runtime.files.cache import guard
+from elastic_runtime.files.leftovers import PREFIX
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Arrays, Session
 
@@ -34,6 +38,8 @@ COMPUTE_UNITS = {"all": "ALL", "cpu": "CPU_ONLY", "cpu+gpu": "CPU_AND_GPU", "cpu
 PROCESSORS: dict[str, Processor] = {"all": "gpu", "cpu": "cpu", "cpu+gpu": "gpu", "cpu+ane": "npu"}
 # The macOS that came with an iOS; from 26 on they count together.
 _MACOS_OF_IOS = {15: 12, 16: 13, 17: 14, 18: 15}
+ABANDONED = 86_400  # seconds after which no compilation still works in its folder
+_log = logging.getLogger(__name__)
 
 
 def obstacle(artifact: Artifact) -> str | None:
@@ -114,7 +120,7 @@ class CoremlSession(PackageSession):
     """A Core ML package on this Mac.
 
     `compute_units` is one of all, cpu, cpu+gpu, cpu+ane; `cache` is where the compiled package is kept (default: the
-    user's cache folder).
+    user's cache folder). Where that cannot be, the session has a folder of its own, and the log says so.
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, artifact: CoremlArtifact, compute_units: str = "all", cache: Path | None = None):
@@ -125,7 +131,7 @@ class CoremlSession(PackageSession):
 
         self._coremltools = coremltools
         self._units = getattr(coremltools.ComputeUnit, COMPUTE_UNITS[compute_units])
-        self.compiled = compiled(bundle, artifact, cache or cache_folder("coreml"))
+        self.compiled, self._own = compiled(bundle, artifact, cache or cache_folder("coreml"))
         self._functions: dict[str, Any] | None = {}
         self.processor = PROCESSORS[compute_units]
         self.where = f"Core ML {compute_units}, macOS {platform.mac_ver()[0]}, coremltools {coremltools.__version__}"
@@ -146,38 +152,65 @@ class CoremlSession(PackageSession):
     def close(self) -> None:
         with self._lock:
             self._functions = None
+            if self._own:
+                self._own.cleanup()
 
 
-def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> Path:
+def compiled(bundle: Bundle, artifact: CoremlArtifact, cache: Path) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
     """Folder of the compiled package, compiled now if the cache has none for these bytes, this macOS and this
-    coremltools.
+    coremltools; and, where the cache cannot be written or another user's stands there, the caller's own folder that holds it.
+
+    Raises: BundleError where it cannot be compiled.
     """
     import coremltools
 
     parts = [entry.sha256 for entry in artifact.files] + [platform.mac_ver()[0], coremltools.__version__]
-    path = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.mlmodelc"
-    if path.is_dir():
-        _guard(path)
+    name, source = f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.mlmodelc", bundle.file(artifact.package)
+
+    def make(path: Path) -> Path:
+        try:
+            coremltools.models.utils.compile_model(str(source), str(path))
+        except Exception as error:  # its exception types are private
+            raise BundleError(f"Core ML cannot compile {source}: {error}") from error
         return path
-    cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+
     try:
-        partial = work / path.name
-        coremltools.models.utils.compile_model(str(bundle.file(artifact.package)), str(partial))
-        partial.rename(path)
-    except Exception as error:  # its exception types are private
-        if not path.is_dir():  # else another process was faster
-            raise BundleError(f"Core ML cannot compile {bundle.file(artifact.package)}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        return _kept(cache / name, make), None
+    except OSError as error:
+        _log.warning("%s is compiled at each launch: %s. Set XDG_CACHE_HOME to a folder of your own to keep it", source, error)
+    own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        return make(Path(own.name) / name), own
+    except BaseException:
+        own.cleanup()
+        raise
+
+
+def _kept(path: Path, make: Callable[[Path], Path]) -> Path:
+    """What the cache has at `path`, made there if there is none; raises OSError where it cannot be, or another user could have put it
+    there."""
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        work = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
+        try:
+            make(work / path.name).rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    guard(path)
     return path
 
 
-def _guard(path: Path) -> None:
-    try:
-        guard(path)
-    except PermissionError as error:
-        raise BundleError(f"{error}: delete it, or set XDG_CACHE_HOME to a folder of your own") from None
+def _sweep(cache: Path) -> None:
+    """Take away what compilations left that were killed; one that may still run is left alone."""
+    for left in cache.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            guard(left)
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _macos(target: str) -> int:

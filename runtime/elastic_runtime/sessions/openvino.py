@@ -15,7 +15,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
-from elastic_runtime.device import Processor, thread_limit, usable_cores
+from elastic_runtime.device import Processor, busy_cores, thread_limit
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.lanes import Lanes, wanted
@@ -78,11 +78,14 @@ class OpenvinoSession(Session):
 
     It may be closed in a process that was forked from its own; what it holds is then freed when that process ends.
 
-    `precision` is what it may compute in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of
+    `precision` is what it computes in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of
     the largest value); `threads` is the number of its threads on a CPU (0: one a core, of those that the process may
     use); `device` is CPU, GPU or NPU, or one of several GPUs, `GPU.1`. `lanes` is how many rows of a batch may run side by
     side on the CPU, each on a stream of one thread (1: none do); by default it is measured for a denoiser of less than
     256 MB, which is then compiled twice.
+
+    Raises: UsageError for a precision or threads that are none; MissingError for a device that is not here, or one that
+    computes in another precision; BundleError for a file that is no graph.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class OpenvinoSession(Session):
         hint = HINTS.get(precision, precision)
         if hint not in HINTS.values():
             raise UsageError(f"OpenVINO's precision is one of {', '.join(HINTS)}, got {precision!r}")
-        cores = threads or usable_cores()
+        cores = busy_cores(threads)
         count = wanted(bundle, graph, artifact, cores, lanes)
         with without_telemetry():
             import openvino
@@ -114,9 +117,11 @@ class OpenvinoSession(Session):
 
         def compiled(**more: Any) -> Requests:
             try:
-                return Requests(core.compile_model(path, device, properties(hint, kind, threads) | more), names)
+                model = core.compile_model(path, device, properties(hint, kind, threads) | more)
             except Exception as error:  # RuntimeError, whatever went wrong
                 raise BundleError(f"OpenVINO cannot open {path}: {error}") from error
+            require_precision(model, precision, device)
+            return Requests(model, names)
 
         self._models: tuple[Requests, ...] = (compiled(),)
         self._lanes: Lanes | None = None
@@ -157,6 +162,14 @@ def properties(precision: str, kind: str = "CPU", threads: int = 0) -> dict[str,
     if kind == "CPU" and (threads := threads or thread_limit()):
         settings["INFERENCE_NUM_THREADS"] = threads
     return settings
+
+
+def require_precision(model: Any, precision: str, device: str) -> None:
+    """Raise MissingError where a compiled model computes in another precision than it was asked to, which OpenVINO passes over."""
+    told = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if told != HINTS.get(precision, precision):
+        own = next((name for name, hint in HINTS.items() if hint == told), told)
+        raise MissingError(f"this {device} computes no {precision}, and OpenVINO would run it in {own}: use precision {own}")
 
 
 @contextlib.contextmanager

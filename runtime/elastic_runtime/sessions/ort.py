@@ -16,7 +16,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
-from elastic_runtime.device import PACKAGES, Processor, thread_limit, usable_cores
+from elastic_runtime.device import PACKAGES, Processor, busy_cores, thread_limit
 from elastic_runtime.device.memory import give_back
 from elastic_runtime.errors import BundleError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions.backend import Backend, Way
@@ -109,8 +109,8 @@ class OrtSession(Session):
     batch may run side by side on the CPU, each on one thread (1: none do); by default it is measured for a denoiser of
     less than 256 MB, whose weights are then held twice.
 
-    Raises: UsageError for an unknown device; MissingError for a provider that is not built in, or that does not come up
-    though it was asked for; BundleError for a file that is no graph.
+    Raises: UsageError for an unknown device, or for providers or threads that are none; MissingError for a provider that
+    is not built in, or that does not come up though it was asked for; BundleError for a file that is no graph.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class OrtSession(Session):
         cuda_graphs: bool = True,
     ):
         super().__init__(graph)
-        cores = threads or usable_cores()
+        cores = busy_cores(threads)
         count = wanted(bundle, graph, artifact, cores, lanes)
         onnxruntime = library()
         available = onnxruntime.get_available_providers()
@@ -247,12 +247,20 @@ def _providers(providers: Sequence[Provider] | None, device: str | None, availab
         providers = [CPU] if device == "cpu" else [(CUDA, {"device_id": int(match[1] or 0)}), CPU]
     elif providers is None:
         providers = [name for name in (CUDA, CPU) if name in available]
+    if isinstance(providers, str) or not all(map(_is_provider, providers)):
+        raise UsageError(f"providers is a list, of names or pairs of name and options: [{CUDA!r}, {CPU!r}], got {providers!r}")
     pairs = [(entry, {}) if isinstance(entry, str) else (entry[0], dict(entry[1])) for entry in providers]
     if not pairs:
         raise UsageError(f"providers is empty: give at least one; this ONNX Runtime has {', '.join(available)}")
     if missing := [name for name, _ in pairs if name not in available]:
         raise MissingError(f"this ONNX Runtime has no {', '.join(missing)}; it has {', '.join(available)}")
     return pairs
+
+
+def _is_provider(entry: object) -> bool:
+    if isinstance(entry, tuple | list) and len(entry) == 2:
+        return isinstance(entry[0], str) and isinstance(entry[1], Mapping)
+    return isinstance(entry, str)
 
 
 def _preload(onnxruntime: Any) -> None:

@@ -10,9 +10,10 @@ import pytest
 from recordings import GIB, MACHINES, RTX_4090
 
 from elastic_runtime.choosing.cost import Rates
-from elastic_runtime.device import Device, advice, catalogue, listed_peak, matched, peak, probe, runtimes
+from elastic_runtime.device import Device, advice, busy_cores, catalogue, listed_peak, matched, peak, probe, runtimes, usable_cores
 from elastic_runtime.device.nvml import read_gpus
 from elastic_runtime.device.sources import System
+from elastic_runtime.errors import UsageError
 
 
 def found(name: str) -> Device:
@@ -258,3 +259,33 @@ def test_probing_imports_no_backend() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "usable"),
+    [
+        ((0, 1, 2, 3), 4),  # of 8 cores with two threads each: 8 is the other thread of core 0
+        ((0, 8), 1),
+        ((0, 1, 8, 15), 3),
+        ((3,), 1),
+        ((40, 41), 1),  # of numbers that /proc/cpuinfo does not have, as a container's may be: a share of the cores
+    ],
+)
+def test_cores_are_those_of_the_threads_that_a_process_may_run_on(allowed: tuple[int, ...], usable: float) -> None:
+    assert probe(msgspec.structs.replace(MACHINES["xeon"], allowed=allowed)).cpu.usable == usable
+
+
+def test_a_board_is_known_by_its_own_memory_not_by_a_containers() -> None:
+    recording = MACHINES["agx-orin-64"]
+    limited = recording.files | {"/proc/self/cgroup": "0::/\n", "/sys/fs/cgroup/memory.max": f"{16 * GIB}\n"}
+    device = probe(msgspec.structs.replace(recording, files=limited))
+    entry = matched(device)
+    assert (device.memory.total, entry.id if entry else None) == (16 * GIB, "jetson-agx-orin-64")
+    assert device.fingerprint == found("agx-orin-64").fingerprint
+
+
+@pytest.mark.parametrize("threads", [-1, 1.5, "2", True])
+def test_threads_are_a_whole_number(threads: Any) -> None:
+    assert (busy_cores(3), busy_cores(0)) == (3, usable_cores())
+    with pytest.raises(UsageError, match=f"threads is a whole number, 0 for one a core, got {threads!r}"):
+        busy_cores(threads)

@@ -1,5 +1,6 @@
 """The Core ML backend against a recording stand-in for coremltools: no Mac and no compiler."""
 
+import os
 import platform
 import sys
 import time
@@ -288,3 +289,40 @@ def test_an_edited_package_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="model.mlmodel is missing"):
         Bundle.open(made.folder)
     assert isinstance(made.manifest.graphs["denoiser"].artifacts[0].files[0], FileEntry)
+
+
+@pytest.mark.parametrize("kind", ["not ours", "no folder"])
+def test_a_cache_that_cannot_be_used_is_done_without(
+    kind: str, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, kept = bundle(tmp_path / "b"), tmp_path / "cache" / "elastic-export" / "coreml"
+    if kind == "no folder":
+        kept.parent.mkdir(parents=True)
+        kept.write_text("a file where the cache should be")
+    else:
+        open_session(made).close()
+        next(kept.iterdir()).chmod(0o777)
+        stand_in.compiled.clear()
+    with open_session(made) as session:
+        assert isinstance(session, coreml.CoremlSession)
+        session.run(feeds(2))
+        own = session.compiled
+        assert own.is_dir()
+        assert kept not in own.parents
+    assert not own.parent.exists()
+    assert stand_in.compiled == [str(tmp_path / "b" / PACKAGE)], "another's is not read"
+    assert "Set XDG_CACHE_HOME to a folder of your own to keep it" in caplog.text
+    stand_in.fails = "compile"
+    with pytest.raises(BundleError, match="Core ML cannot compile .*denoiser.mlpackage: no"):
+        open_session(made)
+
+
+def test_what_killed_compilations_left_is_taken_away(stand_in: StandIn, tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "elastic-export" / "coreml"
+    for name, age in (("old", coreml.ABANDONED + 60), ("new", 60)):
+        left = kept / f".partial-{name}"
+        left.mkdir(parents=True)
+        (left / "weights").write_bytes(b"x")
+        os.utime(left, (time.time() - age,) * 2)
+    open_session(bundle(tmp_path / "b")).close()
+    assert sorted(path.name for path in kept.glob(".*")) == [".partial-new"]

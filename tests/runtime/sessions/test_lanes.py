@@ -179,11 +179,11 @@ def test_the_way_is_measured_when_a_denoiser_is_opened(golden_bundle: Callable[[
     pytest.importorskip("onnxruntime", reason="runs ONNX Runtime")
     bundle, measured = golden_bundle("c"), list[dict[str, np.ndarray]]()
     monkeypatch.setattr(Lanes, "measure", lambda self, feeds: measured.append(feeds))
-    monkeypatch.setattr(ort, "usable_cores", lambda: 4)
+    monkeypatch.setattr(ort, "busy_cores", lambda threads: 4)
     open_session(bundle, name="ort").close()
     (feeds,) = measured
     assert {name: len(array) for name, array in feeds.items() if name != "latent_ids"} == {"sample": 2, "timestep": 2, "class_labels": 2}
-    monkeypatch.setattr(ort, "usable_cores", lambda: 1)
+    monkeypatch.setattr(ort, "busy_cores", lambda threads: 1)
     open_session(bundle, name="ort").close()
     assert len(measured) == 1, "one core has nothing side by side"
 

@@ -109,6 +109,8 @@ def test_the_default_precision_holds_the_tolerance_of_a_golden_model(golden_bund
 def test_an_unknown_wish_is_answered_with_what_there_is(tiny: Bundle) -> None:
     with pytest.raises(UsageError, match="precision is one of fp32, fp16, bf16, got 'f8'"):
         open_session(tiny, name="openvino", precision="f8")
+    with pytest.raises(UsageError, match="threads is a whole number, 0 for one a core, got -1"):
+        open_session(tiny, name="openvino", threads=-1)
     with pytest.raises(MissingError, match="no device 'ABACUS' here; it has .*CPU"):
         open_session(tiny, name="openvino", device="ABACUS")
 
@@ -132,7 +134,8 @@ def test_a_device_of_several_is_named_and_tells_its_kind(
 
         def compile_model(self, path: str, device: str, settings: dict[str, object]) -> SimpleNamespace:
             asked.append((device, settings))
-            return SimpleNamespace(create_infer_request=object)
+            kind = SimpleNamespace(get_type_name=lambda: "f32")  # whatever it was asked for
+            return SimpleNamespace(create_infer_request=object, get_property={"INFERENCE_PRECISION_HINT": kind}.__getitem__)
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="2026.4", __spec__=object()))  # type: ignore[arg-type]
     monkeypatch.setattr(openvino, "thread_limit", lambda: 3)
@@ -140,6 +143,8 @@ def test_a_device_of_several_is_named_and_tells_its_kind(
         assert session.processor == processor
     threads = {"INFERENCE_NUM_THREADS": 3} if processor == "cpu" else {}
     assert asked == [(device, {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"} | threads)]
+    with pytest.raises(MissingError, match=f"this {device} computes no fp16, and OpenVINO would run it in fp32: use precision fp32"):
+        open_session(write_bundle(tmp_path / "d"), name="openvino", device=device, precision="fp16", lanes=1)
     with pytest.raises(MissingError, match=r"no device 'GPU\.7' here"):
         open_session(write_bundle(tmp_path / "c"), name="openvino", device="GPU.7")
 

@@ -27,7 +27,7 @@ CAPTURES = {"enable_cuda_graph": 1}
 @pytest.fixture(autouse=True)
 def _one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed when a session is opened: see test_lanes.py for that."""
-    monkeypatch.setattr(ort, "usable_cores", lambda: 1)
+    monkeypatch.setattr(ort, "busy_cores", lambda threads: threads or 1)
 
 
 @pytest.fixture
@@ -146,6 +146,9 @@ def test_a_wish_that_cannot_be_is_answered_with_what_can(bundle: Bundle, monkeyp
         open_session(bundle, name="ort", device="cpu", providers=[CPU])
     with pytest.raises(UsageError, match="providers is empty"):
         open_session(bundle, name="ort", providers=[])
+    for providers in (CUDA, [(CUDA, "device_id=1")], (CUDA, {"device_id": 1}), [7]):
+        with pytest.raises(UsageError, match="providers is a list, of names or pairs of name and options"):
+            open_session(bundle, name="ort", providers=providers)
     with pytest.raises(MissingError, match="no AbacusExecutionProvider; it has CUDAExecutionProvider, CPUExecutionProvider"):
         open_session(bundle, name="ort", providers=[("AbacusExecutionProvider", {})])
 
