@@ -84,7 +84,7 @@ def export_into(
         (draft.stage / path).write_bytes(content)
     _room_on_disk(capture.graphs, room, options, draft.stage)
     # What fails should fail soon: a denoiser of billions of weights takes hours, and a decoder minutes.
-    capture.graphs.sort(key=lambda graph: sum(weight.numel() for weight in graph.module.parameters()))
+    capture.graphs.sort(key=lambda graph: graph.parameters)
     while capture.graphs:
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]

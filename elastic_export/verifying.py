@@ -42,7 +42,7 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
     import torch
 
     outputs, exact, rounding = {}, doubled(graph.module), []
-    large = sum(parameter.numel() for parameter in graph.module.parameters()) > BILLION
+    large = graph.parameters > BILLION
     carriers = {axis.input for axis in graph.axes if axis.carrier != "shape"}
     size = min(max(2, graph.batch.min), graph.batch.max)
     with torch.inference_mode():
@@ -85,8 +85,7 @@ def _answers(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], size: int)
 
 
 def _rows(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
-    batched = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
-    return {name: array[rows] if name in batched else array for name, array in arrays.items()}
+    return {name: array[rows] if name in graph.batched else array for name, array in arrays.items()}
 
 
 def verify(bundle: Bundle, tolerance: float | None = None, arrays: Mapping[str, np.ndarray] | None = None) -> list[tuple[str, Artifact]]:

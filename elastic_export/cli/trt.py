@@ -83,7 +83,7 @@ def trt(
         output = output or Path(repository.name)  # and not into the hub's cache
     api.check_opset(bundle, opset)
     if bundle is None:
-        onnx = {"opset": opset or 23, "precision": precision or "fp32", "conditions_apart": conditions_apart}
+        onnx = {"precision": precision or "fp32", "conditions_apart": conditions_apart} | ({"opset": opset} if opset else {})
         folder = output or Path(Path(source.model).name)
         bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
     if bundle and how.dry_run:

@@ -132,10 +132,11 @@ def _open(entry: Entry, bundle: Bundle, budgets: Sequence[Budget], settings: Set
     if entry.loaded is None:
         return
     for budget in budgets:
-        offered = entry.loaded.budgets
-        if offered is not None and not any(budget.items() <= each.items() for each in offered):
-            few = ", ".join(map(str, offered)) if len(offered) < 16 else f"{offered[0]} to {offered[-1]}"
-            entry.skipped[key(budget)] = f"it was compiled for {few}"
+        if entry.loaded.budgets is not None and not any(budget.items() <= offered.items() for offered in entry.loaded.budgets):
+            entry.skipped[key(budget)] = f"it was compiled for {', '.join(map(str, entry.loaded.budgets))}"
+            continue
+        if beyond := [axis for axis in entry.loaded.axes if budget[axis.name] not in axis.values]:
+            entry.skipped[key(budget)] = f"it was compiled for {beyond[0].name} {beyond[0].span}"
             continue
         entry.first[budget] = entry.ask("step", budget)
         if entry.failure:

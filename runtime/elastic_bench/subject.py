@@ -1,6 +1,5 @@
 """One runtime on one bundle, in the process that runs it: opened, checked against the recording, timed."""
 
-import itertools
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from elastic_bench.energy import Counter
 from elastic_bench.records import Settings
 from elastic_bench.runtimes import GRAPH, Opened, Runtime
 from elastic_runtime.contract.artifacts import Verification
+from elastic_runtime.contract.axis import Axis
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack
@@ -27,7 +27,7 @@ from elastic_runtime.sessions.session import batches, joined
 
 
 class Loaded(NamedTuple):
-    """What opening told: on what it runs, which budgets it was compiled for (None: all), whether it can make
+    """What opening told: on what it runs, which budgets it was compiled for (None: all of its `axes`), whether it can make
     pictures."""
 
     where: str
@@ -37,6 +37,7 @@ class Loaded(NamedTuple):
     budgets: tuple[Budget, ...] | None
     draws: bool
     tolerance: float
+    axes: tuple[Axis, ...] = ()
 
 
 class Turn(NamedTuple):
@@ -86,11 +87,8 @@ class Subject:
         seconds = self._clock() - begun
         session = self._opened.denoiser
         draws = "decoder" not in self._bundle.manifest.graphs or self._opened.decoder is not None
-        axes, budgets = session.axes(self._bundle.manifest.axes), session.budgets
-        if session.spans:
-            points = itertools.product(*(axis.values for axis in axes))
-            budgets = tuple(Budget(**dict(zip((axis.name for axis in axes), point, strict=True))) for point in points)
-        return Loaded(session.where, session.processor, seconds, before, budgets, draws, self._opened.tolerance)
+        axes = session.axes(self._bundle.manifest.axes)
+        return Loaded(session.where, session.processor, seconds, before, session.budgets, draws, self._opened.tolerance, axes)
 
     def step(self, budget: Budget) -> tuple[float, dict[str, np.ndarray]]:
         """One step: seconds of a forward pass of the batch, in as few runs as the session takes, and its outputs."""

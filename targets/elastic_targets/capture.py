@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Graph, TensorSpec, dimension, measure
+from elastic_runtime.contract.artifacts import Graph, TensorSpec, batched, dimension, measure
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
@@ -43,6 +43,16 @@ class GraphCapture:
         """Span of each open dimension by name: `B`, then the axes', then the others."""
         carried = {axis.dimension: Span(axis.length(axis.min), axis.length(axis.max)) for axis in self.axes if axis.dimension}
         return {"B": self.batch} | carried | self.open_dimensions
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """Inputs that have a row for each sample."""
+        return batched(self.inputs)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it has."""
+        return sum(weight.numel() for weight in self.module.parameters())
 
     def dynamic(self, spec: TensorSpec) -> dict[int, str]:
         """Open dimensions of an input by position; a dimension with a single value is not open."""

@@ -30,11 +30,10 @@ def feeds(graph: GraphCapture, budget: Budget, size: int | None = None) -> Itera
     if size is None:
         yield from _batches(graph, budget)
         return
-    rowed = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
     for batch in _batches(graph, budget):
-        rows = max(1, *(len(batch[name]) for name in rowed))
+        rows = max(1, *(len(batch[name]) for name in graph.batched))
         for first in range(0, rows - size + 1, size):
-            yield {name: array[first : first + size] if name in rowed else array for name, array in batch.items()}
+            yield {name: array[first : first + size] if name in graph.batched else array for name, array in batch.items()}
 
 
 def _batches(graph: GraphCapture, budget: Budget) -> Iterator[dict[str, np.ndarray]]:

@@ -101,12 +101,8 @@ class Gauge:
         """What the session offers, cheapest first, thinned out where it is very much."""
 
         def offered() -> tuple[Budget, ...]:
-            work = Costs(self.manifest, self.prior.rates).work
-            return tuple(
-                sorted(
-                    calibration.offered(self.session.axes(self.manifest.axes), self.session.budgets), key=lambda budget: work(budget).flops
-                )
-            )
+            work, axes = Costs(self.manifest, self.prior.rates).work, self.session.axes(self.manifest.axes)
+            return tuple(sorted(calibration.offered(axes, self.session.budgets), key=lambda budget: work(budget).flops))
 
         return self._once("budgets", offered)
 

@@ -1,8 +1,10 @@
 """What a bundle holds, as records of its manifest: files, tensor specs, graphs, and each target's artifacts with what proved them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
+
+import numpy as np
 
 from elastic_runtime.contract import precision as precisions
 from elastic_runtime.contract.axis import Span
@@ -44,6 +46,21 @@ def factor(size: str) -> int:
 def measure(size: int | str, sizes: Mapping[str, int]) -> int:
     """A shape's entry as a number, where the open dimensions have `sizes`."""
     return size if isinstance(size, int) else factor(size) * sizes[dimension(size)]
+
+
+def open_sizes(specs: Iterable["TensorSpec"], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Sizes of the open dimensions of `specs`, by the shapes of their arrays."""
+    return {
+        dimension(size): length // factor(size)
+        for spec in specs
+        for size, length in zip(spec.shape, arrays[spec.name].shape, strict=True)
+        if isinstance(size, str)
+    }
+
+
+def batched(specs: Iterable["TensorSpec"]) -> tuple[str, ...]:
+    """Those that have a row for each sample, by name."""
+    return tuple(spec.name for spec in specs if spec.shape[:1] == ("B",))
 
 
 def sized(size: int | str, sizes: Mapping[str, int]) -> int | None:
@@ -302,4 +319,4 @@ class Graph(Record, frozen=True, kw_only=True):
     @property
     def batched(self) -> tuple[str, ...]:
         """Inputs that have a row for each sample."""
-        return tuple(spec.name for spec in self.inputs if spec.shape[:1] == ("B",))
+        return batched(self.inputs)

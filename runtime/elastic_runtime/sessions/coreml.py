@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec, dimension, factor
+from elastic_runtime.contract.artifacts import Artifact, CoremlArtifact, CoremlCall, Graph, TensorSpec, open_sizes
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import Processor
@@ -59,13 +59,7 @@ def sizes(specs: Iterable[TensorSpec], feeds: Arrays) -> dict[str, int]:
     """What decides which call takes the feeds: open dimensions by letter, and 0-d inputs by name (a static function has
     its own).
     """
-    lengths = {
-        dimension(size): length // factor(size)
-        for spec in specs
-        for size, length in zip(spec.shape, feeds[spec.name].shape, strict=True)
-        if isinstance(size, str)
-    }
-    return lengths | {spec.name: int(feeds[spec.name]) for spec in specs if not spec.shape}
+    return open_sizes(specs, feeds) | {spec.name: int(feeds[spec.name]) for spec in specs if not spec.shape}
 
 
 def taken(specs: Iterable[TensorSpec], shapes: str) -> list[TensorSpec]:

@@ -84,8 +84,8 @@ class Session(ABC):
         """Whether it takes a budget, which names values of axes and sizes of open dimensions."""
         if self.budgets is not None:
             return budget in self.budgets
-        lengths = {axis.dimension: axis.length(budget[axis.name]) for axis in axes if axis.name in budget and axis.dimension}
-        return all({**budget, **lengths}.get(name, span.min) in span for name, span in self.spans.items())
+        sizes = dict(budget) | {axis.dimension: axis.length(budget[axis.name]) for axis in axes if axis.name in budget and axis.dimension}
+        return all(sizes.get(name, span.min) in span for name, span in self.spans.items())
 
     def run(self, feeds: Arrays) -> dict[str, np.ndarray]:
         """Run the graph on named arrays and return its outputs by name.

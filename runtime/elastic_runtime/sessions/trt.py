@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact, dimension, factor
+from elastic_runtime.contract.artifacts import Artifact, Graph, Profile, TrtArtifact, open_sizes
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import PACKAGES, Processor
@@ -206,12 +206,7 @@ class TrtSession(Session):
 
     def _profile(self, arrays: Mapping[str, np.ndarray]) -> int:
         """Index of the smallest profile that contains the arrays' shapes."""
-        sizes = {
-            dimension(size): length // factor(size)
-            for spec in self.graph.inputs
-            for size, length in zip(spec.shape, arrays[spec.name].shape, strict=True)
-            if isinstance(size, str)
-        }
+        sizes = open_sizes(self.graph.inputs, arrays)
         fitting = [i for i, profile in enumerate(self._profiles) if profile.contains(sizes)]
         if not fitting:
             raise InferenceError(f"no profile of this engine takes {_sizes(sizes)}; there are {'; '.join(map(_ranges, self._profiles))}")

@@ -5,6 +5,8 @@ Each operator computes in float32 of values in bfloat16, and what it gives is ro
 
 import onnx_ir as ir
 
+from elastic_targets.onnx.matrices import put
+
 BFLOAT16, FLOAT = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 _CARRIERS = ("Cast", "Loop", "Scan", "If")  # they take any values, and compute nothing themselves
 
@@ -22,19 +24,12 @@ def _spell(node: ir.Node) -> None:
     assert isinstance(graph, ir.Graph)
     for position, value in enumerate(node.inputs):
         if value is not None and value.dtype == BFLOAT16:
-            graph.insert_before(node, [wide := _cast(node, f"in.{position}", value, FLOAT)])
-            node.replace_input_with(position, wide.outputs[0])
-    for position, value in enumerate(node.outputs):
+            node.replace_input_with(position, put(node, "Cast", (value,), {"to": FLOAT})[0])
+    for value in node.outputs:
         if value.dtype == BFLOAT16:
-            name, value.name = value.name, f"{value.name}.wide"
-            value.type = ir.TensorType(FLOAT)
-            graph.insert_after(node, [rounded := _cast(node, f"out.{position}", value, BFLOAT16)])
-            rounded.outputs[0].name = name
+            name, value.name, value.type = value.name, f"{value.name}.wide", ir.TensorType(FLOAT)
+            rounded = ir.node("Cast", [value], {"to": BFLOAT16}, name=f"{name}.rounded")
+            rounded.outputs[0].name, rounded.outputs[0].shape, rounded.outputs[0].type = name, value.shape, ir.TensorType(BFLOAT16)
+            graph.insert_after(node, [rounded])
             value.replace_all_uses_with(rounded.outputs[0], replace_graph_outputs=True)
             rounded.replace_input_with(0, value)
-
-
-def _cast(node: ir.Node, place: str, value: ir.Value, dtype: ir.DataType) -> ir.Node:
-    cast = ir.node("Cast", [value], {"to": dtype.value}, name=f"{node.name or node.outputs[0].name}.{place}")
-    cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = f"{cast.name}.value", value.shape, ir.TensorType(dtype)
-    return cast

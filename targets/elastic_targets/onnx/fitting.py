@@ -26,14 +26,13 @@ def feeds(graph: GraphCapture, rows: int = ROWS) -> list[dict[str, np.ndarray]]:
     """`rows` samples to fit to, noise at times all over the schedule, in runs of the least, a middling and the largest budget in turn; more
     where the graph takes larger batches alone."""
     points = budgets(graph)
-    rowed = {spec.name for spec in graph.inputs if spec.shape[:1] == ("B",)}
     size = max(graph.batch.min, min(rows, max(1, rows // len(points)), graph.batch.max))
     if size == graph.batch.min:
         rows = max(rows, size * len(points))
     runs = []
     for number, first in enumerate(range(0, rows // size * size, size)):
         every = graph.feeds(points[number % len(points)], rows)
-        runs.append({name: array[first : first + size] if name in rowed else array for name, array in every.items()})
+        runs.append({name: array[first : first + size] if name in graph.batched else array for name, array in every.items()})
     return runs
 
 
