@@ -81,8 +81,10 @@ def test_the_same_noise_is_the_same_digit_along_plans(demo: Path) -> None:
             pipe(class_labels=[1], plan=plan, guidance_scale=2.0, generator=np.random.default_rng([0, 1]), output_type="np").images
             for plan in ("4x", "4x", "7x")
         ]
-        with pytest.raises(UsageError, match="multiple of 8 px"):
-            pipe(class_labels=[1], height=60)
+        with pytest.raises(UsageError, match="multiple of 8 px for this plan"):
+            pipe(class_labels=[1], height=60, plan="4x")
+        with pytest.raises(UsageError, match="multiple of 4 px, got 62"):
+            pipe(class_labels=[1], height=62)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
     assert all(picture.shape == (1, 64, 64, 3) for picture in drawn)
