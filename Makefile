@@ -24,7 +24,7 @@ bench: .venv/.base
 
 goals: .venv/.base
 	$(INSTALL) --editable '.[torch,ort,openvino,report,peers]'
-	for precision in fp32 int8; do \
+	for precision in fp32 int8 bf16; do \
 		$(BIN)/elastic-export onnx elit-mnist -o $(G)/elit-mnist --precision $$precision --overwrite && \
 		$(BIN)/elastic-export onnx elit-sit --config samples/elit-b-3-6-3.json --random-weights -o $(G)/elit-b --precision $$precision \
 			--verify ends --overwrite && \

@@ -2,8 +2,9 @@
 
     python samples/precisions.py elit-mnist elt-mnist ralu-digits --threads 2
 
-A precision is fp32 to int4w, `gptq` behind a colon rounds it by what its matrices multiply, and those of TensorRT are computed here as they
-are written (all but nvfp4, which ONNX Runtime has no kernels for), a fair deal slower than there:
+A precision is fp32 to int4w, drawn with ONNX Runtime, and bf16 with OpenVINO on a processor that has it; `gptq` behind a colon rounds it by
+what its matrices multiply, and those of TensorRT are computed here as they are written (all but nvfp4, which ONNX Runtime has no kernels
+for), a fair deal slower than there:
 
     python samples/precisions.py elit-mnist --precisions fp32,int8w,int8w:gptq,int4w,int4w:gptq,int8qdq,fp8,int4qdq
 
@@ -34,10 +35,24 @@ from evaluate_plans import draw as draw_along
 from grading import Grader, run
 from record import evaluation, machine, read, versions, write
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8w", "int4w")  # those of the cards
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "int4w")  # those of the cards
 COLUMNS = ("sample", "at", "precision", "MB", "step dB", "pictures dB", "named as asked", "Fréchet", "ms a step")
 PLANS = ("4x", "full")
 GUIDANCE = 1.5
+
+
+def backend(precision: str) -> str:
+    """What draws in a precision here: ONNX Runtime, or OpenVINO where it has no kernels."""
+    return next(name for name in ("ort", "openvino") if name in TABLE[precision].backends)
+
+
+def opened(bundle: Bundle, precision: str, threads: int) -> ElasticPipeline:
+    """A pipeline that computes in `precision`.
+
+    Raises: MissingError where this processor would compute bfloat16 in float32.
+    """
+    words = {"precision": precision} if precision == "bf16" else {}
+    return ElasticPipeline.from_pretrained(bundle, backend(precision), (precision,), threads=threads, **words)
 
 
 def pictures(pipe: ElasticPipeline, way: Any, options: Namespace) -> np.ndarray:
@@ -65,10 +80,7 @@ def rows(bundles: dict[str, Bundle], options: Namespace) -> Iterator[dict[str, A
     manifest = bundle.manifest
     ways: list[Any] = list(PLANS) if manifest.model.patches else [Budget(**{manifest.axes[0].name: value}) for value in _spread(bundle)]
     artifacts = {each: own.manifest.graphs["denoiser"].artifacts[0] for each, own in bundles.items()}
-    pipes = {
-        each: ElasticPipeline.from_pretrained(own, "ort", (artifacts[each].precision,), threads=options.threads)
-        for each, own in bundles.items()
-    }
+    pipes = {each: opened(own, artifacts[each].precision, options.threads) for each, own in bundles.items()}
     labels = np.arange(options.samples) % 10
     if manifest.model.patches:
         grader = Grader.of(load_judge(SIDE), options.samples, SIDE)
@@ -126,15 +138,39 @@ def exported(name: str, precision: str, folder: Path) -> Bundle:
 def chosen(text: str) -> tuple[str, ...]:
     """Precisions in their order, float32 the first, which the others are held against."""
     names = text.split(",")
-    known = (*(name for name, row in TABLE.items() if "ort" in row.backends), "int8w:gptq", "int4w:gptq")
+    known = (*(name for name, row in TABLE.items() if {"ort", "openvino"} & set(row.backends)), "int8w:gptq", "int4w:gptq")
     if unknown := [name for name in names if name not in known]:
         raise ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
     return tuple(dict.fromkeys([EXACT, *names]))
 
 
+def recorded(before: dict[str, Any] | None, measured: list[dict[str, Any]], options: Namespace) -> dict[str, Any]:
+    """What a card holds of precisions, once those that were `measured` are in it; by the same protocol, what it held of others stays.
+
+    Raises: UsageError where others were measured by another protocol.
+    """
+    protocol = {"samples": options.samples, "steps": options.steps, "guidance": GUIDANCE, "seed": options.seed}
+    kept = ("budget", "plan", "precision", "accuracy", "frechet_distance", "psnr_db")
+    fresh = [{each: row[each] for each in kept if each in row} for row in measured]
+    others = [row for row in (before or {}).get("rows", ()) if row["precision"] not in options.precisions]
+    if before and others and before["protocol"] != protocol:
+        raise UsageError(f"the card's other precisions were measured by {before['protocol']}: measure all again, or by that protocol")
+    ways = list(dict.fromkeys(str((row.get("plan"), row["budget"])) for row in fresh))
+    own = versions("elastic-export", "onnxruntime", "openvino", "numpy", "torch")
+    where = {each: {"versions": own, "machine": machine()} for each in options.precisions}
+    told = {row["precision"]: before["measured"][row["precision"]] for row in others} if before else {}
+    return {
+        "protocol": protocol,
+        "rows": sorted(
+            [*others, *fresh], key=lambda row: (ways.index(str((row.get("plan"), row["budget"]))), PRECISIONS.index(row["precision"]))
+        ),
+        "measured": told | where,
+    }
+
+
 def main(options: Namespace) -> None:
-    if options.record and options.precisions != PRECISIONS:
-        raise UsageError(f"--record writes the cards' own precisions, {', '.join(PRECISIONS)}: leave --precisions out")
+    if options.record and not {*options.precisions} <= {*PRECISIONS}:
+        raise UsageError(f"--record writes the cards' own precisions, {', '.join(PRECISIONS)}: give --precisions of these, or leave it out")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
@@ -144,17 +180,9 @@ def main(options: Namespace) -> None:
                 measured.append(row)
                 print(line(name, row), flush=True)
             if options.record:
-                kept = ("budget", "plan", "precision", "accuracy", "frechet_distance", "psnr_db")
-                protocol = {"samples": options.samples, "steps": options.steps, "guidance": GUIDANCE, "seed": options.seed}
-                new = {
-                    "protocol": protocol,
-                    "rows": [{each: row[each] for each in kept if each in row} for row in measured],
-                    "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
-                    "machine": machine(),
-                }
                 path = samples()[name]
-                write(path, read(path) | {"precisions": new})
-    print(f"\n{machine()}; {versions('elastic-export', 'onnxruntime', 'torch')}")
+                write(path, read(path) | {"precisions": recorded(read(path).get("precisions"), measured, options)})
+    print(f"\n{machine()}; {versions('elastic-export', 'onnxruntime', 'openvino', 'torch')}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from elastic_runtime import Budget, Bundle
 from elastic_runtime.contract.artifacts import OnnxArtifact
 from elastic_runtime.contract.reference import compare
 from elastic_runtime.files.atomic import save
+from precisions import backend
 from record import machine, versions
 
 HERE = Path(__file__).parent
@@ -59,7 +60,6 @@ SUBJECTS = {
         ("--components", "transformer,vae", "--size", "512", "--batch", "1", "--verify", "ends"), ("--plan", "7x", "--side", "512"),
     ),
 }  # fmt: skip
-BACKENDS = {"bf16": "openvino"}  # ONNX Runtime's processor kernels have none for it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,7 +97,7 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
     command = ["elastic-export", "onnx", *model, "-o", str(bundle), "--precision", precision, *subject.export]
     _, seconds, peak = timed([str(Path(sys.executable).with_name(command[0])), *command[1:], "--overwrite", "-q"])
     drawn = folder / f"{name}-{precision}.npz"
-    draw = [sys.executable, str(HERE / "real_size.py"), str(bundle), *subject.draw, "--backend", BACKENDS.get(precision, "ort")]
+    draw = [sys.executable, str(HERE / "real_size.py"), str(bundle), *subject.draw, "--backend", backend(precision)]
     output, _, run_peak = timed([*draw, "--precision", precision, "-o", str(drawn)])
     told = json.loads(output.splitlines()[-1])
     manifest = Bundle.open(bundle).manifest

@@ -73,6 +73,21 @@ def test_a_load_asks_for_classes_that_there_are(classes: int) -> None:
     assert set(asked) <= set(range(classes))
 
 
+def test_a_connection_that_breaks_is_an_answer_that_failed() -> None:
+    httpx2 = pytest.importorskip("httpx2", reason="a load asks with it")
+
+    class Client:
+        async def post(self, path: str, json: dict[str, int]) -> SimpleNamespace:
+            if json["seed"] % 2:
+                raise httpx2.ReadError("the other side hung up")
+            return SimpleNamespace(status_code=429)
+
+    answers = asyncio.run(load(Client(), {"steps": 3}, 2000.0, 0.02, 10, 0))
+    got = row("ours", 2.0, answers, 0.2, 1.0, None)
+    assert (got.failed, got.refused) == (len(answers) // 2, len(answers) - len(answers) // 2)
+    assert got.failed > 0
+
+
 def test_nothing_drawn_and_no_card_have_no_figures() -> None:
     got = row("ours", 2.0, ASKED[2:], 0.2, 1.0, None)
     assert cells(got) == ("2", "ours", "0.0%", "50.0%", "-", "-", "-", "-", "0.0", "-")

@@ -13,6 +13,7 @@ from elastic_runtime import Axis, FakeSession, Span
 from elastic_runtime.contract.artifacts import Artifact, Graph, OnnxArtifact, TensorSpec
 from elastic_runtime.contract.bundle import MANIFEST, Bundle, encode, entry
 from elastic_runtime.contract.manifest import SCHEMA_VERSION, Cost, Manifest, Model, Provenance, Vae
+from elastic_runtime.contract.precision import Name
 from elastic_runtime.contract.schedule import RectifiedFlow
 
 # (x, t, labels, kept) -> velocity: what a fake denoiser computes
@@ -73,12 +74,12 @@ def manifest(channels: int = CHANNELS, batch: Span = Span(1, 4), vae: Vae | None
     )
 
 
-def write_bundle(folder: Path, content: bytes = b"not really a graph", channels: int = CHANNELS) -> Bundle:
+def write_bundle(folder: Path, content: bytes = b"not really a graph", channels: int = CHANNELS, precision: Name = "fp32") -> Bundle:
     """A bundle whose one artifact is `content`: whole by size and hash, though nothing can run it."""
     file = folder / "onnx" / "denoiser.onnx"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
-    artifact = OnnxArtifact(precision="fp32", files=(entry(folder, file),), toolchain={"onnx": "1.21"}, opset=23)
+    artifact = OnnxArtifact(precision=precision, files=(entry(folder, file),), toolchain={"onnx": "1.21"}, opset=23)
     write_manifest(folder, manifest(channels, artifacts=(artifact,)))
     return Bundle.open(folder)
 

@@ -31,5 +31,28 @@ def test_two_roundings_of_a_precision_are_two_bundles(tmp_path: Path, monkeypatc
 
 
 def test_a_card_is_not_written_of_other_precisions_than_its_own() -> None:
-    with pytest.raises(UsageError, match="the cards' own precisions, fp32, fp16, int8, int8w, int4w: leave --precisions out"):
+    with pytest.raises(UsageError, match="the cards' own precisions, fp32, fp16, bf16, int8, int8w, int4w: give --precisions of these"):
         precisions.main(Namespace(record=True, precisions=("fp32", "int4w:gptq")))
+
+
+def test_a_cards_other_precisions_stay_when_one_is_measured() -> None:
+    def measured(*names: str) -> list[dict[str, Any]]:
+        return [
+            {"budget": {"latents": k}, "precision": each, "accuracy": 0.9, "frechet_distance": 1.0, "psnr_db": None, "milliseconds": 3.0}
+            for k in (16, 256)
+            for each in names
+        ]
+
+    def options(*names: str, samples: int = 200) -> Namespace:
+        return Namespace(samples=samples, steps=20, seed=0, precisions=names)
+
+    before = precisions.recorded(None, measured("fp32", "int8"), options("fp32", "int8"))
+    before["measured"]["int8"]["machine"] = "another"
+    after = precisions.recorded(before, measured("fp32", "bf16"), options("fp32", "bf16"))
+    assert [(row["budget"]["latents"], row["precision"]) for row in after["rows"]] == [
+        (k, name) for k in (16, 256) for name in ("fp32", "bf16", "int8")
+    ]
+    assert after["measured"]["int8"]["machine"] == "another" != after["measured"]["bf16"]["machine"]
+    assert "milliseconds" not in after["rows"][0]
+    with pytest.raises(UsageError, match="measured by .*'samples': 200"):
+        precisions.recorded(after, measured("bf16"), options("fp32", "bf16", samples=100))

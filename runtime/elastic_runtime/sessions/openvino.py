@@ -79,10 +79,10 @@ class OpenvinoSession(Session):
     It may be closed in a process that was forked from its own; what it holds is then freed when that process ends.
 
     `precision` is what it computes in (`fp32`; `bf16` is faster where the processor has it, with errors near 1e-2 of
-    the largest value); `threads` is the number of its threads on a CPU (0: one a core, of those that the process may
-    use); `device` is CPU, GPU or NPU, or one of several GPUs, `GPU.1`. `lanes` is how many rows of a batch may run side by
-    side on the CPU, each on a stream of one thread (1: none do); by default it is measured for a denoiser of less than
-    256 MB, which is then compiled twice.
+    the largest value, and the default of an artifact that is held in it); `threads` is the number of its threads on a
+    CPU (0: one a core, of those that the process may use); `device` is CPU, GPU or NPU, or one of several GPUs, `GPU.1`.
+    `lanes` is how many rows of a batch may run side by side on the CPU, each on a stream of one thread (1: none do); by
+    default it is measured for a denoiser of less than 256 MB, which is then compiled twice.
 
     Raises: UsageError for a precision or threads that are none; MissingError for a device that is not here, or one that
     computes in another precision; BundleError for a file that is no graph.
@@ -93,14 +93,13 @@ class OpenvinoSession(Session):
         bundle: Bundle,
         graph: Graph,
         artifact: Artifact,
-        precision: str = EXACT,
+        precision: str | None = None,
         threads: int = 0,
         device: str = "CPU",
         lanes: int | None = None,
     ):
         super().__init__(graph)
-        hint = HINTS.get(precision, precision)
-        if hint not in HINTS.values():
+        if precision is not None and precision not in {*HINTS, *HINTS.values()}:
             raise UsageError(f"OpenVINO's precision is one of {', '.join(HINTS)}, got {precision!r}")
         cores = busy_cores(threads)
         count = wanted(bundle, graph, artifact, cores, lanes)
@@ -111,8 +110,12 @@ class OpenvinoSession(Session):
         # One GPU is called GPU, several are GPU.0 and so on; of those, GPU alone is the first.
         if kind not in PROCESSORS or not any(name == device or name.startswith(f"{device}.") for name in core.available_devices):
             raise MissingError(f"OpenVINO has no device {device!r} here; it has {', '.join(core.available_devices)}")
-        if hint == "bf16" and "BF16" not in core.get_property(device, "OPTIMIZATION_CAPABILITIES"):
+        narrow = (precision or artifact.precision) == "bf16"
+        able = narrow and "BF16" in core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+        if precision and narrow and not able:
             raise MissingError(f"this {core.get_property(device, 'FULL_DEVICE_NAME')} computes no bfloat16: use precision {EXACT}")
+        precision = precision or ("bf16" if able else EXACT)
+        hint = HINTS.get(precision, precision)
         path, names = str(bundle.file(artifact.path)), [spec.name for spec in graph.outputs]
 
         def compiled(**more: Any) -> Requests:

@@ -30,12 +30,20 @@ _HANDED = (np.float32, np.float16, np.int8, np.uint8)  # numpy's own; those of f
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a graph's nodes: the values that they take from others before them, and those that others take from them."""
+    """Some of a graph's nodes: the values that they take from others before them, and those that others take from them.
+
+    `widened` of these are in bfloat16, which numpy has no type for, and are float32 outside their parts: the same numbers.
+    """
 
     nodes: tuple[ir.Node, ...]
     takes: tuple[str, ...]
     gives: tuple[str, ...]
     weights: tuple[ir.Value, ...]
+    widened: frozenset[str]
+
+    def outside(self, name: str) -> str:
+        """What a value of its nodes is called where the part takes or gives it."""
+        return f"{name}.float32" if name in self.widened else name
 
 
 class PartSession(Session):
@@ -93,12 +101,12 @@ def _opened(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watch
     del made
     options.add_external_initializers(list(beside), [runtime.OrtValue.ortvalue_from_numpy(array) for array in beside.values()])
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return session, {name: name for name in part.gives} | seen
+    return session, {name: part.outside(name) for name in part.gives} | seen
 
 
 def _computed(opened: tuple[Any, dict[str, str]], part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     session, asked = opened
-    return dict(zip(asked, session.run(list(asked.values()), {name: values[name] for name in part.takes}), strict=True))
+    return dict(zip(asked, session.run(list(asked.values()), {part.outside(name): values[name] for name in part.takes}), strict=True))
 
 
 def parts(model: ir.Model, most: int) -> Iterator[Part]:
@@ -118,7 +126,7 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
     place = {id(each): number for number, group in enumerate(groups) for node in group for each in (node, *inner(node))}
     outputs = {id(value) for value in model.graph.outputs}
     for number, group in enumerate(groups):
-        takes: dict[str, None] = {}
+        takes: dict[str, ir.Value] = {}
         weights: dict[str, ir.Value] = {}
         for node in group:
             for value in taken(node):
@@ -126,14 +134,15 @@ def parts(model: ir.Model, most: int) -> Iterator[Part]:
                 if value.const_value is not None and producer is None:
                     weights[str(value.name)] = value
                 elif producer is None or place[id(producer)] != number:
-                    takes[str(value.name)] = None
-        gives = [
-            str(value.name)
+                    takes[str(value.name)] = value
+        gives = {
+            str(value.name): value
             for node in group
             for value in node.outputs
             if id(value) in outputs or any(place[id(use.node)] != number for use in value.uses())
-        ]
-        yield Part(tuple(group), tuple(takes), tuple(gives), tuple(weights.values()))
+        }
+        widened = frozenset(name for name, value in (takes | gives).items() if value.dtype == ir.DataType.BFLOAT16)
+        yield Part(tuple(group), tuple(takes), tuple(gives), tuple(weights.values()), widened)
 
 
 def bodies(node: ir.Node) -> list[ir.Graph]:
@@ -163,13 +172,15 @@ def _described(
 
     made = onnx.ModelProto(ir_version=model.ir_version, graph=onnx.GraphProto(name="part"))
     made.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items() if version)
+    narrowed = [name for name in part.takes if name in part.widened]
+    made.graph.node.extend(onnx.helper.make_node("Cast", [part.outside(name)], [name], to=onnx.TensorProto.BFLOAT16) for name in narrowed)
     made.graph.node.extend(ir.to_proto(node) for node in part.nodes)
     for name in part.takes:
         kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
-        made.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, values[name].shape))
-    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in part.gives)
+        made.graph.input.append(onnx.helper.make_tensor_value_info(part.outside(name), kind, values[name].shape))
+    made.graph.output.extend(onnx.ValueInfoProto(name=part.outside(name)) for name in part.gives)
     seen: dict[str, str] = {}
-    for node, proto in zip(part.nodes, made.graph.node, strict=True):
+    for node, proto in zip(part.nodes, made.graph.node[len(narrowed) :], strict=True):
         seen |= {str(value.name): str(value.name) for value in node.outputs if value.name in watched}
         within = [str(value.name) for each in inner(node) for value in each.outputs if value.name in watched]
         for name in within:  # what a loop's body gives beyond what it carries is kept of every round
@@ -177,6 +188,8 @@ def _described(
             body.output.append(onnx.ValueInfoProto(name=name))
             proto.output.append(f"{name}.seen")
             seen[name] = f"{name}.seen"
+    widened = [name for name in part.gives if name in part.widened]
+    made.graph.node.extend(onnx.helper.make_node("Cast", [name], [part.outside(name)], to=onnx.TensorProto.FLOAT) for name in widened)
     made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(seen.values()) - set(part.gives)))
     beside: dict[str, np.ndarray] = {}
     for weight in part.weights:

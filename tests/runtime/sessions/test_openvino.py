@@ -149,6 +149,31 @@ def test_a_device_of_several_is_named_and_tells_its_kind(
         open_session(write_bundle(tmp_path / "c"), name="openvino", device="GPU.7")
 
 
+@pytest.mark.parametrize(("able", "hint"), [(["FP32", "BF16"], "bf16"), (["FP32"], "f32")])
+def test_an_artifact_in_bfloat16_is_computed_in_it_where_the_processor_can(
+    able: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Core:
+        available_devices = ("CPU",)
+
+        def get_property(self, device: str, name: str) -> object:
+            return {"OPTIMIZATION_CAPABILITIES": able, "FULL_DEVICE_NAME": "abacus"}[name]
+
+        def compile_model(self, path: str, device: str, settings: dict[str, str]) -> SimpleNamespace:
+            kind = SimpleNamespace(get_type_name=lambda: settings["INFERENCE_PRECISION_HINT"])
+            return SimpleNamespace(create_infer_request=object, get_property={"INFERENCE_PRECISION_HINT": kind}.__getitem__)
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="2026.4", __spec__=object()))  # type: ignore[arg-type]
+    bundle = write_bundle(tmp_path / "b", precision="bf16")
+    with open_session(bundle, name="openvino", lanes=1) as session:
+        assert session.where.endswith(f"CPU {hint}")
+    with open_session(bundle, name="openvino", lanes=1, precision="fp32") as session:
+        assert session.where.endswith("CPU f32")
+    if "BF16" not in able:
+        with pytest.raises(MissingError, match="this abacus computes no bfloat16: use precision fp32"):
+            open_session(bundle, name="openvino", lanes=1, precision="bf16")
+
+
 @pytest.mark.parametrize("weak", ["min", "max"])
 def test_lanes_draw_the_same_picture(weak: str, golden_bundle: Callable[[str], Bundle]) -> None:
     """Both branches of guidance as one batch and in two streams; and branches of two sizes, through both ways."""

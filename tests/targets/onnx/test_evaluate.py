@@ -14,6 +14,7 @@ import elastic_export  # noqa: E402
 from elastic_export import verifying  # noqa: E402
 from elastic_runtime import Budget, Bundle, InferenceError, MissingError, open_session  # noqa: E402
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack  # noqa: E402
+from elastic_targets.onnx.bfloat16 import spelled_out  # noqa: E402
 from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
 
 
@@ -75,6 +76,22 @@ def test_bfloat16_is_proven_where_nothing_runs_it(name: str, tmp_path: Path, mon
     (artifact,) = bundle.manifest.graphs["denoiser"].artifacts
     assert artifact.verified
     assert all(row.passed and row.where.startswith("onnxruntime") and 50 < row.psnr_db < 68 for row in artifact.verified)
+
+
+@pytest.mark.parametrize("name", ["elit-mnist", "elt-mnist"])
+def test_bfloat16_goes_from_part_to_part(name: str, tmp_path: Path) -> None:
+    bundle = elastic_export.export(name, output=tmp_path / "b", precision="bf16", batch="1-2", verify="none")
+    (graph,) = bundle.manifest.graphs.values()
+    (artifact,) = graph.artifacts
+    sizes = {spec.name: [1 if isinstance(size, str) else size for size in spec.shape] for spec in graph.inputs}
+    feeds = {spec.name: np.full(sizes[spec.name], spec.dtype == "float32", spec.dtype) for spec in graph.inputs}
+    answers = []
+    for most in (100_000, 1_000_000_000):
+        with PartSession(graph, spelled_out(ir.load(bundle.file(artifact.path))), most) as parts:
+            answers.append(parts.run(feeds))
+            assert ("in 1 parts" in parts.where) == (most > 100_000)
+    for each, answer in answers[0].items():  # what ONNX Runtime fuses within a part may tip a rounding over
+        assert np.abs(answers[1][each] - answer).max() <= 2.0**-7 * np.abs(answer).max()
 
 
 def test_no_weight_stays_mapped_when_its_part_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
