@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 import elastic_targets
-from elastic_export.rounding import doubled, error
+from elastic_export.rounding import doubled, error, plain
 from elastic_runtime.contract import reference
 from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import Budget, key
@@ -41,7 +41,7 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
     """
     import torch
 
-    outputs, exact, rounding = {}, doubled(graph.module), []
+    outputs, exact, summed, rounding = {}, doubled(graph.module), plain(graph.module), []
     large = graph.parameters > BILLION
     carriers = {axis.input for axis in graph.axes if axis.carrier != "shape"}
     size = min(max(2, graph.batch.min), graph.batch.max)
@@ -63,7 +63,9 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
                 )
             if exact and (budget == budgets[0] or not large):  # float64 takes twice as long, which is hours of a large model
                 first = tuple(value[: graph.batch.min] for value in results)  # as many samples as a run needs tell it, and take less
-                rounding.append(error(first, exact(_rows(graph, arrays, slice(0, graph.batch.min)))))
+                rows = _rows(graph, arrays, slice(0, graph.batch.min))
+                doubles = exact(rows)
+                rounding += [error(answers, doubles) for answers in ([first, summed(rows)] if summed else [first])]
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)

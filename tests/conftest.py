@@ -1,6 +1,7 @@
 """What several tests share. Torch and the compilers are imported only by the fixtures that need them."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +18,10 @@ from elastic_runtime import Bundle
 # The same examples in every run, and no deadline: a test must not fail because the machine is busy.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steady")
+
+# pytest (9) gives every logger that does not propagate its handlers, torch's own trace among them, which then writes down each graph that
+# is traced: a tenth to a fifth of an export.
+logging.getLogger("torch.__trace").addHandler = lambda handler: None  # type: ignore[method-assign]
 
 GOLDEN = Path(__file__).parent / "golden"
 

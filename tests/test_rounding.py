@@ -22,7 +22,7 @@ import elastic_export.rounding  # noqa: E402
 from elastic_export.capture.capture import capture  # noqa: E402
 from elastic_export.capture.folders import capture_folder  # noqa: E402
 from elastic_export.capture.zoo import Request, load  # noqa: E402
-from elastic_export.rounding import Doubled, error  # noqa: E402
+from elastic_export.rounding import Doubled, error, plain  # noqa: E402
 from elastic_export.verifying import require, verify, verify_artifact  # noqa: E402
 from elastic_runtime import Bundle, ModelError, Span, VerificationError  # noqa: E402
 from elastic_runtime.contract.artifacts import MOST_ROUNDING, ROUNDINGS, FileEntry, Graph, OnnxArtifact  # noqa: E402
@@ -62,6 +62,24 @@ def test_the_rounding_of_every_component_is_that_of_float32(make: Callable[[], A
     folders.write(tmp_path / "f", make(), text=True)
     for graph in capture_folder(tmp_path / "f", None, Span(16, 32), ONE, digest=False).graphs:
         assert 1e-9 < rounding(graph) < 1e-5, graph.name
+
+
+@pytest.mark.parametrize(("words", "shape"), [({}, (2, 4, 9, 7)), ({"affine": False}, (1, 4, 5)), ({"eps": 1e-2}, (1, 6, 512, 512))])
+def test_group_norms_are_measured_as_runtimes_sum_them(words: dict[str, Any], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(2, shape[1], **words)
+    if norm.affine:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    feeds = {"input": 3 + np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    with torch.inference_mode():
+        paired = (norm(torch.from_numpy(feeds["input"])).numpy(),)
+    summed, exact = plain(norm), Doubled(norm)(feeds)
+    assert summed is not None
+    assert error(summed(feeds), exact) < (1e-6 if np.prod(shape) < 1e6 else 1e-4)
+    if np.prod(shape) > 1e6:
+        assert error(summed(feeds), exact) > 3 * error(paired, exact)
+    assert plain(torch.nn.Conv2d(1, 1, 1)) is None
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import EXACT, PRECISIONS, rank
+from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.opening import backends, obstacles, open_artifact, open_session
-from elastic_runtime.sessions.session import Session
+from elastic_runtime.sessions.session import Origin, Session
 
 GRAPH = "denoiser"
 
@@ -89,20 +89,20 @@ class SessionRuntime:
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:
-    """Runtime `name` on each artifact of the bundle that it opens; with none, one that says so. Less than float32 is computed of float32's
-    weights alone."""
+    """Runtime `name` on each artifact of the bundle that it opens; with none, one that says so."""
     backend, way = ways()[name]
     artifacts = [
-        artifact
-        for artifact in bundle.manifest.graphs[GRAPH].artifacts
-        if artifact.target in backend.opens and (way.precision is None or artifact.rank == rank(EXACT))
+        artifact for artifact in bundle.manifest.graphs[GRAPH].artifacts if artifact.target in backend.opens and way.takes(artifact)
     ]
     if not artifacts:
         return [SessionRuntime(name, name, None, way.precision or EXACT)]
     several = len(artifacts) > 1
     return [
         SessionRuntime(
-            f"{name} {PurePosixPath(artifact.path).name}" if several else name, name, artifact.path, way.precision or artifact.precision
+            f"{name} {PurePosixPath(artifact.path).name}" if several else name,
+            name,
+            artifact.path,
+            Origin(artifact, backend.name, way.options).precision,
         )
         for artifact in artifacts
     ]

@@ -11,13 +11,13 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import EXACT, rank, tolerance
+from elastic_runtime.contract.precision import tolerance
 from elastic_runtime.device import Clock
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.checking import Feeds, check, recordings
 from elastic_runtime.sessions.opening import backends, open_artifact
-from elastic_runtime.sessions.session import Session
+from elastic_runtime.sessions.session import Origin, Session
 
 RUNS = 7  # timed ones, after two that a backend may prepare or capture in
 WARM = 2
@@ -54,17 +54,17 @@ def trials(bundle: Bundle, clock: Clock = time.perf_counter) -> Iterator[Trial]:
         for artifact in graph.artifacts:
             for record in (record for record in backends() if artifact.target in record.opens):
                 for way, how in record.ways.items():
-                    if how.precision and artifact.rank != rank(EXACT):  # less than float32 is computed of float32's weights alone
-                        continue
-                    yield from _tried(bundle, name, artifact, record, way, how, clock)
+                    if how.takes(artifact):
+                        yield from _tried(bundle, name, artifact, record, way, how, clock)
 
 
 def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way: str, how: Way, clock: Clock) -> Iterator[Trial]:
-    about: dict[str, Any] = {"graph": graph, "artifact": artifact.path, "precision": how.precision or artifact.precision, "way": way}
+    precision = Origin(artifact, record.name, how.options).precision
+    about: dict[str, Any] = {"graph": graph, "artifact": artifact.path, "precision": precision, "way": way}
     if reason := record.obstacle(artifact):
         yield Trial(**about, reason=reason)
         return
-    limit = tolerance(how.precision) if how.precision else bundle.manifest.graphs[graph].tolerance(artifact)
+    limit = max(bundle.manifest.graphs[graph].tolerance(artifact), tolerance(how.precision) if how.precision else 0.0)
     try:
         with open_artifact(bundle, graph, artifact, record.name, **how.options) as session:
             arrays = bundle.reference()

@@ -252,14 +252,20 @@ def test_memory_is_asked_for_when_all_is_drawn(opened: Bundle) -> None:
     assert (asked[-1], asked.count("memory"), report.runtimes[0].peak_bytes) == ("memory", 1, 7)
 
 
-def test_less_than_float32_is_computed_of_float32_alone(opened: Bundle) -> None:
+def test_less_than_float32_is_computed_of_what_is_float32(opened: Bundle) -> None:
     (artifact,) = opened.manifest.graphs["denoiser"].artifacts
-    few = msgspec.structs.replace(artifact, precision="int4w", files=(msgspec.structs.replace(artifact.files[0], path="onnx/few.onnx"),))
-    opened.manifest = opened.manifest.joined("denoiser", [few])
-    assert [each.name for each in runtimes("openvino", opened)] == ["openvino denoiser.onnx", "openvino few.onnx"]
-    (only,) = runtimes("openvino-bf16", opened)
-    assert (only.name, only.artifact) == ("openvino-bf16", "onnx/denoiser.onnx")
-    graph = msgspec.structs.replace(opened.manifest.graphs["denoiser"], artifacts=(few,))
+    few, half = (
+        msgspec.structs.replace(artifact, precision=name, files=(msgspec.structs.replace(artifact.files[0], path=f"onnx/{name}.onnx"),))
+        for name in ("int8", "fp16")
+    )
+    opened.manifest = opened.manifest.joined("denoiser", [few, half])
+    assert [(each.name, each.precision) for each in runtimes("openvino", opened)] == [
+        ("openvino denoiser.onnx", "fp32"), ("openvino int8.onnx", "int8"), ("openvino fp16.onnx", "fp16"),
+    ]  # fmt: skip
+    assert [(each.name, each.precision) for each in runtimes("openvino-bf16", opened)] == [
+        ("openvino-bf16 denoiser.onnx", "bf16"), ("openvino-bf16 int8.onnx", "int8"),
+    ]  # fmt: skip
+    graph = msgspec.structs.replace(opened.manifest.graphs["denoiser"], artifacts=(half,))
     opened.manifest = msgspec.structs.replace(opened.manifest, graphs={"denoiser": graph})
     (none,) = runtimes("openvino-bf16", opened)
     assert none.obstacle(opened) == "the bundle has no onnx artifact in fp32, of which bf16 is computed: elastic-export onnx makes one"

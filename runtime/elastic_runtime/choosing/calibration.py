@@ -222,14 +222,15 @@ def fastest(
     if len(competing) == 1:
         return competing[0]
     here = device()
+    files = {each.artifact.path: [file.sha256 for file in each.artifact.files] for each in competing}
     who = {
-        "candidates": [[each.backend, each.precision, each.artifact.path, *(f.sha256 for f in each.artifact.files)] for each in competing],
+        "candidates": [[each.backend, _given_up(each), each.artifact.path, *files[each.artifact.path]] for each in competing],
         "versions": here.backends,
         "device": here.fingerprint,
     }
     kept = _load(who, "fastest-", Chosen)
     for candidate in competing:
-        if kept and (candidate.backend, candidate.precision, candidate.artifact.path) == (kept.backend, kept.precision, kept.artifact):
+        if kept and (candidate.backend, _given_up(candidate), candidate.artifact.path) == (kept.backend, kept.precision, kept.artifact):
             return candidate
     times: list[tuple[float, Origin]] = []
     failures: list[ElasticError] = []
@@ -245,25 +246,30 @@ def fastest(
     if not times:
         raise failures[0]
     best = min(times, key=lambda pair: pair[0])[1]
-    milliseconds = {f"{each.backend} {each.precision}: {each.artifact.path}": 1e3 * seconds for seconds, each in times}
+    milliseconds = {f"{each.backend} {_given_up(each)}: {each.artifact.path}": 1e3 * seconds for seconds, each in times}
     kept = Chosen(
         version=VERSION,
         identity=who,
         backend=best.backend,
-        precision=best.precision,
+        precision=_given_up(best),
         artifact=best.artifact.path,
         milliseconds=milliseconds,
     )
     _store(kept, "fastest-")
-    _log.info("fastest of %s: %s %s", milliseconds, best.backend, best.precision)
+    _log.info("fastest of %s: %s %s", milliseconds, best.backend, _given_up(best))
     return best
 
 
 def chosen(able: Sequence[Origin], precisions: Collection[str] | None) -> list[Origin]:
-    """Those that compute in `precisions`; in the most exact where none are named, or of the graph there are none."""
-    named = [candidate for candidate in able if precisions and candidate.precision in precisions]
+    """Those that give up no more than `precisions`; the most exact where none are named, or of the graph there are none."""
+    named = [candidate for candidate in able if precisions and {*candidate.precisions} <= {*precisions}]
     most_exact = min(candidate.rank for candidate in able)
     return named or [candidate for candidate in able if candidate.rank == most_exact]
+
+
+def _given_up(candidate: Origin) -> str:
+    """Its precisions in one word: `int8+bf16`."""
+    return "+".join(candidate.precisions)
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:

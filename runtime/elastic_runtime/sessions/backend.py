@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_runtime.contract.artifacts import Artifact
+from elastic_runtime.contract.precision import EXACT, PRECISIONS, rank
 from elastic_runtime.device import PACKAGES, Package, Processor
 from elastic_runtime.sessions.session import Session
 
@@ -23,6 +24,11 @@ class Way:
     processor: Processor
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
+
+    def takes(self, artifact: Artifact) -> bool:
+        """Whether there is float32 in the artifact for it to compute in less: all of it, or what is beside weights of few bits."""
+        row = PRECISIONS[artifact.precision]
+        return self.precision is None or artifact.rank == rank(EXACT) or (row.pictured and row.base == EXACT)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import EXACT, rank
 from elastic_runtime.device.packages import BACKENDS
 from elastic_runtime.errors import BundleError, MissingError, UsageError
 from elastic_runtime.sessions import apart
@@ -98,8 +97,8 @@ def open_origin(bundle: Bundle, graph: str, origin: Origin) -> Session:
 def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[list[Origin], list[str]]:
     """Everything from which a session of `graph` can be opened here, in the order of preference, and why not from others.
 
-    A float32 denoiser may be computed in less where a backend has a way for it (bfloat16 in OpenVINO); whether this processor has it, too,
-    only opening it tells.
+    A denoiser in float32 may be computed in less where a backend has a way for it (bfloat16 in OpenVINO), and so may what is beside weights
+    of few bits; whether this processor has it, too, only opening it tells.
 
     Raises: BundleError if the bundle has no such graph; UsageError for a name that no backend has.
     """
@@ -114,8 +113,9 @@ def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[lis
             reason = record.obstacle(artifact)
             if reason is None:
                 choices.append(Origin(artifact, record.name, {}))
-                if graph == "denoiser" and artifact.rank == rank(EXACT):
-                    choices += [Origin(artifact, record.name, way.options) for way in record.ways.values() if way.precision]
+                if graph == "denoiser":
+                    narrower = [way for way in record.ways.values() if way.precision and way.takes(artifact)]
+                    choices += [Origin(artifact, record.name, way.options) for way in narrower]
             else:
                 reasons.append(f"{record.name}: {reason}")
         if not fitting:

@@ -12,7 +12,7 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget
-from elastic_runtime.contract.precision import PRECISIONS, rank
+from elastic_runtime.contract.precision import EXACT, PRECISIONS, rank
 from elastic_runtime.device import Processor
 from elastic_runtime.errors import BudgetError
 from elastic_runtime.sessions.interface import Interface
@@ -33,10 +33,16 @@ class Origin:
     options: Mapping[str, object]
 
     @property
+    def precisions(self) -> tuple[str, ...]:
+        """What is given up: the precision of the weights, and the one that the rest is computed in where the option of that name asks for
+        it; float32 where nothing is."""
+        names = (self.artifact.precision, str(self.options.get("precision", EXACT)))
+        return tuple(dict.fromkeys(name for name in names if name in PRECISIONS and name != EXACT)) or (EXACT,)
+
+    @property
     def precision(self) -> str:
-        """What it computes in: the artifact's precision, or one that was asked for by the option of that name."""
-        asked = str(self.options.get("precision", self.artifact.precision))
-        return asked if asked in PRECISIONS else self.artifact.precision
+        """The least exact of `precisions`."""
+        return max(self.precisions, key=rank)
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -279,6 +279,27 @@ def test_a_way_to_compute_in_less_competes_where_its_precision_is_named(tmp_path
     assert (origin.backend, origin.precision, origin.artifact.precision) == ("slow", "bf16", "fp32")
 
 
+def test_few_bits_are_computed_beside_bfloat16_where_both_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    graph = bundle.manifest.graphs["denoiser"]
+    few = msgspec.structs.replace(graph.artifacts[0], precision="int8")
+    bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=(few,))
+    room = Room("room", machine, 1.0)
+    room.record = replace(room.record, ways={"room": Way("cpu"), "quick": Way("cpu", {"precision": "bf16"}, precision="bf16")})
+    rooms(monkeypatch, room)
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    for _ in range(2):  # measured, then remembered
+        alone = fastest(bundle, "denoiser", device, machine.clock, ("fp32", "int8"))
+        both = fastest(bundle, "denoiser", device, machine.clock, ("bf16", "int8"))
+        assert alone is not None
+        assert both is not None
+        assert (alone.precisions, alone.options) == (("int8",), {})
+        assert (both.precisions, both.precision, both.rank) == (("int8", "bf16"), "int8", few.rank)
+        assert both.options == {"precision": "bf16"}
+    with pytest.raises(UsageError, match="has its denoiser in int8, and none in bf16"):
+        ElasticPipeline.from_pretrained(bundle, precisions="bf16")
+
+
 def test_a_precision_that_is_there_and_cannot_run_here_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
     graph = bundle.manifest.graphs["denoiser"]
