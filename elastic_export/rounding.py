@@ -50,7 +50,7 @@ class Doubled:
 
         arrays = {name: torch.from_numpy(array) for name, array in feeds.items()}
         with Mode():
-            return _answers(self._module, {name: array.double() if array.is_floating_point() else array for name, array in arrays.items()})
+            return answers(self._module, {name: array.double() if array.is_floating_point() else array for name, array in arrays.items()})
 
 
 class Plain:
@@ -70,10 +70,11 @@ class Plain:
                 return (_by_vectors if normed else func)(*args, **(kwargs or {}))
 
         with Mode():
-            return _answers(self._module, {name: torch.from_numpy(array) for name, array in feeds.items()})
+            return answers(self._module, {name: torch.from_numpy(array) for name, array in feeds.items()})
 
 
-def _answers(module: Any, feeds: Mapping[str, "torch.Tensor"]) -> tuple[np.ndarray, ...]:
+def answers(module: Any, feeds: Mapping[str, "torch.Tensor"]) -> tuple[np.ndarray, ...]:
+    """Outputs of a module for its feeds."""
     import torch
 
     with torch.inference_mode():
@@ -170,7 +171,7 @@ def plain(module: "torch.nn.Module") -> Plain | None:
     return Plain(module) if any(isinstance(each, torch.nn.GroupNorm) for each in module.modules()) else None
 
 
-def error(answers: tuple[np.ndarray, ...], exact: tuple[np.ndarray, ...]) -> float:
+def error(outputs: tuple[np.ndarray, ...], exact: tuple[np.ndarray, ...]) -> float:
     """The largest difference, in units of max(1, the largest exact value of its output)."""
-    pairs = zip(answers, exact, strict=True)
+    pairs = zip(outputs, exact, strict=True)
     return max(float(np.abs(one - other).max() / max(1.0, np.abs(other).max())) for one, other in pairs)

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 import elastic_targets
-from elastic_export.rounding import doubled, error, plain
+from elastic_export.rounding import answers, doubled, error, plain
 from elastic_runtime.contract import reference
 from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import Budget, key
@@ -65,7 +65,7 @@ def record(graph: "GraphCapture", budgets: list[Budget]) -> tuple[dict[str, np.n
                 first = tuple(value[: graph.batch.min] for value in results)  # as many samples as a run needs tell it, and take less
                 rows = _rows(graph, arrays, slice(0, graph.batch.min))
                 doubles = exact(rows)
-                rounding += [error(answers, doubles) for answers in ([first, summed(rows)] if summed else [first])]
+                rounding += [error(each, doubles) for each in ([first, summed(rows)] if summed else [first])]
     largest = {axis.name: axis.max for axis in graph.axes if axis.carrier == "shape"}
     largest |= {name: span.max for name, span in graph.open_dimensions.items()}
     shared = graph.feeds(Budget(**dict(budgets[-1]) | largest), size)
@@ -81,9 +81,8 @@ def _answers(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], size: int)
     runs = []
     for first in range(0, size, step):
         rows = _rows(graph, arrays, slice(first, first + step))
-        result = graph.module(**{name: torch.from_numpy(array) for name, array in rows.items()})
-        runs.append([value.numpy() for value in (result if isinstance(result, tuple) else (result,))])
-    return tuple(np.concatenate(values) for values in zip(*runs, strict=True)) if len(runs) > 1 else tuple(runs[0])
+        runs.append(answers(graph.module, {name: torch.from_numpy(array) for name, array in rows.items()}))
+    return tuple(np.concatenate(values) for values in zip(*runs, strict=True)) if len(runs) > 1 else runs[0]
 
 
 def _rows(graph: "GraphCapture", arrays: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import EXACT, PRECISIONS
+from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.opening import backends, obstacles, open_artifact, open_session
@@ -84,8 +84,7 @@ class SessionRuntime:
                 decoder = open_session(bundle, "decoder", backend.name, **options)
             except MissingError:  # its pictures are then not timed
                 decoder = None
-        of_way = PRECISIONS[way.precision].tolerance if way.precision else 0.0
-        return Opened(denoiser, decoder, max(bundle.manifest.graphs[GRAPH].tolerance(artifact), of_way))
+        return Opened(denoiser, decoder, max(bundle.manifest.graphs[GRAPH].tolerance(artifact), way.tolerance))
 
 
 def runtimes(name: str, bundle: Bundle) -> list[SessionRuntime]:

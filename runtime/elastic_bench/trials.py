@@ -11,7 +11,6 @@ import numpy as np
 from elastic_runtime.contract.artifacts import Artifact, Verification
 from elastic_runtime.contract.budget import key
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.contract.precision import tolerance
 from elastic_runtime.device import Clock
 from elastic_runtime.errors import ElasticError
 from elastic_runtime.sessions.backend import Backend, Way
@@ -64,7 +63,7 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
     if reason := record.obstacle(artifact):
         yield Trial(**about, reason=reason)
         return
-    limit = max(bundle.manifest.graphs[graph].tolerance(artifact), tolerance(how.precision) if how.precision else 0.0)
+    limit = max(bundle.manifest.graphs[graph].tolerance(artifact), how.tolerance)
     try:
         with open_artifact(bundle, graph, artifact, record.name, **how.options) as session:
             arrays = bundle.reference()

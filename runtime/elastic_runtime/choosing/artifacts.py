@@ -35,7 +35,7 @@ class ArtifactOpener:
             raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder}. {why}")
         precisions = allowed(bundle.manifest, (precisions,) if isinstance(precisions, str) else precisions, floor)
         able, reasons = candidates(bundle, "denoiser", backend) if precisions else ([], [])
-        if precisions and not any({*candidate.precisions} <= {*precisions} for candidate in able):
+        if precisions and not any(candidate.within(precisions) for candidate in able):
             has, asked = dict.fromkeys(artifact.precision for artifact in graphs["denoiser"].artifacts), ", ".join(precisions)
             if has.keys() & set(precisions):
                 raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder} in {asked}. {' '.join(reasons)}")

@@ -262,7 +262,7 @@ def fastest(
 
 def chosen(able: Sequence[Origin], precisions: Collection[str] | None) -> list[Origin]:
     """Those that give up no more than `precisions`; the most exact where none are named, or of the graph there are none."""
-    named = [candidate for candidate in able if precisions and {*candidate.precisions} <= {*precisions}]
+    named = [candidate for candidate in able if precisions and candidate.within(precisions)]
     most_exact = min(candidate.rank for candidate in able)
     return named or [candidate for candidate in able if candidate.rank == most_exact]
 

@@ -25,6 +25,11 @@ class Way:
     options: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
 
+    @property
+    def tolerance(self) -> float:
+        """The bound of what it computes in, in units of max(1, |reference|); 0 where that is the artifact's own."""
+        return PRECISIONS[self.precision].tolerance if self.precision else 0.0
+
     def takes(self, artifact: Artifact) -> bool:
         """Whether there is float32 in the artifact for it to compute in less: all of it, or what is beside weights of few bits."""
         row = PRECISIONS[artifact.precision]

@@ -39,6 +39,10 @@ class Origin:
         names = (self.artifact.precision, str(self.options.get("precision", EXACT)))
         return tuple(dict.fromkeys(name for name in names if name in PRECISIONS and name != EXACT)) or (EXACT,)
 
+    def within(self, precisions: Iterable[str]) -> bool:
+        """Whether it gives up no more than `precisions`."""
+        return {*self.precisions} <= {*precisions}
+
     @property
     def precision(self) -> str:
         """The least exact of `precisions`."""
