@@ -108,7 +108,7 @@ def export(
     if room.available:
         room.available(chosen)  # its absence should not wait for the model
     bundle = opened(model, source)
-    check_opset(bundle, options.get("opset"))
+    exporting.require_model(bundle, options.get("opset"), verify)
     if bundle is None:
         onnx = elastic_targets.target("onnx")
         first = target_options(onnx, {name: value for name, value in options.items() if name in ("opset", "conditions_apart")}, precision)
@@ -342,15 +342,6 @@ def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
     if any(value is not None and value is not False and value != [] for value in source.values()):
         raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae, --adapter and the like are for a MODEL")
     return Bundle.open(model)
-
-
-def check_opset(bundle: Bundle | None, opset: int | None) -> None:
-    """Raise UsageError for an `opset` beside a bundle, whose ONNX files are what they are."""
-    if bundle and opset is not None:
-        raise UsageError(
-            f"--opset is for a MODEL that is exported to ONNX first, and {bundle.folder} has its ONNX files: add one with "
-            f"elastic-export onnx MODEL --opset {opset} -o {bundle.folder}"
-        )
 
 
 def target_options(room: Target, given: Mapping[str, Any], precision: str | None = None) -> Any:

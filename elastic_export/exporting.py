@@ -147,6 +147,20 @@ def export_bundle(
         return draft.commit(manifest)
 
 
+def require_model(bundle: Bundle | None, opset: int | None, verify: str) -> None:
+    """Raise UsageError for what belongs to an export from torch beside a bundle, whose ONNX files and recorded budgets are there."""
+    if bundle and opset is not None:
+        raise UsageError(
+            f"--opset is for a MODEL that is exported to ONNX first, and {bundle.folder} has its ONNX files: add one with "
+            f"elastic-export onnx MODEL --opset {opset} -o {bundle.folder}"
+        )
+    if bundle and verify != VERIFY[0]:
+        raise UsageError(
+            f"--verify is for a MODEL that is exported to ONNX first, and {bundle.folder} has its recorded budgets: what is made of it is "
+            f"held against each of them wherever it runs here; leave out --verify {verify}"
+        )
+
+
 def _room_on_disk(graphs: Sequence["GraphCapture"], room: Target, options: Any, folder: Path) -> None:
     """Raise BundleError where the artifacts will not fit beside what is there, before the first of them is made."""
     from elastic_targets.weights import weights

@@ -7,7 +7,7 @@ Each report is one run of `elastic-export bench` with peers beside ours (`make b
 """
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from card import filled
 from elastic_bench.figures import Figures, figures
 from elastic_bench.files import read
 from elastic_bench.records import BundleReport, Peaks, Report, RuntimeReport
+from elastic_bench.runtimes import ways
 from elastic_bench.statistics import ratio
 from elastic_export.bench.peers import PEERS
-from elastic_runtime import Bundle, ElasticError
+from elastic_runtime import Bundle, ElasticError, UsageError
 from elastic_runtime.choosing.precisions import keeping
 from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT
@@ -71,10 +72,26 @@ class Goal:
         return f"| {' | '.join(cells)} |"
 
 
-def goals(report: Report, bundle: BundleReport, manifest: Manifest) -> Iterator[Goal]:
+def best_peaks(reports: Sequence[Report]) -> Peaks:
+    """The best of what was measured before each run: what else went on then took from it.
+
+    Raises: UsageError for reports of several machines.
+    """
+    if len(machines := dict.fromkeys(str(report.machine) for report in reports)) > 1:
+        raise UsageError(f"the reports are of several machines, {' and '.join(machines)}: give those of one")
+    every = [report.peaks for report in reports]
+    names = dict.fromkeys(name for each in every for name in each.rates)
+    return Peaks(
+        flops_per_second=max(each.flops_per_second for each in every),
+        bytes_per_second=max(each.bytes_per_second for each in every),
+        rates={name: max(each.rates.get(name, 0.0) for each in every) for name in names},
+    )
+
+
+def goals(report: Report, bundle: BundleReport, manifest: Manifest, peaks: Peaks) -> Iterator[Goal]:
     """A goal for each budget that was timed; what draws worse than the card allows does not count as ours."""
     every: dict[str, list[Figures]] = {}
-    for each in figures(bundle, report.settings, report.peaks):
+    for each in figures(bundle, report.settings, peaks):
         every.setdefault(" ".join(f"{name} {value}" for name, value in each.row.budget.items()), []).append(each)
     for budget, here in every.items():
         peers = [each for each in here if each.runtime.runtime in PEERS]
@@ -96,17 +113,17 @@ def goals(report: Report, bundle: BundleReport, manifest: Manifest) -> Iterator[
 
 def section(reports: list[Report], bundles: Path) -> str:
     """What stands between the markers."""
+    peaks = best_peaks(reports)
     rows = [
         goal.row()
         for report in reports
         for bundle in report.bundles
-        for goal in goals(report, bundle, Bundle.open(bundles / bundle.name).manifest)
+        for goal in goals(report, bundle, Bundle.open(bundles / bundle.name).manifest, peaks)
     ]
     first = reports[0]
     used = {
         runtime.where for report in reports for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where
     }
-    rates = ", ".join(_peaks(report.peaks for report in reports))
     broken = {each.runtime: each.failure for report in reports for bundle in report.bundles for each in bundle.runtimes if each.failure}
     without = "".join(f" Without figures: {name} ({failure})." for name, failure in broken.items())
     return "\n".join(
@@ -118,22 +135,16 @@ def section(reports: list[Report], bundles: Path) -> str:
             f"`make goals` on a {first.machine}, {first.settings.threads} threads; {', '.join(sorted(used))}. Ratios are medians "
             "within rounds of one run, and say how many times longer the other took. Best is the fastest of ours that the bundle's card "
             f"finds as good as float32, or, where there is none, whose step is within {NEAR:.0f} dB of the original's. Least is what the "
-            f"FLOPs and bytes of a step take at this machine's peaks ({rates}, measured before each run), and its share of the time; at "
-            f"the peak is what torch.compile took over the least of float32.{without}",
+            f"FLOPs and bytes of a step take at this machine's peaks ({_rates(peaks)}, the best of those measured before each run), and "
+            f"its share of the time; at the peak is what torch.compile took over the least of float32.{without}",
         ]
     )
 
 
-def _peaks(measured: Iterable[Peaks]) -> Iterator[str]:
-    """The least and the largest of each rate; one that is below float32's is of no use, and is left out."""
-    every = list(measured)
-    exact = max(each.flops_per_second for each in every)
-    for name in dict.fromkeys(name for each in every for name in each.rates):
-        values = [each.rates[name] for each in every if name in each.rates]
-        if max(values) >= exact:
-            yield f"{name} {min(values) / 1e9:.0f} to {max(values) / 1e9:.0f} GFLOP/s"
-    copies = [each.bytes_per_second / 1e9 for each in every]
-    yield f"{min(copies):.0f} to {max(copies):.0f} GB/s"
+def _rates(peaks: Peaks) -> str:
+    """Each rate but those below float32's, which are of no use."""
+    rates = {name: rate for name, rate in peaks.rates.items() if rate >= peaks.flops_per_second}
+    return ", ".join([*(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()), f"{peaks.bytes_per_second / 1e9:.0f} GB/s"])
 
 
 def _converted(peer: Figures) -> bool:
@@ -141,8 +152,10 @@ def _converted(peer: Figures) -> bool:
 
 
 def _keeps(manifest: Manifest, runtime: RuntimeReport) -> bool:
-    if manifest.precisions or runtime.precision == EXACT:
-        return runtime.precision in keeping(manifest)
+    beside = next((way.precision for name, (_, way) in ways().items() if name == runtime.runtime.split()[0]), None)
+    precisions = {runtime.precision, beside or runtime.precision}  # of weights of few bits, and of what is computed beside them
+    if manifest.precisions or precisions == {EXACT}:
+        return precisions <= {*keeping(manifest)}
     return min((row.psnr_db for row in runtime.checked), default=0.0) >= NEAR
 
 

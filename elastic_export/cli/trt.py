@@ -70,6 +70,7 @@ def trt(
 
     from elastic_export import api
     from elastic_export.cli.making import make
+    from elastic_export.exporting import require_model
     from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, available
 
@@ -81,7 +82,7 @@ def trt(
     bundle = api.opened(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache
-    api.check_opset(bundle, opset)
+    require_model(bundle, opset, how.verify)
     if bundle is None:
         onnx = {"precision": precision or "fp32", "conditions_apart": conditions_apart} | ({"opset": opset} if opset else {})
         folder = output or Path(Path(source.model).name)

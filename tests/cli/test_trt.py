@@ -70,6 +70,7 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
         (("--precision", "int8"), 2, "for TensorRT choose int8qdq"),
         (("--checkpoint", "w.pt"), 2, "is a bundle and has its weights"),
         (("--opset", "20"), 2, "--opset is for a MODEL that is exported to ONNX first, and"),
+        (("--verify", "ends"), 2, "--verify is for a MODEL that is exported to ONNX first, and"),
         (("--builder", "nvcc"), 2, "--builder must be one of auto, rtx, tensorrt"),
     ],
 )

@@ -30,6 +30,7 @@ from elastic_runtime.contract.manifest import Cost
 
 JSON_SCHEMA = 1
 WIDE = 1000  # columns that no table needs
+WORD = 40  # characters of a word that a column of text keeps whole
 
 
 def fail(message: str) -> None:
@@ -116,12 +117,18 @@ def _progress(quiet: bool, *columns: Any) -> Progress:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """A table of results; the first column is text, the others are figures, which no terminal is too narrow for."""
+    """A table of results; the first column is text, whose words stay whole unless they are very long, the others are figures, which no
+    terminal is too narrow for."""
     shown = Table(title=title, title_justify="left", header_style="bold")
+    cells = [[str(cell) for cell in row] for row in rows]
+    word = max((len(word) for row in cells for word in row[0].split()), default=0)
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        shown.add_row(*(escape(str(cell)) for cell in row))
+        text = i == 0
+        shown.add_column(
+            column, justify="left" if text else "right", no_wrap=not text, overflow="fold", min_width=min(word, WORD) if text else None
+        )
+    for row in cells:
+        shown.add_row(*(escape(cell) for cell in row))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=200)

@@ -62,17 +62,20 @@ def load(report: LoadReport) -> None:
 
 def _runtimes(opened: BundleReport) -> None:
     rows = []
+    sentences = []  # too long for a column
     for runtime in opened.runtimes:
         held = runtime.held or runtime.precision
         if runtime.missing or runtime.failure:
-            told = f"missing: {runtime.missing}" if runtime.missing else f"FAILED: {runtime.failure}"
-            rows.append((runtime.runtime, held, "-", "-", "-", told))
+            rows.append((runtime.runtime, held, "-", "-", "-", "missing" if runtime.missing else "FAILED"))
+            sentences.append(f"{runtime.runtime}: {f'missing: {runtime.missing}' if runtime.missing else f'FAILED: {runtime.failure}'}")
             continue
         worst = max(runtime.checked, key=lambda row: row.share)
-        said = "; ".join([str(runtime.where), *(f"{what}: {why}" for what, why in runtime.skipped.items())])
         error = f"{worst.max_abs:.1e} of {worst.bounded}"
-        rows.append((runtime.runtime, held, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), said))
-    table(f"{opened.name}: {opened.model}", ("runtime", "precision", "checked, max abs", "load s", "peak MB", ""), rows)
+        rows.append((runtime.runtime, held, error, f"{runtime.load_seconds:.2f}", _mb(runtime.peak_bytes), str(runtime.where)))
+        sentences += [f"{runtime.runtime}: {what}: {why}" for what, why in runtime.skipped.items()]
+    table(f"{opened.name}: {opened.model}", ("runtime", "precision", "checked, max abs", "load s", "peak MB", "on"), rows)
+    for sentence in sentences:
+        line(sentence)
 
 
 def _benchmark_row(found: Figures) -> tuple[object, ...]:

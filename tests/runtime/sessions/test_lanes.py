@@ -39,7 +39,7 @@ class Clock:
     """Runs of the main thread make time pass; those in lanes wait for each other, so that each lane has one."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.runs = 0.0, 0
         self._both = threading.Barrier(2)
 
     def run(self, seconds: float, lane: bool = False) -> Callable[[Any], dict[str, np.ndarray]]:
@@ -48,6 +48,7 @@ class Clock:
                 self._both.wait(10)
             if threading.current_thread() is threading.main_thread():
                 self.now += seconds
+                self.runs += 1
             return {"prediction": arrays["sample"]}
 
         return run
@@ -86,6 +87,16 @@ def test_the_faster_way_is_taken(alone_seconds: float, beside_seconds: float, be
     lanes = Lanes(graph(), clock.run(alone_seconds), clock.run(beside_seconds, lane=True), 2)
     lanes.measure(feeds(2), lambda: clock.now)
     assert lanes.beside is beside
+    lanes.close()
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.01, 12), (0.2, 4)])
+def test_measuring_keeps_nobody_waiting(seconds: float, runs: int) -> None:
+    """Twice each way in each of three rounds, or, where a model is slow, in one."""
+    clock = Clock()
+    lanes = Lanes(graph(), clock.run(seconds), clock.run(seconds / 4, lane=True), 2)
+    lanes.measure(feeds(2), lambda: clock.now)
+    assert clock.runs == runs
     lanes.close()
 
 

@@ -174,6 +174,55 @@ def test_an_artifact_in_bfloat16_is_computed_in_it_where_the_processor_can(
             open_session(bundle, name="openvino", lanes=1, precision="bf16")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "looped", "size"),
+    [
+        ([(768, 768), (3072, 768)], False, 256),
+        ([(768, 64), (128, 128)], False, 128),  # a quarter of the weights would be multiplied in floats
+        ([(768, 768), (64, 64)], False, 256),  # here fewer than a hundredth
+        ([(1024, 64)], True, 256),
+        ([(32, 512)], False, None),
+        ([], False, None),
+    ],
+)
+def test_values_share_a_scale_as_far_as_rows_allow(sizes: list[tuple[int, int]], looped: bool, size: int | None, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="writing the graph needs onnx")
+    file = tmp_path / "products.onnx"
+    onnx.save(products(sizes, looped), str(file))
+    with openvino.without_telemetry():
+        import openvino as library
+    assert openvino.group(library.Core().read_model(str(file))) == size
+
+
+def products(sizes: list[tuple[int, int]], looped: bool) -> Any:
+    """An ONNX model that multiplies an input for each matrix of bytes, in a loop or not; and one that takes rows of a table of bytes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = [numpy_helper.from_array(np.ones((2048, 2048), np.int8), "table")]
+    nodes, inputs, outputs = [helper.make_node("Gather", ["table", "ids"], ["rows"])], [], []
+    for i, (inner, outer) in enumerate(sizes):
+        constants += [numpy_helper.from_array(np.ones((inner, outer), np.int8), f"codes{i}")]
+        constants += [numpy_helper.from_array(np.ones(outer, np.float32), f"scales{i}")]
+        nodes += [helper.make_node("DynamicQuantizeMatMul", [f"x{i}", f"codes{i}", f"scales{i}"], [f"y{i}"], domain="com.microsoft")]
+        inputs += [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["B", inner])]
+        outputs += [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["B", outer])]
+    ids, rows = (
+        helper.make_tensor_value_info("ids", TensorProto.INT64, [2]),
+        helper.make_tensor_value_info("rows", TensorProto.INT8, [2, 2048]),
+    )
+    if looped:
+        scalar = [helper.make_tensor_value_info(name, TensorProto.BOOL, []) for name in ("goes_on", "still")]
+        turn = helper.make_tensor_value_info("turn", TensorProto.INT64, [])
+        body = helper.make_graph(
+            [helper.make_node("Identity", ["goes_on"], ["still"]), *nodes[1:]], "body", [turn, scalar[0]], [scalar[1], *outputs]
+        )
+        constants += [numpy_helper.from_array(np.array(3), "turns")]
+        nodes[1:] = [helper.make_node("Loop", ["turns", ""], [f"all{i}" for i in range(len(sizes))], body=body)]
+        outputs = [helper.make_tensor_value_info(f"all{i}", TensorProto.FLOAT, ["T", "B", outer]) for i, (_, outer) in enumerate(sizes)]
+    graph = helper.make_graph(nodes, "products", [ids, *inputs], [rows, *outputs], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+
+
 @pytest.mark.parametrize("weak", ["min", "max"])
 def test_lanes_draw_the_same_picture(weak: str, golden_bundle: Callable[[str], Bundle]) -> None:
     """Both branches of guidance as one batch and in two streams; and branches of two sizes, through both ways."""
