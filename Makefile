@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo bench goals serve-load test lint check wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix ray-check clean
+.PHONY: demo bench goals serve-load test lint check wide wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix ray-check clean
 
 demo: .venv/.base
 	$(BIN)/elastic-export demo -o demo
@@ -32,7 +32,7 @@ goals: .venv/.base
 		|| exit 1; done
 	rm -f $(G)/*.json
 	for batch in 1 2; do for name in elit-mnist elit-b elit-xl; do \
-		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 4 --overwrite \
+		$(BIN)/elastic-export bench $(G)/$$name --runtimes $(PEERS) --budgets 32,64,128,256 --batch $$batch --steps 1 --overwrite \
 			--json $(G)/$$name-$$batch.json || test -f $(G)/$$name-$$batch.json || exit 1; done; done  # a peer may fail: the page says how
 	$(BIN)/python samples/goals.py $(G)/*.json --bundles $(G) --page docs/performance.md
 
@@ -52,7 +52,11 @@ lint: .venv/.dev
 	$(BIN)/lint-imports --no-logo
 
 check: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30 --durations-min 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30 --durations-min 10 -m "not wide"
+
+# The other families, forms and precisions of what `check` covers with one: before a release, and after a change to what they share.
+wide: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations 30 --durations-min 10 -m wide
 
 # The wheel by itself, away from the sources: torch-free tests and --help in an empty environment of the oldest and the newest Python that
 # it is for (INTERPRETERS="3.10 3.11 3.12 3.13": of each that is here). Devices have others than the exporter asks for: JetPack 6 has 3.10.

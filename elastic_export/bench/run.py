@@ -2,7 +2,7 @@
 
 import datetime
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from elastic_bench.runtimes import Runtime, runtimes, ways
 from elastic_export.bench.peaks import peaks
 from elastic_export.bench.peers import PEERS, USUAL, TorchRuntime
 from elastic_runtime.contract.bundle import Bundle
-from elastic_runtime.errors import BundleError, UsageError
+from elastic_runtime.errors import BundleError, MissingError, UsageError
 
 NAMES = (*ways(), *PEERS)
 DEFAULT = (*ways(), *USUAL)
@@ -34,7 +34,7 @@ def bench(
 ) -> tuple[Report, list[Album]]:
     """Measure the bundles in `folders`; return the report, and each bundle's pictures.
 
-    Raises: UsageError and its kinds, before anything is measured.
+    Raises: UsageError and its kinds, and MissingError where no runtime can run, before anything is measured.
     """
     settings.check()
     if unknown := [name for name in names if name not in NAMES]:
@@ -51,6 +51,9 @@ def bench(
             )
         suited(settings, bundle)
     wanted = [(bundle, points(bundle, values), _runtimes(bundle, names, checkpoint)) for bundle in bundles]
+    obstacles = [(each.name, each.obstacle(bundle)) for bundle, _, asked in wanted for each in asked]
+    if all(obstacle for _, obstacle in obstacles):
+        raise nothing(f"{name}: {obstacle}" for name, obstacle in obstacles)
     on_stage("measuring the processor's peaks")
     most = peaks(settings.threads)
     sources, absent = counters()
@@ -65,6 +68,11 @@ def bench(
         settings=settings,
         bundles=tuple(report for report, _ in found),
     ), [album for _, album in found]
+
+
+def nothing(reasons: Iterable[str]) -> MissingError:
+    """The error where nothing could be measured."""
+    return MissingError(f"nothing here can run what was asked for. {' '.join(dict.fromkeys(reasons))}")
 
 
 def _runtimes(bundle: Bundle, names: Sequence[str], checkpoint: Path | None) -> list[Runtime]:

@@ -86,7 +86,7 @@ def bench(
     """
     from elastic_export.cli.show import benchmark as shown
     from elastic_runtime.device import usable_cores
-    from elastic_runtime.errors import MissingError, RegressionError, UsageError, VerificationError
+    from elastic_runtime.errors import RegressionError, UsageError, VerificationError
 
     if compare:
         if bundles:
@@ -119,7 +119,7 @@ def bench(
         raise UsageError("--loads are those of a server: give --serve, too")
 
     from elastic_bench.records import Settings
-    from elastic_export.bench.run import DEFAULT
+    from elastic_export.bench.run import DEFAULT, nothing
     from elastic_export.bench.run import bench as run
 
     _writable(json, html, overwrite)
@@ -143,8 +143,7 @@ def bench(
     if wrong := [runtime for runtime in every if runtime.failure]:
         raise VerificationError(f"{wrong[0].runtime} has no figures: {wrong[0].failure}")
     if not any(runtime.rows for runtime in every):
-        reasons = " ".join(dict.fromkeys(f"{runtime.runtime}: {runtime.missing}" for runtime in every))
-        raise MissingError(f"nothing here can run what was asked for. {reasons}")
+        raise nothing(f"{runtime.runtime}: {runtime.missing}" for runtime in every)
 
 
 def _load(

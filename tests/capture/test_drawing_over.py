@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import narrow
 
 torch = pytest.importorskip("torch", reason="diffusers' pipelines need torch")
 pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
@@ -38,7 +39,7 @@ def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(colours).convert(mode)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=narrow(KINDS))
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Our pipeline, and what makes diffusers' of a kind from the same parts."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import narrow
 
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("onnxruntime", reason="verifying needs ONNX Runtime")
@@ -30,12 +31,14 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("family", "name", "prediction"),
-    [
-        ("elit-uvit", "uvit-b", "velocity"),
-        ("elit-hdit", "hdit-a", "velocity"),
-        ("elit-uvit-tokens", "uvit-tokens-a", "epsilon"),
-        ("elit-hdit-levels", "hdit-levels-a", "edm"),
-    ],
+    narrow(
+        [
+            ("elit-uvit", "uvit-b", "velocity"),
+            ("elit-hdit", "hdit-a", "velocity"),
+            ("elit-uvit-tokens", "uvit-tokens-a", "epsilon"),
+            ("elit-hdit-levels", "hdit-levels-a", "edm"),
+        ]
+    ),
 )
 def test_a_checkpoint_is_exported_verified_and_drawn(
     run: Run, golden: Path, vae: Path, tmp_path: Path, family: str, name: str, prediction: str

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import narrow
 
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("diffusers", reason="the folders are diffusers'")
@@ -72,12 +73,14 @@ def test_a_whole_flux_folder_becomes_a_bundle(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "transformer", "dtype"),
-    [
-        ("schnell", lambda: folders.flux(guidance_embeds=False), "fp16"),
-        ("sd3", lambda: folders.sd3(), "fp32"),
-        ("z-image", lambda: folders.z_image(), "fp16"),
-    ],
-    ids=["schnell", "sd3", "z-image"],
+    narrow(
+        [
+            ("sd3", lambda: folders.sd3(), "fp32"),
+            ("schnell", lambda: folders.flux(guidance_embeds=False), "fp16"),
+            ("z-image", lambda: folders.z_image(), "fp16"),
+        ]
+    ),
+    ids=["sd3", "schnell", "z-image"],
 )
 def test_every_kind_of_transformer_exports_alone(run: Run, tmp_path: Path, name: str, transformer: Callable[[], Any], dtype: str) -> None:
     folders.write(tmp_path / name, transformer(), decoder=name == "sd3")

@@ -127,6 +127,7 @@ def test_untraced_sizes_through_onnx_runtime(made: Made, name: str) -> None:
     check_untraced(bundle, pipeline.transformer)
 
 
+@pytest.mark.wide
 def test_untraced_sizes_at_opset_20(tmp_path: Path) -> None:
     transformer = folders.flux2(guidance_embeds=True)
     folders.write(tmp_path / "f", transformer, decoder=False)

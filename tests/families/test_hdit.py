@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import narrow
 
 torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
@@ -44,7 +45,7 @@ def test_recorded_outputs_in_torch(backbone: Callable[[str], Backbone], name: st
     assert recorded.error(forward(model.module, recorded.feeds)) <= 2e-5
 
 
-@pytest.mark.parametrize(("name", "opset"), [("hdit-a", 23), ("hdit-b", 20)])
+@pytest.mark.parametrize(("name", "opset"), narrow([("hdit-a", 23), ("hdit-b", 20)]))
 def test_recorded_outputs_through_onnx_runtime(
     backbone: Callable[[str], Backbone], backbone_bundle: Callable[[str, int], Bundle], name: str, opset: int
 ) -> None:
@@ -57,6 +58,7 @@ def test_recorded_outputs_through_onnx_runtime(
         assert recorded.error(session.run(twice)["prediction"][3:1:-1]) <= 2e-5
 
 
+@pytest.mark.wide
 def test_half_precision_is_proven_by_its_export(backbone: Callable[[str], Backbone], tmp_path: Path) -> None:
     """With windows, of which ONNX Runtime is particular in half precision: see `Cells.ordered`."""
     recorded = backbone("hdit-b")

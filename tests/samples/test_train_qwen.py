@@ -55,6 +55,7 @@ def test_every_name_is_a_prompt_of_its_own_and_as_long(folder: Path) -> None:
     assert all((texts[i] - texts[j]).abs().max() > 0.1 for i in range(10) for j in range(i))
 
 
+@pytest.mark.wide
 def test_it_is_exported_and_graded_by_its_prompts(folder: Path, tmp_path: Path) -> None:
     bundle = elastic_export.export(folder, output=tmp_path / "b", max_sequence_length=16, batch="1-40", verify="none")
     assert bundle.manifest.model.sample_shape == (4, 16, 16)

@@ -1,6 +1,5 @@
 """Small captures, a way to lower them, and MIL programs by hand."""
 
-import gc
 import json
 import warnings
 from collections.abc import Callable
@@ -105,8 +104,6 @@ def program(tmp_path: Path) -> Callable[..., Callable[..., Any]]:
             model = ct.convert(made, minimum_deployment_target=opset, compute_precision=ct.precision.FLOAT32, skip_model_load=True)
             package = tmp_path / "by-hand.mlpackage"
             model.save(str(package))
-            del model
-            gc.collect()  # its temporary folder, which would warn later
         evaluator = Evaluator(package)
 
         def run(**feeds: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import narrow
 
 pytest.importorskip("diffusers", reason="the folders are diffusers'")
 pytest.importorskip("transformers", reason="the folders' encoders are transformers'")
@@ -59,7 +60,7 @@ def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowere
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
-@pytest.mark.parametrize("shapes", ["functions", "range"])
+@pytest.mark.parametrize("shapes", narrow(["functions", "range"]))
 def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[..., Any], lowered: Lowered, error: Error, shapes: str) -> None:
     graph = graphs(folders.qwen_image())[0]
     points = [Budget(tokens=count, T=text) for count, text in ((16, 5), (28, 5))]
@@ -68,7 +69,7 @@ def test_a_qwen_image_denoiser_turns_pairs_in_real_numbers(graphs: Callable[...,
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
-@pytest.mark.parametrize(("precision", "shapes"), [("fp32", "range"), ("fp16", "functions")])
+@pytest.mark.parametrize(("precision", "shapes"), narrow([("fp32", "range"), ("fp16", "functions")]))
 def test_a_z_image_denoiser_takes_pad_tokens(
     graphs: Callable[..., Any], lowered: Lowered, error: Error, precision: str, shapes: str
 ) -> None:
@@ -80,7 +81,7 @@ def test_a_z_image_denoiser_takes_pad_tokens(
     assert max(error(graph, session, point) for point in points) < PRECISIONS[precision].tolerance
 
 
-@pytest.mark.parametrize("shapes", ["functions", "range"])
+@pytest.mark.parametrize("shapes", narrow(["functions", "range"]))
 def test_a_flux_2_denoiser_places_its_text_too(graphs: Callable[..., Any], lowered: Lowered, error: Error, shapes: str) -> None:
     graph = graphs(folders.flux2(guidance_embeds=True))[0]
     points = [Budget(tokens=count, T=text) for count, text in ((16, 5), (28, 5))]
@@ -89,7 +90,7 @@ def test_a_flux_2_denoiser_places_its_text_too(graphs: Callable[..., Any], lower
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
-@pytest.mark.parametrize(("precision", "shapes"), [("fp32", "range"), ("fp16", "functions")])
+@pytest.mark.parametrize(("precision", "shapes"), narrow([("fp32", "range"), ("fp16", "functions")]))
 def test_krea_2_turns_groups_of_heads_and_fuses_its_text_apart(
     graphs: Callable[..., Any], lowered: Lowered, error: Error, precision: str, shapes: str
 ) -> None:
@@ -109,7 +110,7 @@ def test_an_encoder_has_one_function_for_the_picture(graphs: Callable[..., Any],
     assert error(graph, session, Budget(**whole)) < PRECISIONS["fp16"].tolerance
 
 
-@pytest.mark.parametrize("make", [folders.krea2, folders.flux2])  # one of a frame, and one that packs what it gives
+@pytest.mark.parametrize("make", narrow([folders.krea2, folders.flux2]))  # one of a frame, and one that packs what it gives
 def test_an_encoder_with_open_sides_takes_whole_latents(
     make: Callable[..., Any], graphs: Callable[..., Any], lowered: Lowered, error: Error
 ) -> None:
@@ -120,13 +121,14 @@ def test_an_encoder_with_open_sides_takes_whole_latents(
         session.run({"image": graph.feeds(Budget(h=4, w=4), 1)["image"][..., 1:]})
 
 
+@pytest.mark.wide
 def test_the_decoder_of_packed_latents_keeps_its_sides_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
     graph = graphs(folders.flux2())[1]
     _, session = lowered(graph, precision="fp32", shapes="range")
     assert max(error(graph, session, Budget(h=height, w=width)) for height, width in ((2, 2), (8, 5))) < PRECISIONS["fp32"].tolerance
 
 
-@pytest.mark.parametrize("shapes", ["functions", "range"])
+@pytest.mark.parametrize("shapes", narrow(["range", "functions"]))
 def test_elit_on_qwen_image_keeps_its_text_whole(golden: Path, lowered: Lowered, error: Error, shapes: str) -> None:
     graph = capture_folder(golden / "elit-qwen-image-a", None, Sides(16, 24), Span(1, 2), max_sequence_length=7).graphs[0]
     assert [point["latents"] for point in budgets(graph, CoremlOptions())] == [6, 12, 24, 48, 96]

@@ -1,7 +1,6 @@
 """Each mend is needed: the fault shows without it, and only without it."""
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import narrow
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
@@ -25,13 +25,10 @@ Convert = Callable[..., Callable[..., Any]]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' own warnings, and those of the temporary folders that a converted model leaves to the collector."""
+    """Without the libraries' own warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            gc.collect()
+        yield
 
 
 @pytest.fixture
@@ -141,7 +138,7 @@ def test_a_split_of_constant_sizes_converts(convert: Convert) -> None:
     np.testing.assert_allclose(convert(Fixed(), X)(X), Fixed()(X).numpy())
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", narrow([False, True]))
 def test_an_rms_norm_keeps_its_epsilon(convert: Convert, half: bool) -> None:
     """Of small values, of zeros, and of values whose squares are beyond fp16."""
 
@@ -187,7 +184,7 @@ def test_only_a_tail_that_fits_its_head_is_rewritten(convert: Convert) -> None:
     np.testing.assert_allclose(run(X, torch.arange(7)), Longer()(X, torch.arange(7)).numpy())
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", narrow([False, True]))
 def test_a_loop_converts_and_its_names_are_its_own(convert: Convert, half: bool) -> None:
     around, wanted = X.tanh(), X
     for _ in range(3):

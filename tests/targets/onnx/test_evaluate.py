@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import narrow
 
 ir = pytest.importorskip("onnx_ir", reason="cutting a graph needs onnx_ir")
 pytest.importorskip("torch", reason="exporting needs torch")
@@ -17,13 +18,15 @@ from elastic_runtime.contract.reference import axis_feeds, cut, unpack  # noqa: 
 from elastic_targets.onnx.bfloat16 import spelled_out  # noqa: E402
 from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
 
+PRECISIONS = {"elt-mnist": "int8w", "elit-mnist": "fp16", "ralu-digits": "int4w"}
 
-@pytest.fixture(scope="module", params=[("elit-mnist", "fp16"), ("elt-mnist", "int8w"), ("ralu-digits", "int4w")], ids=lambda each: each[0])
+
+@pytest.fixture(scope="module", params=narrow(PRECISIONS))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    name, precision = request.param
+    name = request.param
     if name == "ralu-digits":
         pytest.importorskip("diffusers", reason="the folder is diffusers'")
-    return elastic_export.export(name, output=tmp_path_factory.mktemp("b") / name, precision=precision, batch="1-2")
+    return elastic_export.export(name, output=tmp_path_factory.mktemp("b") / name, precision=PRECISIONS[name], batch="1-2")
 
 
 @pytest.mark.parametrize("part", [1, 200_000, 10**9], ids=["a node a part", "some", "one part"])
@@ -68,7 +71,7 @@ def test_without_a_runtime_an_artifact_says_so_in_place_of_rows(digits: Bundle, 
         elastic_export.export("elit-mnist", output=tmp_path / "b", precision="int8")
 
 
-@pytest.mark.parametrize("name", ["elit-mnist", "elt-mnist"])
+@pytest.mark.parametrize("name", narrow(["elt-mnist", "elit-mnist"]))
 def test_bfloat16_is_proven_where_nothing_runs_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product is rounded to bfloat16, in a loop's body too: some 60 dB, where float32's arithmetic has 70 and more of such weights."""
     monkeypatch.setattr(verifying, "obstacles", lambda artifact: (None, ("nothing here runs it",)))
@@ -78,7 +81,7 @@ def test_bfloat16_is_proven_where_nothing_runs_it(name: str, tmp_path: Path, mon
     assert all(row.passed and row.where.startswith("onnxruntime") and 50 < row.psnr_db < 68 for row in artifact.verified)
 
 
-@pytest.mark.parametrize("name", ["elit-mnist", "elt-mnist"])
+@pytest.mark.parametrize("name", narrow(["elt-mnist", "elit-mnist"]))
 def test_bfloat16_goes_from_part_to_part(name: str, tmp_path: Path) -> None:
     bundle = elastic_export.export(name, output=tmp_path / "b", precision="bf16", batch="1-2", verify="none")
     (graph,) = bundle.manifest.graphs.values()

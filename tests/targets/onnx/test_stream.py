@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import narrow
 
 torch = pytest.importorskip("torch", reason="exporting needs torch")
 onnx = pytest.importorskip("onnx", reason="exporting to ONNX needs onnx")
@@ -57,7 +58,7 @@ def in_memory(graph: GraphCapture, folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-@pytest.mark.parametrize("small", [0, stream.SMALL], ids=["all", "large"])
+@pytest.mark.parametrize("small", narrow([0, stream.SMALL]), ids=["all", "large"])
 def test_what_is_written_one_by_one_answers_as_what_is_exported_from_memory(
     small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +70,7 @@ def test_what_is_written_one_by_one_answers_as_what_is_exported_from_memory(
             np.testing.assert_array_equal(one, other, graph.name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4w"])
+@pytest.mark.parametrize("precision", narrow(["int4w", "fp32", "fp16"]))
 def test_no_large_weight_is_read_before_it_is_written(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "SMALL", 0)
     graph = graphs(tmp_path / "f")[0]

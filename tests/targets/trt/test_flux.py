@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from cases import narrow
 
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("diffusers", reason="the folders are diffusers'")
@@ -48,7 +49,7 @@ def test_a_qwen_image_denoiser_builds(room: ModuleType, tmp_path: Path) -> None:
     assert engine.network.attentions == 2
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["klein", "dev"])
+@pytest.mark.parametrize("guided", narrow([False, True]), ids=["klein", "dev"])
 def test_a_flux_2_folder_builds(room: ModuleType, guided: bool, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux2(guidance_embeds=guided), decoder=guided)
     captured = capture_folder(tmp_path / "f", None, Span(16, 32), Span(1, 2))
@@ -65,7 +66,7 @@ def test_a_flux_2_folder_builds(room: ModuleType, guided: bool, tmp_path: Path) 
         assert decoding.shape(made.manifest.graphs["decoder"].outputs[0], "max") == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", narrow(["fp32", "fp16"]))
 def test_a_z_image_denoiser_builds(room: ModuleType, tmp_path: Path, precision: str) -> None:
     folders.write(tmp_path / "f", folders.z_image(), decoder=False)
     captured = capture_folder(tmp_path / "f", None, Span(16, 16), Span(1, 2))
@@ -79,6 +80,7 @@ def test_a_z_image_denoiser_builds(room: ModuleType, tmp_path: Path, precision: 
     assert engine.network.attentions == 4  # of two refiners and two blocks
 
 
+@pytest.mark.wide
 def test_krea_2_builds_with_what_fuses_its_text_and_both_halves_of_its_vae(room: ModuleType, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.krea2())
     captured = capture_folder(tmp_path / "f", ("transformer", "vae", "encoder"), Span(16, 32), Span(1, 2), max_sequence_length=16)
@@ -96,6 +98,7 @@ def test_krea_2_builds_with_what_fuses_its_text_and_both_halves_of_its_vae(room:
     assert ends == [(1, 3, 8, 8), (2, 3, 32, 32)]  # the picture has twice the latent's sides
 
 
+@pytest.mark.wide
 def test_elit_on_qwen_image_builds(room: ModuleType, golden: Path, tmp_path: Path) -> None:
     captured = capture_folder(golden / "elit-qwen-image-a", None, Sides(16, 24), Span(1, 2))
     bundle = export_capture(captured, "onnx", target("onnx").options(), tmp_path / "out", "elastic-export onnx f")
