@@ -124,7 +124,13 @@ def section(reports: list[Report], bundles: Path) -> str:
     used = {
         runtime.where for report in reports for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where
     }
-    broken = {each.runtime: each.failure for report in reports for bundle in report.bundles for each in bundle.runtimes if each.failure}
+    broken = {
+        f"{each.runtime} at {bundle.name}": each.failure
+        for report in reports
+        for bundle in report.bundles
+        for each in bundle.runtimes
+        if each.failure
+    }
     without = "".join(f" Without figures: {name} ({failure})." for name, failure in broken.items())
     return "\n".join(
         [
