@@ -79,7 +79,9 @@ class Process:
                 done, result = self._pipe.recv()
             except (EOFError, OSError):
                 self._process.join()
-                raise InferenceError(f"the process of {self._name} died with exit code {self._process.exitcode}") from None
+                code = self._process.exitcode
+                why = ", as systems end one when memory runs out" if code == -9 else ""
+                raise InferenceError(f"the process of {self._name} died with exit code {code}{why}") from None
             except KeyboardInterrupt:  # nobody waits for what it was asked
                 self._process.kill()
                 raise

@@ -66,8 +66,9 @@ def _runtimes(opened: BundleReport) -> None:
     for runtime in opened.runtimes:
         held = runtime.held or runtime.precision
         if runtime.missing or runtime.failure:
-            rows.append((runtime.runtime, held, "-", "-", "-", "missing" if runtime.missing else "FAILED"))
-            sentences.append(f"{runtime.runtime}: {f'missing: {runtime.missing}' if runtime.missing else f'FAILED: {runtime.failure}'}")
+            state, why = ("missing", runtime.missing) if runtime.missing else ("FAILED", runtime.failure)
+            rows.append((runtime.runtime, held, "-", "-", "-", state))
+            sentences.append(f"{runtime.runtime}: {state}: {why}")
             continue
         worst = max(runtime.checked, key=lambda row: row.share)
         error = f"{worst.max_abs:.1e} of {worst.bounded}"

@@ -24,8 +24,8 @@ from elastic_runtime.sessions.session import Arrays, Session
 # What it may compute in: our name -> its own, which is understood as well.
 HINTS = {name: name.replace("fp", "f") for name, row in PRECISIONS.items() if "openvino" in row.backends and not row.pictured}
 PROCESSORS: dict[str, Processor] = {"CPU": "cpu", "GPU": "gpu", "NPU": "npu"}
-# Values of a row that share a scale where they meet bytes. OpenVINO's own is 32, which keeps a product of bytes from its speed: B/2 takes a
-# quarter to a third longer. ONNX Runtime, which proves the artifact, takes one for all rows, so that each of these is more exact.
+# Values of a row that share a scale where they meet bytes. OpenVINO's own is 32, which keeps a product of bytes from its speed: ELIT-B/2
+# takes 30 to 40 % longer. ONNX Runtime, which proves the artifact, takes one for all rows, so that each of these is more exact.
 GROUPS = (256, 128, 64)
 FEW = 0.01  # of the weights
 # A session's first run is alone. The bindings (2026.4) make C++ statics in it, for which a thread gives up the interpreter's
