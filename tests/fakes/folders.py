@@ -1,10 +1,12 @@
 """Diffusers folders of small random models, written as diffusers and transformers write them. Import this where those are installed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import language_models
+import msgspec
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -28,6 +30,10 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers.utils import logging
+
+from elastic_export.capture.folders import capture_folder
+from elastic_runtime import Bundle, Span
+from elastic_runtime.contract.bundle import MANIFEST
 
 SIDE = 32  # pixels; a latent has half of them, a token has 2 x 2 latent pixels of 4 channels
 WORDS = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "digit", "seven", "cat"]
@@ -205,3 +211,15 @@ def write(folder: Path, transformer: Any, *, text: bool = False, decoder: bool =
         listed = {"_class_name": pipeline, "image_encoder": [None, None]} | classes
         (folder / "model_index.json").write_text(json.dumps(listed))
     return folder
+
+
+def as_distilled(bundle: Bundle, folder: Path, copy: Path, size: Span, batch: Span) -> Bundle:
+    """A copy of the `bundle` that was exported from `folder`, as of the same weights with another word in its index, which only the
+    manifest tells; `folder` has that word from then on."""
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    model = capture_folder(folder, None, size, batch).manifest.model
+    shutil.copytree(bundle.folder, copy)
+    manifest = msgspec.structs.replace(bundle.manifest, model=msgspec.structs.replace(model, name=bundle.manifest.model.name))
+    (copy / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    return Bundle.open(copy)

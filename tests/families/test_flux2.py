@@ -28,7 +28,6 @@ from elastic_export.capture.folders import capture_folder
 from elastic_export.families import flux2
 from elastic_export.families.flux2 import Flux2
 from elastic_runtime import BudgetError, Bundle, ElasticPipeline, ModelError, Plan, Request, Span, UsageError, open_session
-from elastic_runtime.contract.bundle import MANIFEST
 from elastic_runtime.contract.manifest import Patches, Text, Vae
 from elastic_runtime.denoising.tokens import place, text_places
 from elastic_runtime.drawing.beside import fitted
@@ -100,13 +99,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-96", batch="1-4", verify=verify, **wide)
         found[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
         if name == "base":
-            index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
-            (folder / "model_index.json").write_text(json.dumps(index))
-            model = capture_folder(folder, None, Span(16, 96), Span(1, 4)).manifest.model
-            copy = Path(shutil.copytree(bundle.folder, root / "distilled-b"))
-            whole = msgspec.structs.replace(bundle.manifest, model=msgspec.structs.replace(model, name=bundle.manifest.model.name))
-            (copy / MANIFEST).write_bytes(msgspec.json.encode(whole))
-            found["distilled"] = Flux2KleinPipeline(**parts, is_distilled=True), Bundle.open(copy)
+            distilled = folders.as_distilled(bundle, folder, root / "distilled-b", Span(16, 96), Span(1, 4))
+            found["distilled"] = Flux2KleinPipeline(**parts, is_distilled=True), distilled
     for pipeline, _ in found.values():
         pipeline.set_progress_bar_config(disable=True)
     return found

@@ -1,6 +1,5 @@
 """Krea 2 as a graph over tokens with places, and its text fusion as one of its own: diffusers' own class and pipeline, FLOPs, refusals."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from elastic_runtime.ralu.patches import pack, raster
 
 PATCHES = Patches(size=2, positions="img_ids")
 LAYERS = 3
+SCHEDULER = {"use_dynamic_shifting": True, "max_image_seq_len": 6400}
 Arrays = dict[str, np.ndarray]
 
 
@@ -110,21 +110,19 @@ def test_the_published_model_takes_what_was_counted() -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Any, Bundle]]:
     """By whether it is distilled: diffusers' pipeline of a folder without text encoder, and the bundle that was exported from it."""
-    found = {}
-    for distilled in (False, True):
-        root = tmp_path_factory.mktemp("krea2")
-        transformer = folders.krea2()
-        folder = folders.write(root / "f", transformer)
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
-        scheduler.save_pretrained(folder / "scheduler")
-        listed = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps(listed | {"is_distilled": distilled}))
-        parts: dict[str, Any] = {
-            "scheduler": scheduler, "vae": folders.frame_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
-        }  # fmt: skip
-        pipeline = Krea2Pipeline(**parts, is_distilled=distilled)
+    root, transformer, scheduler = tmp_path_factory.mktemp("krea2"), folders.krea2(), FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    folder = folders.write(root / "f", transformer)
+    scheduler.save_pretrained(folder / "scheduler")
+    parts: dict[str, Any] = {
+        "scheduler": scheduler, "vae": folders.frame_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
+    }  # fmt: skip
+    bundle = elastic_export.export(folder, output=root / "b", size="16-32", batch="1-4", verify="ends")
+    found = {
+        False: (Krea2Pipeline(**parts, is_distilled=False), bundle),
+        True: (Krea2Pipeline(**parts, is_distilled=True), folders.as_distilled(bundle, folder, root / "d", Span(16, 32), Span(1, 4))),
+    }
+    for pipeline, _ in found.values():
         pipeline.set_progress_bar_config(disable=True)
-        found[distilled] = pipeline, elastic_export.export(folder, output=root / "b", size="16-32", batch="1-4", verify="ends")
     return found
 
 

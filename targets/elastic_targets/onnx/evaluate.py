@@ -96,6 +96,7 @@ def compute(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watch
 def _opened(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> tuple[Any, dict[str, str]]:
     """A session of a part, for values of these shapes, and its outputs by the names of the values that they are."""
     runtime, options = library(), session_options(library())
+    options.enable_cpu_mem_arena = False  # it grows to the next power of two, and a part is run once: twice the memory for no time
     made, seen, beside = _described(model, part, values, watched)
     content = made.SerializeToString()
     del made
