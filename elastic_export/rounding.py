@@ -140,16 +140,21 @@ def _by_strips(
     high = count - 2  # rows, of the dimensions that it goes along
     row = DOUBLE * len(taken) * weight[0].numel() * math.prod(sizes) // sizes[high]
     rows = max(1, COLUMNS // row)
-    if rows >= sizes[high]:
+    if rows >= sizes[high] or paddings[high] >= reach[high]:  # in which a strip might be of margins alone
         return convolution(taken, weight, bias, stride, padding, dilation, groups)
-    padded = torch.nn.functional.pad(taken, [margin for each in reversed(paddings) for margin in (each, each)])
     weight, bias = values(weight), None if bias is None else values(bias)
-    strips = []
+    answer = taken.new_empty(len(taken), len(weight), *sizes)
+    margins = [margin for each in reversed(paddings) for margin in (each, each)]  # the last dimension first, as torch has it
+    along, side = 2 + high, 2 * (count - 1 - high)  # where rows stand in a shape, and in the margins
     for first in range(0, sizes[high], rows):
-        length = (min(rows, sizes[high] - first) - 1) * strides[high] + reach[high]
-        strip = padded.narrow(2 + high, first * strides[high], length)
-        strips.append(convolution(strip, weight, bias, stride, 0, dilation, groups))
-    return torch.cat(strips, 2 + high)
+        height = min(rows, sizes[high] - first)
+        begin = first * strides[high] - paddings[high]
+        end = begin + (height - 1) * strides[high] + reach[high]
+        margins[side : side + 2] = max(0, -begin), max(0, end - taken.shape[along])
+        strip = taken.narrow(along, max(0, begin), min(end, taken.shape[along]) - max(0, begin))
+        strip = torch.nn.functional.pad(strip, margins)  # here and not of the whole, which would stand there twice
+        answer.narrow(along, first, height).copy_(convolution(strip, weight, bias, stride, 0, dilation, groups))
+    return answer
 
 
 def doubled(module: "torch.nn.Module") -> Doubled | None:

@@ -88,6 +88,8 @@ def test_group_norms_are_measured_as_runtimes_sum_them(words: dict[str, Any], sh
         ("Conv2d", {"kernel_size": 3, "padding": 1}, (2, 4, 13, 9)),
         ("Conv2d", {"kernel_size": (3, 5), "stride": 2, "padding": (0, 2), "dilation": (2, 1), "groups": 2, "bias": False}, (1, 4, 16, 11)),
         ("Conv2d", {"kernel_size": 3, "padding": "same"}, (1, 4, 8, 8)),
+        ("Conv2d", {"kernel_size": 4, "stride": 3, "padding": 3}, (1, 4, 12, 7)),
+        ("Conv2d", {"kernel_size": 1, "padding": 2}, (1, 4, 8, 8)),
         ("Conv3d", {"kernel_size": 3, "stride": (1, 2, 2), "padding": (0, 1, 1)}, (1, 4, 3, 9, 8)),
     ],
 )
