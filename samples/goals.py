@@ -125,13 +125,13 @@ def section(reports: list[Report], bundles: Path) -> str:
         runtime.where for report in reports for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where
     }
     broken = {
-        f"{each.runtime} at {bundle.name}": each.failure
+        f"{each.runtime} at {bundle.name}, batch {report.settings.batch}": each.failure
         for report in reports
         for bundle in report.bundles
         for each in bundle.runtimes
         if each.failure
     }
-    without = "".join(f" Without figures: {name} ({failure})." for name, failure in broken.items())
+    without = f" Without figures: {'; '.join(f'{name} ({failure})' for name, failure in broken.items())}." if broken else ""
     return "\n".join(
         [
             HEAD,
