@@ -1,6 +1,7 @@
 """Hold a session against what the original model answered, as the bundle recorded it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 
@@ -41,6 +42,8 @@ def check(
     Raises: as `recordings`.
     """
     batched = session.graph.batched
+    answered: list[tuple[Budget, Feeds, int, int]] = []  # where and what the original answered, to how many samples, in how many runs
+    runs: list[Feeds] = []
     for number, (budget, inputs, recorded) in enumerate(recordings(bundle, graph, session, arrays)):
         count = len(inputs[batched[0]])
         size = max(count, session.batch.min)
@@ -48,8 +51,12 @@ def check(
         parts = batches(session, size)
         if number and graph in CONVOLVED and session.batch.min == 1:  # pictures' activations are their memory; the smallest shared a run
             parts = [slice(row, row + 1) for row in range(size)]
-        runs = [session.run(feeds | {name: feeds[name][rows] for name in batched}) for rows in parts]
-        got = {name: np.concatenate([run[name] for run in runs])[:count] for name in recorded}
+        answered.append((budget, recorded, count, len(parts)))
+        runs += [feeds | {name: feeds[name][rows] for name in batched} for rows in parts]
+    answers = iter(session.several(runs)) if session.gathers and runs else map(session.run, runs)
+    for budget, recorded, count, parted in answered:
+        own = list(islice(answers, parted))
+        got = {name: np.concatenate([answer[name] for answer in own])[:count] for name in recorded}
         for name, array in recorded.items():
             if got[name].shape != array.shape:
                 raise BundleError(

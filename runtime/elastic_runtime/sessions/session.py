@@ -63,12 +63,14 @@ class Session(ABC):
     A subclass implements `_run` and `close`, and says in `where` what it runs on and in `processor` of which kind that
     is. An artifact may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was
     compiled for (None: every budget of the axes), `spans` those of open dimensions of which it takes fewer sizes.
-    `origin` is None for a session that no artifact was opened for.
+    `origin` is None for a session that no artifact was opened for. `gathers` is whether runs that are handed over
+    together (`several`) take much less than one after the other.
     """
 
     where: str
     processor: Processor = "cpu"
     origin: Origin | None = None
+    gathers: bool = False
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 The nodes are run in their order, as many together as have so many bytes of weights; between the parts only activations are kept.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from elastic_targets.onnx.qdq import FORMS
 PART = 256_000_000  # bytes of weights
 BESIDE = 1_000_000  # bytes of a weight that is handed over beside its part's message, which would hold copies of it, and no more than 2 GiB
 
-
 _HANDED = (np.float32, np.float16, np.int8, np.uint8)  # numpy's own; those of fewer bits are packed in the message
+Given = dict[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Part:
 
 
 class PartSession(Session):
-    """A model in parts, on ONNX Runtime's CPU provider: each run reads every weight once."""
+    """A model in parts, on ONNX Runtime's CPU provider: runs that are handed over together read every weight once."""
+
+    gathers = True
 
     def __init__(self, graph: Graph, model: ir.Model, part: int = PART):
         super().__init__(graph)
@@ -57,30 +59,37 @@ class PartSession(Session):
         self.where = f"onnxruntime {library().__version__} CPU, in {len(self._parts)} parts"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        if self._model is None:
-            raise InferenceError("this session is closed")
-        values: dict[str, np.ndarray] = dict(feeds)
+        return self._several([feeds])[0]
+
+    def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        held: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in runs]
         last = {name: position for position, part in enumerate(self._parts) for name in part.takes}
         wanted = {spec.name for spec in self.graph.outputs}
         for position, part in enumerate(self._parts):
+            kept = wanted | {name for name, place in last.items() if place > position}
             try:
-                values |= self._compute(part, values)
+                opened = self._opened(part, held)
+                for values in held:
+                    values |= _computed(opened, part, values)
+                    for name in values.keys() - kept:
+                        del values[name]
             except Exception as error:  # its exception types are private
                 raise InferenceError(f"ONNX Runtime failed in part {position + 1} of {len(self._parts)}: {error}") from error
-            values = {name: array for name, array in values.items() if name in wanted or last.get(name, -1) > position}
+            del opened
             if len(self._parts) > 1:
                 give_back()  # what opening a part left in the C library's heap
-        return {spec.name: values[spec.name] for spec in self.graph.outputs}
+        return [{name: values[name] for name in wanted} for values in held]
 
-    def _compute(self, part: Part, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        assert self._model is not None
-        key = (part.takes, tuple((values[name].dtype, values[name].shape) for name in part.takes))
-        kept, opened = self._last
-        if kept != key:  # that of the only part serves until the shapes change
-            self._last, opened = (None, None), None
-            opened = _opened(self._model, part, values)
-            self._last = (key, opened) if len(self._parts) == 1 else (None, None)
-        return _computed(opened, part, values)
+    def _opened(self, part: Part, runs: Sequence[Mapping[str, np.ndarray]]) -> Any:
+        if self._model is None:
+            raise InferenceError("this session is closed")
+        given = _given(part, runs)
+        if len(self._parts) > 1:
+            return _opened(self._model, part, given)
+        if self._last[0] != given:  # that of the only part serves until the shapes change
+            self._last = (None, None)
+            self._last = (given, _opened(self._model, part, given))
+        return self._last[1]
 
     def close(self) -> None:
         self._model, self._last = None, (None, None)
@@ -90,14 +99,23 @@ def compute(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watch
     """What a part gives for the `values` that it takes, and `watched` values of its nodes or of their loops' bodies, those of every time
     that a loop went round one after the other.
     """
-    return _computed(_opened(model, part, values, watched), part, values)
+    return _computed(_opened(model, part, _given(part, [values]), watched), part, values)
 
 
-def _opened(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> tuple[Any, dict[str, str]]:
-    """A session of a part, for values of these shapes, and its outputs by the names of the values that they are."""
+def _given(part: Part, runs: Sequence[Mapping[str, np.ndarray]]) -> Given:
+    """The types of the values that a part takes in `runs`, and their shapes, open where these differ."""
+    given = {}
+    for name in part.takes:
+        shapes = zip(*(values[name].shape for values in runs), strict=True)
+        given[name] = runs[0][name].dtype, tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in shapes)
+    return given
+
+
+def _opened(model: ir.Model, part: Part, given: Given, watched: Collection[str] = ()) -> tuple[Any, dict[str, str]]:
+    """A session of a part, for values of these types and shapes, and its outputs by the names of the values that they are."""
     runtime, options = library(), session_options(library())
     options.enable_cpu_mem_arena = False  # it grows to the next power of two, and a part is run once: twice the memory for no time
-    made, seen, beside = _described(model, part, values, watched)
+    made, seen, beside = _described(model, part, given, watched)
     content = made.SerializeToString()
     del made
     options.add_external_initializers(list(beside), [runtime.OrtValue.ortvalue_from_numpy(array) for array in beside.values()])
@@ -164,9 +182,7 @@ def taken(node: ir.Node) -> Iterator[ir.Value]:
     yield from (value for each in (node, *body) for value in each.inputs if value is not None and id(value) not in own)
 
 
-def _described(
-    model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str]
-) -> tuple[Any, dict[str, str], dict[str, np.ndarray]]:
+def _described(model: ir.Model, part: Part, given: Given, watched: Collection[str]) -> tuple[Any, dict[str, str], dict[str, np.ndarray]]:
     """The part as a model of its own, with its weights within, the outputs that `watched` values are to be had by, and the weights that
     are handed over beside it."""
     import onnx
@@ -177,8 +193,9 @@ def _described(
     made.graph.node.extend(onnx.helper.make_node("Cast", [part.outside(name)], [name], to=onnx.TensorProto.BFLOAT16) for name in narrowed)
     made.graph.node.extend(ir.to_proto(node) for node in part.nodes)
     for name in part.takes:
-        kind = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
-        made.graph.input.append(onnx.helper.make_tensor_value_info(part.outside(name), kind, values[name].shape))
+        dtype, shape = given[name]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+        made.graph.input.append(onnx.helper.make_tensor_value_info(part.outside(name), kind, shape))
     made.graph.output.extend(onnx.ValueInfoProto(name=part.outside(name)) for name in part.gives)
     seen: dict[str, str] = {}
     for node, proto in zip(part.nodes, made.graph.node[len(narrowed) :], strict=True):
