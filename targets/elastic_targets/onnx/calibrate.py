@@ -33,8 +33,7 @@ def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str], on_progr
     done, total = 0, len(points) * len(starts(graph))
     with PartSession(msgspec.structs.replace(described, outputs=(*described.outputs, *ports)), observed) as session:
         for budget in points:
-            for fed in feeds(graph, budget):
-                outputs = session.run(fed)
+            for outputs in session.several(list(feeds(graph, budget))):
                 found = {name: float(np.maximum(most, outputs[told[name]])) for name, most in found.items()}
                 done += 1
                 if on_progress:

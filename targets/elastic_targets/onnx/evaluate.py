@@ -95,11 +95,15 @@ class PartSession(Session):
         self._model, self._last = None, (None, None)
 
 
-def compute(model: ir.Model, part: Part, values: Mapping[str, np.ndarray], watched: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """What a part gives for the `values` that it takes, and `watched` values of its nodes or of their loops' bodies, those of every time
-    that a loop went round one after the other.
+def compute(
+    model: ir.Model, part: Part, runs: Sequence[Mapping[str, np.ndarray]], watched: Collection[str] = ()
+) -> Iterator[dict[str, np.ndarray]]:
+    """What a part gives in each of `runs` for the values that it takes, and `watched` values of its nodes or of their loops' bodies, those
+    of every time that a loop went round one after the other.
     """
-    return _computed(_opened(model, part, _given(part, [values]), watched), part, values)
+    opened = _opened(model, part, _given(part, runs), watched)
+    for values in runs:
+        yield _computed(opened, part, values)
 
 
 def _given(part: Part, runs: Sequence[Mapping[str, np.ndarray]]) -> Given:

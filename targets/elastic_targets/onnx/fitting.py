@@ -64,8 +64,8 @@ def fitted(
     for number in range(len(cut)):
         here = {str(matrix.taken.name) for matrix in matrices if place[id(matrix.node)] == number}
         wanted = dict.fromkeys(tuple(names) for names in taken.values() if here & names.keys())
-        for run, values in enumerate(states):
-            values |= compute(model, cut[number], values, here)
+        for run, answers in enumerate(compute(model, cut[number], states, here)):
+            values = states[run] | answers
             for names in wanted:
                 for name in here & set(names):
                     _add(grams.setdefault(names, []), values[name], BLOCKS[bits])

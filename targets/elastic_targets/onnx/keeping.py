@@ -41,7 +41,7 @@ def costliest(graph: GraphCapture, model: ir.Model, precision: str, count: int, 
         made = model.clone()
         quantize(made, precision, kept=kept)
         with PartSession(described, made) as session:
-            return [output for fed in runs for output in session.run(fed).values()]
+            return [output for outputs in session.several(runs) for output in outputs.values()]
 
     exact, costs = answers(matrices), {}
     for done, name in enumerate(matrices, start=1):

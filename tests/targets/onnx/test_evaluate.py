@@ -9,7 +9,7 @@ from cases import narrow
 
 ir = pytest.importorskip("onnx_ir", reason="cutting a graph needs onnx_ir")
 pytest.importorskip("torch", reason="exporting needs torch")
-pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX needs ONNX Runtime")
 
 import elastic_export  # noqa: E402
 from elastic_export import verifying  # noqa: E402
@@ -48,6 +48,25 @@ def test_parts_answer_as_the_whole(bundle: Bundle, part: int) -> None:
                 assert np.abs(found - wanted).max() <= bound * max(1.0, np.abs(wanted).max()), name
     with pytest.raises(InferenceError, match="closed"):
         parts.run(inputs)
+
+
+def test_runs_that_are_handed_over_together_read_each_part_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((_, graph), *_) = bundle.manifest.graphs.items()
+    (artifact,) = graph.artifacts
+    feeds, outputs = unpack("denoiser", bundle.reference())
+    runs = []
+    for budget in outputs:
+        axes = tuple(axis for axis in bundle.manifest.axes if axis.name in budget)
+        runs.append(cut(graph.inputs, feeds, budget, axes) | axis_feeds(axes, budget))
+    opened: list[object] = []
+    begin = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *given, **words: (opened.append(given), begin(*given, **words))[1])
+    with PartSession(graph, ir.load(bundle.file(artifact.path)), 200_000) as parts:
+        together = parts.several(runs)
+        assert len(opened) == len(parts._parts) > 1
+        for alone, answer in zip(map(parts.run, runs), together, strict=True):
+            assert all(np.abs(alone[name] - answer[name]).max() <= 1e-5 * max(1.0, np.abs(answer[name]).max()) for name in answer)
+        assert len(opened) == (1 + len(runs)) * len(parts._parts)
 
 
 def test_a_large_artifact_is_proven_in_parts_while_it_is_exported_and_whole_by_verify(

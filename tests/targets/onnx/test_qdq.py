@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,13 @@ def looped() -> tuple[GraphCapture, ir.Model]:
 def test_the_largest_of_every_pass_and_feed_is_taken_and_is_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, model = looped()
     seen: list[float] = []
-    run = PartSession.run
-    monkeypatch.setattr(PartSession, "run", lambda self, feeds: (seen.append(float(np.abs(feeds["sample"]).max())), run(self, feeds))[1])
+    several = PartSession.several
+
+    def spied(session: PartSession, runs: Sequence[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        seen.extend(float(np.abs(each["sample"]).max()) for each in runs)
+        return several(session, runs)
+
+    monkeypatch.setattr(PartSession, "several", spied)
     told: list[tuple[str, int, int]] = []
     found = calibrate.largest(graph, model, ["sample", "twice"], lambda *words: told.append(words))
     assert found == {"sample": pytest.approx(max(seen)), "twice": pytest.approx(8 * max(seen))}
