@@ -146,7 +146,7 @@ def test_a_looped_transformer_builds_for_every_loop_count_at_once(room: ModuleTy
     assert [set(profile.dimensions) for profile in artifact.profiles] == [{"B"}]
 
 
-@pytest.mark.parametrize(("name", "opset"), [("uvit-a", 23), ("hdit-b", 20)])
+@pytest.mark.parametrize(("name", "opset"), narrow([("uvit-a", 23), ("hdit-b", 20)]))
 def test_a_backbone_without_an_axis_builds_with_its_batch_open(
     room: ModuleType, backbone_bundle: Callable[[str, int], Bundle], tmp_path: Path, name: str, opset: int
 ) -> None:
