@@ -27,11 +27,12 @@ from typing import Any
 import httpx2
 import numpy as np
 from PIL import Image
-from soak import GROWTH, resident
+from soak import resident
 
 from elastic_runtime import Bundle
 
 CLIENTS = 4
+GROWTH = 0.05  # of what is held after the second tenth
 CREATE = "/v1/images/generations"
 PROGRAM = "from elastic_export.cli import main; main()"
 ROUNDING = 1  # of 255: runs of other sizes round otherwise

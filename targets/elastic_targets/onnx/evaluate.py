@@ -62,13 +62,15 @@ class PartSession(Session):
         return self._several([feeds])[0]
 
     def _several(self, runs: Sequence[Arrays]) -> list[dict[str, np.ndarray]]:
+        if self._model is None:
+            raise InferenceError("this session is closed")
         held: list[dict[str, np.ndarray]] = [dict(feeds) for feeds in runs]
         last = {name: position for position, part in enumerate(self._parts) for name in part.takes}
         wanted = {spec.name for spec in self.graph.outputs}
         for position, part in enumerate(self._parts):
             kept = wanted | {name for name, place in last.items() if place > position}
             try:
-                opened = self._opened(part, held)
+                opened = self._session(self._model, part, held)
                 for values in held:
                     values |= _computed(opened, part, values)
                     for name in values.keys() - kept:
@@ -78,17 +80,15 @@ class PartSession(Session):
             del opened
             if len(self._parts) > 1:
                 give_back()  # what opening a part left in the C library's heap
-        return [{name: values[name] for name in wanted} for values in held]
+        return [{spec.name: values[spec.name] for spec in self.graph.outputs} for values in held]
 
-    def _opened(self, part: Part, runs: Sequence[Mapping[str, np.ndarray]]) -> Any:
-        if self._model is None:
-            raise InferenceError("this session is closed")
+    def _session(self, model: ir.Model, part: Part, runs: Sequence[Mapping[str, np.ndarray]]) -> Any:
         given = _given(part, runs)
         if len(self._parts) > 1:
-            return _opened(self._model, part, given)
+            return _opened(model, part, given)
         if self._last[0] != given:  # that of the only part serves until the shapes change
             self._last = (None, None)
-            self._last = (given, _opened(self._model, part, given))
+            self._last = (given, _opened(model, part, given))
         return self._last[1]
 
     def close(self) -> None:
