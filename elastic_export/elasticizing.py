@@ -98,10 +98,10 @@ def _checkpoint(checkpoint: Checkpoint, output: Path, split: Mapping[str, int], 
     if (name := name or kind.families[0]) not in kind.families:
         raise UsageError(f"{checkpoint.path} is a {kind.name}, which becomes {' or '.join(kind.families)}, not {name}")
     family = FAMILIES[name]
-    told = read_json(config, "config") if config else {}
-    told.pop("family", None)
-    prediction = told.pop("prediction", None) if kind is KINDS[0] else None
-    params = agree(family, kind.sources(weights, checkpoint.args) | {f"config {config}": told}, split)
+    sizes = read_json(config, "config") if config else {}
+    sizes.pop("family", None)
+    prediction = sizes.pop("prediction", None) if kind is KINDS[0] else None
+    params = agree(family, kind.sources(weights, checkpoint.args) | {f"config {config}": sizes}, split)
     if kind is KINDS[0]:
         weights |= backbone.without_variance(weights, params)
     weights |= new(params.interface, seed)

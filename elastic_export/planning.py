@@ -184,8 +184,8 @@ def _device(name: str) -> tuple[str, Peak, float | None]:
     if name == HERE:
         here = devices.probe()
         gpu = here.gpus[0] if here.gpus else None
-        found = devices.peak(here, "gpu" if gpu else "cpu")
-        return found.listed or HERE, found, (gpu.memory_total if gpu and not gpu.integrated else None) or here.memory.total
+        peak = devices.peak(here, "gpu" if gpu else "cpu")
+        return peak.listed or HERE, peak, (gpu.memory_total if gpu and not gpu.integrated else None) or here.memory.total
     entries = {entry.id: entry for entry in devices.catalogue()}
     if name not in entries:
         near = [id for id in entries if name.lower() in id or id in name.lower()] or list(entries)
@@ -266,9 +266,9 @@ def _zoo(request: Request, asked: Asked, name: str) -> Subject:
         row = family.cost(params, budget, parameters)
         ways[key(budget) or FULL] = [Work(row.flops, row.weight_bytes, row.activation_bytes)] * asked.steps
     channels, height, width = facts["sample_shape"]
-    told = () if channels in (1, 3) else ("the size is the latent's, and its decoder (--vae at export) is not counted",)
+    remarks = () if channels in (1, 3) else ("the size is the latent's, and its decoder (--vae at export) is not counted",)
     branches = 2 if (facts["num_classes"] if asked.guidance is None else asked.guidance > 1) else 1
-    return Subject(request.name, family.name, (height, width), 0, branches, parameters, ways, notes=told)
+    return Subject(request.name, family.name, (height, width), 0, branches, parameters, ways, notes=remarks)
 
 
 def _budgets(axes: Sequence[Axis]) -> list[Budget]:
@@ -311,13 +311,13 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
     if decoder := _decoder(folder, known, height, width):
         parts[DECODER] = decoder
     lacking = [part for part in folder.listed if not (path / part / "config.json").is_file()]
-    told = list(notes(folder, transformer.vae, list(folder.listed)))
+    remarks = list(notes(folder, transformer.vae, list(folder.listed)))
     if model.patches:
         known_to = math.prod(tokens), transformer.scheduler, model.few_steps
-        told += [why for name in PRESETS if (why := unsuited(name, *known_to))]
-    told += [f"{', '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no config.json here and are not counted"] if lacking else []
-    told += [f"guidance {embedded:g} is an input of the model, and takes no second branch"] if embedded else []
-    return Subject(name, model.family, (height, width), length, branches, parameters, ways, parts, tuple(told))
+        remarks += [why for name in PRESETS if (why := unsuited(name, *known_to))]
+    remarks += [f"{', '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no config.json here and are not counted"] if lacking else []
+    remarks += [f"guidance {embedded:g} is an input of the model, and takes no second branch"] if embedded else []
+    return Subject(name, model.family, (height, width), length, branches, parameters, ways, parts, tuple(remarks))
 
 
 def _manifest(known: Outline, model: manifest.Model, parameters: int) -> manifest.Manifest:

@@ -23,16 +23,16 @@ def series(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     Raises: SystemExit where a model beside it was not graded in the same way.
     """
-    own, found = evaluation(record), {}
+    own, rows = evaluation(record), {}
     for label, graded in {"": own, **_beside(record)}.items():
         if graded["axis"] != own["axis"]:
             continue
         for scale in own["protocol"]["guidance"]:
             words = _scale(scale) + f" {label}" * bool(label)
-            found[words] = [row for row in graded["rows"] if row["guidance"] == scale]
-            if [row["budget"] for row in found[words]] != [row["budget"] for row in own["rows"] if row["guidance"] == scale]:
+            rows[words] = [row for row in graded["rows"] if row["guidance"] == scale]
+            if [row["budget"] for row in rows[words]] != [row["budget"] for row in own["rows"] if row["guidance"] == scale]:
                 raise SystemExit(f"{label!r} was graded at other budgets: grade it again")
-    return found
+    return rows
 
 
 def _beside(record: dict[str, Any]) -> dict[str, dict[str, Any]]:

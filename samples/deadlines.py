@@ -171,8 +171,8 @@ def report(results: dict[str, Result], given: argparse.Namespace, where: str) ->
         table.add_row(name, f"{means[0]:.0%}", f"{means[1]:.1%}", f"{means[2]:.1f}", f"{means[3]:.4f}", f"{means[4]:.3f}", accuracy)
     console = Console(width=120)
     console.print(table)
-    told = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
-    console.print(f"{machine()}; {told}")
+    libraries = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
+    console.print(f"{machine()}; {libraries}")
     ours, fixed = results["Deadline"], {name: result for name, result in results.items() if name != "Deadline"}
     punctual = {name: result for name, result in fixed.items() if np.mean(result.arrived) >= np.mean(ours.arrived)}
     if not punctual:

@@ -143,30 +143,30 @@ def evaluate(
     manifest, size = bundle.manifest, (side(bundle.manifest.model),) * 2
     grader = Grader.of(judge, protocol.samples, SIDE)
     labels = np.arange(protocol.samples) % CLASSES
-    plans, found = rows(manifest, protocol.full), []
+    plans, records = rows(manifest, protocol.full), []
     for name, plan in plans.items():
         if kept := [row for row in known or () if (row["plan"], tuple(row["steps"])) == (name, plan.steps)]:
-            found.append(kept[0])
+            records.append(kept[0])
             continue
         begun, parts = time.perf_counter(), []
         for first in range(0, protocol.samples, batch):
             parts.append(draw(pipe, plan, labels[first : first + batch], first, protocol))
             tell(name, min(first + batch, protocol.samples), protocol.samples, begun)
         row = {"plan": name, "steps": list(plan.steps), "tokens": list(plan.tokens(*size)), "flops": flops(manifest, plan)}
-        found.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
-        keep(found)
-    for row, milliseconds in zip(found, timed(pipe, list(plans.values()), protocol), strict=True):
+        records.append(row | grader.grade(Digits(np.concatenate(parts), labels)) | {"seconds": round(time.perf_counter() - begun, 1)})
+        keep(records)
+    for row, milliseconds in zip(records, timed(pipe, list(plans.values()), protocol), strict=True):
         row["milliseconds"] = milliseconds
     names = ("steps", "accuracy", "frechet_distance")
     quality = [
         {"budget": {}, "plan": row["plan"].partition(",")[0]} | {name: row[name] for name in names}
-        for row in found
+        for row in records
         if ABLATION not in row["plan"]
     ]
     evaluation = {
         "protocol": asdict(protocol),
         "real": grader.real,
-        "plans": found,
+        "plans": records,
         "where": pipe.where,
         "weights_sha256": bundle.manifest.provenance.checkpoint_sha256,
         "versions": versions("elastic-export", "onnxruntime", "numpy", "torch"),
@@ -179,10 +179,10 @@ def graded(protocol: Protocol, weights: str | None, *files: Path) -> Rows:
     """Rows of records or of what was kept of a run, where they were drawn by the same protocol with the same weights."""
     rows: Rows = []
     for path in files:
-        found = read(path).get("evaluation", {}) if path.exists() else {}
-        own = {name: value for name, value in found.get("protocol", {}).items() if name in SAME}
-        if own == {name: value for name, value in asdict(protocol).items() if name in SAME} and found.get("weights_sha256") == weights:
-            rows += found["plans"]
+        evaluation = read(path).get("evaluation", {}) if path.exists() else {}
+        own = {name: value for name, value in evaluation.get("protocol", {}).items() if name in SAME}
+        if own == {name: value for name, value in asdict(protocol).items() if name in SAME} and evaluation.get("weights_sha256") == weights:
+            rows += evaluation["plans"]
     return rows
 
 

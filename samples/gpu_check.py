@@ -53,14 +53,14 @@ def budgets(manifest: Manifest, artifact: TrtArtifact) -> list[Budget]:
     """Each bucket's end, and the budget just above it, which runs in the next profile up."""
     graph = manifest.graphs[GRAPH]
     names = {spec.name for spec in graph.inputs}
-    found: dict[Budget, None] = {}
+    points: dict[Budget, None] = {}
     for axis in (axis for axis in manifest.axes if axis.input in names):
         ends = {axis.max}
         if axis.dimension:
             ends = {profile.dimensions[axis.dimension].max * axis.unit for profile in artifact.profiles}
         for value in sorted(value for end in ends for value in (end, end + axis.step) if value in axis.values):
-            found[Budget(**{other.name: other.default for other in manifest.axes if other.input in names} | {axis.name: value})] = None
-    return list(found) or [Budget()]
+            points[Budget(**{other.name: other.default for other in manifest.axes if other.input in names} | {axis.name: value})] = None
+    return list(points) or [Budget()]
 
 
 def feeds(manifest: Manifest, budget: Budget, seed: int, batch: int = 1) -> Arrays:

@@ -52,8 +52,8 @@ class Grader:
 
     def grade(self, digits: Digits) -> dict[str, Any]:
         """accuracy, accuracy_by_class and frechet_distance of digits drawn as their labels say."""
-        seen, said = self.judge.judge(digits.images)
-        right = said == digits.labels
+        seen, verdicts = self.judge.judge(digits.images)
+        right = verdicts == digits.labels
         return {
             "accuracy": float(right.mean()),
             "accuracy_by_class": [float(right[digits.labels == digit].mean()) for digit in range(10)],

@@ -54,11 +54,11 @@ def where(package: Path, units: str) -> dict[str, Counter[str]]:
     from coremltools.models.compute_plan import MLComputePlan
 
     plan = MLComputePlan.load_from_path(str(package), getattr(coremltools.ComputeUnit, COMPUTE_UNITS[units]))
-    found: dict[str, Counter[str]] = {}
+    places: dict[str, Counter[str]] = {}
     for name, function in plan.model_structure.program.functions.items():
         usages: list[Any] = [plan.get_compute_device_usage_for_mlprogram_operation(operation) for operation in function.block.operations]
-        found[name] = Counter(DEVICES[type(usage.preferred_compute_device).__name__] for usage in usages if usage)
-    return found
+        places[name] = Counter(DEVICES[type(usage.preferred_compute_device).__name__] for usage in usages if usage)
+    return places
 
 
 def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, runs: int) -> Iterator[tuple[tuple[object, ...], bool]]:

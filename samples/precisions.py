@@ -158,13 +158,13 @@ def recorded(before: dict[str, Any] | None, measured: list[dict[str, Any]], opti
     ways = list(dict.fromkeys(str((row.get("plan"), row["budget"])) for row in fresh))
     own = versions("elastic-export", "onnxruntime", "openvino", "numpy", "torch")
     where = {each: {"versions": own, "machine": machine()} for each in options.precisions}
-    told = {row["precision"]: before["measured"][row["precision"]] for row in others} if before else {}
+    standing = {row["precision"]: before["measured"][row["precision"]] for row in others} if before else {}
     return {
         "protocol": protocol,
         "rows": sorted(
             [*others, *fresh], key=lambda row: (ways.index(str((row.get("plan"), row["budget"]))), PRECISIONS.index(row["precision"]))
         ),
-        "measured": told | where,
+        "measured": standing | where,
     }
 
 

@@ -130,8 +130,8 @@ def report(folder: Path, options: argparse.Namespace) -> None:
             table.add_row(case.words, *cells)
     console = Console(width=140)
     console.print(table)
-    told = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
-    console.print(f"calibrated at {', '.join(calibrated)}; {machine()}; {told}")
+    libraries = ", ".join(f"{name} {version}" for name, version in versions("onnxruntime", "openvino", "numpy").items())
+    console.print(f"calibrated at {', '.join(calibrated)}; {machine()}; {libraries}")
     if errors:
         console.print(f"time: median error {statistics.median(errors):.1%}, largest {max(errors):.1%} (goal: median 10 %)")
     if memory_errors:

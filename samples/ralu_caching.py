@@ -39,15 +39,15 @@ def rows(pipe: ElasticPipeline, plan: str, interval: int, seed: int, **subject: 
     draw(None)  # a first run opens and warms up
     whole = draw(None)
     seconds = sum(step.seconds for step in whole.steps)
-    found = [(plan, "all steps", f"{steps.total}", "1.00", "1.00", "-")]
+    cells = [(plan, "all steps", f"{steps.total}", "1.00", "1.00", "-")]
     for name, order in KINDS.items():
         caching = Caching.every(steps, interval, order)  # type: ignore[arg-type]
         cached = draw(caching)
         computed = steps.total - len(caching.skip)
         faster = seconds / sum(step.seconds for step in cached.steps)
         less = plan_flops(manifest, steps, size) / plan_flops(manifest, steps, size, caching.skip)
-        found.append((plan, name, f"{computed}", f"{less:.2f}", f"{faster:.2f}", f"{psnr(cached.images, whole.images):.1f}"))
-    return found
+        cells.append((plan, name, f"{computed}", f"{less:.2f}", f"{faster:.2f}", f"{psnr(cached.images, whole.images):.1f}"))
+    return cells
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,24 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **embeddings(bundle), plan=given.plan, height=given.side, width=given.side, num_inference_steps=given.steps, seeds=0,
             guidance_scale=given.guidance, output_type="pil" if "decoder" in bundle.manifest.graphs else "latent",
         )  # fmt: skip
-        found: dict[str, Any] = {"bundle": given.bundle.name, "opened_s": round(opened, 1)}
+        outcome: dict[str, Any] = {"bundle": given.bundle.name, "opened_s": round(opened, 1)}
         drawn: dict[str, np.ndarray] = {}
         if given.budgets:
             axis = bundle.manifest.axes[0].name
             for value in given.budgets.split(","):
                 result = pipe.draw(_at(request, Budget(**{axis: int(value)})))
-                found[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.steps))
+                outcome[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.steps))
                 drawn[f"{axis}={value}"] = np.asarray(result.images[0], np.float32)
         else:
             result = pipe.draw(request)
-            found["steps_s"] = [round(record.seconds, 1) for record in result.steps]
+            outcome["steps_s"] = [round(record.seconds, 1) for record in result.steps]
             drawn[str(given.plan)] = np.asarray(result.images[0], np.float32)
-        found["total_s"] = round(time.monotonic() - begun, 1)
+        outcome["total_s"] = round(time.monotonic() - begun, 1)
         if given.output and given.output.suffix == ".npz":
             np.savez(given.output, **drawn)
         elif given.output:
             result.images[0].save(given.output)
-    print(json.dumps(found | {"peak_gb": round((peak_bytes() or 0) / 1e9, 2), "machine": machine(), "versions": versions()}))
+    print(json.dumps(outcome | {"peak_gb": round((peak_bytes() or 0) / 1e9, 2), "machine": machine(), "versions": versions()}))
     return 0
 
 

@@ -99,7 +99,7 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
     drawn = folder / f"{name}-{precision}.npz"
     draw = [sys.executable, str(HERE / "real_size.py"), str(bundle), *subject.draw, "--backend", backend(precision)]
     output, _, run_peak = timed([*draw, "--precision", precision, "-o", str(drawn)])
-    told = json.loads(output.splitlines()[-1])
+    run = json.loads(output.splitlines()[-1])
     manifest = Bundle.open(bundle).manifest
     (artifact,) = (each for each in manifest.graphs["denoiser"].artifacts if isinstance(each, OnnxArtifact))
     return {
@@ -107,8 +107,8 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
         "export_s": seconds,
         "export_peak": peak,
         "run_peak": run_peak,
-        "steps_ms": [told[key] for key in told if "=" in key] or [1e3 * each for each in told["steps_s"]],
-        "whole_s": None if any("=" in key for key in told) else told["total_s"],
+        "steps_ms": [run[key] for key in run if "=" in key] or [1e3 * each for each in run["steps_s"]],
+        "whole_s": None if any("=" in key for key in run) else run["total_s"],
         "step_db": min((each.psnr_db for each in artifact.verified), default=None),
         "picture_db": nearest(drawn, folder / f"{name}-fp32.npz") if precision != "fp32" else None,
         "machine": machine(),
@@ -142,12 +142,12 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
     for name, subject in SUBJECTS.items():
         title = subject.title
         for precision in subject.precisions:
-            if (found := rows.get(f"{name} {precision}")) is None:
+            if (cost := rows.get(f"{name} {precision}")) is None:
                 continue
             exact = rows.get(f"{name} fp32")
-            cells = [title, precision, _gb(found["bytes"]), f"{found['export_s']:.0f} s", _gb(found["export_peak"]), _gb(found["run_peak"])]
-            cells += [_steps(found), "-" if exact is None else f"{_pace(exact) / _pace(found):.2f}"]
-            cells += ["-" if found[each] is None else f"{found[each]:.1f}" for each in ("step_db", "picture_db")]
+            cells = [title, precision, _gb(cost["bytes"]), f"{cost['export_s']:.0f} s", _gb(cost["export_peak"]), _gb(cost["run_peak"])]
+            cells += [_steps(cost), "-" if exact is None else f"{_pace(exact) / _pace(cost):.2f}"]
+            cells += ["-" if cost[each] is None else f"{cost[each]:.1f}" for each in ("step_db", "picture_db")]
             lines.append(f"| {' | '.join(cells)} |")
             title = ""
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(first["versions"].items()))
@@ -160,15 +160,15 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _steps(found: dict[str, Any]) -> str:
-    steps = found["steps_ms"]
-    if found["whole_s"] is None:
+def _steps(cost: dict[str, Any]) -> str:
+    steps = cost["steps_ms"]
+    if cost["whole_s"] is None:
         return f"{', '.join(f'{each:.0f}' for each in steps)} ms"
-    return f"{min(steps) / 1e3:.1f} to {max(steps) / 1e3:.1f} s; {found['whole_s']:.0f} s in all"
+    return f"{min(steps) / 1e3:.1f} to {max(steps) / 1e3:.1f} s; {cost['whole_s']:.0f} s in all"
 
 
-def _pace(found: dict[str, Any]) -> float:
-    return float(sum(found["steps_ms"]))
+def _pace(cost: dict[str, Any]) -> float:
+    return float(sum(cost["steps_ms"]))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def evaluation(record: dict[str, Any]) -> dict[str, Any]:
     """The figures of a record; SystemExit where it has none yet."""
     if not record.get("evaluation"):
         raise SystemExit("the record holds no figures yet: make them with samples/evaluate.py BUNDLE --output RECORD.json")
-    found: dict[str, Any] = record["evaluation"]
-    return found
+    values: dict[str, Any] = record["evaluation"]
+    return values
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

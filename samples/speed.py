@@ -25,14 +25,14 @@ OURS, TORCH = "onnxruntime", {"torch-compile": "torch.compile", "torch": "eager 
 
 def table(report: Report, bundle: BundleReport) -> str:
     """One row a budget: milliseconds of a step in each runtime, its share of FLOPs, and a picture in the fastest runtime."""
-    found = list(figures(bundle, report.settings, report.peaks))
-    names = list(dict.fromkeys(each.runtime.runtime for each in found))
-    rows = {(each.runtime.runtime, *each.row.budget.values()): each for each in found}
+    points = list(figures(bundle, report.settings, report.peaks))
+    names = list(dict.fromkeys(each.runtime.runtime for each in points))
+    rows = {(each.runtime.runtime, *each.row.budget.values()): each for each in points}
     lines = [
         f"| {bundle.axis} | " + " | ".join(f"{name} ms" for name in names) + " | fastest time share | FLOP share | fastest picture ms |",
         "|---:|" + "---:|" * (len(names) + 3),
     ]
-    for values in dict.fromkeys(tuple(each.row.budget.values()) for each in found):
+    for values in dict.fromkeys(tuple(each.row.budget.values()) for each in points):
         here = [rows[(name, *values)] for name in names if (name, *values) in rows]
         best = min(here, key=lambda each: each.row.step.p50)
         times = [f"{1e3 * rows[(name, *values)].row.step.p50:.2f}" if (name, *values) in rows else "-" for name in names]
@@ -47,8 +47,8 @@ def beside_torch(report: Report) -> str | None:
     """How many times as long as ONNX Runtime torch takes for a step, over all budgets of all bundles; None where not both ran."""
     ratios: dict[str, list[float]] = {name: [] for name in TORCH}
     for bundle in report.bundles:
-        found = figures(bundle, report.settings, report.peaks)
-        steps = {(each.runtime.runtime, key(each.row.budget)): each.row.step.p50 for each in found}
+        points = figures(bundle, report.settings, report.peaks)
+        steps = {(each.runtime.runtime, key(each.row.budget)): each.row.step.p50 for each in points}
         for (name, budget), seconds in steps.items():
             if name in ratios and (OURS, budget) in steps:
                 ratios[name].append(seconds / steps[OURS, budget])
@@ -65,8 +65,8 @@ def section(report: Report) -> str:
         parts += [f"**{bundle.model}**, ms a step at batch {report.settings.batch}:", table(report, bundle)]
         if bundle.recommendation:
             parts.append(bundle.recommendation)
-    if told := beside_torch(report):
-        parts.append(told)
+    if remark := beside_torch(report):
+        parts.append(remark)
     used = {runtime.where for bundle in report.bundles for runtime in bundle.runtimes if runtime.rows and runtime.where}
     parts.append(f"`make bench` on a {report.machine}; {', '.join(sorted(used))}. {method(report.settings, report.bundles)}")
     return "\n\n".join(parts)

@@ -39,9 +39,9 @@ def peaks(threads: int) -> Peaks:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=ignore_interrupts) as pool:
         with _surroundings(threads), deaf():
-            found = pool.submit(_measured, threads)
+            measured = pool.submit(_measured, threads)
         try:
-            return found.result()
+            return measured.result()
         except KeyboardInterrupt:  # leaving waits for the process, which measures on
             for process in list(pool._processes.values()):
                 process.kill()

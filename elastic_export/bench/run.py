@@ -57,7 +57,7 @@ def bench(
     on_stage("measuring the processor's peaks")
     most = peaks(settings.threads)
     sources, absent = counters()
-    found = [measure(bundle, asked, budgets, settings, start, on_stage) for bundle, budgets, asked in wanted]
+    measured = [measure(bundle, asked, budgets, settings, start, on_stage) for bundle, budgets, asked in wanted]
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -66,8 +66,8 @@ def bench(
         peaks=most,
         energy=dict.fromkeys(sources, "counted") | {name: f"absent: {why}" for name, why in absent.items()},
         settings=settings,
-        bundles=tuple(report for report, _ in found),
-    ), [album for _, album in found]
+        bundles=tuple(report for report, _ in measured),
+    ), [album for _, album in measured]
 
 
 def nothing(reasons: Iterable[str]) -> MissingError:
@@ -76,7 +76,7 @@ def nothing(reasons: Iterable[str]) -> MissingError:
 
 
 def _runtimes(bundle: Bundle, names: Sequence[str], checkpoint: Path | None) -> list[Runtime]:
-    found: list[Runtime] = []
+    entries: list[Runtime] = []
     for name in dict.fromkeys(names):
-        found += [TorchRuntime(name, checkpoint)] if name in PEERS else runtimes(name, bundle)
-    return found
+        entries += [TorchRuntime(name, checkpoint)] if name in PEERS else runtimes(name, bundle)
+    return entries

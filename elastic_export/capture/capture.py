@@ -150,7 +150,7 @@ def probe_budgets(axes: tuple[Axis, ...], open_dimensions: Mapping[str, Span] | 
     if all(axis.carrier == "shape" for axis in axes) and (axes or open_dimensions):
         sizes = {axis.name: axis.values for axis in axes}
         sizes |= {name: range(span.min, span.max + 1) for name, span in (open_dimensions or {}).items()}
-        odd = {name: (found := probes(values))[min(1, len(found) - 1)] for name, values in sizes.items()}
+        odd = {name: (middles := probes(values))[min(1, len(middles) - 1)] for name, values in sizes.items()}
         turns = [odd | {name: values[len(values) // 2]} for name, values in sizes.items()]
         ends = [{name: values[end] for name, values in sizes.items()} for end in (0, -1)]
         points = [Budget(**point) for point in (ends[0], odd, *turns, ends[1])]

@@ -97,12 +97,12 @@ def bench(
         old, new = (read(path) for path in compare)
         if different := other_machine(old, new):
             show.note(f"these are two machines: {different}")
-        for said in other_models(old, new):
-            show.note(f"these are two models: {said}")
-        found = changes(old, new, tolerance)
-        shown.changes(found, tolerance)
-        if worse := [change for change in found if change.verdict in ("slower", "lost")]:
-            raise RegressionError(f"{len(worse)} of {len(found)} rows are worse, {' '.join(worse[0].place)} the first")
+        for difference in other_models(old, new):
+            show.note(f"these are two models: {difference}")
+        differences = changes(old, new, tolerance)
+        shown.changes(differences, tolerance)
+        if worse := [change for change in differences if change.verdict in ("slower", "lost")]:
+            raise RegressionError(f"{len(worse)} of {len(differences)} rows are worse, {' '.join(worse[0].place)} the first")
         return
     if not bundles:
         raise UsageError("give a bundle's folder; make one with: elastic-export onnx -o digits")

@@ -96,10 +96,10 @@ def generate(
     for warning in warned:
         show.note(str(warning.message))
     facts = requests.facts(folder, asked, result)
-    told = show.text(requests.metadata(facts))
-    save(grid([result.images], least=1 if result.plan else 64), output, told)  # along a plan of the size that was asked for
+    text = show.text(requests.metadata(facts))
+    save(grid([result.images], least=1 if result.plan else 64), output, text)  # along a plan of the size that was asked for
     if sheet and show_tokens:
-        save(sheet, show_tokens, told)
+        save(sheet, show_tokens, text)
     if saying.json:
         show.as_json("generate", {"output": str(output)} | facts)
     else:

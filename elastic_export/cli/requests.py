@@ -178,7 +178,7 @@ def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:
     """What a picture's metadata and `--json` tell: how it was drawn, what each step used, and the request that draws it again."""
     seeds = result.facts["seeds"]
     drop = asked.drop_fraction
-    told: dict[str, Any] = result.facts | {
+    record: dict[str, Any] = result.facts | {
         "classes": asked.class_labels,
         "prompts": asked.prompt,
         "negative_prompt": asked.negative_prompt,
@@ -191,25 +191,25 @@ def facts(bundle: Bundle, asked: Request, result: Result) -> dict[str, Any]:
         "request": json.loads(result.request.to_json()),
     }
     if result.plan is None:
-        told["drop_fractions"] = [drop, drop if asked.guidance_drop_fraction is None else asked.guidance_drop_fraction]
+        record["drop_fractions"] = [drop, drop if asked.guidance_drop_fraction is None else asked.guidance_drop_fraction]
     else:
-        told |= {"schedule": result.plan, "flops": flops(bundle, result), "skipped": sum(not step.computed for step in result.steps)}
-    return {name: value for name, value in told.items() if value is not None or name in ("embedded_guidance", "flops")}
+        record |= {"schedule": result.plan, "flops": flops(bundle, result), "skipped": sum(not step.computed for step in result.steps)}
+    return {name: value for name, value in record.items() if value is not None or name in ("embedded_guidance", "flops")}
 
 
-def metadata(told: Mapping[str, Any]) -> dict[str, Any]:
+def metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a picture's metadata tells: as `facts`, but of pictures that were drawn over or edited after only their SHA-256."""
 
     def digest(array: Mapping[str, str]) -> dict[str, str]:
         return {"sha256": hashlib.sha256(base64.b64decode(array["npy"])).hexdigest()}
 
-    request = dict(told["request"])
+    request = dict(record["request"])
     for name in ("image", "mask_image"):
         if name in request:
             request[name] = digest(request[name])
     if references := request.get("image_reference"):
         request["image_reference"] = [digest(each) for each in references]
-    return {**told, "request": request}
+    return {**record, "request": request}
 
 
 def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:
@@ -223,21 +223,21 @@ def flops(bundle: Bundle, result: Result) -> dict[str, int] | None:
     return {"plan": plan_flops(bundle.manifest, result.plan, size, skipped, beside)} | whole
 
 
-def lines(output: Path, result: Result, told: Mapping[str, Any]) -> Iterator[str]:
+def lines(output: Path, result: Result, record: Mapping[str, Any]) -> Iterator[str]:
     """What is said of a picture on stdout."""
-    count, steps, seed = len(result.images), len(result.steps), told.get("seed")
-    where = told["where"] + (f" ({told['precision']})" if told.get("precision", EXACT) != EXACT else "")
-    pictures = f"{count} picture{'' if count == 1 else 's'} in {told['seconds']:.2f} s"
+    count, steps, seed = len(result.images), len(result.steps), record.get("seed")
+    where = record["where"] + (f" ({record['precision']})" if record.get("precision", EXACT) != EXACT else "")
+    pictures = f"{count} picture{'' if count == 1 else 's'} in {record['seconds']:.2f} s"
     if result.plan is None:
         budgets = ", ".join(dict.fromkeys(str(step.budget) for step in result.steps))
         counts = [number for step in result.steps for number in step.kept or ()]
         kept = f", kept {min(counts)} to {max(counts)} tokens" if counts else ""
         yield f"{output}: {pictures}, {steps} steps at {budgets}{kept}, seed {seed}, {where}"
     else:
-        tokens = "/".join(map(str, told["tokens"]))
-        name = "of one's own" if str(told["plan"]).startswith(OWN) else told["plan"].partition(",")[0]
+        tokens = "/".join(map(str, record["tokens"]))
+        name = "of one's own" if str(record["plan"]).startswith(OWN) else record["plan"].partition(",")[0]
         yield f"{output}: {pictures}, plan {name}, {steps} steps at {tokens} tokens, seed {seed}, {where}"
-        if spent := told.get("flops"):
+        if spent := record.get("flops"):
             yield (
                 f"{spent['plan'] / 1e12:.4g} TFLOPs a picture and branch: {spent['same_steps'] / spent['plan']:.2f}x less than "
                 f"{steps} steps at full resolution, {spent['usual'] / spent['plan']:.2f}x less than {PLAIN_STEPS}"

@@ -218,7 +218,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         raise ModelError(
             f"this is not a U-ViT checkpoint: its pos_embed {shapes['pos_embed']} leaves {patches} patches, which make no square"
         )
-    found = {
+    sizes = {
         "img_size": math.isqrt(patches) * patch_size,
         "patch_size": patch_size,
         "in_chans": channels,
@@ -231,7 +231,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "conv": "final_layer.weight" in shapes,
         "skip": "out_blocks.0.skip_linear.weight" in shapes,
     }
-    return {"the checkpoint's shapes": found}
+    return {"the checkpoint's shapes": sizes}
 
 
 def assumed(known: Mapping[str, Any]) -> dict[str, Any]:

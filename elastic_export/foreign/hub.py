@@ -62,10 +62,10 @@ def _weights(folder: Path, name: str, listed: list[str]) -> list[str]:
     """Names of a component's weights among those of the repository: the one set that would be read of a whole copy."""
     prefix = f"{name}/" if name else ""
     held = {file.removeprefix(prefix) for file in listed if file.startswith(prefix)}
-    found = weights_name(held.__contains__)
-    if found is None:  # said in its place, by who reads it
+    weights = weights_name(held.__contains__)
+    if weights is None:  # said in its place, by who reads it
         return []
-    if not found.endswith(".json"):
-        return [prefix + found]
-    shards = read_json(folder / name / found).get("weight_map")
-    return [prefix + found, *(prefix + each for each in sorted(set(map(str, shards.values()))))] if isinstance(shards, dict) else []
+    if not weights.endswith(".json"):
+        return [prefix + weights]
+    shards = read_json(folder / name / weights).get("weight_map")
+    return [prefix + weights, *(prefix + each for each in sorted(set(map(str, shards.values()))))] if isinstance(shards, dict) else []

@@ -98,5 +98,5 @@ def modules(kind: str, name: str, known: Iterable[str]) -> tuple[str, ...]:
     if kind not in CLASSES:
         return ()
     written = {each.replace(".", "_").removeprefix("text_model_"): each for each in known}
-    found = written.get(flat.removeprefix("text_model_"))
-    return (found,) if found else ()
+    module = written.get(flat.removeprefix("text_model_"))
+    return (module,) if module else ()

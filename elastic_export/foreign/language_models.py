@@ -253,26 +253,26 @@ def _chat(tokenizer: Tokenizer, rule: PromptRule) -> tuple[str, str]:
     own = {"chat_template": read_json(legacy).get("chat_template")} if rule.system and legacy.is_file() else {}
 
     def rendered(prompt: str) -> str:
-        said: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
         asked: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": rule.thinking}
         if rule.system:
             parts = {"system": rule.system, "user": prompt}
-            said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
+            messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
             asked = {"add_generation_prompt": False} | own
         try:
-            text: str = tokenizer.fast.apply_chat_template(said, tokenize=False, **asked)
+            text: str = tokenizer.fast.apply_chat_template(messages, tokenize=False, **asked)
         except ImportError as error:
             raise MissingError(f"chat templates need jinja2 ({error}): pip install 'elastic-export[torch,flux]'") from error
         except Exception as error:  # whatever a template raises
             raise ModelError(f"{tokenizer.path} has no chat template that can be used: {str(error).splitlines()[0]}") from None
         return text
 
-    before, found, after = rendered(MARK).partition(MARK)
+    before, mark, after = rendered(MARK).partition(MARK)
     for prompt in AWKWARD:
-        if not found or (made := rendered(prompt)) != before + prompt + after:
+        if not mark or (made := rendered(prompt)) != before + prompt + after:
             raise ModelError(
                 f"{tokenizer.path}: its chat template does not only stand around a prompt: of {prompt!r} it makes "
-                f"{(made if found else before)[-80:]!r}, and a bundle holds what comes before and after. Give embeddings "
+                f"{(made if mark else before)[-80:]!r}, and a bundle holds what comes before and after. Give embeddings "
                 "(--components transformer,vae)"
             )
     return before, after

@@ -47,13 +47,13 @@ def changes(old: Report, new: Report, tolerance: float) -> list[Change]:
     was, now, whys = dict(_rows(old)), dict(_rows(new)), dict(_whys(new))
     if not was.keys() & now.keys() and not any(_why(whose, whys) for whose, _ in was):  # what fails everywhere is lost, not another thing
         raise UsageError("these reports do not compare: no bundle, runtime and budget is in both")
-    found = [_compare(place, row, now[at][1], tolerance) for at, (place, row) in was.items() if at in now]
-    found += [
+    rows = [_compare(place, row, now[at][1], tolerance) for at, (place, row) in was.items() if at in now]
+    rows += [
         Change(place, "lost", before=row.step.p50, why=_why(at[0], whys) or "it was not measured")
         for at, (place, row) in was.items()
         if at not in now
     ]
-    return found + [Change(place, "new", after=row.step.p50) for at, (place, row) in now.items() if at not in was]
+    return rows + [Change(place, "new", after=row.step.p50) for at, (place, row) in now.items() if at not in was]
 
 
 def other_machine(old: Report, new: Report) -> str | None:

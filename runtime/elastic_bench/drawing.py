@@ -113,14 +113,14 @@ def _offers(entry: Entry, way: Drawing, bundle: Bundle) -> bool:
 
 
 def _trial(entry: Entry, way: Drawing, plan: str | None, drawn: np.ndarray, standard: np.ndarray) -> Trial:
-    found = compare(drawn, standard, way.budget, 0.0, entry.runtime.name)
+    difference = compare(drawn, standard, way.budget, 0.0, entry.runtime.name)
     return Trial(
         runtime=entry.runtime.name,
         budget=dict(way.budget),
         guidance_budget=None if way.weak is None else dict(way.weak),
         steps=way.steps,
         seconds=float(np.median(entry.drawn[way])),
-        psnr_db=found.psnr_db,
-        cosine=found.cosine,
+        psnr_db=difference.psnr_db,
+        cosine=difference.cosine,
         plan=plan,
     )

@@ -79,7 +79,7 @@ def measure(
         on_stage(f"{bundle.name}: timing steps, {ROUNDS} rounds")
         _time(entries, budgets, settings)
         on_stage(f"{bundle.name}: drawing")
-        found, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
+        drawn, album = trials(entries, bundle, drawings(bundle, budgets, settings), settings)
         if settings.single_stream:
             on_stage(f"{bundle.name}: single stream")
             _stream(entries, budgets, settings)
@@ -98,7 +98,7 @@ def measure(
         embedded_guidance=model.patches is not None and model.patches.guidance_embeds,
         guidance=settings.guidance,
         runtimes=tuple(_report(entry, bundle, settings) for entry in entries),
-        trials=found,
+        trials=drawn,
         card=bundle.manifest.quality if settings.quality or model.patches else (),
     )
     return replace(report, recommendation=recommend(report, settings)), album
@@ -164,9 +164,9 @@ def _agree(running: list[Entry]) -> None:
             bound = entry.loaded.tolerance + running[0].loaded.tolerance
             wanted = running[0].first[budget][1]
             rows = [compare(array, wanted[name], budget, bound, running[0].runtime.name) for name, array in outputs.items()]
-            entry.agrees[budget] = found = worst(rows)
-            if not found.passed:
-                entry.fail(f"differs from {running[0].runtime.name} at {budget}: {found.figure}")
+            entry.agrees[budget] = difference = worst(rows)
+            if not difference.passed:
+                entry.fail(f"differs from {running[0].runtime.name} at {budget}: {difference.figure}")
                 break
 
 

@@ -69,7 +69,7 @@ def _bundle(report: Report, index: int, album: Album) -> dict[str, Any]:
         "rows": rows,
         "plots": plots,
         "trials": sorted(bundle.trials, key=lambda trial: trial.seconds),
-        "joules": sorted({name for found in rows for name in found.row.joules}),
+        "joules": sorted({name for each in rows for name in each.row.joules}),
         "pictures": {where: [png(picture) for picture in pictures[:SHOWN]] for where, pictures in album.items() if _visible(pictures)},
     }
 

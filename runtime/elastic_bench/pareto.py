@@ -26,10 +26,10 @@ def recommend(bundle: BundleReport, settings: Settings) -> str | None:
     if not bundle.trials:
         return None
     first = bundle.trials[0]  # the full budget of the first runtime: what the others were compared with
-    if found := graded(bundle):
-        best = min(row.frechet_distance for _, row in found)
+    if grades := graded(bundle):
+        best = min(row.frechet_distance for _, row in grades)
         chosen, figure = min(
-            ((trial, row.frechet_distance) for trial, row in found if row.frechet_distance <= ALLOWANCE * best),
+            ((trial, row.frechet_distance) for trial, row in grades if row.frechet_distance <= ALLOWANCE * best),
             key=lambda pair: pair[0].seconds,
         )
         why = f"its Frechet distance by the card's own protocol is {figure:.1f}, where the best is {best:.1f}"

@@ -46,12 +46,12 @@ def cost_plot(bundle: BundleReport, rows: Sequence[Figures]) -> list[Plot]:
     for runtime in bundle.runtimes:
         points = [
             Point(
-                100 * found.flop_share,
-                100 * found.time_share,
-                f"{runtime.runtime}, {Budget(**found.row.budget)}: {found.time_share:.0%} of the time, {found.flop_share:.0%} of the FLOPs",
+                100 * each.flop_share,
+                100 * each.time_share,
+                f"{runtime.runtime}, {Budget(**each.row.budget)}: {each.time_share:.0%} of the time, {each.flop_share:.0%} of the FLOPs",
             )
-            for found in rows
-            if found.runtime == runtime and found.flop_share is not None
+            for each in rows
+            if each.runtime == runtime and each.flop_share is not None
         ]
         if points:
             series.append(Series(runtime.runtime, points, shades[runtime.runtime]))
@@ -87,9 +87,9 @@ def trial_plot(bundle: BundleReport, settings: Settings) -> Plot:
 
 def card_plot(bundle: BundleReport) -> list[Plot]:
     """Time of a picture against the card's Frechet distance at each budget, for the runtimes that compute as the card's did."""
-    shades, found = colors(bundle), graded(bundle)
+    shades, grades = colors(bundle), graded(bundle)
     series: list[Series] = []
-    for name in dict.fromkeys(trial.runtime for trial, _ in found):
+    for name in dict.fromkeys(trial.runtime for trial, _ in grades):
         points = [
             Point(
                 1e3 * trial.seconds,
@@ -98,7 +98,7 @@ def card_plot(bundle: BundleReport) -> list[Plot]:
                 f"{row.accuracy:.1%} as asked, {1e3 * trial.seconds:.1f} ms",
                 label="" if series else trial.plan or str(_value(trial.budget)),
             )
-            for trial, row in found
+            for trial, row in grades
             if trial.runtime == name
         ]
         if points:
@@ -106,7 +106,7 @@ def card_plot(bundle: BundleReport) -> list[Plot]:
     if not series:
         return []
     title = "Time against the card's quality"
-    planned = found[0][0].plan is not None
+    planned = grades[0][0].plan is not None
     what = "ms a picture" if planned else f"ms a picture of {bundle.trials[0].steps} steps"
     svg = plot(series, what, "Fréchet distance (lower is better)", title)
     note = f"Points are {'plans' if planned else bundle.axis}. The distances are the model card's, with its own steps and guidance."

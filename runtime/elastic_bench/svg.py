@@ -106,10 +106,10 @@ def _series(each: Series, to_x: Callable[[float], float], to_y: Callable[[float]
             top = to_y(point.high)
             parts.append(f'<path d="M{x:.1f} {y:.1f}V{top:.1f}M{x - 4:.1f} {top:.1f}h8" stroke="{each.color}" stroke-opacity="0.55"/>')
         fill = "#ffffff" if point.hollow else each.color
-        told = f"<title>{escape(point.words)}</title>" if point.words else ""
+        title = f"<title>{escape(point.words)}</title>" if point.words else ""
         radius = 3.2 if point.hollow else 4.5
         parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{each.color}" stroke-width="1.4">{told}</circle>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{each.color}" stroke-width="1.4">{title}</circle>'
         )
         if point.label:
             parts.append(f'<text x="{x + 8:.1f}" y="{y - 7:.1f}" font-size="11">{escape(point.label)}</text>')

@@ -59,7 +59,7 @@ def snapshot(repository: Repository, patterns: Sequence[str]) -> Path:
         revision that there is not, is gated, or that the token may not read.
     """
     client = _client(str(repository))
-    with _told(client, repository):
+    with _refusals(client, repository):
         return Path(client.snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(patterns)))
 
 
@@ -67,7 +67,7 @@ def files(repository: Repository, folder: Path) -> list[str]:
     """Names of all files of a repository; of those that its snapshot `folder` holds, where the hub is out of reach."""
     client = _client(str(repository))
     try:
-        with _told(client, repository):
+        with _refusals(client, repository):
             return list(client.HfApi().list_repo_files(repository.id, revision=repository.revision))
     except MissingError:
         return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -94,7 +94,7 @@ def created(repository: Repository, private: bool) -> Repository:
     Raises: as `snapshot`; UsageError where the token may not write there.
     """
     client = _client(str(repository))
-    with _told(client, repository):
+    with _refusals(client, repository):
         api = client.HfApi()
         api.create_repo(repository.id, private=private, exist_ok=True)
         if repository.revision != MAIN:
@@ -113,7 +113,7 @@ def push(repository: Repository, parent: Repository, content: Mapping[str, Path 
         for name, value in content.items()
     ]
     operations += [client.CommitOperationDelete(path_in_repo=name) for name in removed]
-    with _told(client, repository):
+    with _refusals(client, repository):
         commit = client.HfApi().create_commit(
             repository.id, operations, commit_message=message, revision=repository.revision, parent_commit=parent.revision
         )
@@ -131,7 +131,7 @@ def _client(name: str) -> Any:
 
 
 @contextmanager
-def _told(client: Any, repository: Repository) -> Iterator[None]:
+def _refusals(client: Any, repository: Repository) -> Iterator[None]:
     """What the client raises, in words of ours."""
     errors, constants = client.errors, client.constants
     id, login = repository.id, "log in with: hf auth login, or set HF_TOKEN"
@@ -171,14 +171,14 @@ def _told(client: Any, repository: Repository) -> Iterator[None]:
 
 def _refused(error: Any, repository: Repository, login: str) -> UsageError | MissingError:
     """A status that has no class of its own."""
-    status, said = error.response.status_code, _why(error)
+    status, reason = error.response.status_code, _why(error)
     if status == UNAUTHORISED:
         return UsageError(f"the hub does not take the token that was sent for {repository}: {login}")
     if status == FORBIDDEN:
-        return UsageError(f"your token may not do that with {repository} ({said}): take one that may write there")
+        return UsageError(f"your token may not do that with {repository} ({reason}): take one that may write there")
     if status in (409, 412):
         return UsageError(f"somebody else has pushed to {repository} meanwhile: look at it, and push again")
-    return MissingError(f"the hub answers {status} for {repository} ({said}): try again later")
+    return MissingError(f"the hub answers {status} for {repository} ({reason}): try again later")
 
 
 def _why(error: BaseException | None) -> str:

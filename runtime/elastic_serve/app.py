@@ -142,7 +142,7 @@ class App:
             events: Events = asyncio.Queue()
             client = client_of(request.client.host if request.client else "")
             tickets = await run_in_threadpool(self._submit, body, served, received, client, _teller(events), relayed.again)
-            told = _told(request, events)
+            progress = _progress(request, events)
             if body.stream:
                 streaming, outcome = True, _Outcome()
 
@@ -150,8 +150,8 @@ class App:
                     self._cancel(tickets)
                     self._note(number, served, body, outcome.status, begun, outcome.drawn)
 
-                return _Streaming(self._stream(told, body, outcome), ended)
-            drawn = await self._wait(tickets, told)
+                return _Streaming(self._stream(progress, body, outcome), ended)
+            drawn = await self._wait(tickets, progress)
             status = 200
             return answers.json(200, await run_in_threadpool(answers.generation, drawn, body))
         except ClientDisconnect:
@@ -197,12 +197,12 @@ class App:
         """On another thread, without waiting for it: the engine may be busy with what comes next."""
         asyncio.get_running_loop().run_in_executor(None, self._engine.cancel, tickets)
 
-    async def _wait(self, tickets: Sequence[int], told: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
+    async def _wait(self, tickets: Sequence[int], progress: AsyncGenerator[tuple[int, Event], None]) -> list[Drawn]:
         """All pictures; raises ClientDisconnect where nobody waits for them any more, and what one of them failed with."""
         drawn: dict[int, Drawn] = {}
         try:
-            async with contextlib.aclosing(told):
-                async for place, event in told:
+            async with contextlib.aclosing(progress):
+                async for place, event in progress:
                     if isinstance(event, Failed):
                         raise event.error
                     if isinstance(event, Drawn):
@@ -214,12 +214,14 @@ class App:
                 self._cancel(tickets)
         return [drawn[place] for place in range(len(tickets))]
 
-    async def _stream(self, told: AsyncGenerator[tuple[int, Event], None], body: Body, outcome: "_Outcome") -> AsyncGenerator[bytes, None]:
+    async def _stream(
+        self, progress: AsyncGenerator[tuple[int, Event], None], body: Body, outcome: "_Outcome"
+    ) -> AsyncGenerator[bytes, None]:
         """Events up to the picture."""
         previews = 0
         with contextlib.suppress(ClientDisconnect):
-            async with contextlib.aclosing(told):
-                async for _, event in told:
+            async with contextlib.aclosing(progress):
+                async for _, event in progress:
                     if isinstance(event, Stepped) and event.preview is not None:
                         yield await run_in_threadpool(answers.partial, event.preview, previews, event.index, event.steps, body)
                         previews += 1
@@ -286,7 +288,7 @@ def _teller(events: Events) -> Tell:
     return tell
 
 
-async def _told(request: Request, events: Events) -> AsyncGenerator[tuple[int, Event], None]:
+async def _progress(request: Request, events: Events) -> AsyncGenerator[tuple[int, Event], None]:
     """What the engine tells, as it comes; raises ClientDisconnect when the client goes away."""
 
     async def gone() -> None:

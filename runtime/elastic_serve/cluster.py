@@ -55,7 +55,7 @@ class Soonest(FIFOMixin, RequestRouter):
     """To whom a request goes: the replica that is predicted to be done with it first."""
 
     def initialize_state(self, **_: Any) -> None:
-        self._sent, self._told = Counter[ReplicaID](), dict[ReplicaID, int]()
+        self._sent, self._numbers = Counter[ReplicaID](), dict[ReplicaID, int]()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -66,12 +66,12 @@ class Soonest(FIFOMixin, RequestRouter):
             model = pending_request.kwargs.get("model")
         for each in candidate_replicas:
             number = each.routing_stats.get("number", 0)
-            if self._told.get(each.replica_id) != number:  # what was sent before is in what it foresees
-                self._told[each.replica_id] = number
+            if self._numbers.get(each.replica_id) != number:  # what was sent before is in what it foresees
+                self._numbers[each.replica_id] = number
                 self._sent[each.replica_id] = 0
         free = self.select_available_replicas(candidate_replicas)
-        told = [(each.routing_stats, self._sent[each.replica_id]) for each in free]
-        return [[free[place]] for place in soonest(told, model)]
+        loads = [(each.routing_stats, self._sent[each.replica_id]) for each in free]
+        return [[free[place]] for place in soonest(loads, model)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._sent[replica_id] += 1
@@ -84,7 +84,7 @@ class Replica:
         log()
         exposed(settings, secret)
         warnings.simplefilter("ignore", UserWarning)  # which quote a prompt that an encoder cuts
-        self._stack, self._told = contextlib.ExitStack(), 0
+        self._stack, self._number = contextlib.ExitStack(), 0
         models = [self._stack.enter_context(opened(Path(folder), settings)) for folder in folders]
         self._app, self._engine = application(models, settings, secret)
         self._drain = settings.drain
@@ -100,8 +100,8 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What the router is told."""
-        self._told += 1
-        return {"number": self._told, "models": await asyncio.to_thread(self._engine.forecast)}
+        self._number += 1
+        return {"number": self._number, "models": await asyncio.to_thread(self._engine.forecast)}
 
     def check_health(self) -> None:
         if not self._engine.alive:

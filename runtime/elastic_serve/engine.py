@@ -177,7 +177,7 @@ class Engine:
     def forecast(self) -> dict[str, dict[str, float]]:
         """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
         engine (`alone`)."""
-        told = {}
+        waits = {}
         with self._changed:
             now = self._clock()
             for name, served in self.models.items():
@@ -185,8 +185,8 @@ class Engine:
                 reading = self.times.reading(name, served.reading)
                 # a number and a prompt that none has
                 job = Job(-1, "", now, now, False, usual.rows, usual.ways, prompt=object() if reading else None, reading=reading)
-                told[name] = {"wait": self.scheduler.behind([job], now), "alone": self.scheduler.behind([job], now, idle=True)}
-        return told
+                waits[name] = {"wait": self.scheduler.behind([job], now), "alone": self.scheduler.behind([job], now, idle=True)}
+        return waits
 
     def now(self) -> float:
         """The time on the engine's clock."""
@@ -217,8 +217,8 @@ class Engine:
         wish = max(WISH * whole, SOON) if self._wish is None else self._wish
         due = order.received + (wish if order.deadline is None else order.deadline)
         promised = order.deadline is not None and not order.again
-        told: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading, "again": order.again}
-        return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, **told)
+        facts: dict[str, Any] = {"user": order.user, "prompt": prompt, "reading": reading, "again": order.again}
+        return Job(0, order.client, order.received, due, promised, prospect.rows, prospect.ways, **facts)
 
     def _run(self) -> None:
         while True:

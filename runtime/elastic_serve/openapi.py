@@ -93,8 +93,8 @@ def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> d
     drawn = answering("Pictures; with `stream` server-sent events.", "Pictures")
     unwell = {"503": answering("It does not.", "Health")["200"]}
     drawn["200"]["content"]["text/event-stream"] = {"schema": {"$ref": "#/components/schemas/Event"}}
-    found = answering("Models.", "Models")
-    found["200"]["links"] = {"model": {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}}
+    answers = answering("Models.", "Models")
+    answers["200"]["links"] = {"model": {"operationId": "model", "parameters": {"name": "$response.body#/data/0/id"}}}
     text = {"200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
@@ -113,7 +113,7 @@ def document(models: Sequence[Served], limits: Limits, keyed: bool = False) -> d
                 "get": {
                     "operationId": "models",
                     "summary": "The bundles that are served.",
-                    "responses": found | failing(401, 403),
+                    "responses": answers | failing(401, 403),
                 }
             },
             "/v1/models/{name}": {

@@ -10,14 +10,14 @@ from elastic_runtime.device import Clock
 from elastic_runtime.drawing.drawing import Texts
 from elastic_serve.served import Prompt
 
-# told(prompt, what it was read as or why it was not, seconds), on the reader's thread
-Told = Callable[[Prompt, "Texts | Exception", float], None]
+# on_read(prompt, what it was read as or why it was not, seconds), on the reader's thread
+OnRead = Callable[[Prompt, "Texts | Exception", float], None]
 
 
 class Reader:
     """Reads what `following()` names, whenever `changed` is notified, until it is closed.
 
-    `following` is called with `changed` held, `read` and `told` without.
+    `following` is called with `changed` held, `read` and `on_read` without.
     """
 
     def __init__(
@@ -25,10 +25,10 @@ class Reader:
         changed: threading.Condition,
         following: Callable[[], Prompt | None],
         read: Callable[[Prompt], Texts],
-        told: Told,
+        on_read: OnRead,
         clock: Clock,
     ):
-        self._changed, self._following, self._read, self._told, self._clock = changed, following, read, told, clock
+        self._changed, self._following, self._read, self._on_read, self._clock = changed, following, read, on_read, clock
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
@@ -58,4 +58,4 @@ class Reader:
                 answer = self._read(prompt)
             except Exception as error:  # of those alone who ask for it
                 answer = error
-            self._told(prompt, answer, self._clock() - begun)
+            self._on_read(prompt, answer, self._clock() - begun)

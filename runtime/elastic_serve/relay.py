@@ -41,11 +41,11 @@ class Relayed:
     @classmethod
     def of(cls, scope: Mapping[str, Any]) -> "Relayed":
         """What a request's scope says of it."""
-        found = (scope.get("extensions") or {}).get(RELAYED)
-        if not found:
+        relayed = (scope.get("extensions") or {}).get(RELAYED)
+        if not relayed:
             return cls()
         # What hands it on may hold it for long; between machines only the time of day is common, and may be set a little apart.
-        return cls(found["ago"] + max(time.time() - found["sent"], 0.0), found["again"])
+        return cls(relayed["ago"] + max(time.time() - relayed["sent"], 0.0), relayed["again"])
 
 
 async def answered(app: ASGIApp, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
@@ -186,13 +186,13 @@ def _seeded(body: bytes) -> tuple[bytes, str | None]:
     return body, model if isinstance(model, str) else None
 
 
-def soonest(told: Sequence[tuple[Mapping[str, Any], int]], model: str | None) -> list[int]:
+def soonest(loads: Sequence[tuple[Mapping[str, Any], int]], model: str | None) -> list[int]:
     """Replicas, by their places, in the order in which they would be done with a picture.
 
-    Of each is `told` what it foresaw when it was last asked, and how many pictures were sent there since. One that has foreseen nothing yet
+    `loads` are what each foresaw when it was last asked, and how many pictures were sent there since. One that has foreseen nothing yet
     is new and idle: what was sent there takes as long as elsewhere.
     """
-    rows = [models.get(model) or next(iter(models.values()), None) for models in (forecast.get("models") or {} for forecast, _ in told)]
+    rows = [models.get(model) or next(iter(models.values()), None) for models in (forecast.get("models") or {} for forecast, _ in loads)]
     usual = min((row["alone"] for row in rows if row), default=1.0)
-    waits = [row["wait"] + sent * row["alone"] if row else sent * usual for row, (_, sent) in zip(rows, told, strict=True)]
+    waits = [row["wait"] + sent * row["alone"] if row else sent * usual for row, (_, sent) in zip(rows, loads, strict=True)]
     return sorted(range(len(waits)), key=waits.__getitem__)

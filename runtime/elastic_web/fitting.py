@@ -156,17 +156,17 @@ def proof(bundle: Bundle, chosen: dict[str, OnnxArtifact]) -> tuple[dict[str, An
     described: dict[str, Any] = {}
     for name, artifact in chosen.items():
         graph, (feeds, outputs) = bundle.manifest.graphs[name], unpack(name, reference)
-        told = list(outputs.items()) if name == "denoiser" else list(outputs.items())[:1]
-        if not told:
+        records = list(outputs.items()) if name == "denoiser" else list(outputs.items())[:1]
+        if not records:
             continue
-        feeds, tolerance = cut(graph.inputs, feeds, told[0][0]), graph.tolerance(artifact)
+        feeds, tolerance = cut(graph.inputs, feeds, records[0][0]), graph.tolerance(artifact)
         answers = [
             {
                 "budget": dict(budget),
                 "bound": tolerance * max(1.0, float(np.abs(named[OUTPUTS[name]]).max())),
                 "output": put(named[OUTPUTS[name]][:1]),
             }
-            for budget, named in told
+            for budget, named in records
         ]
         described[name] = {"feeds": {each: put(array[:1]) for each, array in feeds.items()}, "answers": answers}
     return described, b"".join(parts)

@@ -120,17 +120,17 @@ def _integrity(content: bytes) -> str:
 
 def _archived(content: bytes, where: str) -> Library:
     wanted = {f"package/{name}" for name in ("package.json", *(f"dist/{name}" for name in FILES))}
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     try:
         with gzip.open(io.BytesIO(content)) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
             for member in _members(archive):
                 if member.name in wanted and (stream := archive.extractfile(member)):
-                    found[member.name.removeprefix("package/")] = stream.read()
+                    files[member.name.removeprefix("package/")] = stream.read()
             while unpacked.read(1 << 20):  # to the end, where its checksum is
                 pass
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{where} is no archive: {error}. --runtime takes {_kinds()}") from None
-    return _checked(found, where)
+    return _checked(files, where)
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -140,27 +140,27 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _installed(package: Path) -> Library:
-    found = {}
+    files = {}
     for name in ("package.json", *(f"dist/{name}" for name in FILES)):
         try:
-            found[name] = (package / name).read_bytes()
+            files[name] = (package / name).read_bytes()
         except OSError:
             continue
-    return _checked(found, str(package))
+    return _checked(files, str(package))
 
 
-def _checked(found: dict[str, bytes], where: str) -> Library:
+def _checked(files: dict[str, bytes], where: str) -> Library:
     """The library of files under their names in the package; UsageError where it is another or lacks some."""
     try:
-        facts = json.loads(found.pop("package.json"))
+        facts = json.loads(files.pop("package.json"))
         name, version = facts["name"], str(facts["version"])
     except (KeyError, TypeError, ValueError):
         name, version = None, ""
     if name != NAME:
         raise UsageError(f"{where} is {f'the package {name}' if name else 'no npm package'}: --runtime takes {_kinds()}")
-    if lacking := [each for each in FILES if f"dist/{each}" not in found]:
+    if lacking := [each for each in FILES if f"dist/{each}" not in files]:
         raise UsageError(f"{where}, {NAME} {version}, lacks dist/{', dist/'.join(lacking)}: take {NAME}@{VERSION}")
-    return Library(version, {each: found[f"dist/{each}"] for each in FILES})
+    return Library(version, {each: files[f"dist/{each}"] for each in FILES})
 
 
 def _kinds() -> str:

@@ -61,9 +61,9 @@ def write(
         models = {graph: _model(bundle, graph, artifact, draft.stage) for graph, artifact in chosen.items()}
         about = facts(bundle, chosen) | {"library": f"{NAME} {runtime.version}"}
         if bundle.manifest.reference:
-            told, numbers = proof(bundle, chosen)
-            if told:
-                about["proof"] = told
+            record, numbers = proof(bundle, chosen)
+            if record:
+                about["proof"] = record
                 (draft.stage / PROOF).write_bytes(numbers)
         files = draft.commit(lambda name, entries: _page(name, entries, about | {"models": models}))
     return Site(folder, chosen, runtime.version, files)

@@ -32,17 +32,17 @@ class Step:
 def own(steps: Iterable[Step], conditions: Iterable[Hashable], constants: Iterable[Hashable]) -> list[int]:
     """Places of the steps up to the last multiplications of what depends on `conditions` and `constants` alone, in their order."""
     alone, constant = set(conditions), set(constants)
-    found: list[tuple[int, Step]] = []
+    ends: list[tuple[int, Step]] = []
     for place, step in enumerate(steps):
         variables = [value for value in step.takes if value not in constant]
         if not variables:  # weights on their way from few bits
             constant.update(step.gives)
         elif alone.issuperset(variables):
-            found.append((place, step))
+            ends.append((place, step))
             alone.update(step.gives)
     wanted = set[Hashable]()
     places = []
-    for place, step in reversed(found):
+    for place, step in reversed(ends):
         if (step.matrix is not None and step.matrix in constant) or not wanted.isdisjoint(step.gives):
             wanted.update(step.takes)
             places.append(place)

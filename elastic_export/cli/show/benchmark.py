@@ -25,7 +25,7 @@ def benchmark(report: Report) -> None:
         _streams(opened)
         if opened.trials:
             planned = any(trial.plan for trial in opened.trials)
-            told = sorted((trial for trial in opened.trials if trial.front or planned), key=lambda trial: trial.seconds)
+            trials = sorted((trial for trial in opened.trials if trial.front or planned), key=lambda trial: trial.seconds)
             front = f"the front of time against nearness to the full budget, of {len(opened.trials)} ways (--html has them all)"
             table(
                 f"{opened.name}: {'pictures along plans' if planned else front}",
@@ -35,7 +35,7 @@ def benchmark(report: Report) -> None:
                         trial.runtime, trial.where, key(trial.guidance_budget) if trial.guidance_budget else "the same", trial.steps,
                         _ms(trial.seconds), "same" if trial.psnr_db >= SAME else f"{trial.psnr_db:.1f}", f"{trial.cosine:.5f}",
                     )
-                    for trial in told
+                    for trial in trials
                 ],
             )  # fmt: skip
         if opened.card:
@@ -79,14 +79,14 @@ def _runtimes(opened: BundleReport) -> None:
         line(sentence)
 
 
-def _benchmark_row(found: Figures) -> tuple[object, ...]:
-    row, step = found.row, found.row.step
+def _benchmark_row(each: Figures) -> tuple[object, ...]:
+    row, step = each.row, each.row.step
     return (
-        found.runtime.runtime, key(row.budget), _ms(step.p50), _ms(step.p90), _ms(step.p95), _ms(step.p99), f"{step.spread:.1%}",
-        _figure(found.speedup, ".2f"), _ms(row.first_seconds), _ms(row.switch_seconds), f"{found.time_share:.0%}",
-        _figure(found.flop_share, ".0%"), _figure(found.flops_per_second, ".0f", 1e9), _figure(found.compute_share, ".0%"),
-        _figure(found.bytes_per_second, ".1f", 1e9), _figure(found.bandwidth_share, ".0%"), _ms(found.picture),
-        _figure(found.images_per_second, ".2f"), *(f"{row.joules[name]:.3g} J" for name in sorted(row.joules)),
+        each.runtime.runtime, key(row.budget), _ms(step.p50), _ms(step.p90), _ms(step.p95), _ms(step.p99), f"{step.spread:.1%}",
+        _figure(each.speedup, ".2f"), _ms(row.first_seconds), _ms(row.switch_seconds), f"{each.time_share:.0%}",
+        _figure(each.flop_share, ".0%"), _figure(each.flops_per_second, ".0f", 1e9), _figure(each.compute_share, ".0%"),
+        _figure(each.bytes_per_second, ".1f", 1e9), _figure(each.bandwidth_share, ".0%"), _ms(each.picture),
+        _figure(each.images_per_second, ".2f"), *(f"{row.joules[name]:.3g} J" for name in sorted(row.joules)),
     )  # fmt: skip
 
 
@@ -109,14 +109,14 @@ def _streams(opened: BundleReport) -> None:
         table(f"{opened.name}: single stream (MLPerf-style, not MLPerf), a query is a picture", columns, rows)
 
 
-def changes(found: Iterable[Change], tolerance: float) -> None:
+def changes(differences: Iterable[Change], tolerance: float) -> None:
     """What a comparison of two benchmarks found."""
     rows = [
         (
             " ".join(change.place), _ms(change.before), _ms(change.after), _figure(change.ratio and change.ratio - 1, "+.1%"),
             _figure(change.noise, ".1%"), change.verdict, change.why,
         )
-        for change in found
+        for change in differences
     ]  # fmt: skip
     table(f"a step before and now; tolerance {tolerance:.0%}", ("row", "before ms", "now ms", "change", "noise", "", ""), rows)
 

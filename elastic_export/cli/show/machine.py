@@ -8,12 +8,12 @@ from elastic_export.cli.show import line, note, table
 from elastic_runtime.device import Device, Entry, Peak
 
 
-def device(found: Device, peaks: Mapping[str, Peak], runtimes: Mapping[str, str], todo: Iterable[str], calibrations: str) -> None:
+def device(here: Device, peaks: Mapping[str, Peak], runtimes: Mapping[str, str], todo: Iterable[str], calibrations: str) -> None:
     """What was found on this machine, and what is missing."""
-    cpu, memory = found.cpu, found.memory
+    cpu, memory = here.cpu, here.memory
     caches = ", ".join(f"{name} {size / 2**10:.0f} KiB" for name, size in cpu.caches.items())
     clock = f" at {cpu.mhz:.0f} MHz" if cpu.mhz else ""
-    line(f"{found.system} {found.machine}{f', {found.board}' if found.board else ''}")
+    line(f"{here.system} {here.machine}{f', {here.board}' if here.board else ''}")
     line(f"processor: {cpu.model}, {cpu.cores} cores ({cpu.usable:g} usable){clock}, {cpu.vector or 'vector unit unknown'}")
     if caches:
         line(f"caches of a core: {caches}")
@@ -21,19 +21,19 @@ def device(found: Device, peaks: Mapping[str, Peak], runtimes: Mapping[str, str]
         whose = " (the container's limit)" if memory.limit is not None else ""
         free = f", {memory.available / 1e9:.1f} GB free" if memory.available is not None else ""
         line(f"memory: {memory.total / 1e9:.1f} GB{whose}{free}")
-    for gpu in found.gpus:
+    for gpu in here.gpus:
         own = f", {gpu.memory_total / 1e9:.1f} GB" if gpu.memory_total else ", shares the memory" if gpu.integrated else ""
         free = f" ({gpu.memory_free / 1e9:.1f} GB free)" if gpu.memory_free else ""
         capability = f", compute capability {gpu.compute_capability}" if gpu.compute_capability else ""
         line(f"GPU: {gpu.name}{own}{free}{capability}{f', driver {gpu.driver}' if gpu.driver else ''}")
-    if found.power_mode:
-        line(f"power mode: {found.power_mode}")
+    if here.power_mode:
+        line(f"power mode: {here.power_mode}")
     for name, peak in peaks.items():
         rates = ", ".join(f"{precision} {rate / 1e12:.3g}" for precision, rate in peak.flops.items())
         line(f"peak of the {name}: {rates} TFLOP/s, {peak.bandwidth / 1e9:.0f} GB/s ({peak.origin})")
     line(f"runs bundles with: {', '.join(f'{name} {version}' for name, version in runtimes.items()) or 'nothing'}")
     line(f"calibrations: {calibrations}")
-    for each in (*found.notes, *todo):
+    for each in (*here.notes, *todo):
         note(each)
 
 
@@ -54,12 +54,12 @@ def devices(entries: Iterable[Entry], here: str | None, forecasts: Mapping[str, 
     ends = list(next(iter(forecasts.values()))["seconds"]) if forecasts else []
     rows = []
     for entry in entries:
-        told = forecasts.get(entry.id)
-        times = [f"{1e3 * told['seconds'][end]:.3f}" for end in ends] if told else []
+        outlook = forecasts.get(entry.id)
+        times = [f"{1e3 * outlook['seconds'][end]:.3f}" for end in ends] if outlook else []
         figures = ((entry.memory, "g"), (entry.bandwidth, "g"), (entry.fp16 or entry.fp32, "g"), (entry.fp8, "g"), (entry.int8, "g"))
         marked = f"{entry.id} <- this machine" if entry.id == here else entry.id
         cells = [f"{figure.value:{form}}" if figure else "-" for figure, form in figures]
-        rows.append((marked, *cells, *times, *((told["knee"], f"{told['tokens']:.0f}") if told else ())))
+        rows.append((marked, *cells, *times, *((outlook["knee"], f"{outlook['tokens']:.0f}") if outlook else ())))
     extra = [*(f"ms at {end}" for end in ends), "knee", "K*"] if forecasts else []
     table("devices", ("id", "memory GB", "GB/s", "fp16 TFLOP/s", "fp8", "int8 TOPS", *extra), rows)
     if forecasts:

@@ -218,12 +218,12 @@ def shapes_of(name: str, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, 
     """
     named = {key: tuple(value.shape) for public, value in weights.items() if (key := rename_key(public))}
     demand("an ELIT", named, _RANKS | {"read.pos_embed": 2, "read.latent_pos_embed": 2})
-    found = {family: words for family, (marks, words) in _MARKS.items() if any(key.startswith(marks) for key in named)}
-    if len(found) > 1:
-        raise ModelError(f"this checkpoint has {' and '.join(found.values())} at once: no family has both, so it cannot be exported")
-    family = next(iter(found), "elit-sit")
+    marked = {family: words for family, (marks, words) in _MARKS.items() if any(key.startswith(marks) for key in named)}
+    if len(marked) > 1:
+        raise ModelError(f"this checkpoint has {' and '.join(marked.values())} at once: no family has both, so it cannot be exported")
+    family = next(iter(marked), "elit-sit")
     if family != name:
-        has = f"has {found[family]}" if found else f"has no {_MARKS[name][1]}"
+        has = f"has {marked[family]}" if marked else f"has no {_MARKS[name][1]}"
         raise ModelError(f"this checkpoint {has}, so it is an {family}, not an {name}: export it as {family}")
     return named
 
@@ -234,12 +234,12 @@ def sources(name: str, weights: Mapping[str, Tensor], args: Mapping[str, Any]) -
     Raises: ModelError as `shapes_of`, and for one that was trained in a way that this package does not implement.
     """
     named = shapes_of(name, weights)
-    told = _told(named, args)
-    told["the checkpoint's shapes"] |= {
+    sizes = _read_sizes(named, args)
+    sizes["the checkpoint's shapes"] |= {
         "group_size": math.isqrt(named["read.pos_embed"][0]),
         "latent_positions": named["read.latent_pos_embed"][0],
     }
-    return told
+    return sizes
 
 
 def plain_sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -248,9 +248,9 @@ def plain_sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dic
     demand("a SiT", named, _RANKS)
     words = {"velocity": "v", "Linear": "linear"}  # SiT's own for what ELIT's code calls otherwise
     own = {name: words.get(value, value) if isinstance(value, str) else value for name, value in args.items()}
-    told = _told(named, {name: value for name, value in own.items() if name not in ("encoder_depth", "elit_group_size")})
-    told["the checkpoint's shapes"]["latent_positions"] = named["pos_embed"][1]
-    return told
+    sizes = _read_sizes(named, {name: value for name, value in own.items() if name not in ("encoder_depth", "elit_group_size")})
+    sizes["the checkpoint's shapes"]["latent_positions"] = named["pos_embed"][1]
+    return sizes
 
 
 def without_variance(weights: Mapping[str, Tensor], params: ElitParams) -> dict[str, Tensor]:
@@ -276,12 +276,12 @@ def from_noise(weights: Mapping[str, Tensor], args: Mapping[str, Any], params: E
     """
     if prediction not in (None, "velocity", "v"):
         raise ModelError(f"a config's prediction is 'velocity' (SiT's own code) or 'v' (REPA's and ELIT's), got {prediction!r}")
-    told = {"its config's prediction": prediction} | {f"its args' {name}": args.get(name) for name in ("prediction", "path_type")}
-    said = {f"{word!r} by {where}": _FROM_NOISE[word] for where, word in told.items() if isinstance(word, str) and word in _FROM_NOISE}
-    if len(set(said.values())) > 1:
-        raise ModelError(f"this SiT is {' and '.join(said)}, whose times go opposite ways: 'velocity' and 'Linear' are SiT's own words")
-    if said:
-        return next(iter(said.values()))
+    words = {"its config's prediction": prediction} | {f"its args' {name}": args.get(name) for name in ("prediction", "path_type")}
+    ways = {f"{word!r} by {where}": _FROM_NOISE[word] for where, word in words.items() if isinstance(word, str) and word in _FROM_NOISE}
+    if len(set(ways.values())) > 1:
+        raise ModelError(f"this SiT is {' and '.join(ways)}, whose times go opposite ways: 'velocity' and 'Linear' are SiT's own words")
+    if ways:
+        return next(iter(ways.values()))
     if any(key.startswith("projectors.") for key in weights):  # REPA's
         return False
     if len(weights["final_layer.linear.weight"]) == 2 * params.patch_size**2 * params.in_channels:  # learn_sigma, in SiT's own code alone
@@ -304,7 +304,7 @@ def turned(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made | {key: torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1).float()}
 
 
-def _told(named: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _read_sizes(named: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Fields of ElitParams that shapes by our names and training arguments tell, whether or not there is an interface."""
     for argument, supported in (("qk_norm", False), ("prediction", "v"), ("path_type", "linear")):
         if args.get(argument, supported) != supported:
@@ -371,12 +371,12 @@ def family(
     params: type,
     build: Callable[[Any], nn.Module],
     splits: Mapping[str, Mapping[str, int]],
-    told: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, dict[str, Any]]],
+    own_sources: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, dict[str, Any]]],
     flops: Callable[[Any, int], int],
     activation_values: Callable[[Any, int], int],
     yields: tuple[str, ...] = (),
 ) -> Family:
-    """The row in the zoo of a Backbone: `splits` of its presets, `told` is its `sources`; flops and values of (params, latents)."""
+    """The row in the zoo of a Backbone: `splits` of its presets, `own_sources` its `sources`; flops and values of (params, latents)."""
 
     def assumed(known: Mapping[str, Any]) -> dict[str, Any]:
         """What no shape tells, from the published size with this depth and width."""
@@ -387,7 +387,7 @@ def family(
         return {}
 
     return Family(
-        name=name, params=params, build=build, presets=presets(name, params, splits), rename_key=rename_key, sources=told, assumed=assumed,
-        axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=latents_cost(flops, activation_values), facts=facts,
+        name=name, params=params, build=build, presets=presets(name, params, splits), rename_key=rename_key, sources=own_sources,
+        assumed=assumed, axes=axes, inputs=inputs, outputs=outputs, feeds=feeds, cost=latents_cost(flops, activation_values), facts=facts,
         yields=("head_blocks", "num_heads", "tail_blocks", "latent_positions", "num_classes", *yields), options=("head_blocks",),
     )  # fmt: skip

@@ -101,20 +101,20 @@ class ElitHdit(Backbone):
         return x  # (B, N, D), or (B, K/4, 2D) between merge and split
 
 
-def told(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def block_sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`sources`, and from the blocks of twice the width where merge and split stand.
 
     Raises: ModelError also where no row of blocks has twice the width.
     """
-    found = sources("elit-hdit", weights, args)
-    named, shapes = shapes_of("elit-hdit", weights), found["the checkpoint's shapes"]
+    sizes = sources("elit-hdit", weights, args)
+    named, shapes = shapes_of("elit-hdit", weights), sizes["the checkpoint's shapes"]
     wide = [index for index in range(shapes["depth"]) if named.get(f"blocks.{index}.attn.proj.bias") == (2 * shapes["hidden_size"],)]
     if not wide or wide != list(range(wide[0], wide[-1] + 1)):
         raise ModelError(
             f"this is not an elit-hdit checkpoint: of its blocks those between merge and split, one after the other, should be "
             f"{2 * shapes['hidden_size']} wide, twice hidden_size; so wide are {', '.join(map(str, wide)) or 'none'}"
         )
-    return found | {"the checkpoint's shapes": shapes | {"merge_block": wide[0], "split_block": wide[-1] + 1}}
+    return sizes | {"the checkpoint's shapes": shapes | {"merge_block": wide[0], "split_block": wide[-1] + 1}}
 
 
 def flops(params: ElitHditParams, latents: int) -> int:
@@ -140,4 +140,6 @@ SPLITS = {
     "b": {"head_blocks": 2, "tail_blocks": 2, "merge_block": 4, "split_block": 8},
     "s": {"head_blocks": 2, "tail_blocks": 2, "merge_block": 4, "split_block": 8},
 }
-FAMILY = family("elit-hdit", ElitHditParams, ElitHdit, SPLITS, told, flops, activation_values, yields=("merge_block", "split_block"))
+FAMILY = family(
+    "elit-hdit", ElitHditParams, ElitHdit, SPLITS, block_sources, flops, activation_values, yields=("merge_block", "split_block")
+)

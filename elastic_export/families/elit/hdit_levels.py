@@ -126,8 +126,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
 
     Raises: ModelError as `hdit.sources`, and for a checkpoint without the interface.
     """
-    own, told = interface.parted(weights, "elit-hdit-levels", "hdit")
-    return hdit.sources(own, args) | {"the interface's shapes": {"group_size": told["group_size"]}}
+    own, sizes = interface.parted(weights, "elit-hdit-levels", "hdit")
+    return hdit.sources(own, args) | {"the interface's shapes": {"group_size": sizes["group_size"]}}
 
 
 def feeds(params: ElitHditLevelsParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:

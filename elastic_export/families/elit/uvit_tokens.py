@@ -106,8 +106,8 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
 
     Raises: ModelError as `uvit.sources`, and for a checkpoint without the interface.
     """
-    own, told = interface.parted(weights, "elit-uvit-tokens", "uvit")
-    return {source: found | told for source, found in uvit.sources(own, args).items()}
+    own, interface_sizes = interface.parted(weights, "elit-uvit-tokens", "uvit")
+    return {source: sizes | interface_sizes for source, sizes in uvit.sources(own, args).items()}
 
 
 def feeds(params: ElitUvitTokensParams, budget: Budget, batch: int) -> dict[str, np.ndarray]:

@@ -69,23 +69,23 @@ class HditParams:
         unit = [size * 2 ** (len(self.depths) - 1) for size in self.patch_size]
         if any(side % each for side, each in zip(self.input_size, unit, strict=True)):
             raise ValueError(f"input_size {list(self.input_size)} must be multiples of {unit}: patches, halved at each of the inner levels")
-        for level, told in enumerate(self.self_attns):
-            self._check(level, told)
+        for level, settings in enumerate(self.self_attns):
+            self._check(level, settings)
         _ = self.schedule  # which checks itself
 
-    def _check(self, level: int, told: Mapping[str, Any]) -> None:
-        kind, (h, w), width = told.get("type"), self.grid(level), self.widths[level]
+    def _check(self, level: int, each: Mapping[str, Any]) -> None:
+        kind, (h, w), width = each.get("type"), self.grid(level), self.widths[level]
         if kind not in ATTENTIONS:
             raise ValueError(f"self_attns[{level}] has type {kind!r}; it is one of {', '.join(ATTENTIONS)}")
         wanted = () if kind == "none" else ("d_head", *ATTENTIONS[kind])
-        if set(told) != {"type", *wanted} or not all(type(told[name]) is int and told[name] > 0 for name in wanted):
-            raise ValueError(f"self_attns[{level}] of type {kind} takes {' and '.join(wanted) or 'nothing else'}, whole, got {dict(told)}")
-        if wanted and (width % told["d_head"] or told["d_head"] % 8):
-            raise ValueError(f"d_head {told['d_head']} of level {level} must divide its width {width}, and be a multiple of 8")
-        if kind == "neighborhood" and told["kernel_size"] > min(h, w):
-            raise ValueError(f"kernel_size {told['kernel_size']} is larger than the {h}x{w} grid of level {level}")
-        if kind == "shifted-window" and (h % told["window_size"] or w % told["window_size"] or told["window_size"] % 2):
-            raise ValueError(f"window_size {told['window_size']} must be even and divide the {h}x{w} grid of level {level}")
+        if set(each) != {"type", *wanted} or not all(type(each[name]) is int and each[name] > 0 for name in wanted):
+            raise ValueError(f"self_attns[{level}] of type {kind} takes {' and '.join(wanted) or 'nothing else'}, whole, got {dict(each)}")
+        if wanted and (width % each["d_head"] or each["d_head"] % 8):
+            raise ValueError(f"d_head {each['d_head']} of level {level} must divide its width {width}, and be a multiple of 8")
+        if kind == "neighborhood" and each["kernel_size"] > min(h, w):
+            raise ValueError(f"kernel_size {each['kernel_size']} is larger than the {h}x{w} grid of level {level}")
+        if kind == "shifted-window" and (h % each["window_size"] or w % each["window_size"] or each["window_size"] % 2):
+            raise ValueError(f"window_size {each['window_size']} must be even and divide the {h}x{w} grid of level {level}")
 
     def grid(self, level: int) -> tuple[int, int]:
         """Rows and columns of a level's tokens."""
@@ -97,8 +97,8 @@ class HditParams:
 
     def size(self, level: int) -> int:
         """Side of a neighbourhood or a window, 0 where there is none."""
-        told = self.self_attns[level]
-        return next((told[name] for name in ATTENTIONS[told["type"]]), 0)
+        settings = self.self_attns[level]
+        return next((settings[name] for name in ATTENTIONS[settings["type"]]), 0)
 
     def keys(self, level: int) -> int:
         """Tokens that one attends to."""
@@ -127,11 +127,11 @@ class HditParams:
 
 def cells(params: HditParams, level: int) -> nn.ModuleList:
     """Which tokens of a level see each other, in its even layers and in its odd ones."""
-    told, grid = params.self_attns[level], params.grid(level)
+    settings, grid = params.self_attns[level], params.grid(level)
     size, heads = params.size(level), params.heads(level)
-    if told["type"] != "shifted-window":
-        return nn.ModuleList([Cells(grid, told["type"], size)] * 2)
-    return nn.ModuleList(Cells(grid, told["type"], size, heads, shifted) for shifted in (False, True))
+    if settings["type"] != "shifted-window":
+        return nn.ModuleList([Cells(grid, settings["type"], size)] * 2)
+    return nn.ModuleList(Cells(grid, settings["type"], size, heads, shifted) for shifted in (False, True))
 
 
 class Hdit(nn.Module):
@@ -255,7 +255,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
     ups = [shapes.get(f"{level}.0.ff.up_proj.weight", ()) for level in levels]
     if any(len(up) != 2 for up in ups):
         raise ModelError("this is not an HDiT checkpoint: a level of it has no ff.up_proj.weight of two dimensions")
-    found = {
+    sizes = {
         "depths": tuple(_count(shapes, rf"{level}\.(\d+)\.") for level in levels),
         "widths": tuple(up[1] for up in ups),
         "d_ffs": tuple(up[0] // 2 for up in ups),
@@ -264,10 +264,10 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "num_classes": max(shapes.get("class_emb.weight", (1,))[0] - 1, 0),
     }
     if block := shapes.get("mapping.blocks.0.down_proj.weight"):
-        found["mapping_d_ff"] = block[-1]
+        sizes["mapping_d_ff"] = block[-1]
     model, names = args.get("model"), {field.name for field in fields(HditParams)}
-    told = {name: value for name, value in model.items() if name in names and value is not None} if isinstance(model, Mapping) else {}
-    return {"the checkpoint's shapes": found, "the checkpoint's config": told}
+    words = {name: value for name, value in model.items() if name in names and value is not None} if isinstance(model, Mapping) else {}
+    return {"the checkpoint's shapes": sizes, "the checkpoint's config": words}
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

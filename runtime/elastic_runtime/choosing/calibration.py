@@ -316,9 +316,9 @@ def _sound(kept: Calibration) -> bool:
     )
 
 
-def _store(found: Calibration | Chosen, prefix: str) -> None:
-    path = _path(found.identity, prefix)
+def _store(record: Calibration | Chosen, prefix: str) -> None:
+    path = _path(record.identity, prefix)
     try:
-        atomic.write(path, msgspec.json.format(msgspec.json.encode(found), indent=1))
+        atomic.write(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
     except OSError as error:
         _log.warning("%s cannot be written (%s): it is measured again next time", path, error.strerror or error)

@@ -129,11 +129,11 @@ class Costs:
 
     def _by_batch(self, name: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """For each measured batch, FLOPs and what was measured there, both rising: a larger budget never costs less."""
-        found: dict[int, list[tuple[float, float]]] = {}
+        pairs_by_batch: dict[int, list[tuple[float, float]]] = {}
         for point in self.points:
             if (value := getattr(point, name)) is not None:
-                found.setdefault(point.batch, []).append((self.work(Budget(**point.budget)).flops, value))
-        columns = {batch: np.array(sorted(pairs)).T for batch, pairs in sorted(found.items())}
+                pairs_by_batch.setdefault(point.batch, []).append((self.work(Budget(**point.budget)).flops, value))
+        columns = {batch: np.array(sorted(pairs)).T for batch, pairs in sorted(pairs_by_batch.items())}
         return {batch: (flops, np.maximum.accumulate(values)) for batch, (flops, values) in columns.items()}
 
 

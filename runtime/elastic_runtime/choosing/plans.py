@@ -162,12 +162,12 @@ class PlanOutlook(Outlook):
 
     def begun(self, seconds: float, least: int) -> Option:
         """The plan and its steps, `least` or more, with which to begin what may take so many `seconds`: the best, or the cheapest."""
-        best, found = 0.0, next(iter(self.frontier(None, least)))
+        best, plan = 0.0, next(iter(self.frontier(None, least)))
         for name, option, steps in self._enough(least):
             worth = self._worths(option, (0,), steps, seconds)
             if worth.max() > best:
-                best, found = float(worth.max()), self._shaped(name, tuple(steps[worth.argmax()].tolist()))
-        return found
+                best, plan = float(worth.max()), self._shaped(name, tuple(steps[worth.argmax()].tolist()))
+        return plan
 
     def onward(self, option: Option, taken: Sequence[int], seconds: float) -> tuple[int, ...]:
         """Steps left of each stage still to come, the one under way first: of what the plan may still become, the best that takes so many

@@ -101,14 +101,14 @@ class Bundle:
         path = self.file(self.manifest.reference.path)
         try:
             with readable(path), np.load(path, allow_pickle=False) as arrays:
-                found = dict(arrays)
-            reference.check(found, self.manifest.graphs, self.manifest.axes)
+                recorded = dict(arrays)
+            reference.check(recorded, self.manifest.graphs, self.manifest.axes)
         except BundleError:
             raise
         except Exception as error:  # whatever the readers of zips, of arrays' headers and of budgets raise
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise BundleError(f"{path} is damaged: {why}. Copy or export it again.") from None
-        return found
+        return recorded
 
     def _place(self, relative: str) -> Path:
         if not inside(relative):

@@ -40,15 +40,15 @@ def read_record(
     advice = again[0].upper() + again[1:]
     try:
         content = msgspec.json.decode(text)
-        found = content.get("schema_version")
+        stated = content.get("schema_version")
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError) as reason:
         raise error(f"{where} is not a {what}: {reason}. Copy it again, or {again}.") from None
-    known = isinstance(found, int) and not isinstance(found, bool)
-    if found != version and not (known and found in older):
-        newer = known and found > version
+    known = isinstance(stated, int) and not isinstance(stated, bool)
+    if stated != version and not (known and stated in older):
+        newer = known and stated > version
         way = "upgrade with: pip install -U elastic-export" if newer else again
-        raise error(f"{where} has schema_version {found!r}; this version reads {version}: {way}")
+        raise error(f"{where} has schema_version {stated!r}; this version reads {version}: {way}")
     try:
-        return msgspec.json.decode(text, type=kind) if found == version else msgspec.convert(older[found](content), kind)
+        return msgspec.json.decode(text, type=kind) if stated == version else msgspec.convert(older[stated](content), kind)
     except msgspec.ValidationError as reason:
         raise error(f"{where} is not a valid {what}: {reason}. {advice}.") from None

@@ -6,14 +6,14 @@ from elastic_runtime.device.record import Cpu, Memory
 from elastic_runtime.device.sources import Sources
 
 
-def _told(sources: Sources) -> dict[str, str]:
+def _sysctl(sources: Sources) -> dict[str, str]:
     lines = (sources.output("sysctl", "hw", "machdep.cpu") or "").splitlines()
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def cpu(sources: Sources) -> Cpu:
     """The processor. On Apple silicon only the performance cores count: a thread pool waits for its slowest."""
-    values = _told(sources)
+    values = _sysctl(sources)
     cores = int(values.get("hw.perflevel0.physicalcpu") or values.get("hw.physicalcpu") or len(sources.cpus() or ()) or 1)
     if sources.machine == "arm64":
         vector, flops = "Neon", 32  # four 128-bit units
@@ -38,7 +38,7 @@ def cpu(sources: Sources) -> Cpu:
 
 def memory(sources: Sources) -> Memory:
     """Memory of the machine; what programs hold only as a cache counts as available."""
-    total = _told(sources).get("hw.memsize")
+    total = _sysctl(sources).get("hw.memsize")
     pages = sources.output("vm_stat") or ""
     size = re.search(r"page size of (\d+) bytes", pages)
     counts = dict(re.findall(r"^Pages (free|inactive|speculative|purgeable):\s+(\d+)", pages, re.MULTILINE))
@@ -48,7 +48,7 @@ def memory(sources: Sources) -> Memory:
 
 def chip(sources: Sources) -> str | None:
     """`Apple M4 Pro`, or None on an Intel Mac."""
-    name = _told(sources).get("machdep.cpu.brand_string", "")
+    name = _sysctl(sources).get("machdep.cpu.brand_string", "")
     return name if name.startswith("Apple") else None
 
 

@@ -15,9 +15,9 @@ def processor(sources: Sources | None = None) -> Cpu:
         return apple.cpu(sources)
     count = len(sources.cpus() or ()) or 1
     if sources.system == "Windows":
-        told = sources.windows()
-        model, flops = told.model or sources.processor or "unknown", linux.FLOPS_PER_CLOCK.get(told.vector or "", linux.SSE2)
-        return Cpu(model=model, cores=count, usable=count, vector=told.vector, flops_per_clock=flops, mhz=told.mhz)
+        facts = sources.windows()
+        model, flops = facts.model or sources.processor or "unknown", linux.FLOPS_PER_CLOCK.get(facts.vector or "", linux.SSE2)
+        return Cpu(model=model, cores=count, usable=count, vector=facts.vector, flops_per_clock=flops, mhz=facts.mhz)
     return Cpu(model=sources.processor or "unknown", cores=count, usable=count, vector=None, flops_per_clock=1)
 
 

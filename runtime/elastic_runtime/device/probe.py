@@ -49,8 +49,8 @@ def memory_now(sources: Sources | None = None) -> Memory:
     if sources.system == "Darwin":
         return apple.memory(sources)
     if sources.system == "Windows":
-        told = sources.windows()
-        return Memory(total=told.memory_total, available=told.memory_available)
+        facts = sources.windows()
+        return Memory(total=facts.memory_total, available=facts.memory_available)
     return Memory(total=None, available=None)
 
 

@@ -67,12 +67,12 @@ def read(kernel: Any = None, registry: Any = None) -> Reading:
     """This machine's reading; `kernel` and `registry` stand in for kernel32 and winreg."""
     kernel = kernel or _kernel()
     memory = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
-    told = kernel is not None and bool(kernel.GlobalMemoryStatusEx(ctypes.byref(memory)))
+    known = kernel is not None and bool(kernel.GlobalMemoryStatusEx(ctypes.byref(memory)))
     vector = next((name for number, name in FEATURES if kernel is not None and kernel.IsProcessorFeaturePresent(number)), None)
     model, mhz = _processor(registry)
     return Reading(
-        memory_total=memory.total if told else None,
-        memory_available=memory.available if told else None,
+        memory_total=memory.total if known else None,
+        memory_available=memory.available if known else None,
         vector=vector,
         model=model,
         mhz=mhz,

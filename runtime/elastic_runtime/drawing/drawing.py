@@ -149,9 +149,9 @@ def checked(texts: Texts, count: int, led: bool) -> Texts:
         raise UsageError(f"texts are what `read` gives of a request, got {texts!r}")
     strong, weak = texts
     if len(strong) != count or (weak is not None) != led:
-        found = f"{len(strong)} prompts {'without' if weak is None else 'with'} negative ones"
+        kind = f"{len(strong)} prompts {'without' if weak is None else 'with'} negative ones"
         wanted = f"{count} {'with' if led else 'without'}"
-        raise UsageError(f"texts are of {found}, and the request is of {wanted}: give what `read` says of this request")
+        raise UsageError(f"texts are of {kind}, and the request is of {wanted}: give what `read` says of this request")
     return texts
 
 

@@ -31,9 +31,9 @@ def guard(path: Path) -> None:
 
     Raises: OSError where there is none.
     """
-    found = path.lstat()
-    mine = not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0)
-    if not mine or stat.S_ISLNK(found.st_mode) or (os.name != "nt" and found.st_mode & stat.S_IWOTH):
+    status = path.lstat()
+    mine = not hasattr(os, "geteuid") or status.st_uid in (os.geteuid(), 0)
+    if not mine or stat.S_ISLNK(status.st_mode) or (os.name != "nt" and status.st_mode & stat.S_IWOTH):
         raise PermissionError(f"{path} is a link, or another user owns it or may write it")
 
 

@@ -48,8 +48,8 @@ def fit(steps: tuple[int, int, int], end_times: tuple[float, float, float], up_r
         p, q = (np.clip(density, LEAST_DENSITY, None) for density in (wanted, given))
         return float(jensenshannon(p / p.sum(), q / q.sum()))
 
-    found = minimize(distance, [3.0] * STAGES + [2.0], bounds=[SHIFTS] * STAGES + [ZS])
-    *shifts, z = (float(value) for value in found.x)
+    minimum = minimize(distance, [3.0] * STAGES + [2.0], bounds=[SHIFTS] * STAGES + [ZS])
+    *shifts, z = (float(value) for value in minimum.x)
     ends = [("shift", value, SHIFTS[1]) for value in shifts] + [("z", z, ZS[1])]
     reached = [f"{name} {most:g}" for name, value, most in ends if value >= most * NEAR]
     if reached:

@@ -200,9 +200,9 @@ def _matrices(model: Any) -> Iterator[tuple[int, int]]:
 
 def require_precision(model: Any, precision: str, device: str) -> None:
     """Raise MissingError where a compiled model computes in another precision than it was asked to, which OpenVINO passes over."""
-    told = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    if told != HINTS.get(precision, precision):
-        own = next((name for name, hint in HINTS.items() if hint == told), told)
+    granted = model.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if granted != HINTS.get(precision, precision):
+        own = next((name for name, hint in HINTS.items() if hint == granted), granted)
         raise MissingError(f"this {device} computes no {precision}, and OpenVINO would run it in {own}: use precision {own}")
 
 

@@ -159,7 +159,7 @@ class TrtSession(Session):
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise BundleError(
-                f"{artifact.builder} cannot open {path}: {self._said()}. Build it again with: elastic-export trt {bundle.folder}"
+                f"{artifact.builder} cannot open {path}: {self._reason()}. Build it again with: elastic-export trt {bundle.folder}"
             )
         if artifact.stripped:
             onnx = next((file for file in bundle.manifest.files() if file.path == artifact.source), None)
@@ -171,10 +171,10 @@ class TrtSession(Session):
             refitter = self._library.Refitter(engine, self._logger)
             parser = self._library.OnnxParserRefitter(refitter, self._logger)
             if not parser.refit_from_file(str(bundle.file(artifact.source))) or not refitter.refit_cuda_engine():
-                raise BundleError(f"{path} cannot take its weights from {artifact.source}: {self._said()}")
+                raise BundleError(f"{path} cannot take its weights from {artifact.source}: {self._reason()}")
         return engine
 
-    def _said(self) -> str:
+    def _reason(self) -> str:
         return self._logger.errors[-1] if self._logger.errors else "no reason given"
 
     def _run(self, feeds: Arrays) -> dict[str, np.ndarray]:
@@ -228,7 +228,7 @@ class TrtSession(Session):
         else:
             context = self._engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(index, int(self._stream)):
-            raise InferenceError(f"no execution context for profile {index}: {self._said()}")
+            raise InferenceError(f"no execution context for profile {index}: {self._reason()}")
         context.set_device_memory(self._scratch, self._scratch_size)
         for name, pointer in self._buffers.items():
             if not context.set_tensor_address(name, pointer):
@@ -245,7 +245,7 @@ class TrtSession(Session):
         slot.shapes = ()
         for name, array in arrays.items():
             if not slot.context.set_input_shape(name, array.shape):
-                raise InferenceError(f"the engine refuses {name} of shape {array.shape}: {self._said()}")
+                raise InferenceError(f"the engine refuses {name} of shape {array.shape}: {self._reason()}")
         slot.outputs = {spec.name: tuple(slot.context.get_tensor_shape(spec.name)) for spec in self.graph.outputs}
         slot.shapes = shapes
 
@@ -265,7 +265,7 @@ class TrtSession(Session):
 
     def _enqueue(self, slot: _Slot) -> None:
         if not slot.context.execute_async_v3(int(self._stream)):
-            raise InferenceError(f"the engine failed to run: {self._said()}")
+            raise InferenceError(f"the engine failed to run: {self._reason()}")
 
     def _capture(self, slot: _Slot) -> None:
         """Capture a CUDA graph; an engine that cannot be captured runs without graphs from then on, and the log says

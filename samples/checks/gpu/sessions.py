@@ -28,9 +28,9 @@ TF32 = [("CUDAExecutionProvider", {"use_tf32": 1}), "CPUExecutionProvider"]
 
 def main(folders: list[str]) -> None:
     table = Table(os.environ.get("TABLE", "sessions"))
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler(logging.INFO)
-    handler.emit = lambda record: said.append(record.getMessage()[:300])  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage()[:300])  # type: ignore[method-assign]
     logging.getLogger("elastic_runtime").addHandler(handler)
     logging.getLogger("elastic_runtime").setLevel(logging.INFO)
     for bundle in map(Bundle.open, folders):
@@ -39,12 +39,12 @@ def main(folders: list[str]) -> None:
                 if left() < 15:
                     return
                 about = {"bundle": bundle.folder.name, "graph": graph, "precision": artifact.precision}
-                said.clear()
+                messages.clear()
                 try:
                     measure(table, bundle, graph, artifact, about)
                 except ElasticError as error:
                     table.row(**about, check="failed", failed=f"{type(error).__name__}: {error}"[:600])
-                table.row(**about, check="log", said=said)
+                table.row(**about, check="log", said=messages)
 
 
 def measure(table: Table, bundle: Bundle, graph: str, artifact: OnnxArtifact, about: dict[str, str]) -> None:

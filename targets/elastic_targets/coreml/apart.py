@@ -79,9 +79,9 @@ def _own(graph: fx.Graph, conditions: Sequence[fx.Node]) -> dict[fx.Node, None]:
     """The nodes up to the last multiplications of what depends on `conditions` and weights alone, in the graph's order."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     steps = [Step(tuple(node.all_input_nodes), (node,), _matrix(node)) for node in nodes]
-    found = {nodes[place] for place in own(steps, conditions, (node for node in graph.nodes if node.op == "get_attr"))}
+    last = {nodes[place] for place in own(steps, conditions, (node for node in graph.nodes if node.op == "get_attr"))}
     # Of what gives several values each is one of them, needed or not.
-    return {node: None for node in nodes if node in found or any(each in found and _several(each) for each in node.all_input_nodes)}
+    return {node: None for node in nodes if node in last or any(each in last and _several(each) for each in node.all_input_nodes)}
 
 
 def _matrix(node: fx.Node) -> Any:

@@ -53,7 +53,7 @@ def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
     """Where the package lies in the bundle: `coreml/denoiser.mlpackage`, with what is not the default named."""
     default = CoremlOptions()
     reductions = f"{options.reductions}-reductions"
-    said = [
+    words = [
         name
         for name, usual in (
             (options.shapes, default.shapes),
@@ -64,7 +64,7 @@ def paths(graph: GraphCapture, options: CoremlOptions) -> tuple[str]:
         )
         if name and name != usual
     ]
-    return (f"coreml/{'.'.join([graph.name, *said])}.mlpackage",)
+    return (f"coreml/{'.'.join([graph.name, *words])}.mlpackage",)
 
 
 def compression(graph: GraphCapture, options: CoremlOptions) -> str | None:

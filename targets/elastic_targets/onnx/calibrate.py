@@ -26,24 +26,24 @@ def largest(graph: GraphCapture, model: ir.Model, names: Sequence[str], on_progr
     """
     if not names:
         return {}
-    observed, told = _observed(model, names)
-    ports = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in told.values())
+    observed, outputs_of = _observed(model, names)
+    ports = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in outputs_of.values())
     described = Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=())
-    found, points = dict.fromkeys(names, 0.0), budgets(graph)
+    ranges, points = dict.fromkeys(names, 0.0), budgets(graph)
     done, total = 0, len(points) * len(starts(graph))
     with PartSession(msgspec.structs.replace(described, outputs=(*described.outputs, *ports)), observed) as session:
         for budget in points:
             for outputs in session.several(list(feeds(graph, budget))):
-                found = {name: float(np.maximum(most, outputs[told[name]])) for name, most in found.items()}
+                ranges = {name: float(np.maximum(most, outputs[outputs_of[name]])) for name, most in ranges.items()}
                 done += 1
                 if on_progress:
                     on_progress("calibrating", done, total)
-    if odd := [name for name, most in found.items() if not np.isfinite(most)]:
+    if odd := [name for name, most in ranges.items() if not np.isfinite(most)]:
         raise ModelError(
             f"{odd[0]} of the {graph.name} is not finite in the floats that it is held in, so that no scale fits it: export it in fp32 or "
             "int8w, and see what the model gives in float16"
         )
-    return found
+    return ranges
 
 
 def _observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str, str]]:
@@ -52,7 +52,7 @@ def _observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str
     loops = {id(body): node for node in made.graph.all_nodes() for body in bodies(node)}
     values = [value for value in made.graph.inputs if value.name in wanted]
     values += [value for node in made.graph.all_nodes() for value in node.outputs if value.name in wanted]
-    told = {}
+    names_of = {}
     for value in values:
         producer = value.producer()
         graph = producer.graph if producer else made.graph
@@ -61,8 +61,8 @@ def _observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, dict[str
         while id(graph) in loops:
             graph, most = _out(loops[id(graph)], graph, most)
         made.graph.outputs.append(most)
-        told[str(value.name)] = str(most.name)
-    return made, told
+        names_of[str(value.name)] = str(most.name)
+    return made, names_of
 
 
 def _most(graph: ir.Graph, value: ir.Value) -> ir.Value:

@@ -59,8 +59,8 @@ def estimate(graph: GraphCapture, precision: str, apart: bool = False, fitted: b
         size = sum(held.values()) * PRECISIONS[precision].weight_bytes
     waiting = held["tokens"] * PRECISIONS[precision].weight_bytes if fitted else 0.0
     largest = max((weight.numel() for _, weight in seen), default=0) * FLOAT32
-    told = held["conditions"] * conditions if apart else 0.0
-    within = MESSAGE * max((each for each in (size - told, told) if each < EXTERNAL_FROM), default=0.0)
+    conditions_size = held["conditions"] * conditions if apart else 0.0
+    within = MESSAGE * max((each for each in (size - conditions_size, conditions_size) if each < EXTERNAL_FROM), default=0.0)
     rounding = FITTED * min(max(PART, largest), held["tokens"] * FLOAT32) if fitted else 0.0
     return Estimate(round(size), round(BASE + max(COPIES * largest + within, rounding)), round(waiting))
 

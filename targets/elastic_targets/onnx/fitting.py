@@ -73,9 +73,9 @@ def fitted(
         for name in [name for name, matrix in last.items() if place[id(matrix.node)] == number]:
             if not all(np.isfinite(gram).all() for gram in grams[tuple(taken[name])]):
                 raise ModelError(f"{name} multiplies values that are not finite, so that nothing can be fitted: use --rounding nearest")
-            found = compensated(last.pop(name).read(), grams[tuple(taken[name])], bits, BLOCKS[bits])
-            paths = [folder / f"{len(made)}.{position}.npy" for position in range(len(found))]
-            for path, array in zip(paths, found, strict=True):
+            arrays = compensated(last.pop(name).read(), grams[tuple(taken[name])], bits, BLOCKS[bits])
+            paths = [folder / f"{len(made)}.{position}.npy" for position in range(len(arrays))]
+            for path, array in zip(paths, arrays, strict=True):
                 np.save(path, array)
             made[name] = partial(_read, tuple(paths))
             if on_progress:

@@ -46,7 +46,7 @@ def costliest(graph: GraphCapture, model: ir.Model, precision: str, count: int, 
     exact, costs = answers(matrices), {}
     for done, name in enumerate(matrices, start=1):
         pairs = zip(answers(matrices.keys() - {name}), exact, strict=True)
-        costs[name] = sum(float(np.square(found - right).sum() / max(np.square(right).sum(), 1e-30)) for found, right in pairs)
+        costs[name] = sum(float(np.square(answer - right).sum() / max(np.square(right).sum(), 1e-30)) for answer, right in pairs)
         if on_progress:
             on_progress("weighing matrices", done, len(matrices))
     return [matrices[name] for name in sorted(matrices, key=lambda name: -costs[name])[:count]]

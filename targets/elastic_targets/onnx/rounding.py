@@ -58,9 +58,9 @@ def compensated(weights: np.ndarray, grams: Sequence[np.ndarray], bits: int, blo
     for columns, gram in zip(slabs(weights.shape[1], block), grams, strict=True):
         place = slice(columns.start // block, -(-columns.stop // block))
         exact = weights[:, columns].astype(np.float32)
-        found, plain = _descended(exact, gram, bits, block), _nearest(exact, bits, block)
-        better = _error(exact, found, gram) < _error(exact, plain, gram)
-        for whole, new, old in zip((codes, scales, zeros), found, plain, strict=True):
+        fitted, plain = _descended(exact, gram, bits, block), _nearest(exact, bits, block)
+        better = _error(exact, fitted, gram) < _error(exact, plain, gram)
+        for whole, new, old in zip((codes, scales, zeros), fitted, plain, strict=True):
             whole[:, place] = np.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     return _joined([(codes, scales, zeros)], bits)
 

@@ -54,8 +54,8 @@ def stream(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
     model = program.model
     # What halves a side gives it a name that says so, or one of the exporter's own; sizes that are fixed stay to be found.
     for spec, value in zip(graph.outputs, model.graph.outputs, strict=True):
-        found = value.shape or ir.Shape(())
-        named = [own if isinstance(own, str) and not isinstance(seen, int) else seen for own, seen in zip(spec.shape, found, strict=True)]
+        shape = value.shape or ir.Shape(())
+        named = [own if isinstance(own, str) and not isinstance(seen, int) else seen for own, seen in zip(spec.shape, shape, strict=True)]
         value.shape = ir.Shape(named)
     if opset >= WITH_HEADS:
         unsplit(model)

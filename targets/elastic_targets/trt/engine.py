@@ -92,12 +92,12 @@ def _optimization_profile(parsed: Parsed, graph: Graph, profile: Profile) -> Any
 
 
 def _explain(builder: Builder, sms: tuple[int, ...], settings: Settings, errors: list[str]) -> None:
-    said = errors[-1] if errors else "no reason given"
-    if (settings.refit or settings.strip) and "CUDA_SUCCESS" in said:
+    reason = errors[-1] if errors else "no reason given"
+    if (settings.refit or settings.strip) and "CUDA_SUCCESS" in reason:
         raise MissingError(
             f"{builder} needs a GPU and its driver to build with --refit or --strip: run this on a machine with one, or leave them out"
         )
-    raise InferenceError(f"{builder} failed to build for sm {', '.join(map(str, sms))}: {said}")
+    raise InferenceError(f"{builder} failed to build for sm {', '.join(map(str, sms))}: {reason}")
 
 
 def _monitor(library: Any) -> Any:

@@ -34,8 +34,8 @@ def parse(builder: Builder, path: Path, opset: int) -> Parsed:
     parser = library.OnnxParser(network, logger)
     if not parser.parse_from_file(str(path)):
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = "; ".join(_sentence(problem) for problem in problems[:3]) or "; ".join(logger.errors[:1])
-        raise UsageError(f"{builder} cannot read {path.name} (opset {opset}): {said}.{_advice(opset)}")
+        reason = "; ".join(_sentence(problem) for problem in problems[:3]) or "; ".join(logger.errors[:1])
+        raise UsageError(f"{builder} cannot read {path.name} (opset {opset}): {reason}.{_advice(opset)}")
     kinds: dict[str, list[Any]] = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
