@@ -1,4 +1,5 @@
-"""Draw one picture with a bundle of any size, and say what it took: seconds by step, and the most memory that the process held.
+"""Draw one picture with a bundle of any size, and say what it took: seconds by step, and the most memory that the process held when the
+bundle was open, after the last step, and with the decoder.
 
     python samples/real_size.py BUNDLE --plan 7x --side 512 -o picture.png
     python samples/real_size.py BUNDLE --budgets 64,256 --steps 2
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from elastic_runtime import Budget, Bundle, ElasticPipeline, Request
@@ -49,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bundle = Bundle.open(given.bundle)
     begun = time.monotonic()
     with ElasticPipeline.from_pretrained(bundle, given.backend, given.precision or ()) as pipe:
-        opened = time.monotonic() - begun
+        opened, most = time.monotonic() - begun, [_held()]
+
+        def watch(*_: object) -> dict[str, Any]:
+            most.append(_held())
+            return {}
+
         request = Request(
             **embeddings(bundle), plan=given.plan, height=given.side, width=given.side, num_inference_steps=given.steps, seeds=0,
             guidance_scale=given.guidance, output_type="pil" if "decoder" in bundle.manifest.graphs else "latent",
@@ -59,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.budgets:
             axis = bundle.manifest.axes[0].name
             for value in given.budgets.split(","):
-                result = pipe.draw(_at(request, Budget(**{axis: int(value)})))
+                at = msgspec.structs.replace(request, budget=Budget(**{axis: int(value)}))
+                result = pipe.draw(at, callback_on_step_end=watch)
                 outcome[f"{axis}={value}"] = round(1e3 * statistics.median(record.seconds for record in result.steps))
                 drawn[f"{axis}={value}"] = np.asarray(result.images[0], np.float32)
         else:
-            result = pipe.draw(request)
+            result = pipe.draw(request, callback_on_step_end=watch)
             outcome["steps_s"] = [round(record.seconds, 1) for record in result.steps]
             drawn[str(given.plan)] = np.asarray(result.images[0], np.float32)
         outcome["total_s"] = round(time.monotonic() - begun, 1)
@@ -71,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             np.savez(given.output, **drawn)
         elif given.output:
             result.images[0].save(given.output)
-    print(json.dumps(outcome | {"peak_gb": round((peak_bytes() or 0) / 1e9, 2), "machine": machine(), "versions": versions()}))
+    outcome |= {"opened_gb": most[0], "steps_gb": most[-1], "peak_gb": _held()}
+    print(json.dumps(outcome | {"machine": machine(), "versions": versions()}))
     return 0
 
 
-def _at(request: Request, budget: Budget) -> Request:
-    import msgspec
-
-    return msgspec.structs.replace(request, budget=budget)
+def _held() -> float:
+    """GB that this process held at most so far."""
+    return round((peak_bytes() or 0) / 1e9, 2)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from record import machine, versions
 
 HERE = Path(__file__).parent
 HEAD = (
-    "| model | precision | on disk | export | peak | run peak | a step | over fp32 | step dB | picture dB |",
+    "| model | precision | on disk | export | peak | run peak (steps) | a step | over fp32 | step dB | picture dB |",
     "|---|---|---:|---:|---:|---:|---|---:|---:|---:|",
 )
 
@@ -107,6 +107,7 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
         "export_s": seconds,
         "export_peak": peak,
         "run_peak": run_peak,
+        "steps_peak": 1e9 * run["steps_gb"],
         "steps_ms": [run[key] for key in run if "=" in key] or [1e3 * each for each in run["steps_s"]],
         "whole_s": None if any("=" in key for key in run) else run["total_s"],
         "step_db": min((each.psnr_db for each in artifact.verified), default=None),
@@ -145,7 +146,8 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
             if (cost := rows.get(f"{name} {precision}")) is None:
                 continue
             exact = rows.get(f"{name} fp32")
-            cells = [title, precision, _gb(cost["bytes"]), f"{cost['export_s']:.0f} s", _gb(cost["export_peak"]), _gb(cost["run_peak"])]
+            cells = [title, precision, _gb(cost["bytes"]), f"{cost['export_s']:.0f} s", _gb(cost["export_peak"])]
+            cells += [f"{_gb(cost['run_peak'])} ({cost['steps_peak'] / 1e9:.2f})"]
             cells += [_steps(cost), "-" if exact is None else f"{_pace(exact) / _pace(cost):.2f}"]
             cells += ["-" if cost[each] is None else f"{cost[each]:.1f}" for each in ("step_db", "picture_db")]
             lines.append(f"| {' | '.join(cells)} |")

@@ -30,7 +30,8 @@ from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
 FAILED = 1  # by no fault of what was asked
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# 128 + the signal, as shells have it
+ENDED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
 
 app = typer.Typer(
     name="elastic-export",
@@ -60,8 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         _give_up(error)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer has turned Ctrl-C into this, without a word
-            fail("interrupted; what was there before is as it was")
+        if isinstance(end.code, int) and end.code in ENDED:  # typer has turned Ctrl-C into this, without a word
+            fail(f"{ENDED[end.code]}; what was there before is as it was")
         try:
             sys.stdout.flush()
         except OSError as error:

@@ -15,6 +15,7 @@ from conftest import Outcome
 from fakes import write_bundle, write_manifest
 from PIL import Image
 
+from elastic_export import cli
 from elastic_runtime import Bundle, ElasticPipeline
 from elastic_runtime.files.folder import writing
 
@@ -207,3 +208,14 @@ def test_a_killed_command_leaves_no_half_written_folder(run: Run, tmp_path: Path
         assert list(tmp_path.iterdir()) == []
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there, a process is ended without asking it")
+def test_a_killed_command_says_that_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        done = run("inspect", "anything")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.code, done.err.strip()) == (128 + signal.SIGTERM, "error: terminated; what was there before is as it was")

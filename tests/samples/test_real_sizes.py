@@ -13,7 +13,8 @@ import pytest
 import real_sizes
 
 ROW: dict[str, Any] = {
-    "bytes": 2_820_000_000, "export_s": 41.6, "export_peak": 570_000_000, "run_peak": 2_990_000_000, "steps_ms": [500, 700.4],
+    "bytes": 2_820_000_000, "export_s": 41.6, "export_peak": 570_000_000, "run_peak": 2_990_000_000,
+    "steps_peak": 2.5e9, "steps_ms": [500, 700.4],
     "whole_s": None, "step_db": 140.25, "picture_db": None, "machine": "a machine", "versions": {"onnxruntime": "1"},
 }  # fmt: skip
 
@@ -46,7 +47,7 @@ def test_rows_are_shown_beside_float32() -> None:
         {"elit-xl fp32": ROW, "elit-xl int8": ROW | {"steps_ms": [250, 350.2], "picture_db": 45.04}, "flux-dev int4w": whole}
     )
     rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()[2:5]]
-    assert rows[0] == ["fp32", "2.82 GB", "42 s", "0.57 GB", "2.99 GB", "500, 700 ms", "1.00", "140.2", "-"]
-    assert rows[1] == ["int8", "2.82 GB", "42 s", "0.57 GB", "2.99 GB", "250, 350 ms", "2.00", "140.2", "45.0"]
+    assert rows[0] == ["fp32", "2.82 GB", "42 s", "0.57 GB", "2.99 GB (2.50)", "500, 700 ms", "1.00", "140.2", "-"]
+    assert rows[1] == ["int8", "2.82 GB", "42 s", "0.57 GB", "2.99 GB (2.50)", "250, 350 ms", "2.00", "140.2", "45.0"]
     assert rows[2][5:] == ["2.0 to 3.0 s; 61 s in all", "-", "-", "-"]
     assert "a machine; onnxruntime 1" in text
