@@ -66,12 +66,18 @@ def test_a_bundle_takes_engines_from_its_own_artifacts(bundle_copy: Path) -> Non
     pytest.importorskip("tensorrt_rtx", reason="building engines needs tensorrt-rtx")
     with pytest.raises(UsageError, match="is a bundle and has its weights"):
         elastic_export.export(bundle_copy, output=bundle_copy, target="trt", checkpoint="x.pt")
-    told: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     bundle = elastic_export.export(
-        bundle_copy, output=bundle_copy, target="trt", sms=[89], buckets="8,16", latents="4-16", on_progress=lambda *step: told.append(step)
+        bundle_copy,
+        output=bundle_copy,
+        target="trt",
+        sms=[89],
+        buckets="8,16",
+        latents="4-16",
+        on_progress=lambda *step: progress.append(step),
     )
     engine = bundle.manifest.graphs["denoiser"].artifacts[-1]
-    assert (engine.target, len(engine.profiles), bool(told)) == ("trt", 2, True)  # type: ignore[attr-defined]
+    assert (engine.target, len(engine.profiles), bool(progress)) == ("trt", 2, True)  # type: ignore[attr-defined]
 
 
 def test_the_golden_bundles_come_from_it(golden_bundle: Callable[[str], Bundle]) -> None:

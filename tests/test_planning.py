@@ -54,33 +54,33 @@ def bare(folder: Path, made: Path) -> Path:
 def test_configs_alone_tell_what_an_export_does(name: str, tmp_path: Path) -> None:
     make, text, branches = FAMILIES[name]
     folder = folders.write(tmp_path / "m", make(), text=text)
-    told = elastic_export.plan(bare(folder, tmp_path / "bare"), device=ORIN, steps=3, precisions="fp16")
+    forecast = elastic_export.plan(bare(folder, tmp_path / "bare"), device=ORIN, steps=3, precisions="fp16")
     captured = capture_folder(folder, None, None, Span(1, 2), digest=False)
     sizes = {graph.name: sum(p.numel() for p in graph.module.parameters()) for graph in captured.graphs}
     unwrapped = sum(parameter.numel() for parameter in make().parameters()) - sizes.get("text_fusion", 0)
     # T5's module holds its embedding under two names, and its graph once.
     t5 = {each: sum(p.numel() for p in folders.t5().parameters()) for each in sizes if each == LAST.get(name)}
-    assert told.parameters == sizes | {"denoiser": unwrapped} | t5
-    assert (told.branches, told.model) == (branches, "bare")
+    assert forecast.parameters == sizes | {"denoiser": unwrapped} | t5
+    assert (forecast.branches, forecast.model) == (branches, "bare")
     manifest = capture_folder(folder, ("transformer", "vae"), None, Span(1, 2), digest=False).manifest  # of as much text as it may take
     assert manifest.model.patches is not None
     unit = manifest.model.patches.size * (manifest.model.vae.upscale if manifest.model.vae else 1)
-    tokens = told.size[0] // unit, told.size[1] // unit
+    tokens = forecast.size[0] // unit, forecast.size[1] // unit
     offered = offers(3, tokens[0] * tokens[1], manifest.model.config["scheduler"], manifest.model.few_steps)
     plans = {each: offered[each] for each in ("full", "4x", "7x", "speed")}
-    assert [way.name for way in told.ways] == list(plans)
-    for way in told.ways:
+    assert [way.name for way in forecast.ways] == list(plans)
+    for way in forecast.ways:
         assert way.flops == pytest.approx(branches * plan_flops(manifest, plans[way.name], tokens), rel=1e-9)
         assert way.steps == plans[way.name].total
     alone = Costs(manifest, Rates.of(PEAK, "fp16"), "fp16")
     counts = manifest.model.patches.filled_all(plans["full"].step_tokens(*tokens))
     drawn = sum(alone.seconds(Budget(tokens=count), branches) for count in counts)
-    assert drawn < told.ways[0].seconds["fp16"] < drawn + 0.01  # text and decoder are a small model's
+    assert drawn < forecast.ways[0].seconds["fp16"] < drawn + 0.01  # text and decoder are a small model's
 
 
 def test_text_and_decoder_are_counted_as_the_exported_graphs_run(tmp_path: Path) -> None:
     folder = folders.write(tmp_path / "m", folders.flux(), text=True)
-    told = elastic_export.plan(bare(folder, tmp_path / "bare"), device=ORIN, size=32)
+    forecast = elastic_export.plan(bare(folder, tmp_path / "bare"), device=ORIN, size=32)
     vae, clip, t5 = folders.vae().eval(), folders.clip(), folders.t5()
     runs = {
         "decoder": lambda: vae.decode(torch.zeros(1, 4, 16, 16)), "text_encoder": lambda: clip(torch.zeros(1, 12, dtype=torch.long)),
@@ -89,7 +89,7 @@ def test_text_and_decoder_are_counted_as_the_exported_graphs_run(tmp_path: Path)
     for name, run in runs.items():
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()
-        assert told.flops[name] == counter.get_total_flops(), name
+        assert forecast.flops[name] == counter.get_total_flops(), name
 
 
 def test_the_fusion_of_text_is_counted_once_a_picture_and_branch(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_a_language_model_is_counted_down_to_the_last_state_that_is_kept(tmp_pat
     language_models.write(folder, whole)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "Qwen3ForCausalLM"]}))
-    told = elastic_export.plan(folder, device=ORIN)
+    forecast = elastic_export.plan(folder, device=ORIN)
     kept = whole.model.embed_tokens, *whole.model.layers[:-1]  # Z-Image takes the state before the last layer
-    assert told.parameters["text_encoder"] == sum(parameter.numel() for part in kept for parameter in part.parameters())
-    assert told.flops["text_encoder"] > 0
+    assert forecast.parameters["text_encoder"] == sum(parameter.numel() for part in kept for parameter in part.parameters())
+    assert forecast.flops["text_encoder"] > 0
 
 
 def test_a_shorter_prompt_takes_less(tmp_path: Path) -> None:
@@ -131,33 +131,33 @@ def klein(folder: Path) -> Path:
 
 
 def test_klein_4b_on_devices_before_anything_of_it_is_here(tmp_path: Path) -> None:
-    told = elastic_export.plan(klein(tmp_path), device=ORIN, size=64, steps=4, guidance=1.0)  # latents: a VAE would tell of pixels
-    assert told.parameters["denoiser"] / 1e9 == pytest.approx(3.88, rel=2e-3)
-    full = told.ways[0]
+    forecast = elastic_export.plan(klein(tmp_path), device=ORIN, size=64, steps=4, guidance=1.0)  # latents: a VAE would tell of pixels
+    assert forecast.parameters["denoiser"] / 1e9 == pytest.approx(3.88, rel=2e-3)
+    full = forecast.ways[0]
     assert full.flops / 4e12 == pytest.approx(34.82, rel=2e-4)
-    weights = {row.precision: row.weights["denoiser"] / told.parameters["denoiser"] for row in told.memory}
+    weights = {row.precision: row.weights["denoiser"] / forecast.parameters["denoiser"] for row in forecast.memory}
     few = {"int8qdq": 1, "fp8": 1, "int4qdq": 0.53125, "nvfp4": 0.5625}
     assert weights == pytest.approx({"fp32": 4, "fp16": 2, "bf16": 2, "int8w": 1 + 5 / 64, "int8": 1, "int4w": 0.640625} | few)
     rates = Rates.of(PEAK, "fp16")
     assert full.seconds["fp16"] == pytest.approx(4 * (34.82e12 / (rates.flops * rates.efficiency) + rates.overhead), rel=1e-3)
-    assert any("--size counts those of the latent" in note for note in told.notes)
+    assert any("--size counts those of the latent" in note for note in forecast.notes)
     small = elastic_export.plan(klein(tmp_path), device="jetson-orin-nano-8", size=64, precisions=["fp32", "int4w"])
-    assert [row.fits for row in told.memory if row.precision == "fp16"] == [True]
+    assert [row.fits for row in forecast.memory if row.precision == "fp16"] == [True]
     assert small.memory[0].fits is False
 
 
 def test_budgets_of_the_zoo_are_its_own_rows() -> None:
-    told = elastic_export.plan("elit-mnist", device="apple-m2", steps=5, precisions=["fp32", "fp16"])
+    forecast = elastic_export.plan("elit-mnist", device="apple-m2", steps=5, precisions=["fp32", "fp16"])
     manifest = capture(load(Request("elit-mnist")), {}, Span(1, 2)).manifest
     peak = next(listed_peak(entry) for entry in catalogue() if entry.id == "apple-m2")
-    for way in told.ways:
+    for way in forecast.ways:
         budget = Budget(latents=int(way.name.removeprefix("latents=")))
         for precision in ("fp32", "fp16"):
             costs = Costs(manifest, Rates.of(peak, precision), precision)
             assert way.seconds[precision] == pytest.approx(5 * costs.seconds(budget, 2))
         assert way.flops == 10 * Costs(manifest, Rates(1, 1)).work(budget).flops
-    assert [way.name for way in (told.ways[0], told.ways[-1])] == ["latents=16", "latents=256"]
-    assert told.parameters["denoiser"] == manifest.cost[0].weight_bytes // 4
+    assert [way.name for way in (forecast.ways[0], forecast.ways[-1])] == ["latents=16", "latents=256"]
+    assert forecast.parameters["denoiser"] == manifest.cost[0].weight_bytes // 4
     assert elastic_export.plan("elit-mnist", device="apple-m2", guidance=1.0).branches == 1
 
 
@@ -179,10 +179,10 @@ def test_presets_families_with_a_config_and_this_machine(tmp_path: Path) -> None
 
 
 def test_a_folder_of_one_size_has_budgets(golden: Path) -> None:
-    told: Forecast = elastic_export.plan(golden / "elit-qwen-image-a", device=ORIN, size="16x24")
-    assert told.size == (16, 24)
-    assert all(way.name.startswith("latents=") for way in told.ways)
-    assert told.ways[0].flops < told.ways[-1].flops
+    forecast: Forecast = elastic_export.plan(golden / "elit-qwen-image-a", device=ORIN, size="16x24")
+    assert forecast.size == (16, 24)
+    assert all(way.name.startswith("latents=") for way in forecast.ways)
+    assert forecast.ways[0].flops < forecast.ways[-1].flops
 
 
 @pytest.mark.parametrize(

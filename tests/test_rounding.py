@@ -101,8 +101,8 @@ def test_convolutions_are_measured_in_strips_of_few_rows(
     wanted = module.double()(torch.from_numpy(sample).double()).detach().numpy()
     for most in (1, 3000, 10**9):
         monkeypatch.setattr(elastic_export.rounding, "COLUMNS", most)
-        (found,) = Doubled(module)({"input": sample})
-        np.testing.assert_allclose(found, wanted, atol=1e-14)
+        (output,) = Doubled(module)({"input": sample})
+        np.testing.assert_allclose(output, wanted, atol=1e-14)
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def edited(bundle: Bundle, folder: Path, how: Callable[[Any], None]) -> Bundle:
 
 
 def weight(graph: Any, end: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    found = next(each for each in graph.initializer if each.name.endswith(end))
-    found.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(found).copy()).astype(np.float32), found.name))
+    tensor = next(each for each in graph.initializer if each.name.endswith(end))
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor).copy()).astype(np.float32), tensor.name))
 
 
 def swapped(values: np.ndarray) -> np.ndarray:

@@ -213,10 +213,10 @@ def test_a_bundle_that_triton_does_not_open_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_names_what_it_wrote(run: Callable[..., Any], tmp_path: Path) -> None:
     whole_bundle(tmp_path / "b", lambda folder: engine(folder, builder="tensorrt_rtx"))
-    told = run("triton", tmp_path / "b", "-o", tmp_path / "r")
-    assert told.code == 0
-    assert "b-denoiser-onnx-fp32" in told.out
-    assert "left out: trt/e.engine: an engine of TensorRT-RTX" in told.err
+    outcome = run("triton", tmp_path / "b", "-o", tmp_path / "r")
+    assert outcome.code == 0
+    assert "b-denoiser-onnx-fp32" in outcome.out
+    assert "left out: trt/e.engine: an engine of TensorRT-RTX" in outcome.err
     again = run("triton", tmp_path / "b", "-o", tmp_path / "r", "--overwrite", "--json")
     assert [each["platform"] for each in json.loads(again.out)["models"]] == ["onnxruntime_onnx"] * 2
     inside = run("triton", tmp_path / "b", "-o", tmp_path / "b")

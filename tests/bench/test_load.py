@@ -45,11 +45,11 @@ def test_a_server_is_loaded_shown_and_written(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert out.code == 0, out.err
     assert "Who is on time" in (tmp_path / "load.html").read_text()
-    found = decode((tmp_path / "load.json").read_bytes(), "load.json")
-    assert found.ways == tuple(WAYS)
-    assert all(each.asked == len(each.latencies) + each.refused + each.failed and each.failed == 0 for each in found.rows)
-    assert set(found.sustained) == {"best budget", "best, one at a time", "cheapest"}
-    assert f"{1e3 * found.alone:.0f} ms" in out.out
+    report = decode((tmp_path / "load.json").read_bytes(), "load.json")
+    assert report.ways == tuple(WAYS)
+    assert all(each.asked == len(each.latencies) + each.refused + each.failed and each.failed == 0 for each in report.rows)
+    assert set(report.sustained) == {"best budget", "best, one at a time", "cheapest"}
+    assert f"{1e3 * report.alone:.0f} ms" in out.out
     assert run("bench", tiny, "--serve", "--json", tmp_path / "load.json").code == 2  # it is there
 
 
@@ -124,7 +124,7 @@ def test_the_page_of_the_docs_is_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     {
         "two bundles": (("a", "b", "--serve"), "one bundle, got 2"),
         "a budget": (("a", "--serve", "--budgets", "8"), "the server chooses budgets and batches"),
@@ -135,7 +135,7 @@ def test_the_page_of_the_docs_is_filled(tmp_path: Path) -> None:
         "no bundle": (("a", "--serve"), "a"),
     }.values(),
 )  # fmt: skip
-def test_what_no_server_can_be_loaded_with(run: Run, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_what_no_server_can_be_loaded_with(run: Run, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     done = run("bench", *words)
     assert done.code == 2
-    assert said in " ".join(done.err.split())
+    assert message in " ".join(done.err.split())

@@ -24,9 +24,9 @@ def test_the_machine_is_told_in_words_and_without_its_name() -> None:
 
 def test_peaks_count_the_work_of_the_fastest_run() -> None:
     ticks = iter([0.0, 2.0, 2.0, 3.0, 3.0, 7.0, 7.0, 9.0])  # two runs of each: products of 2 and 1 s, copies of 4 and 2 s
-    found = peaks(side=8, size=8000, runs=2, threads=2, clock=lambda: next(ticks))
-    assert found.flops_per_second == 2 * 8**3 / 1.0
-    assert found.bytes_per_second == 2 * 8000 / 2.0
+    peak = peaks(side=8, size=8000, runs=2, threads=2, clock=lambda: next(ticks))
+    assert peak.flops_per_second == 2 * 8**3 / 1.0
+    assert peak.bytes_per_second == 2 * 8000 / 2.0
 
 
 def zone(folder: Path, name: str, microjoules: int, of: str = "package-0", most: int = 1000) -> Path:
@@ -73,8 +73,8 @@ class Nvml:
     def nvmlDeviceGetHandleByIndex_v2(self, index: int, handle: Any) -> int:  # noqa: N802
         return 0 if index < self.gpus else 2
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, found: Any) -> int:  # noqa: N802
-        found._obj.value = self.millijoules
+    def nvmlDeviceGetTotalEnergyConsumption(self, device: Any, pointer: Any) -> int:  # noqa: N802
+        pointer._obj.value = self.millijoules
         return 0 if self.counts else 3
 
 
@@ -112,9 +112,9 @@ def test_powermetrics_is_added_up_from_its_own_words(monkeypatch: pytest.MonkeyP
 
 
 def test_every_source_is_either_there_or_says_why_not() -> None:
-    found, absent = energy.counters()
-    assert found.keys() | absent.keys() == {"RAPL", "NVML", "powermetrics"}
-    assert not found.keys() & absent.keys()
+    counters, absent = energy.counters()
+    assert counters.keys() | absent.keys() == {"RAPL", "NVML", "powermetrics"}
+    assert not counters.keys() & absent.keys()
     assert all(absent.values())
 
 
@@ -130,11 +130,11 @@ def test_peaks_of_the_machine_are_the_best_of_each_rate(monkeypatch: pytest.Monk
     from elastic_export.bench import peaks as room
 
     monkeypatch.setenv(room.MISLEADING, "Prescott")
-    found = room.peaks(1)
-    assert set(found.rates) == {"fp32", "fp16", "int8"}
-    assert found.flops_per_second == found.rates["fp32"] == found.at("fp32") == found.at("int8w")
-    assert found.at("int8") == max(found.rates["int8"], found.rates["fp32"])
-    assert min(found.rates.values()) > 1e8
+    peak = room.peaks(1)
+    assert set(peak.rates) == {"fp32", "fp16", "int8"}
+    assert peak.flops_per_second == peak.rates["fp32"] == peak.at("fp32") == peak.at("int8w")
+    assert peak.at("int8") == max(peak.rates["int8"], peak.rates["fp32"])
+    assert min(peak.rates.values()) > 1e8
     import os
 
     assert os.environ[room.MISLEADING] == "Prescott"

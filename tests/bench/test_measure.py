@@ -74,8 +74,8 @@ def test_a_report_says_how_weights_came_to_few_bits(opened: Bundle) -> None:
 
 def test_figures_follow_from_rows(opened: Bundle) -> None:
     peaks = Peaks(flops_per_second=1e6, bytes_per_second=1e7)
-    found = list(figures(run(opened, "right", "right", base=0.020, each=0.002, processor="cpu")[0], SETTINGS, peaks))
-    by = {(each.runtime.runtime, each.row.budget["latents"]): each for each in found}
+    entries = list(figures(run(opened, "right", "right", base=0.020, each=0.002, processor="cpu")[0], SETTINGS, peaks))
+    by = {(each.runtime.runtime, each.row.budget["latents"]): each for each in entries}
     assert by["right-0", 64].time_share == 1
     assert by["right-0", 4].time_share == pytest.approx(0.014 / 0.074)
     assert by["right-0", 4].flop_share == pytest.approx(1040 / 1640)

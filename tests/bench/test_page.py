@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-s
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[Album]]:
+def measurement(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[Album]]:
     """A report with everything in it: several runtimes, one missing, one wrong, trials, a card, a single stream."""
     clock, opened = Clock(), bundle(tmp_path_factory.mktemp("bench") / "tiny")
     card = tuple(Quality(budget={"latents": n}, accuracy=0.9, frechet_distance=f) for n, f in ((4, 30.0), (16, 11.5), (64, 10.0)))
@@ -37,12 +37,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, list[Album]
         FakeRuntime("<script>three</script>", clock, "absent"), FakeRuntime("four", clock, "wrong"),
     ]  # fmt: skip
     settings = Settings(steps=4, duration=0.1, quality=True, single_stream=True)
-    told, album = measure(opened, runtimes, points(opened), settings, start(clock))
+    bundle_report, album = measure(opened, runtimes, points(opened), settings, start(clock))
     peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
     energy = {"RAPL": "absent: it is not here", "meter": "counted"}
     report = Report(
         schema_version=1, created="2026-01-01T00:00:00+00:00", command="elastic-export bench 'a & b'", machine=machine(), peaks=peaks,
-        energy=energy, settings=settings, bundles=(told,),
+        energy=energy, settings=settings, bundles=(bundle_report,),
     )  # fmt: skip
     return report, [album]
 
@@ -63,8 +63,8 @@ class Outline(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_loads_nothing(found: tuple[Report, list[Album]]) -> None:
-    text = page(*found)
+def test_the_page_loads_nothing(measurement: tuple[Report, list[Album]]) -> None:
+    text = page(*measurement)
     outline = Outline(text)
     loading = {"src", "href", "srcset", "action", "data", "poster"}
     addresses = [value for _, attributes in outline.tags for name, value in attributes.items() if name in loading]
@@ -76,19 +76,19 @@ def test_the_page_loads_nothing(found: tuple[Report, list[Album]]) -> None:
     assert set(re.findall(r"https?://[^\"'\s<]+", text)) == {"http://www.w3.org/2000/svg"}
 
 
-def test_the_page_says_what_the_report_holds(found: tuple[Report, list[Album]]) -> None:
-    report, albums = found
+def test_the_page_says_what_the_report_holds(measurement: tuple[Report, list[Album]]) -> None:
+    report, albums = measurement
     words = " ".join(" ".join(Outline(page(report, albums)).words).split())
-    for said in (
+    for phrase in (
         "tiny", str(report.bundles[0].recommendation), "missing: it is not installed", "failed: wrong at latents=4",
         "elastic-export bench 'a & b'", "took turns in 10 rounds", "MLPerf-style, not MLPerf", "RAPL absent: it is not here",
         "<script>three</script>", "90.0%", "dominated",
     ):  # fmt: skip
-        assert said in words, said
+        assert phrase in words, phrase
 
 
-def test_every_plot_is_well_formed_and_has_a_mark_for_every_figure(found: tuple[Report, list[Album]]) -> None:
-    report, albums = found
+def test_every_plot_is_well_formed_and_has_a_mark_for_every_figure(measurement: tuple[Report, list[Album]]) -> None:
+    report, albums = measurement
     plots = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page(report, albums), re.DOTALL)]
     circles = [len(svg.findall(".//{*}circle")) for svg in plots]
     trials = report.bundles[0].trials
@@ -98,8 +98,8 @@ def test_every_plot_is_well_formed_and_has_a_mark_for_every_figure(found: tuple[
     assert all(svg.get("aria-label") for svg in plots)
 
 
-def test_a_page_of_nothing_but_what_is_missing(found: tuple[Report, list[Album]]) -> None:
-    report, _ = found
+def test_a_page_of_nothing_but_what_is_missing(measurement: tuple[Report, list[Album]]) -> None:
+    report, _ = measurement
     only = msgspec.structs.replace(report.bundles[0], runtimes=report.bundles[0].runtimes[2:3], trials=(), card=(), recommendation=None)
     text = page(msgspec.structs.replace(report, bundles=(only,)), [{}])
     assert "missing: it is not installed" in text
@@ -146,20 +146,20 @@ def opened(text: str, folder: Path) -> tuple[str, list[str]]:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium-headless-shell")
-def test_a_browser_opens_it_from_disk_without_a_word_on_the_console(found: tuple[Report, list[Album]], tmp_path: Path) -> None:
-    title, console = opened(page(*found) + PROBE, tmp_path)
-    pictures = sum(min(len(pictures), 8) for pictures in found[1][0].values())
+def test_a_browser_opens_it_from_disk_without_a_word_on_the_console(measurement: tuple[Report, list[Album]], tmp_path: Path) -> None:
+    title, console = opened(page(*measurement) + PROBE, tmp_path)
+    pictures = sum(min(len(pictures), 8) for pictures in measurement[1][0].values())
     assert title == f"drawn 4 shown {pictures} loaded 0 wide 0"
     assert console == []
-    _, console = opened(page(*found) + "<script>throw Error('planted')</script>", tmp_path)
+    _, console = opened(page(*measurement) + "<script>throw Error('planted')</script>", tmp_path)
     assert "planted" in console[0], "a mistake would be seen"
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium-headless-shell")
-def test_it_prints(found: tuple[Report, list[Album]], tmp_path: Path) -> None:
+def test_it_prints(measurement: tuple[Report, list[Album]], tmp_path: Path) -> None:
     path, printed = tmp_path / "page.html", tmp_path / "page.pdf"
-    path.write_text(page(*found), encoding="utf-8")
+    path.write_text(page(*measurement), encoding="utf-8")
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'user'}", "--no-pdf-header-footer",
         f"--print-to-pdf={printed}", path.as_uri(),

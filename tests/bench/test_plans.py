@@ -99,19 +99,19 @@ def run(opened: Bundle, *takes: tuple[int, ...] | None, settings: Settings = SET
 def test_steps_are_timed_at_the_stages_tokens_and_pictures_along_plans(tmp_path: Path) -> None:
     opened = bundle(tmp_path / "b")
     report, album = run(opened, None)
-    (found,) = report.runtimes
-    assert found.failure is None
-    assert [row.budget["tokens"] for row in found.rows] == list(TOKENS)
-    assert [row.step.p50 for row in found.rows] == pytest.approx([1e-3 * count for count in TOKENS])
-    assert (report.axis, len(found.checked)) == ("tokens", 4)
+    (runtime,) = report.runtimes
+    assert runtime.failure is None
+    assert [row.budget["tokens"] for row in runtime.rows] == list(TOKENS)
+    assert [row.step.p50 for row in runtime.rows] == pytest.approx([1e-3 * count for count in TOKENS])
+    assert (report.axis, len(runtime.checked)) == ("tokens", 4)
     assert [(trial.plan, trial.steps) for trial in report.trials] == [
         ("full, 8 steps", 8), ("full, 4 steps", 4), ("full, 2 steps", 2), ("4x", 18), ("7x", 10),
     ]  # fmt: skip
     seconds = {trial.plan: trial.seconds for trial in report.trials}
     assert seconds["full, 8 steps"] == pytest.approx(8 * 2 * 0.064)  # two branches of guidance
     assert seconds["7x"] == pytest.approx(2 * 1e-3 * (2 * 16 + 3 * 19 + 5 * 64))
-    assert found.rows[-1].pictures[0] == pytest.approx(seconds["full, 8 steps"])
-    assert found.rows[0].pictures == ()
+    assert runtime.rows[-1].pictures[0] == pytest.approx(seconds["full, 8 steps"])
+    assert runtime.rows[0].pictures == ()
     assert set(album) == set(seconds)
     assert album["4x"].shape[1:] == (64, 64, 3)
     assert "8 steps (a plan has its own) with guidance 2" in method(SETTINGS, [report])

@@ -25,11 +25,11 @@ SETTINGS = Settings(steps=2, duration=0.1, quality=True)
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     clock, opened = Clock(), bundle(tmp_path_factory.mktemp("bench") / "tiny")
     runtimes = [FakeRuntime("one", clock), FakeRuntime("two", clock, base=0.03), FakeRuntime("three", clock, "absent")]
-    found, _ = measure(opened, runtimes, points(opened), SETTINGS, start(clock))
+    bundle_report, _ = measure(opened, runtimes, points(opened), SETTINGS, start(clock))
     peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
     return Report(
         schema_version=1, created="2026-01-01", command="elastic-export bench tiny", machine=machine(), peaks=peaks,
-        energy={"RAPL": "absent: no"}, settings=SETTINGS, bundles=(found,),
+        energy={"RAPL": "absent: no"}, settings=SETTINGS, bundles=(bundle_report,),
     )  # fmt: skip
 
 
@@ -149,9 +149,9 @@ def test_a_runtime_is_the_same_beside_an_artifact_that_was_added(report: Report)
     before = of(msgspec.structs.replace(one, runtime="onnxruntime", artifact="onnx/denoiser.onnx"))
     same = msgspec.structs.replace(one, runtime="onnxruntime denoiser.onnx", artifact="onnx/denoiser.onnx")
     added = msgspec.structs.replace(one, runtime="onnxruntime half.onnx", artifact="onnx/half.onnx")
-    found = changes(before, of(same, added), 0.05)
-    assert [change.verdict for change in found] == ["same"] * 5 + ["new"] * 5
-    assert {change.place[:2] for change in found if change.verdict == "new"} == {("tiny", "onnxruntime half.onnx")}
+    differences = changes(before, of(same, added), 0.05)
+    assert [change.verdict for change in differences] == ["same"] * 5 + ["new"] * 5
+    assert {change.place[:2] for change in differences if change.verdict == "new"} == {("tiny", "onnxruntime half.onnx")}
     gone = msgspec.structs.replace(one, runtime="onnxruntime", artifact=None, rows=(), missing="the bundle has no onnx artifact")
     assert {(change.verdict, change.why) for change in changes(before, of(gone), 0.05)} == {("lost", "the bundle has no onnx artifact")}
 

@@ -15,13 +15,13 @@ rounds = st.lists(st.lists(seconds, min_size=1, max_size=6), min_size=1, max_siz
 
 @given(rounds)
 def test_a_summary_is_of_every_sample_and_its_percentiles_rise(samples: list[list[float]]) -> None:
-    found, every = summarize(samples), np.concatenate(samples)
-    assert found.count == every.size
-    rising = [found.min, found.p50, found.p90, found.p95, found.p99, found.max]
+    summary, every = summarize(samples), np.concatenate(samples)
+    assert summary.count == every.size
+    rising = [summary.min, summary.p50, summary.p90, summary.p95, summary.p99, summary.max]
     assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(rising))
-    assert found.min <= found.mean * (1 + 1e-12)
-    assert found.p50 == pytest.approx(np.median(every))
-    assert found.spread >= 0
+    assert summary.min <= summary.mean * (1 + 1e-12)
+    assert summary.p50 == pytest.approx(np.median(every))
+    assert summary.spread >= 0
 
 
 @given(rounds, st.floats(0.01, 100))
@@ -54,12 +54,12 @@ points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, m
 
 
 @given(points)
-def test_the_front_holds_what_nothing_beats(found: list[tuple[int, int]]) -> None:
-    marks = front(found)
-    kept = [point for point, mark in zip(found, marks, strict=True) if mark]
+def test_the_front_holds_what_nothing_beats(candidates: list[tuple[int, int]]) -> None:
+    marks = front(candidates)
+    kept = [point for point, mark in zip(candidates, marks, strict=True) if mark]
     assert kept, "something is always best"
     for cost, quality in kept:
-        assert not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in found)
-    for (cost, quality), mark in zip(found, marks, strict=True):
+        assert not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in candidates)
+    for (cost, quality), mark in zip(candidates, marks, strict=True):
         if not mark:
             assert any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in kept), "what is dropped is beaten by the front"

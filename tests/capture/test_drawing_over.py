@@ -99,11 +99,11 @@ def drawn(both: Any, kind: str, steps: int, strength: float, image: Image.Image,
     ).images  # fmt: skip
     noise = drawn_noise(ours)
     scale = 3.5 if name == "flux" else 1.0
-    found = ours(**embeds, **common, plan="full", guidance_scale=scale, noise=noise, output_type="latent")
+    result = ours(**embeds, **common, plan="full", guidance_scale=scale, noise=noise, output_type="latent")
     left = max(steps - int(max(steps - steps * strength, 0)), 1)
-    assert len(found.steps) == left
+    assert len(result.steps) == left
     wanted = wanted.numpy()
-    return pack(found.images, 2), pack(wanted, 2) if wanted.ndim == 4 else wanted
+    return pack(result.images, 2), pack(wanted, 2) if wanted.ndim == 4 else wanted
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +114,13 @@ def _mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("steps", "strength"), CASES)
 def test_image_to_image_is_diffusers_own(both: Any, steps: int, strength: float) -> None:
-    found, wanted = drawn(both, "Img2Img", steps, strength, picture(SIDE, WIDE))
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    latents, wanted = drawn(both, "Img2Img", steps, strength, picture(SIDE, WIDE))
+    assert np.abs(latents - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_a_picture_of_another_size_is_made_to_fit_as_there(both: Any) -> None:
-    found, wanted = drawn(both, "Img2Img", 4, 0.5, picture(50, 20))
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    latents, wanted = drawn(both, "Img2Img", 4, 0.5, picture(50, 20))
+    assert np.abs(latents - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(5, 0.6), (4, 1.0)])
@@ -128,9 +128,9 @@ def test_inpainting_is_diffusers_own(both: Any, steps: int, strength: float) -> 
     mask = np.zeros((SIDE, WIDE), np.uint8)
     mask[4:17, 9:30] = 255
     mask[0:2, 0:2] = 127  # just below half white
-    found, wanted = drawn(both, "Inpaint", steps, strength, picture(SIDE, WIDE), Image.fromarray(mask))
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
-    assert not np.allclose(found, drawn(both, "Img2Img", steps, strength, picture(SIDE, WIDE))[0], atol=1e-3)
+    latents, wanted = drawn(both, "Inpaint", steps, strength, picture(SIDE, WIDE), Image.fromarray(mask))
+    assert np.abs(latents - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    assert not np.allclose(latents, drawn(both, "Img2Img", steps, strength, picture(SIDE, WIDE))[0], atol=1e-3)
 
 
 def test_the_pictures_are_theirs_too(both: Any) -> None:
@@ -142,5 +142,5 @@ def test_the_pictures_are_theirs_too(both: Any) -> None:
     common: dict[str, Any] = {"image": picture(SIDE, WIDE), "strength": 0.5, "height": SIDE, "width": WIDE, "num_inference_steps": 4}
     wanted = theirs("Img2Img")(**given, **common, **scales, generator=torch.manual_seed(7), output_type="np").images
     noise = drawn_noise(ours)
-    found = ours(**embeddings(name), **common, guidance_scale=3.5 if name == "flux" else 1.0, noise=noise, output_type="np").images
-    assert np.abs(found - wanted).max() <= 1 / 255
+    pictures = ours(**embeddings(name), **common, guidance_scale=3.5 if name == "flux" else 1.0, noise=noise, output_type="np").images
+    assert np.abs(pictures - wanted).max() <= 1 / 255

@@ -39,10 +39,10 @@ def captured(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any
     path = folder / "scheduler" / "scheduler_config.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"} | config))
-    found: dict[str, Any] = capture_folder(folder, ("transformer",), Span(16, 24), Span(1, 1), digest=False).manifest.model.config[
+    scheduler: dict[str, Any] = capture_folder(folder, ("transformer",), Span(16, 24), Span(1, 1), digest=False).manifest.model.config[
         "scheduler"
     ]
-    return found
+    return scheduler
 
 
 MAKERS = {"flux": folders.flux, "flux2": folders.flux2, "sd3": folders.sd3}

@@ -140,10 +140,10 @@ def test_embeddings_are_the_pipeline_s(read: Read) -> None:
     """Of prompts of many lengths at once, among them the empty one, and of each by itself."""
     with torch.inference_mode():
         wanted = read.case.rows(read.theirs, list(PROMPTS))
-    found = encode(read.bundle, PROMPTS, lambda graph: open_session(read.bundle, graph, "ort", threads=1))
-    assert found.pooled is None
+    conditions = encode(read.bundle, PROMPTS, lambda graph: open_session(read.bundle, graph, "ort", threads=1))
+    assert conditions.pooled is None
     for i, rows in enumerate(wanted):
-        text = found.rows(slice(i, i + 1))
+        text = conditions.rows(slice(i, i + 1))
         assert text.hidden is not None
         assert text.hidden[0].shape == rows.shape, PROMPTS[i]
         assert np.abs(text.hidden[0] - rows).max() <= 1e-5 * np.abs(rows).max(), PROMPTS[i]
@@ -167,11 +167,11 @@ def test_other_opsets_and_precisions(options: OnnxOptions, operator: str, tolera
     bundle = exported(tmp_path, case.rule, model, options)
     (artifact,) = bundle.manifest.graphs["text_encoder"].artifacts
     assert operator in {node.op_type for node in onnx.load(str(bundle.file(artifact.path)), load_external_data=False).graph.node}
-    found = encode(bundle, PROMPTS[:2], lambda graph: open_session(bundle, graph, "ort", threads=1)).hidden
+    states = encode(bundle, PROMPTS[:2], lambda graph: open_session(bundle, graph, "ort", threads=1)).hidden
     with torch.inference_mode():
         wanted = np.stack(flux2(pipeline(case, model), list(PROMPTS[:2])))
-    assert found is not None
-    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+    assert states is not None
+    assert np.abs(states - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
 def test_rules_are_the_pipelines_own() -> None:
@@ -203,8 +203,8 @@ def tokens(pipe: Any, prompt: str) -> list[int]:
     pipe.text_encoder = Asked()
     with contextlib.suppress(StopIteration):
         pipe.encode_prompt([prompt], device="cpu", max_sequence_length=LENGTH)
-    found: list[int] = pipe.text_encoder.tokens
-    return found
+    ids: list[int] = pipe.text_encoder.tokens
+    return ids
 
 
 @pytest.fixture(scope="module")
@@ -241,5 +241,5 @@ def test_a_prompt_that_is_too_long_is_an_error_that_names_the_limit(read: Read) 
     with pytest.raises(UsageError, match=rf"has {LENGTH + 1} tokens, {own} of them its template's, and the model takes at most {LENGTH}"):
         encode(read.bundle, [fits + " cat"], opened.append)  # type: ignore[arg-type]
     assert not opened
-    found = encode(read.bundle, [fits], lambda graph: open_session(read.bundle, graph, "ort", threads=1))
-    assert found.length == LENGTH
+    conditions = encode(read.bundle, [fits], lambda graph: open_session(read.bundle, graph, "ort", threads=1))
+    assert conditions.length == LENGTH

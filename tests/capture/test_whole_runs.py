@@ -94,13 +94,13 @@ def test_pictures_are_those_of_diffusers(name: str, tmp_path: Path) -> None:
                 list(prompts), height=height, width=width, num_inference_steps=steps, latents=start, output_type="np", **length, **scales,
                 **more, **true,
             ).images  # fmt: skip
-            found = ours.draw(
+            pictures = ours.draw(
                 Request(
                     prompt=prompts, height=height, width=width, plan="full", num_inference_steps=steps, noise=noise, output_type="np",
                     negative_prompt=negative, **scales, **true,
                 )
             ).images  # fmt: skip
-            assert np.abs(found - wanted).max() < 2e-5, (what, float(np.abs(found - wanted).max()))
+            assert np.abs(pictures - wanted).max() < 2e-5, (what, float(np.abs(pictures - wanted).max()))
 
 
 @pytest.mark.parametrize(("name", "length"), narrow([("schnell", 4), ("sd3", 5), ("sd3 without T5", 9)]))

@@ -69,9 +69,9 @@ def test_uvit_draws_classes(run: Run, made: Made, tmp_path: Path, sampler: str) 
         "--json", "-q",
     )  # fmt: skip
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["sampler"], told["guidance"], told["classes"]) == (sampler, 1.4, [0, 3])
-    assert [step["budget"] for step in told["steps"]] == [{}] * 4
+    record = json.loads(done.out)
+    assert (record["sampler"], record["guidance"], record["classes"]) == (sampler, 1.4, [0, 3])
+    assert [step["budget"] for step in record["steps"]] == [{}] * 4
     assert np.asarray(Image.open(tmp_path / "a.png")).std() > 0
 
 
@@ -80,9 +80,9 @@ def test_hdit_draws_from_noise_alone(run: Run, made: Made, tmp_path: Path, sampl
     bundle = made(run, "hdit", HDIT)
     done = run("generate", bundle, "-o", tmp_path / "a.png", "--steps", "4", "--sampler", sampler, "--json", "-q")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["sampler"], told["guidance"], told.get("classes")) == (sampler, 1.0, None)
-    assert told["steps"][0]["time"] == 160.0
+    record = json.loads(done.out)
+    assert (record["sampler"], record["guidance"], record.get("classes")) == (sampler, 1.0, None)
+    assert record["steps"][0]["time"] == 160.0
     (tmp_path / "again.json").write_text(done.out)
     again = run("generate", bundle, "-o", tmp_path / "b.png", "--request", tmp_path / "again.json", "-q")
     assert again.code == 0, again.err

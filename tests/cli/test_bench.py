@@ -34,11 +34,11 @@ def report(folder: Path, path: Path, factor: float) -> Path:
     """A file as `--json` writes it, of a runtime whose times are multiplied by `factor`."""
     clock, settings, opened = Clock(), Settings(steps=1, duration=0.1), Bundle.open(folder)
     runtime = FakeRuntime("one", clock, base=0.01 * factor, each=0.001 * factor)
-    found, _ = measure(opened, [runtime], points(opened), settings, start(clock))
+    bundle_report, _ = measure(opened, [runtime], points(opened), settings, start(clock))
     peaks = Peaks(flops_per_second=1e9, bytes_per_second=1e9)
     whole = Report(
         schema_version=1, created="now", command="elastic-export bench", machine=machine(), peaks=peaks, energy={}, settings=settings,
-        bundles=(found,),
+        bundles=(bundle_report,),
     )  # fmt: skip
     path.write_bytes(encode(whole))
     return path
@@ -55,9 +55,9 @@ def test_a_bundle_is_measured_shown_and_written(run: Run, golden_bundle: Callabl
     assert "onnxruntime" in done.out
     assert "missing: the bundle has no trt artifact: elastic-export trt makes one" in done.out
     assert "took turns in 10 rounds" in done.out
-    told = json.loads((out / "r.json").read_text())
-    assert told["schema_version"] == 1
-    (first, second) = told["bundles"][0]["runtimes"]
+    document = json.loads((out / "r.json").read_text())
+    assert document["schema_version"] == 1
+    (first, second) = document["bundles"][0]["runtimes"]
     assert [row["budget"] for row in first["rows"]] == [{"latents": 8}, {"latents": 64}]
     assert all(row["passed"] for row in first["checked"])
     assert first["peak_bytes"] >= first["started_bytes"] > 0

@@ -28,10 +28,10 @@ def test_generate_writes_a_picture_that_tells_how_it_was_made(run: Run, digits: 
         "generate", digits, "-o", out, "--classes", "0-2,7", "--latents", 32, "--guidance-latents", 16, "--steps", 3, "--seed", 5, "--json"
     )
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["schema"] == "elastic-export/generate/1"
-    assert (told["classes"], told["seed"], len(told["steps"])) == ([0, 1, 2, 7], 5, 3)
-    assert told["steps"][0]["guidance_budget"] == {"latents": 16}
+    record = json.loads(done.out)
+    assert record["schema"] == "elastic-export/generate/1"
+    assert (record["classes"], record["seed"], len(record["steps"])) == ([0, 1, 2, 7], 5, 3)
+    assert record["steps"][0]["guidance_budget"] == {"latents": 16}
     with Image.open(out) as picture:
         assert picture.width > 3 * picture.height
         facts = json.loads(picture.text["elastic-export"])
@@ -109,9 +109,9 @@ def test_verify_proves_every_budget_again(run: Run, digits: Path) -> None:
     done = run("verify", digits)
     assert done.code == 0, done.err
     assert "latents=16" in done.out
-    told = json.loads(run("verify", digits, "--json").out)
-    assert told["schema"] == "elastic-export/verify/1"
-    assert all(row["passed"] for row in told["results"][0]["verified"])
+    document = json.loads(run("verify", digits, "--json").out)
+    assert document["schema"] == "elastic-export/verify/1"
+    assert all(row["passed"] for row in document["results"][0]["verified"])
 
 
 def test_verify_names_the_budget_and_the_figure_that_fail(run: Run, digits: Path) -> None:
@@ -157,9 +157,9 @@ def test_inspect_shows_and_gives_the_whole_manifest(run: Run, tmp_path: Path) ->
     assert done.code == 0, done.err
     for text in ("axis latents: 4-64 in steps of 4", "sample float32[B, 4, 8, 8]", "B 1-4", "J 1-16"):
         assert text in done.out
-    told = json.loads(run("inspect", bundle.folder, "--json").out)
-    assert told["schema"] == "elastic-export/inspect/1"
-    assert told["manifest"] == json.loads((bundle.folder / "elastic.json").read_text())
+    document = json.loads(run("inspect", bundle.folder, "--json").out)
+    assert document["schema"] == "elastic-export/inspect/1"
+    assert document["manifest"] == json.loads((bundle.folder / "elastic.json").read_text())
 
 
 def test_inspect_shows_how_weights_came_to_few_bits(run: Run, tmp_path: Path) -> None:

@@ -35,11 +35,15 @@ def test_doctor_tells_what_is_here(run: Run, on: Callable[[str], None]) -> None:
     on("orin-nano-super")
     done = run("doctor")
     assert done.code == 0, done.err
-    for told in ("Jetson Orin Nano", "power mode: MAXN_SUPER", "tensorrt 10.3.0", "102 GB/s (the catalogue)"):
-        assert told in done.out
-    told = json.loads(run("doctor", "--json").out)
-    assert (told["schema"], told["listed"], told["device"]["cpu"]["cores"]) == ("elastic-export/doctor/1", "jetson-orin-nano-8-super", 6)
-    assert any("elastic-export[torch]" in line for line in told["advice"])
+    for phrase in ("Jetson Orin Nano", "power mode: MAXN_SUPER", "tensorrt 10.3.0", "102 GB/s (the catalogue)"):
+        assert phrase in done.out
+    document = json.loads(run("doctor", "--json").out)
+    assert (document["schema"], document["listed"], document["device"]["cpu"]["cores"]) == (
+        "elastic-export/doctor/1",
+        "jetson-orin-nano-8-super",
+        6,
+    )
+    assert any("elastic-export[torch]" in line for line in document["advice"])
 
 
 def test_doctor_tells_what_an_old_runtime_opens(run: Run, on: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,10 +66,10 @@ def test_devices_marks_this_machine_and_forecasts_a_bundle(run: Run, on: Callabl
     on("rtx-4090")
     assert "rtx-4090 <- this machine" in run("devices").out
     bundle = write_bundle(tmp_path / "bundle").folder
-    told = json.loads(run("devices", bundle, "--json").out)
-    assert told["here"] == "rtx-4090"
-    assert told["forecasts"].keys() == {entry.id for entry in catalogue()}
-    assert told["devices"][0]["bandwidth"] == {"value": 68, "source": "datasheet", "confidence": "high"}
+    document = json.loads(run("devices", bundle, "--json").out)
+    assert document["here"] == "rtx-4090"
+    assert document["forecasts"].keys() == {entry.id for entry in catalogue()}
+    assert document["devices"][0]["bandwidth"] == {"value": 68, "source": "datasheet", "confidence": "high"}
     assert "K*" in run("devices", bundle).out
     on("zen5")
     assert "not listed" in run("devices").out
@@ -89,10 +93,10 @@ def test_the_picture_says_what_was_chosen_and_why(
     assert done.code == 0, done.err
     with Image.open(out) as picture:
         facts = json.loads(picture.text["elastic-export"])
-    for told in (json.loads(done.out), facts):
-        assert told["policy"].startswith(policy)
-        assert reason in told["steps"][0]["reason"]
-        assert told["total_seconds"] > 0
+    for record in (json.loads(done.out), facts):
+        assert record["policy"].startswith(policy)
+        assert reason in record["steps"][0]["reason"]
+        assert record["total_seconds"] > 0
     assert Bundle.open(digits).manifest.axis("latents").max >= facts["steps"][0]["budget"]["latents"]
 
 
@@ -124,9 +128,9 @@ def test_a_report_holds_what_ran_and_nothing_private(run: Run, digits: Path, tmp
     done = run("doctor", digits, "--report", report)
     assert done.code == 0, done.err
     text = report.read_text()
-    told = json.loads(text)
-    assert told["schema"] == "elastic-export/doctor-report/1"
-    ran = [row for row in told["trials"] if not row.get("reason")]
+    document = json.loads(text)
+    assert document["schema"] == "elastic-export/doctor-report/1"
+    ran = [row for row in document["trials"] if not row.get("reason")]
     assert {row["way"] for row in ran} >= {"onnxruntime"}
     assert all(row["passed"] and row["milliseconds"] > 0 and row["max_abs"] <= row["tolerance"] for row in ran)
     assert "what ran here" in done.out

@@ -59,6 +59,6 @@ def test_the_recorded_checkpoint_is_planned_from_its_config(run: Run, golden: Pa
     sources = ("--checkpoint", golden / "dcdit-a.pt", "--config", golden / "dcdit-a.json")
     done = run("onnx", "dc-dit", *sources, "-o", tmp_path / "out", "--tokens", "16-256", "--dry-run", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["verify"] == ["tokens=16", "tokens=100", "tokens=136", "tokens=256"]
-    assert told["model"]["config"]["num_heads"] == 4
+    estimate = json.loads(done.out)
+    assert estimate["verify"] == ["tokens=16", "tokens=100", "tokens=136", "tokens=256"]
+    assert estimate["model"]["config"]["num_heads"] == 4

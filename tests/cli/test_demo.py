@@ -30,9 +30,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from elastic_export.cli.demo import demo as command
 
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as output:
         command(folder, steps=2, quiet=True)
-    folder.with_name("said.txt").write_text(said.getvalue())
+    folder.with_name("said.txt").write_text(output.getvalue())
     return folder
 
 
@@ -50,8 +50,8 @@ def test_every_sample_is_proven_and_drawn_at_its_budgets_and_plans(demo: Path) -
 
 
 def test_the_table_has_a_row_a_budget_and_a_plan_in_the_words_of_the_card(demo: Path) -> None:
-    said = demo.with_name("said.txt").read_text()
-    rows = re.findall(r"((?:latents|loops|tokens) \d+|plan (?:full, \d+ steps|4x|7x)) +[│|]? *\d", said)
+    output = demo.with_name("said.txt").read_text()
+    rows = re.findall(r"((?:latents|loops|tokens) \d+|plan (?:full, \d+ steps|4x|7x)) +[│|]? *\d", output)
     budgets = [f"{axis} {value}" for _, axis, values in DRAWN.values() for value in values]
     assert rows == [*budgets, "plan full, 2 steps", "plan full, 1 steps", "plan 4x", "plan 7x"]
 
@@ -70,9 +70,9 @@ def test_it_is_listed_inspected_and_verified(demo: Path, run: Run) -> None:
     (row,) = (row for row in json.loads(done.out)["models"] if row["name"] == "ralu-digits")
     assert (row["axes"], row["weights"]) == ("tokens 16-256", "packaged")
     assert run("verify", demo / "ralu-digits").code == 0
-    told = run("inspect", demo / "ralu-digits")
-    assert "quality, from the model card" in told.out
-    assert "full, 20 steps" in told.out
+    outcome = run("inspect", demo / "ralu-digits")
+    assert "quality, from the model card" in outcome.out
+    assert "full, 20 steps" in outcome.out
 
 
 def test_the_same_noise_is_the_same_digit_along_plans(demo: Path) -> None:

@@ -121,8 +121,8 @@ def test_the_golden_flux_agrees_at_every_stage(run: Run, golden: Path, tmp_path:
 def test_a_dry_run_tells_memory_and_sizes_before_anything_is_read(run: Run, tmp_path: Path) -> None:
     folders.write(tmp_path / "f", folders.flux(), text=True)
     done = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--dry-run", "--json")
-    told = json.loads(done.out)
-    assert set(told["peak_bytes"]) == {"denoiser", "decoder", "text_encoder", "text_encoder_2"}
+    estimate = json.loads(done.out)
+    assert set(estimate["peak_bytes"]) == {"denoiser", "decoder", "text_encoder", "text_encoder_2"}
     shown = run("onnx", tmp_path / "f", "-o", tmp_path / "out", "--dry-run", "-q").out
     assert re.search(r"decoder: 0\.\d MB on disk, about 65\d\.\d MB of memory at most while exporting, verified at h=4,w=4, ", shown)
     assert not (tmp_path / "out").exists()
@@ -166,9 +166,9 @@ def test_a_dry_run_tells_sizes_to_within_a_tenth(run: Run, tmp_path: Path) -> No
             "--verify",
             "none",
         )
-        said = json.loads(run(*words, "--dry-run", "--json").out)["file_bytes"]["denoiser"]
+        estimate = json.loads(run(*words, "--dry-run", "--json").out)["file_bytes"]["denoiser"]
         made = json.loads(run(*words, "--json").out)["manifest"]["graphs"]["denoiser"]["artifacts"][0]["files"]
-        assert said == pytest.approx(sum(file["bytes"] for file in made), rel=0.1), precision
+        assert estimate == pytest.approx(sum(file["bytes"] for file in made), rel=0.1), precision
 
 
 def test_another_precision_joins_beside_the_decoder_that_is_there(run: Run, tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_what_was_taken_for_granted_is_noted(run: Run, tmp_path: Path) -> None:
     (folder / "scheduler" / "scheduler_config.json").unlink()
     done = run("onnx", folder, "-o", tmp_path / "out", "--dry-run")
     assert done.code == 0
-    told = " ".join(done.err.split())
-    assert "has no model_index.json: it is taken for a model of prompts whose components are transformer, vae" in told
-    assert "has no scheduler: plain sampling (plan full) will space its steps evenly" in told
+    notes = " ".join(done.err.split())
+    assert "has no model_index.json: it is taken for a model of prompts whose components are transformer, vae" in notes
+    assert "has no scheduler: plain sampling (plan full) will space its steps evenly" in notes
 
 
 def test_a_bundle_of_other_components_is_shown_and_not_timed(run: Run, tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def test_a_packaged_folder_is_a_sample_by_its_name(run: Run, tmp_path: Path, mon
     (folder / "model_index.json").write_text(json.dumps(labels | listed))
     (tmp_path / "tiny-digits.json").write_text(json.dumps({"family": "flux", "quality": []}))
     monkeypatch.setattr(zoo, "_PRETRAINED", tmp_path)
-    told = json.loads(run("models", "--json").out)["models"][0]
-    assert (told["name"], told["family"], told["weights"], told["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 4-64")
-    assert 0 < told["gflops"][0] < told["gflops"][1]
+    entry = json.loads(run("models", "--json").out)["models"][0]
+    assert (entry["name"], entry["family"], entry["weights"], entry["axes"]) == ("tiny-digits", "flux", "packaged", "tokens 4-64")
+    assert 0 < entry["gflops"][0] < entry["gflops"][1]
     done = run("onnx", "tiny-digits", "-o", tmp_path / "out", "--dry-run", "--json")
     model = json.loads(done.out)["model"]
     assert (model["name"], model["num_classes"], model["text"]) == ("tiny-digits", folders.POOLED, None)

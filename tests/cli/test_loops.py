@@ -43,10 +43,10 @@ def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_bundle_draws_at_any_loops_even_other_ones_at_each_step(run: Run, looped: Path, tmp_path: Path) -> None:
     done = run("generate", looped, "-o", tmp_path / "a.png", "--steps", "3", "--loops", "1,3,6", "--guidance-loops", "1", "--json", "-q")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["sampler"] == "ddpm"
-    assert [step["budget"]["loops"] for step in told["steps"]] == [1, 3, 6]
-    assert [step["guidance_budget"]["loops"] for step in told["steps"]] == [1, 1, 1]
+    record = json.loads(done.out)
+    assert record["sampler"] == "ddpm"
+    assert [step["budget"]["loops"] for step in record["steps"]] == [1, 3, 6]
+    assert [step["guidance_budget"]["loops"] for step in record["steps"]] == [1, 1, 1]
     assert run("generate", looped, "-o", tmp_path / "b.png", "--steps", "2", "--sampler", "ddim", "--loops", "2", "-q").code == 0
     assert "axis loops: 1-6 in steps of 1, default 3" in run("inspect", looped).out
 
@@ -60,8 +60,8 @@ def test_a_masked_model_takes_the_same_axis_and_its_own_sampler(run: Run, tmp_pa
         "--temperature", "1", "--json", "-q",
     )  # fmt: skip
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["sampler"], told["steps"][0]["budget"]) == ("maskgit", {"loops": 2})
+    record = json.loads(done.out)
+    assert (record["sampler"], record["steps"][0]["budget"]) == ("maskgit", {"loops": 2})
     refused = run("generate", tmp_path / "masked", "-o", tmp_path / "b.png", "--steps", "17", "-q")
     assert (refused.code, "at most 16 steps" in refused.err) == (2, True)
 

@@ -35,10 +35,10 @@ def test_an_export_leaves_the_contract_and_says_so_in_json(run: Run, elit_c: lis
 
     done = run("onnx", *elit_c, "-o", tmp_path / "out", "--latents", "8-32", "--batch", "1-2", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["schema"] == "elastic-export/onnx/1"
-    assert told["manifest"]["axes"][0]["min"] == 8
-    rows = told["manifest"]["graphs"]["denoiser"]["artifacts"][0]["verified"]
+    document = json.loads(done.out)
+    assert document["schema"] == "elastic-export/onnx/1"
+    assert document["manifest"]["axes"][0]["min"] == 8
+    rows = document["manifest"]["graphs"]["denoiser"]["artifacts"][0]["verified"]
     assert [row["budget"]["latents"] for row in rows] == Bundle.open(tmp_path / "out").manifest.axis("latents").probes()
     assert all(row["passed"] and row["max_abs"] <= 1e-5 for row in rows)
     graph = onnx.load(tmp_path / "out/onnx/denoiser.onnx").graph
@@ -48,10 +48,10 @@ def test_an_export_leaves_the_contract_and_says_so_in_json(run: Run, elit_c: lis
     assert names == {
         "sample": ["B", 4, 16, 16], "timestep": ["B"], "class_labels": ["B"], "latent_ids": ["J"], "prediction": ["B", 4, 16, 16],
     }  # fmt: skip
-    provenance = told["manifest"]["provenance"]
+    provenance = document["manifest"]["provenance"]
     assert provenance["command"].startswith("elastic-export onnx elit-sit --checkpoint")
-    assert (provenance["checkpoint"], told["manifest"]["model"]["weights"]) == ("elit-c.pt", "checkpoint")
-    assert told["manifest"]["model"]["config"]["head_blocks"] == 1
+    assert (provenance["checkpoint"], document["manifest"]["model"]["weights"]) == ("elit-c.pt", "checkpoint")
+    assert document["manifest"]["model"]["config"]["head_blocks"] == 1
 
 
 def test_a_bundle_is_not_clobbered_and_another_opset_joins_it(run: Run, elit_c: list[object], bundle_copy: Path) -> None:
@@ -128,8 +128,8 @@ def test_a_dry_run_tells_the_budgets_and_writes_nothing(run: Run, elit_c: list[o
     assert done.code == 0, done.err
     assert "would write" in done.out
     assert "latents=4, latents=24" in done.out
-    told = json.loads(run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--json").out)
-    assert (told["dry_run"], told["verify"][0]) == (True, "latents=4")
+    estimate = json.loads(run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--json").out)
+    assert (estimate["dry_run"], estimate["verify"][0]) == (True, "latents=4")
     ends = json.loads(run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--json", "--verify", "ends").out)
     assert ends["verify"] == ["latents=4", "latents=64"]
     none = run("onnx", *elit_c, "-o", tmp_path / "out", "--dry-run", "--verify", "none").out

@@ -22,11 +22,11 @@ def test_a_name_on_the_hub_takes_json_alone(run: Callable[..., Any], tmp_path: P
     with fake_hub.serving() as server:
         server.add("org/tiny", files)
         fake_hub.direct(monkeypatch, server, str(tmp_path / "cache"))
-        told = run("plan", "org/tiny", "--device", "jetson-agx-orin-64", "--precision", "fp16,int4w", "--steps", "4", "--json")
-        assert told.code == 0, told.err
+        outcome = run("plan", "org/tiny", "--device", "jetson-agx-orin-64", "--precision", "fp16,int4w", "--steps", "4", "--json")
+        assert outcome.code == 0, outcome.err
         assert {Path(name).suffix for name, _ in server.asked} == {".json"}
         assert not [name for name, _ in server.asked if name.startswith("tokenizer")]
-    document = json.loads(told.out)
+    document = json.loads(outcome.out)
     assert document["schema"].startswith("elastic-export/plan/")
     forecast = document["forecast"]
     assert (forecast["model"], forecast["device"]) == ("tiny", "jetson-agx-orin-64")
@@ -36,10 +36,10 @@ def test_a_name_on_the_hub_takes_json_alone(run: Callable[..., Any], tmp_path: P
 
 
 def test_tables_for_people(run: Callable[..., Any]) -> None:
-    told = run("plan", "elit-mnist", "--device", "apple-m2", "--precision", "fp32")
-    assert told.code == 0, told.err
+    outcome = run("plan", "elit-mnist", "--device", "apple-m2", "--precision", "fp32")
+    assert outcome.code == 0, outcome.err
     for word in ("elit-mnist (elit-sit), 32 x 32", "two branches of guidance", "apple-m2: Apple M2, 24 GB", "at once", "latents=256"):
-        assert word in told.out
+        assert word in outcome.out
     wrong = run("plan", "elit-mnist", "--device", "m2")
     assert wrong.code == 2
     assert "apple-m2" in wrong.err

@@ -64,15 +64,15 @@ def test_json_tells_the_plan_the_steps_and_what_they_cost(run: Run, digits: Path
         "generate", digits, "-o", tmp_path / "a.png", "--plan", "full", "--steps", "4", "--cache", "2", "--width", "32", "--json", "-q"
     )
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert told["schema"].startswith("elastic-export/generate/")
-    assert told["schedule"]["steps"] == [4]
-    assert [step["computed"] for step in told["steps"]] == [True, True, False, True]
-    assert [step["budget"]["tokens"] for step in told["steps"]] == [32] * 4
-    assert told["flops"]["plan"] == told["flops"]["same_steps"] * 3 // 4
-    assert told["classes"] == [0]
-    assert (told["height"], told["width"], told["guidance"], told["embedded_guidance"], told["skipped"]) == (64, 32, 2.0, None, 1)
-    assert told["seconds"] >= sum(step["seconds"] for step in told["steps"])
+    record = json.loads(done.out)
+    assert record["schema"].startswith("elastic-export/generate/")
+    assert record["schedule"]["steps"] == [4]
+    assert [step["computed"] for step in record["steps"]] == [True, True, False, True]
+    assert [step["budget"]["tokens"] for step in record["steps"]] == [32] * 4
+    assert record["flops"]["plan"] == record["flops"]["same_steps"] * 3 // 4
+    assert record["classes"] == [0]
+    assert (record["height"], record["width"], record["guidance"], record["embedded_guidance"], record["skipped"]) == (64, 32, 2.0, None, 1)
+    assert record["seconds"] >= sum(step["seconds"] for step in record["steps"])
 
 
 def test_a_plan_of_one_s_own_gets_a_fitted_schedule(run: Run, digits: Path, tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_its_schedule_is_fitted_to_the_shift_that_the_bundle_has_at_that_size(
     words = ["--plan", "2,3,5/0.2,0.3,1/0.25", "--height", size[0], "--width", size[1], "--json", "-q"]
     done = run("generate", digits, "-o", tmp_path / "a.png", *words)
     if shift is None:
-        said = " ".join(done.err.replace("│", " ").split())
-        assert (done.code, f"with base_shift {full(10, 64, scheduler).shifts[0]:g}: the search runs into its bound" in said) == (2, True)
+        message = " ".join(done.err.replace("│", " ").split())
+        assert (done.code, f"with base_shift {full(10, 64, scheduler).shifts[0]:g}: the search runs into its bound" in message) == (2, True)
         return
     schedule, wanted = json.loads(done.out)["schedule"], fit_plan((2, 3, 5), (0.2, 0.3, 1.0), 0.25, shift)
     assert (schedule["z"], schedule["shifts"]) == (pytest.approx(wanted.z), pytest.approx(wanted.shifts))
@@ -153,8 +153,8 @@ def test_a_picture_is_drawn_over_and_the_metadata_do_not_hold_it(run: Run, over:
     Image.new("1", (96, 64), 1).save(tmp_path / "mask.png")
     done = run(*over, "-o", tmp_path / "a.png", "--strength", "0.5", "--steps", "6", "--mask", tmp_path / "mask.png", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["plan"], told["width"], len(told["steps"])) == ("full, 3 steps", 96, 3)
+    record = json.loads(done.out)
+    assert (record["plan"], record["width"], len(record["steps"])) == ("full, 3 steps", 96, 3)
     (tmp_path / "again.json").write_text(done.out)
     assert run("generate", over[1], "-o", tmp_path / "b.png", "--request", tmp_path / "again.json", "-q").code == 0
     with Image.open(tmp_path / "a.png") as first, Image.open(tmp_path / "b.png") as second:
@@ -168,10 +168,10 @@ def test_what_is_drawn_over_takes_its_share_of_the_steps_whatever_chooses(run: R
     for goal, chooser in (([], "None"), (["--budget", "auto"], "Auto"), (["--max-memory", "999GB"], "FitMemory")):
         done = run(*over, "-o", tmp_path / "a.png", "--strength", "0.6", "--steps", "28", "--json", "--overwrite", *goal)
         assert done.code == 0, done.err
-        told = json.loads(done.out)
-        assert (told["plan"], told.get("policy", "None").partition("(")[0]) == ("full, 17 steps", chooser)
-    told = json.loads(run(*over, "-o", tmp_path / "a.png", "--budget", "auto", "--json", "--overwrite").out)
-    assert told["plan"] == "full, 12 steps"
+        record = json.loads(done.out)
+        assert (record["plan"], record.get("policy", "None").partition("(")[0]) == ("full, 17 steps", chooser)
+    record = json.loads(run(*over, "-o", tmp_path / "a.png", "--budget", "auto", "--json", "--overwrite").out)
+    assert record["plan"] == "full, 12 steps"
 
 
 def test_steps_may_be_given_where_the_plan_that_is_usual_takes_any(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_pictures_are_edited_after_and_the_metadata_do_not_hold_them(run: Run, m
     words = ["generate", folder, "--plan", "full", "--steps", "2", "--image", tmp_path / "a.png", "-q"]
     done = run(*words, "--image", tmp_path / "b.png", "-o", tmp_path / "c.png", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["references"], told["height"], told["width"]) == (16 * 24 + 16 * 16, 64, 96)
+    record = json.loads(done.out)
+    assert (record["references"], record["height"], record["width"]) == (16 * 24 + 16 * 16, 64, 96)
     with Image.open(tmp_path / "c.png") as drawn:
         kept = json.loads(drawn.info["elastic-export"])["request"]["image_reference"]
     assert [set(each) for each in kept] == [{"sha256"}, {"sha256"}]

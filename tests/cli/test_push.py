@@ -29,9 +29,9 @@ def test_push_shows_what_it_did(server: fake_hub.Hub, run: Callable[..., Any], t
     bundle = fakes.write_bundle(tmp_path / "digits").folder
     shown = run("push", bundle, "me/digits", "--private")
     assert (shown.code, "pushed 3 files" in shown.out, "add the one that the model's weights came with" in shown.err) == (0, True, True)
-    told = json.loads(run("push", bundle, "me/digits", "-m", "again", "--json").out)
-    assert told["schema"].startswith("elastic-export/push/")
-    assert told["pushed"]["repository"] == "me/digits"
+    document = json.loads(run("push", bundle, "me/digits", "-m", "again", "--json").out)
+    assert document["schema"].startswith("elastic-export/push/")
+    assert document["pushed"]["repository"] == "me/digits"
     assert server.repos["me/digits"].messages[-1] == "again"
     inspected = run("inspect", "me/digits", "--json")
     assert json.loads(inspected.out)["manifest"]["model"]["name"] == fakes.manifest().model.name
@@ -44,8 +44,8 @@ def test_a_bundle_is_drawn_by_its_name_and_by_its_cache_alone(server: fake_hub.H
     files = {path.relative_to(digits).as_posix(): path.read_bytes() for path in digits.rglob("*") if path.is_file()}
     server.add("me/digits", files, private=True)
 
-    def cli(*arguments: str, **told: Any) -> subprocess.CompletedProcess[str]:
-        settings = fake_hub.environment(server, str(tmp_path / "home"), **told)
+    def cli(*arguments: str, **words: Any) -> subprocess.CompletedProcess[str]:
+        settings = fake_hub.environment(server, str(tmp_path / "home"), **words)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | settings
         command = [sys.executable, "-c", "from elastic_export.cli import main; main()", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -19,8 +19,8 @@ RUN = (sys.executable, "-c", "from elastic_export.cli import main; main()")
 def test_a_full_disk_behind_the_output_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
     bundle = str(write_bundle(tmp_path / "b").folder)
     with Path("/dev/full").open("w") as full:
-        told = [word.format(bundle) for word in words]
-        done = subprocess.run([*RUN, *told], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        arguments = [word.format(bundle) for word in words]
+        done = subprocess.run([*RUN, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stderr.strip().splitlines() == ["error: No space left on device"], done.stderr
 
@@ -56,5 +56,5 @@ def test_json_is_utf_8_whatever_the_locale_says(locale: str, tmp_path: Path) -> 
     words = ("onnx", "elit-sit", "--random-weights", "--config", str(config), "-o", str(tmp_path / "b"), "--dry-run")
     environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-X", "utf8=0", *RUN[1:], *words], capture_output=True, check=False, env=environment)
-    told = done.stderr.decode()
-    assert (done.returncode, "has an unknown field 'größe'" in " ".join(told.split())) == (2, True), told
+    message = done.stderr.decode()
+    assert (done.returncode, "has an unknown field 'größe'" in " ".join(message.split())) == (2, True), message

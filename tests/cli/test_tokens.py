@@ -38,9 +38,9 @@ def routed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_log_of_kept_tokens_comes_back(run: Run, routed: Path, tmp_path: Path) -> None:
     done = run("generate", routed, "-o", tmp_path / "a.png", "--steps", 4, "--guidance-drop", "0.9", "--classes", "1,2", "--json", "-q")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    steps = told["steps"]
-    assert told["drop_fractions"] == [0.0, 0.9]
+    record = json.loads(done.out)
+    steps = record["steps"]
+    assert record["drop_fractions"] == [0.0, 0.9]
     assert [step["kept"] for step in steps] == [[13, 13], [19, 19], [26, 26], [32, 32]]
     assert [step["guidance_kept"] for step in steps] == [[2, 2], [2, 2], [3, 3], [4, 4]]
     assert all(step["slots"] >= 13 for step in steps)

@@ -43,18 +43,18 @@ def test_a_model_is_exported_and_built_in_one_go(run: Run, golden: Path, tmp_pat
 
 def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_copy: Path) -> None:
     before = sorted(bundle_copy.rglob("*"))
-    said = run("trt", bundle_copy, "--dry-run")
-    assert said.code == 0, said.err
-    assert "would build trt/denoiser.sm80-86-89-120-121.tensorrt_rtx-" in said.out
-    assert " s (826 layers)" in said.out or " layers)" in said.out
-    assert "profile 3: B 1-4 (best 2), J 9-16 (best 16)" in said.out
+    outcome = run("trt", bundle_copy, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "would build trt/denoiser.sm80-86-89-120-121.tensorrt_rtx-" in outcome.out
+    assert " s (826 layers)" in outcome.out or " layers)" in outcome.out
+    assert "profile 3: B 1-4 (best 2), J 9-16 (best 16)" in outcome.out
     plan = json.loads(run("trt", bundle_copy, "--dry-run", "--json").out)["plans"][0]
     assert plan["seconds"] > 0
     assert sorted(bundle_copy.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("--sm", "87"), 2, "does not build for sm 87 here; it builds for 75, 80, 86, 89, 120"),
         (("--sm", "x"), 2, "numbers are written"),
@@ -75,11 +75,11 @@ def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_co
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_its_exit_code(
-    run: Run, bundle_copy: Path, arguments: tuple[str, ...], code: int, said: str
+    run: Run, bundle_copy: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     done = run("trt", bundle_copy, *arguments)
     assert done.code == code
-    assert said in " ".join(done.err.split())
+    assert message in " ".join(done.err.split())
     assert not (bundle_copy / "trt").exists()
 
 

@@ -49,8 +49,8 @@ def listing(folder: Path) -> list[str]:
 def test_a_site_lists_its_files_and_holds_the_bundles_own(run: Run, grey: Path, package: Path, tmp_path: Path) -> None:
     done = run("web", grey, "-o", tmp_path / "site", "--runtime", package, "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["schema"], told["precision"], told["library"]) == ("elastic-export/web/1", "fp32", library.VERSION)
+    document = json.loads(done.out)
+    assert (document["schema"], document["precision"], document["library"]) == ("elastic-export/web/1", "fp32", library.VERSION)
     about = facts(tmp_path / "site")
     listed = {entry["path"]: entry["sha256"] for entry in about["files"]}
     assert listing(tmp_path / "site") == sorted([*listed, "index.html"])
@@ -58,7 +58,7 @@ def test_a_site_lists_its_files_and_holds_the_bundles_own(run: Run, grey: Path, 
         assert hashlib.sha256((tmp_path / "site" / name).read_bytes()).hexdigest() == digest
     (model,) = [name for name in listed if name.endswith(".onnx")]
     assert (tmp_path / "site" / model).read_bytes() == (grey / "onnx" / "denoiser.onnx").read_bytes()
-    assert about["models"]["denoiser"]["sha256"] == listed[model] == told["model"]["sha256"]
+    assert about["models"]["denoiser"]["sha256"] == listed[model] == document["model"]["sha256"]
     assert {Path(name).name for name in listed} >= {"page.js", "page.css", "site.css", "worker.js", "LICENSE.txt", *library.FILES}
     folder = model.partition("/")[0]
     assert set(re.findall(r'(?:href|src)="(?!data:)([^"]+)"', (tmp_path / "site" / "index.html").read_text())) == {
@@ -142,8 +142,8 @@ def test_a_bundle_that_is_none_or_damaged(run: Run, grey: Path, package: Path, t
 
 
 def test_what_a_page_cannot_draw_is_refused_by_name(run: Run, grey: Path, package: Path, tmp_path: Path) -> None:
-    told = Bundle.open(grey).manifest
-    write_manifest(grey, msgspec.structs.replace(told, model=msgspec.structs.replace(told.model, schedule=LinearBeta())))
+    manifest = Bundle.open(grey).manifest
+    write_manifest(grey, msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, schedule=LinearBeta())))
     latent = write_bundle(tmp_path / "latent").folder
     for bundle, message in (
         (grey, "tiny has the schedule linear_beta, which a page does not do: elastic-export serve BUNDLE draws it for a browser"),

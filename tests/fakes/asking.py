@@ -35,7 +35,7 @@ class Asking:
 
     def __init__(self, *models: Served, **words: Any):
         self.engine = Engine(models, Metrics(), **words)
-        self.told: queue.Queue[tuple[int, Event]] = queue.Queue()
+        self.events: queue.Queue[tuple[int, Event]] = queue.Queue()
 
     def __enter__(self) -> "Asking":
         return self
@@ -45,7 +45,7 @@ class Asking:
 
     def ask(self, *requests: tuple[Served, Request], **words: Any) -> tuple[int, ...]:
         def tell(place: int) -> Callable[[Event], None]:
-            return lambda event: self.told.put((place, event))
+            return lambda event: self.events.put((place, event))
 
         orders = [Order(model, request, tell(place), self.engine.now(), **words) for place, (model, request) in enumerate(requests)]
         return self.engine.submit(orders)
@@ -54,7 +54,7 @@ class Asking:
         """How `count` pictures ended, by their places."""
         ended: dict[int, Drawn | Failed] = {}
         while len(ended) < count:
-            place, event = self.told.get(timeout=30)
+            place, event = self.events.get(timeout=30)
             if not isinstance(event, Stepped):
                 ended[place] = event
         return ended

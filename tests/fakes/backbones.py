@@ -34,8 +34,8 @@ class Backbone:
         macs = fields.pop("macs_by_their_counter", None)
         config = folder / f"{name}.json"
         config.write_text(json.dumps(fields))
-        with np.load(golden / f"{name}.io.npz") as found:
-            arrays = dict(found)
+        with np.load(golden / f"{name}.io.npz") as recording:
+            arrays = dict(recording)
         words = {"x": "sample", "t": "timestep", "sigma": "timestep", "y": "class_labels"}
         feeds = {word: arrays[key] for key, word in words.items() if key in arrays}
         return cls(fields["family"], golden / f"{name}.pt", config, feeds, arrays["out"], macs)

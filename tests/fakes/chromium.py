@@ -32,12 +32,12 @@ class LeftError(AssertionError):
 
 
 class Browser:
-    """One page of a browser. What the page says on its console, and what goes wrong in it, is in `said`."""
+    """One page of a browser. What the page says on its console, and what goes wrong in it, is in `console`."""
 
     def __init__(self, write: Any, read: Any):
         self._write, self._read, self._number = write, read, 0
         self._session: str | None = None
-        self.said: list[str] = []
+        self.console: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
@@ -52,9 +52,9 @@ class Browser:
         while True:
             answer = self._next()
             if answer.get("id") == self._number:
-                said = str(answer.get("error", {}).get("message", ""))
-                if "context" in said or "navigated" in said:
-                    raise LeftError(said)
+                reason = str(answer.get("error", {}).get("message", ""))
+                if "context" in reason or "navigated" in reason:
+                    raise LeftError(reason)
                 assert "error" not in answer, answer
                 return dict(answer["result"])
 
@@ -71,7 +71,7 @@ class Browser:
         """Wait until an expression is true in the page."""
         end = time.monotonic() + PATIENCE
         while not (value := self._yet(expression)):
-            assert time.monotonic() < end, f"{expression} did not become true; the console: {self.said}"
+            assert time.monotonic() < end, f"{expression} did not become true; the console: {self.console}"
             time.sleep(0.02)
         return value
 
@@ -94,11 +94,11 @@ class Browser:
         message: dict[str, Any] = json.loads(text[:-1])
         details = message.get("params", {})
         if message.get("method") == "Runtime.consoleAPICalled":
-            self.said.append(" ".join(str(each.get("value")) for each in details["args"]))
+            self.console.append(" ".join(str(each.get("value")) for each in details["args"]))
         if message.get("method") == "Runtime.exceptionThrown":
-            self.said.append(details["exceptionDetails"]["text"])
+            self.console.append(details["exceptionDetails"]["text"])
         if message.get("method") == "Log.entryAdded":
-            self.said.append(details["entry"]["text"])
+            self.console.append(details["entry"]["text"])
         return message
 
 

@@ -162,9 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "commit":
             return self._commit(id, repo, more, [json.loads(line) for line in body.splitlines()])
         revision, _, file = more.partition("/") if kind in ("revision", "tree", "resolve") else ("main", "", "")
-        if (found := repo.at(revision)) is None:
+        if (commit := repo.at(revision)) is None:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        sha, files_there = found
+        sha, files_there = commit
         if kind == "tree":
             return self._json([_entry(name, content) for name, content in files_there.items()])
         if kind == "resolve":
@@ -238,8 +238,8 @@ def serving() -> Iterator[Hub]:
 
 def environment(hub: Hub, cache: str, token: str | None = None, offline: bool = False) -> dict[str, str]:
     """What sends the real client of another process there."""
-    told = {"HF_ENDPOINT": hub.url, "HF_HOME": cache, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-    return told | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": cache, "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
+    return variables | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | ({"HF_TOKEN": token} if token else {})
 
 
 def direct(patch: pytest.MonkeyPatch, hub: Hub, cache: str, token: str | None = None) -> None:

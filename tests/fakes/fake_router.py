@@ -61,7 +61,7 @@ def answer(counts: Counts, channels: int) -> Callable[[Any], dict[str, np.ndarra
     """The graph as a function: what is predicted depends on the tokens kept, not on the number of slots."""
 
     def run(feeds: Any) -> dict[str, np.ndarray]:
-        predicted, kept, told = [], [], []
+        predicted, kept, chances = [], [], []
         for x, t, label, drop in zip(*(feeds[name] for name in ("sample", "timestep", "class_labels", "drop_fraction")), strict=True):
             values = probabilities(counts(float(t), int(label)), int(t) * 100 + int(label))
             chosen, count = kept_by_hand(values, float(drop), len(feeds["slots"]))
@@ -70,8 +70,8 @@ def answer(counts: Counts, channels: int) -> Callable[[Any], dict[str, np.ndarra
             eps = 0.3 * x + mask.reshape(SIDE, SIDE) - 0.01 * label
             predicted.append(np.concatenate([eps, np.tanh(x + label)]))
             kept.append(count)
-            told.append(values)
-        return {"prediction": np.array(predicted, np.float32), "kept": np.array(kept, np.float32), "probability": np.array(told)}
+            chances.append(values)
+        return {"prediction": np.array(predicted, np.float32), "kept": np.array(kept, np.float32), "probability": np.array(chances)}
 
     return run
 

@@ -78,7 +78,7 @@ def state(folder: Path) -> list[str] | str:
 
 
 def main(old: Path, work: Path) -> None:
-    told = []
+    rows = []
     for there in (True, False):
         for after in (False, True):
             at, dies = 0, True
@@ -88,11 +88,11 @@ def main(old: Path, work: Path) -> None:
                 if there:
                     shutil.copytree(old, folder)
                 dies = killed(at, after, folder)
-                found = state(folder)
+                remains = state(folder)
                 keep(folder)
                 every = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
-                told.append({"there": there, "where": folder.name, "found": found, "then": state(folder), "every": every})
-    print(json.dumps(told))
+                rows.append({"there": there, "where": folder.name, "found": remains, "then": state(folder), "every": every})
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

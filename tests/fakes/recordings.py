@@ -59,11 +59,11 @@ RTX_4090 = Reading(
 
 
 def mac(chip: str, memory: int, cores: int, machine: str = "arm64", mode: str = "0", **more: str) -> Recording:
-    told = {"machdep.cpu.brand_string": chip, "hw.memsize": str(memory), "hw.physicalcpu": str(cores), **more}
+    values = {"machdep.cpu.brand_string": chip, "hw.memsize": str(memory), "hw.physicalcpu": str(cores), **more}
     return Recording(
         system="Darwin", machine=machine, processor="arm", cpu_count=cores, packages={"coremltools": "9.0"},
         commands={
-            "sysctl hw machdep.cpu": "\n".join(f"{name}: {value}" for name, value in told.items()),
+            "sysctl hw machdep.cpu": "\n".join(f"{name}: {value}" for name, value in values.items()),
             "vm_stat": "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   100000.\nPages inactive:   50000.\n"
             "Pages wired down:   90000.\nPages speculative:  10000.\n",
             "pmset -g": f"Currently in use:\n standby              1\n lowpowermode         {mode}\n",

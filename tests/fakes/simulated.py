@@ -74,7 +74,7 @@ def pipeline(machine: Machine, graded: bool = True, recording: str = "xeon", **c
     bundle = Bundle(Path("bundle"), msgspec.structs.replace(described(graded), **changes))
     fake = session(machine)
     pipe = ElasticPipeline(bundle, {"denoiser": fake}, machine.clock)
-    found = probe(MACHINES[recording])
-    words: dict[str, Any] = {"opened": HELD, "device": lambda: found, "memory": lambda: found.memory, "held": lambda: HELD}
+    device = probe(MACHINES[recording])
+    words: dict[str, Any] = {"opened": HELD, "device": lambda: device, "memory": lambda: device.memory, "held": lambda: HELD}
     pipe._gauge = Gauge(fake, bundle.manifest, None, machine.clock, **words)
     return pipe

@@ -62,7 +62,7 @@ def pipeline(machine: Machine, graded: bool = True, whole: Manifest | None = Non
     pipe = ElasticPipeline(bundle, sessions, machine.clock)
     finish = pipe._finish if drawable(bundle.manifest) else None
     preview = pipe._preview if finish and previewed(bundle.manifest) else None
-    found = probe(MACHINES["xeon"])
-    words: dict[str, Any] = {"opened": HELD, "device": lambda: found, "memory": lambda: found.memory, "held": lambda: HELD}
+    device = probe(MACHINES["xeon"])
+    words: dict[str, Any] = {"opened": HELD, "device": lambda: device, "memory": lambda: device.memory, "held": lambda: HELD}
     pipe._gauge = Gauge(sessions["denoiser"], bundle.manifest, finish, machine.clock, preview=preview, **words)
     return pipe

@@ -114,9 +114,9 @@ def test_golden_outputs_through_onnx_runtime_with_all_slots_and_with_just_enough
 
 def fraction_that_keeps(wanted: int, natural: int) -> np.float32:
     """A fraction whose tail drop leaves `wanted` of so many natural tokens."""
-    found = np.float32(natural - wanted + 0.5) / np.float32(natural)
-    assert natural - np.floor(np.float32(natural) * found) == wanted
-    return np.float32(found)
+    fraction = np.float32(natural - wanted + 0.5) / np.float32(natural)
+    assert natural - np.floor(np.float32(natural) * fraction) == wanted
+    return np.float32(fraction)
 
 
 @pytest.mark.parametrize("slots", [2, 16, 100, 124])
@@ -162,10 +162,10 @@ def test_the_nearest_search_is_exact_and_breaks_ties_by_raster_order(side: int, 
     visible = np.arange(kept + hidden) < kept
     rows, columns = np.divmod(np.arange(tokens), side)
     grid = torch.from_numpy(np.stack([rows, columns], axis=1).astype(np.float32))
-    found = nearest(grid, grid[positions][None], torch.from_numpy(positions)[None], torch.from_numpy(visible)[None].float())[0]
+    indices = nearest(grid, grid[positions][None], torch.from_numpy(positions)[None], torch.from_numpy(visible)[None].float())[0]
     squares = (rows[:, None] - rows[positions[:kept]]) ** 2 + (columns[:, None] - columns[positions[:kept]]) ** 2
     wanted = positions[(squares * tokens + positions[:kept]).argmin(axis=1)]
-    assert np.array_equal(positions[found.numpy()], wanted)
+    assert np.array_equal(positions[indices.numpy()], wanted)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])
@@ -277,8 +277,8 @@ def test_every_size_has_an_axis_up_to_all_of_its_tokens(side: int) -> None:
 
 def test_a_preset_and_shapes_tell_what_a_public_checkpoint_leaves_out(golden: Path) -> None:
     weights = torch.load(golden / "dcdit-a.pt", weights_only=True)["ema"]
-    told = sources(weights, {"num_heads": 4, "dechunk_kernel_sigma": 1.0})
-    params = agree(FAMILY, told, {})
+    origins = sources(weights, {"num_heads": 4, "dechunk_kernel_sigma": 1.0})
+    params = agree(FAMILY, origins, {})
     assert (params.input_size, params.enc_dec_dim_factor, params.encoder, params.decoder, params.num_heads) == (16, 2, "c2", "c2", 4)
     assert {rename_key(key) for key in weights} == DcDit(params).state_dict().keys()
     with pytest.raises(ModelError, match="nothing tells num_heads, dechunk_kernel_sigma; give --config"):

@@ -91,8 +91,8 @@ def test_weights_stand_once_whatever_the_span(exported: tuple[Model, Bundle], tm
 def test_exits_are_the_outputs_of_their_counts(family: Any, params: Any) -> None:
     model = loaded(family, params)
     feeds = {name: torch.from_numpy(array) for name, array in family.feeds(params, Budget(loops=1), 3).items() if name != "loops"}
-    for count, found in zip((1, 3, 3, 5), model.module.exits(**feeds, loops=[1, 3, 3, 5]), strict=True):
-        np.testing.assert_allclose(found, answer(model, Budget(loops=count)), atol=1e-6)
+    for count, output in zip((1, 3, 3, 5), model.module.exits(**feeds, loops=[1, 3, 3, 5]), strict=True):
+        np.testing.assert_allclose(output, answer(model, Budget(loops=count)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "params"), FAMILIES)
@@ -101,8 +101,8 @@ def test_parameters_do_not_depend_on_loops_and_are_what_shapes_tell(family: Any,
     assert {name: value.shape for name, value in family.build(replace(params, loops=1, max_loops=1)).state_dict().items()} == {
         name: value.shape for name, value in weights.items()
     }
-    told = family.sources(weights, {"num_heads": 4, "loops": 3, "max_loops": 8, "token_kind": "grey"})
-    assert agree(family, told, {}) == params
+    sources = family.sources(weights, {"num_heads": 4, "loops": 3, "max_loops": 8, "token_kind": "grey"})
+    assert agree(family, sources, {}) == params
     with pytest.raises(ModelError, match="it lacks"):
         family.sources({"pos_embed": weights["pos_embed"]}, {})
     with pytest.raises(ModelError, match="nothing tells num_heads, loops, max_loops"):
@@ -131,11 +131,11 @@ def test_sizes_that_make_no_model(change: dict[str, Any], message: str) -> None:
 
 
 def test_prediction_decides_the_schedule() -> None:
-    said = {prediction: elt.facts(replace(DIFFUSION, prediction=prediction)) for prediction in elt.PREDICTIONS}
-    assert [(facts["prediction"], type(facts["schedule"])) for facts in said.values()] == [
+    descriptions = {prediction: elt.facts(replace(DIFFUSION, prediction=prediction)) for prediction in elt.PREDICTIONS}
+    assert [(facts["prediction"], type(facts["schedule"])) for facts in descriptions.values()] == [
         ("v", ShiftedCosine), ("epsilon", ShiftedCosine), ("velocity", RectifiedFlow), ("epsilon", LinearBeta), ("v", LinearBeta),
     ]  # fmt: skip
-    assert said["v"]["schedule"] == ShiftedCosine.at(8)
+    assert descriptions["v"]["schedule"] == ShiftedCosine.at(8)
     assert elt_masked.facts(MASKED)["schedule"] == CosineMask(vocabulary=6)
 
 

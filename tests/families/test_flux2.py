@@ -74,8 +74,8 @@ def test_it_predicts_what_diffusers_does(kind: str) -> None:
     feeds = fed(2, (5, 3), 7, kind == "dev")
     wanted = theirs(transformer, feeds)
     with torch.inference_mode():
-        found = Flux2(transformer)(**tensors(feeds)).numpy()
-    assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+        prediction = Flux2(transformer)(**tensors(feeds)).numpy()
+    assert np.abs(prediction - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 Made = dict[str, tuple[Any, Bundle]]
@@ -86,7 +86,7 @@ SCHEDULER = {"use_dynamic_shifting": True, "shift": 3.0}
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """By name: diffusers' pipeline of a folder without text encoders, and the bundle that was exported from it. The distilled one is the
     base with another word in its index, and so in its manifest."""
-    root, found = tmp_path_factory.mktemp("flux2"), {}
+    root, pairs = tmp_path_factory.mktemp("flux2"), {}
     for name, kind in (("base", "klein"), ("dev", "dev")):
         transformer, scheduler = folders.flux2(**KINDS[kind]), FlowMatchEulerDiscreteScheduler(**SCHEDULER)
         folder = folders.write(root / name, transformer)
@@ -97,13 +97,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         verify = "ends" if name == "base" else "none"
         wide = {"tokens": "4-800", "components": "transformer,vae,encoder"}  # with room for references
         bundle = elastic_export.export(folder, output=root / f"{name}-b", size="16-96", batch="1-4", verify=verify, **wide)
-        found[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
+        pairs[name] = (Flux2Pipeline if kind == "dev" else Flux2KleinPipeline)(**parts), bundle
         if name == "base":
             distilled = folders.as_distilled(bundle, folder, root / "distilled-b", Span(16, 96), Span(1, 4))
-            found["distilled"] = Flux2KleinPipeline(**parts, is_distilled=True), distilled
-    for pipeline, _ in found.values():
+            pairs["distilled"] = Flux2KleinPipeline(**parts, is_distilled=True), distilled
+    for pipeline, _ in pairs.values():
         pipeline.set_progress_bar_config(disable=True)
-    return found
+    return pairs
 
 
 def check_untraced(bundle: Bundle, transformer: Flux2Transformer2DModel) -> None:

@@ -69,8 +69,8 @@ def test_it_predicts_what_diffusers_does() -> None:
     with torch.inference_mode():
         text = TextFusion(folders.krea2())(torch.from_numpy(tapped))
         given = {name: torch.from_numpy(array) for name, array in feeds.items()}
-        found = Krea2(folders.krea2())(encoder_hidden_states=text, **given).numpy()
-    assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+        prediction = Krea2(folders.krea2())(encoder_hidden_states=text, **given).numpy()
+    assert np.abs(prediction - wanted).max() <= 1e-6 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("opset", narrow([23, 20]))
@@ -83,8 +83,8 @@ def test_untraced_sizes_through_onnx_runtime(opset: int, tmp_path: Path) -> None
             feeds, tapped = fed(batch, size, text)
             wanted = theirs(transformer, feeds, tapped)
             fused = fusion.run({"tapped": tapped})["fused"]
-            found = session.run(feeds | {"encoder_hidden_states": fused})["prediction"]
-            assert np.abs(found - wanted).max() <= 5e-6 * np.abs(wanted).max(), (size, text)
+            prediction = session.run(feeds | {"encoder_hidden_states": fused})["prediction"]
+            assert np.abs(prediction - wanted).max() <= 5e-6 * np.abs(wanted).max(), (size, text)
 
 
 def test_flops_are_those_of_torchs_counter() -> None:
@@ -117,13 +117,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Any, Bund
         "scheduler": scheduler, "vae": folders.frame_vae(), "text_encoder": None, "tokenizer": None, "transformer": transformer,
     }  # fmt: skip
     bundle = elastic_export.export(folder, output=root / "b", size="16-32", batch="1-4", verify="ends")
-    found = {
+    pairs = {
         False: (Krea2Pipeline(**parts, is_distilled=False), bundle),
         True: (Krea2Pipeline(**parts, is_distilled=True), folders.as_distilled(bundle, folder, root / "d", Span(16, 32), Span(1, 4))),
     }
-    for pipeline, _ in found.values():
+    for pipeline, _ in pairs.values():
         pipeline.set_progress_bar_config(disable=True)
-    return found
+    return pairs
 
 
 @pytest.mark.parametrize(("distilled", "height", "width", "steps"), [(False, 32, 32, 3), (False, 24, 32, 2), (True, 28, 16, 3)])
@@ -166,8 +166,8 @@ def test_padding_in_the_middle_of_a_text_is_as_if_it_were_not_there() -> None:
     padded = np.insert(tapped, [3, 3, 3, 3], 7.0, axis=1)  # four tokens of anything after the third
     mask = np.insert(np.ones((1, 5), bool), [3, 3, 3, 3], False, axis=1)
     longer = feeds | {"txt_ids": text_places(9, (3, 3), PATCHES)}
-    wanted, found = (theirs(folders.krea2(), *given) for given in ((longer, padded, mask), (feeds, tapped)))
-    assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    wanted, prediction = (theirs(folders.krea2(), *given) for given in ((longer, padded, mask), (feeds, tapped)))
+    assert np.abs(prediction - wanted).max() <= 2e-6 * np.abs(wanted).max()
 
 
 def test_a_folder_says_what_the_runtime_must_know(tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def test_a_folder_says_what_the_runtime_must_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [((1, 6, folders.WIDTH), "4 dimensions"), ((1, 6, 2, folders.WIDTH), r"must be \(B, T, 3, 16\), got \(1, 6, 2, 16\)"),
      ((1, 6, 3, 8), r"must be \(B, T, 3, 16\), got \(1, 6, 3, 8\)"), ((1, 600, 3, folders.WIDTH), "600: cut or pad it")],
 )  # fmt: skip
-def test_embeddings_of_another_model_are_refused(made: dict[bool, tuple[Any, Bundle]], shape: tuple[int, ...], said: str) -> None:
-    with ElasticPipeline.from_pretrained(made[True][1].folder, "ort", threads=1) as pipe, pytest.raises(UsageError, match=said):
+def test_embeddings_of_another_model_are_refused(made: dict[bool, tuple[Any, Bundle]], shape: tuple[int, ...], message: str) -> None:
+    with ElasticPipeline.from_pretrained(made[True][1].folder, "ort", threads=1) as pipe, pytest.raises(UsageError, match=message):
         pipe(prompt_embeds=np.zeros(shape, np.float32), guidance_scale=0.0, plan="full", num_inference_steps=1)

@@ -177,11 +177,11 @@ def test_pictures_are_those_of_diffusers_pipeline(tmp_path: Path) -> None:
                 wanted = theirs(
                     **given, height=height, width=width, num_inference_steps=3, true_cfg_scale=4.0, latents=start, output_type="np"
                 ).images  # fmt: skip
-            found = pipe(
+            pictures = pipe(
                 **{f"{name}prompt_embeds": array for name, array in embeds.items()}, plan="full", num_inference_steps=3, height=height,
                 width=width, noise=noise, output_type="np",
             ).images  # fmt: skip
-            assert np.abs(found - wanted).max() < 2e-5
+            assert np.abs(pictures - wanted).max() < 2e-5
 
 
 @pytest.mark.parametrize(

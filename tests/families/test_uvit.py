@@ -89,8 +89,8 @@ def test_each_schedule_is_that_of_its_training() -> None:
     assert facts["uvit-h-256"] == facts["uvit-h-512"] == ScaledLinearBeta()
     assert facts["uvit-l-256"] == facts["uvit-l-512"] == VpSde()
     assert FAMILY.feeds(SMALL, Budget(), 3)["timestep"].max() > 500
-    told = FAMILY.facts(SMALL)
-    assert (told["prediction"], told["num_classes"], told["null_label"]) == ("epsilon", 3, 3)
+    description = FAMILY.facts(SMALL)
+    assert (description["prediction"], description["num_classes"], description["null_label"]) == ("epsilon", 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ def weights(params: UVitParams = SMALL) -> dict[str, Any]:
     "params", [SMALL, replace(SMALL, num_classes=-1, conv=False, qkv_bias=True, mlp_time_embed=True, skip=False, mlp_ratio=2.0)]
 )
 def test_shapes_tell_all_but_the_heads_and_the_schedule(params: UVitParams) -> None:
-    told = sources(weights(params), {})
-    assert agree(FAMILY, told | {"config": {"num_heads": 2}}, {}) == params
+    origins = sources(weights(params), {})
+    assert agree(FAMILY, origins | {"config": {"num_heads": 2}}, {}) == params
     with pytest.raises(ModelError, match="nothing tells num_heads; give --config"):
-        agree(FAMILY, told, {})
+        agree(FAMILY, origins, {})
     with pytest.raises(ModelError, match=r"depth is 4 by the checkpoint's shapes but 6 by config"):
-        agree(FAMILY, told | {"config": {"depth": 6}}, {})
+        agree(FAMILY, origins | {"config": {"depth": 6}}, {})
 
 
 def test_the_published_size_tells_what_shapes_do_not() -> None:

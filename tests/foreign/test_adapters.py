@@ -92,9 +92,9 @@ def ours(folder: Path, file: Path, kind: str, scale: float = SCALE) -> Any:
     return opened.component("transformer").load(getattr(diffusers, KINDS[kind][2]))
 
 
-def same(found: Any, wanted: Any) -> float:
+def same(model: Any, wanted: Any) -> float:
     """The largest difference between two models' weights; both must be changed ones of the same names."""
-    one, other = found.state_dict(), wanted.state_dict()
+    one, other = model.state_dict(), wanted.state_dict()
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
@@ -208,8 +208,8 @@ def test_pictures_are_those_of_diffusers_with_its_text_encoder_changed_too(flux:
     drawn = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 3.5, "output_type": "np"}
     wanted = theirs(["a cat"], latents=start, max_sequence_length=6, **drawn).images
     with ElasticPipeline.from_pretrained(bundle, "ort", threads=1) as pipe:
-        found = pipe.draw(Request(prompt=("a cat",), plan="full", noise=noise, **drawn)).images  # type: ignore[arg-type]
-    assert np.abs(found - wanted).max() < 2e-5
+        pictures = pipe.draw(Request(prompt=("a cat",), plan="full", noise=noise, **drawn)).images  # type: ignore[arg-type]
+    assert np.abs(pictures - wanted).max() < 2e-5
 
 
 @pytest.mark.parametrize("kind", narrow(["sd3", "qwen"]))
@@ -239,9 +239,9 @@ def test_the_exported_graph_answers_as_diffusers_fused_transformer(kind: str, tm
                 return_dict=False,
             )[0].numpy()  # fmt: skip
     with open_session(bundle) as session:
-        found = session.run(feeds)["prediction"]
-    assert np.abs(found - wanted).max() < 1e-5
-    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+        prediction = session.run(feeds)["prediction"]
+    assert np.abs(prediction - wanted).max() < 1e-5
+    assert np.abs(prediction - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 def stray(weights: Weights) -> None:

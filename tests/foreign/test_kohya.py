@@ -97,8 +97,8 @@ def fused(name: str, transformer: Any, file: Path, **parts: Any) -> Any:
     return pipe
 
 
-def difference(found: Any, wanted: Any) -> float:
-    one, other = found.state_dict(), wanted.state_dict()
+def difference(transformer: Any, wanted: Any) -> float:
+    one, other = transformer.state_dict(), wanted.state_dict()
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
@@ -109,10 +109,10 @@ def test_names_are_read_as_diffusers_reads_them(name: str, tmp_path: Path) -> No
     model, kind = make(), type(make())
     folder = folders.write(tmp_path / "m", model, decoder=False)
     file = save(low_rank(names, model), tmp_path)
-    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(kind)
+    transformer = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(kind)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     wanted = fused(pipeline, model, file).transformer
-    assert difference(found, wanted) < 1e-6
+    assert difference(transformer, wanted) < 1e-6
     changed = [key for key, value in wanted.state_dict().items() if (value - before[key]).abs().max() > 1e-3]
     assert len(changed) == sum(times for _, times in names.values())
 
@@ -124,8 +124,8 @@ def test_a_module_without_an_alpha_has_its_rank(name: str, tmp_path: Path) -> No
     folder, weights = folders.write(tmp_path / "m", model, decoder=False), low_rank(names, model)
     del weights[f"{next(iter(names))}.alpha"]
     file = save(weights, tmp_path)
-    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
-    assert difference(found, fused(pipeline, model, file).transformer) < 1e-6
+    transformer = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
+    assert difference(transformer, fused(pipeline, model, file).transformer) < 1e-6
 
 
 def dotted(weights: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def test_pefts_prefix_before_names_of_public_code_needs_no_config(
     folder = folders.write(tmp_path / "m", model, decoder=False)
     file = save(dotted(low_rank(names, model, alpha=False)), tmp_path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
+    transformer = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
     wanted = fused(pipeline, model, file).transformer
-    assert difference(found, wanted) < 1e-6
+    assert difference(transformer, wanted) < 1e-6
     assert any((value - before[key]).abs().max() > 1e-3 for key, value in wanted.state_dict().items())
 
 
@@ -226,8 +226,8 @@ def test_krea_2_is_read_by_the_names_of_its_public_code(tmp_path: Path) -> None:
         key.replace("lora_down", "lora_A").replace("lora_up", "lora_B"): value for key, value in low_rank(names, model, False).items()
     }
     folder, file = folders.write(tmp_path / "m", model, decoder=False), save(weights, tmp_path)
-    found = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
-    assert difference(found, fused("Krea2Pipeline", model, file).transformer) < 1e-6
+    transformer = Folder.open(folder, (read_adapter(file, SCALE),)).component("transformer").load(type(model))
+    assert difference(transformer, fused("Krea2Pipeline", model, file).transformer) < 1e-6
 
 
 @pytest.mark.parametrize(

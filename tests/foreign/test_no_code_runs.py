@@ -70,8 +70,8 @@ def test_a_module_that_a_config_names_is_not_imported(component: str, canary: Pa
     name = CONFIGS.get(component.split("_")[0], "config.json")
     auto = {each: ["canary.CanaryTokenizer"] * 2 if "Token" in each else "canary.CanaryModel" for each in AUTO}
     edited(folder / component / name, lambda config: config.update(auto_map=auto, tokenizer_class="CanaryTokenizer"))
-    said = refusal(folder)
-    assert said is None or component in said
+    message = refusal(folder)
+    assert message is None or component in message
     assert not canary.exists()
 
 
@@ -83,8 +83,8 @@ def test_a_class_of_the_folders_own_is_not_imported(component: str, canary: Path
     edited(folder / "model_index.json", lambda index: index.update({component: ["canary", "CanaryModel"], "_class_name": ["canary", "C"]}))
     file = folder / component / CONFIGS.get(component, "config.json")
     edited(file, lambda config: config.update(_class_name=["canary", "CanaryModel"], architectures=["canary.CanaryModel"]))
-    said = refusal(folder)
-    assert said is None or component in said
+    message = refusal(folder)
+    assert message is None or component in message
     assert not canary.exists()
 
 

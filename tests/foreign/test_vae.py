@@ -42,8 +42,8 @@ def test_latents_are_those_of_diffusers(bundle: Any, size: tuple[int, int]) -> N
         mean, std = (torch.tensor(values)[:, None, None] for values in (vae.config.latents_mean, vae.config.latents_std))
         latent = (latent[:, :, 0] - mean) / std
     with open_session(made, "encoder", "ort", threads=1) as session:
-        found = session.run({"image": image})["latent"]
-    assert np.abs(found - latent.numpy()).max() <= 1e-5 * np.abs(latent.numpy()).max()
+        latents = session.run({"image": image})["latent"]
+    assert np.abs(latents - latent.numpy()).max() <= 1e-5 * np.abs(latent.numpy()).max()
 
 
 def test_it_is_described_and_proven_like_the_others(bundle: Any) -> None:
@@ -91,8 +91,8 @@ def test_flux_2_s_latents_are_packed_and_normalised_as_its_pipeline_has_them(tmp
         packed = Flux2KleinPipeline._patchify_latents(vae.encode(image).latent_dist.mode())
         std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         wanted = (packed - vae.bn.running_mean[:, None, None]) / std[:, None, None]
-        found = load_vae(tmp_path / "vae", "encoder")(image)
-        assert found.shape == (2, 16, 4, 6)
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-        again = load_vae(tmp_path / "vae")(found)  # what it gives is what the decoder takes
+        latents = load_vae(tmp_path / "vae", "encoder")(image)
+        assert latents.shape == (2, 16, 4, 6)
+        torch.testing.assert_close(latents, wanted, atol=1e-6, rtol=1e-5)
+        again = load_vae(tmp_path / "vae")(latents)  # what it gives is what the decoder takes
         torch.testing.assert_close(again, vae.decode(vae.encode(image).latent_dist.mode(), return_dict=False)[0], atol=1e-5, rtol=1e-4)

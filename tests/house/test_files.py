@@ -39,8 +39,8 @@ def test_no_file_is_larger_than_five_megabytes() -> None:
 
 
 def test_no_text_names_a_folder_of_somebodys_machine() -> None:
-    found = {path.relative_to(ROOT).as_posix(): FOREIGN.findall(content) for path in committed() if (content := text(path))}
-    assert {name: places for name, places in found.items() if places} == {}
+    matches = {path.relative_to(ROOT).as_posix(): FOREIGN.findall(content) for path in committed() if (content := text(path))}
+    assert {name: places for name, places in matches.items() if places} == {}
 
 
 def test_the_search_for_foreign_folders_finds_one() -> None:

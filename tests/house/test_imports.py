@@ -19,8 +19,8 @@ def circle(imports: Imports) -> list[str]:
         if name in done:
             return []
         for other in sorted(imports.get(name, ())):
-            if found := follow(other, [*path, name]):
-                return found
+            if loop := follow(other, [*path, name]):
+                return loop
         done.add(name)
         return []
 
@@ -35,12 +35,12 @@ def modules(package: str) -> dict[str, set[str]]:
 
 def rooms(package: str) -> dict[str, set[str]]:
     """Who imports whom, a folder or a module of the top taken as one; the door itself, which knows every room, left out."""
-    found: dict[str, set[str]] = {}
+    graph: dict[str, set[str]] = {}
     for name, others in modules(package).items():
         if name != package:
             room = name.split(".")[1]
-            found.setdefault(room, set()).update({other.split(".")[1] for other in others if other != package} - {room})
-    return found
+            graph.setdefault(room, set()).update({other.split(".")[1] for other in others if other != package} - {room})
+    return graph
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -103,17 +103,17 @@ def test_commands_exist_with_their_options() -> None:
     readme()
     for words in commands():
         command = words[0] if words and not words[0].startswith("-") else ""
-        told = help_of(command)
+        help_text = help_of(command)
         for option in (word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)):
-            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", told), f"{command} has no option {option}"
+            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text), f"{command} has no option {option}"
 
 
 def test_indented_commands_are_seen() -> None:
     readme()
     fenced = [line for _, body in blocks("", "sh", "bash", "console", "shell") for line in body.splitlines()]
-    found = [line for name, line in shell_lines() if name == "budgets.md" and line.startswith("elastic-export generate")]
-    assert found
-    assert set(found).isdisjoint(fenced)
+    lines = [line for name, line in shell_lines() if name == "budgets.md" and line.startswith("elastic-export generate")]
+    assert lines
+    assert set(lines).isdisjoint(fenced)
 
 
 def test_scripts_exist_with_their_options() -> None:

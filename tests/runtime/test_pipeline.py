@@ -339,8 +339,8 @@ def test_what_was_measured_of_a_session_goes_with_it() -> None:
 def test_a_peak_from_before_the_denoiser_was_opened_is_not_its_own(
     peaks: tuple[int, ...], opened: int, before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = iter(peaks)
-    monkeypatch.setattr("elastic_runtime.pipeline.peak_bytes", lambda: next(told))
+    readings = iter(peaks)
+    monkeypatch.setattr("elastic_runtime.pipeline.peak_bytes", lambda: next(readings))
     monkeypatch.setattr("elastic_runtime.pipeline.resident_bytes", lambda: 400)
     pipe = ElasticPipeline(Bundle(Path("bundle"), manifest(1)), lambda graph: session(to_label, 1))
     assert (pipe.gauge.opened, pipe.gauge.before) == (opened, before)

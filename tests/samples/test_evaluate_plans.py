@@ -55,8 +55,8 @@ def artist(held_out: Digits) -> ElasticPipeline:
 def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pytest.CaptureFixture[str]) -> None:
     pipe = artist(digits[1])
     figures = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=15)
-    found = figures["evaluation"]
-    rows = {row["plan"]: row for row in found["plans"]}
+    evaluation = figures["evaluation"]
+    rows = {row["plan"]: row for row in evaluation["plans"]}
     assert [name for name in rows if "," not in name] == ["4x", "4x without renoising", "7x", "7x without renoising"]
     assert {"4x, 10+12+14 steps", "7x, 1+2+3 steps"} < set(rows)
     assert {"full, 18 steps", "full, 10 steps", "full, 3 steps"} < set(rows)
@@ -69,9 +69,9 @@ def test_figures_follow_what_is_drawn(digits: tuple[Digits, Digits], capsys: pyt
     assert rows["4x"]["tokens"] == [256, 256 + 3 * 76, 1024]
     assert (rows["4x"]["steps"], rows["full, 3 steps"]["steps"]) == ([5, 6, 7], [3])
     assert all(row["milliseconds"] > 0 for row in rows.values())
-    assert found["protocol"] == asdict(PROTOCOL)
-    assert (found["real"]["pictures"], found["where"]) == (20, "fake")
-    assert found["real"]["accuracy"] >= 0.98
+    assert evaluation["protocol"] == asdict(PROTOCOL)
+    assert (evaluation["real"]["pictures"], evaluation["where"]) == (20, "fake")
+    assert evaluation["real"]["accuracy"] >= 0.98
     assert "4x without renoising: 20 of 20 pictures" in capsys.readouterr().err
 
 
@@ -144,6 +144,6 @@ def test_what_was_graded_by_the_same_protocol_with_the_same_weights_is_kept(
     assert script.graded(PROTOCOL, "another", record) == []
     capsys.readouterr()
     again = evaluate(pipe.bundle, pipe, load_judge(64), PROTOCOL, batch=20, known=known[:-1])
-    told = capsys.readouterr().err
-    assert {line.partition(":")[0] for line in told.replace("\r", "\n").splitlines() if "pictures" in line} == {known[-1]["plan"]}
+    log = capsys.readouterr().err
+    assert {line.partition(":")[0] for line in log.replace("\r", "\n").splitlines() if "pictures" in line} == {known[-1]["plan"]}
     assert [row["accuracy"] for row in again["evaluation"]["plans"]] == [row["accuracy"] for row in known]

@@ -55,15 +55,15 @@ def test_sessions_are_held_against_the_reference_and_timed(exported: Path, tmp_p
         assert all(row["passed"] for row in proven)
     assert all(row["ms"] > 0 for row in rows if row["check"].startswith("time"))
     assert not [row for row in rows if row["check"] == "failed"]
-    told = subprocess.run(
+    summary = subprocess.run(
         [sys.executable, KIT / "summary.py", "sessions"],
         env=os.environ | {"RESULTS": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "replayed" in told.stdout
-    assert "FAILS" not in told.stdout
+    assert "replayed" in summary.stdout
+    assert "FAILS" not in summary.stdout
 
 
 def test_a_bundle_that_comes_out_otherwise_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ def test_a_command_s_seconds_and_memory_are_its_own() -> None:
     """In a small process of its own: the system counts for a command what its parent held when it was begun."""
     words = "import real_sizes, sys; print(real_sizes.timed([sys.executable, '-c', 'x = bytearray(300_000_000); print(len(x))']))"
     path = os.pathsep.join(sys.path)
-    told = subprocess.run([sys.executable, "-c", words], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
-    output, seconds, peak = ast.literal_eval(told.stdout)
+    process = subprocess.run(
+        [sys.executable, "-c", words], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    output, seconds, peak = ast.literal_eval(process.stdout)
     assert output == "300000000\n"
     assert seconds > 0
     assert 300_000_000 < peak < 500_000_000

@@ -16,11 +16,11 @@ from elastic_runtime import UsageError
 from speed import NAME, beside_torch, main, options, section, table
 
 
-def reported(settings: Settings, found: BundleReport) -> Report:
+def reported(settings: Settings, bundle_report: BundleReport) -> Report:
     """A report of one bundle."""
     return Report(
-        schema_version=1, created="now", command="elastic-export bench", machine=machine(), settings=settings, energy={}, bundles=(found,),
-        peaks=Peaks(flops_per_second=1e9, bytes_per_second=1e9),
+        schema_version=1, created="now", command="elastic-export bench", machine=machine(), settings=settings, energy={},
+        bundles=(bundle_report,), peaks=Peaks(flops_per_second=1e9, bytes_per_second=1e9),
     )  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     clock, opened = Clock(), bundle(tmp_path_factory.mktemp("speed") / "tiny")
     runtimes = [FakeRuntime("one", clock), FakeRuntime("two", clock, base=0.02), FakeRuntime("three", clock, "absent")]
     settings = Settings(steps=2, duration=0.1, quality=True)
-    found, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
-    return reported(settings, found)
+    bundle_report, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
+    return reported(settings, bundle_report)
 
 
 def test_the_table_has_a_row_a_budget_and_a_column_a_runtime(report: Report) -> None:
@@ -51,18 +51,18 @@ def test_what_torch_takes_beside_ours_is_computed(tmp_path: Path) -> None:
         FakeRuntime("torch-compile", clock, base=0.024),
     ]
     settings = Settings(steps=2, duration=0.1)
-    found, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
+    bundle_report, _ = measure(opened, runtimes, points(opened, [4, 64]), settings, start(clock))
 
-    def told(*names: str) -> str | None:
-        runtimes = tuple(each for each in found.runtimes if each.runtime in names)
-        return beside_torch(reported(settings, replace(found, runtimes=runtimes)))
+    def sentence(*names: str) -> str | None:
+        runtimes = tuple(each for each in bundle_report.runtimes if each.runtime in names)
+        return beside_torch(reported(settings, replace(bundle_report, runtimes=runtimes)))
 
     compiled, eager = "1.2 to 2.0 times as long in torch.compile", "1.4 to 3.0 times as long in eager torch"
     words = "On the same weights and threads, a step takes {} as in onnxruntime."
-    assert told("onnxruntime", "openvino", "torch", "torch-compile") == words.format(f"{compiled} and {eager}")
-    assert told("onnxruntime", "torch") == words.format(eager)
-    assert told("onnxruntime", "openvino") is None
-    assert told("openvino", "torch") is None
+    assert sentence("onnxruntime", "openvino", "torch", "torch-compile") == words.format(f"{compiled} and {eager}")
+    assert sentence("onnxruntime", "torch") == words.format(eager)
+    assert sentence("onnxruntime", "openvino") is None
+    assert sentence("openvino", "torch") is None
 
 
 def test_the_page_and_the_plot_are_filled_and_checked(report: Report, tmp_path: Path) -> None:

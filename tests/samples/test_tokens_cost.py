@@ -21,10 +21,10 @@ def opened(monkeypatch: pytest.MonkeyPatch, function: Any) -> FakeSession:
 def test_both_ways_draw_and_the_counts_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     fake = opened(monkeypatch, answer(lambda t, label: round(LENGTH * (0.5 - 0.3 * t / 999)), 1))
     tokens_cost.main(tokens_cost.parsed(["bundle", "--steps", "6", "--rounds", "2", "--guidance", "1.5", "--guidance-drop", "0.5"]))
-    told = capsys.readouterr().out
-    assert "1 at once, 6 steps, two branches" in told
-    assert f"all {LENGTH} slots" in told
-    rows = [line.split("│")[1:-1] for line in told.splitlines() if line.startswith("│")]
+    output = capsys.readouterr().out
+    assert "1 at once, 6 steps, two branches" in output
+    assert f"all {LENGTH} slots" in output
+    rows = [line.split("│")[1:-1] for line in output.splitlines() if line.startswith("│")]
     assert [row[2].strip() for row in rows] == ["13.0", "17.0", "20.0", "24.0", "28.0", "32.0"]
     assert [int(row[5]) for row in rows] == [7, 9, 10, 12, 14, 16]
     assert sum(call["slots"] == (LENGTH,) for call in fake.calls) == 3 * 6  # all slots, both branches in a run, with the warm-up round

@@ -46,13 +46,13 @@ def test_previews_along_a_plan_have_the_size_of_the_picture(plans: Served, plan:
     request = Request(class_labels=1, seeds=(0,), plan=plan, height=64, width=96)
     with Asking(plans) as asking:
         asking.ask((plans, request), previews=16)
-        told = []
-        while not isinstance(event := asking.told.get(timeout=30)[1], Drawn):
+        events = []
+        while not isinstance(event := asking.events.get(timeout=30)[1], Drawn):
             assert isinstance(event, Stepped), event
-            told.append(event)
-    assert told[-1].preview is None, "the last step's is the picture"
-    seen = [event.preview for event in told if event.preview is not None]
-    assert len(seen) == min(16, len(told) - 1)
+            events.append(event)
+    assert events[-1].preview is None, "the last step's is the picture"
+    seen = [event.preview for event in events if event.preview is not None]
+    assert len(seen) == min(16, len(events) - 1)
     assert {picture.size for picture in seen} == {(96, 64)} == {event.result.images[0].size}
     # the velocity leads to an empty picture from the first step on
     assert all(np.array_equal(np.asarray(picture), np.asarray(event.result.images[0])) for picture in seen)
@@ -199,7 +199,7 @@ def test_one_pictures_fault_ends_it_alone(plans: Served) -> None:
             raise KeyError("somebody's own fault")
 
         requests = [Request(class_labels=label, seeds=(label,), plan="4x") for label in range(3)]
-        tells = [lambda event: asking.told.put((0, event)), deaf, lambda event: asking.told.put((2, event))]
+        tells = [lambda event: asking.events.put((0, event)), deaf, lambda event: asking.events.put((2, event))]
         asking.engine.submit([Order(plans, request, tell, asking.engine.now()) for request, tell in zip(requests, tells, strict=True)])
         others = asking.ends(2)
         assert isinstance(ended.get(timeout=30), Stepped)

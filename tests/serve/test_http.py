@@ -57,10 +57,10 @@ def test_the_official_client_draws_what_the_pipeline_draws(server: Running, digi
 
 def test_the_official_client_streams_previews(server: Running) -> None:
     stream = server.client().images.generate(prompt="3", stream=True, partial_images=2, extra_body={"steps": 6})
-    told = list(stream)
-    assert [each.type for each in told] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    assert [each.partial_image_index for each in told[:-1]] == [0, 1]
-    assert all(image(each.b64_json).size == (16, 16) for each in told)
+    events = list(stream)
+    assert [each.type for each in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [each.partial_image_index for each in events[:-1]] == [0, 1]
+    assert all(image(each.b64_json).size == (16, 16) for each in events)
 
 
 def test_previews_give_way_to_promises(serving: Serving) -> None:

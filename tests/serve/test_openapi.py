@@ -36,12 +36,12 @@ def test_schemathesis_finds_nothing(serving: Serving, monkeypatch: pytest.Monkey
             command, cwd=tmp_path, env=os.environ | {"NO_PROXY": "*"}, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        told = server.engine.metrics.text().decode()
+        metrics = server.engine.metrics.text().decode()
         assert len(server.engine.scheduler) == 0
     cases, passed = re.findall(r"(\d+) generated, (\d+) passed", done.stdout)[0]
     assert cases == passed
     assert int(cases) > 200, "it tried"
-    drawn = float(re.findall(r'elastic_requests_total{model="digits",status="200"} (\S+)', told)[0])
+    drawn = float(re.findall(r'elastic_requests_total{model="digits",status="200"} (\S+)', metrics)[0])
     assert drawn >= 20, "what the document allows is drawn"
 
 

@@ -21,7 +21,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def opened(chromium: Browser, server: Running) -> Browser:
-    chromium.said.clear()
+    chromium.console.clear()
     chromium.open(server.url + "/")
     chromium.until("document.querySelector('#classes input') !== null")
     return chromium
@@ -63,12 +63,12 @@ def test_everything_that_is_filled_in_has_a_label(server: Running) -> None:
 def test_a_browser_draws(chromium: Browser, server: Running) -> None:
     page = opened(chromium, server)
     page.value("document.querySelectorAll('#classes input')[7].click(); at('seed').value = 5; at('draw').click()")
-    said = page.until("/^Class 7: /.test(at('status').textContent) && at('status').textContent")
-    assert re.search(r"Class 7: \d+ ms, seed 5, latents \d+", page.value("at('status').textContent")), said
+    status = page.until("/^Class 7: /.test(at('status').textContent) && at('status').textContent")
+    assert re.search(r"Class 7: \d+ ms, seed 5, latents \d+", page.value("at('status').textContent")), status
     assert page.value("at('picture').naturalWidth") == 16
     assert page.value("at('progress').value") == 1
     assert page.value("at('history').children.length") >= 1
-    assert page.said == []
+    assert page.console == []
 
 
 @needs_browser
@@ -84,7 +84,7 @@ def test_the_slider_changes_the_budget(chromium: Browser, server: Running) -> No
     page.value("at('draw').click()")
     page.until("/^Class 0: /.test(at('status').textContent)")
     assert page.value("at('status').textContent").endswith(cheapest[1])
-    assert page.said == []
+    assert page.console == []
 
 
 @needs_browser
@@ -94,7 +94,7 @@ def test_a_picture_is_cancelled(chromium: Browser, server: Running) -> None:
     page.value("at('steps').value = 250; at('draw').click(); at('cancel').click()")
     page.until("at('status').textContent === 'Cancelled.'")
     assert page.value("at('draw').disabled") is False
-    assert page.said == []
+    assert page.console == []
 
 
 @needs_browser
@@ -105,7 +105,7 @@ def test_an_error_is_shown(chromium: Browser, server: Running) -> None:
     page.until("at('status').classList.contains('wrong')")
     assert "1 ms cannot be kept" in page.value("at('status').textContent")
     assert page.value("at('draw').disabled") is False
-    assert all("400" in line for line in page.said), "the browser itself notes the status, and nothing else"
+    assert all("400" in line for line in page.console), "the browser itself notes the status, and nothing else"
 
 
 @needs_browser

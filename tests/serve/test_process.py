@@ -57,11 +57,11 @@ def test_it_draws_logs_no_prompts_and_ends_when_told(digits: Path) -> None:
         running.send_signal(signal.SIGTERM)
         assert running.wait(20) == 0
     assert (drawn.status_code, refused.status_code) == (200, 400)
-    told = [json.loads(line) for line in lines]
-    asked = [line for line in told if line["what"] == "request"]
+    records = [json.loads(line) for line in lines]
+    asked = [line for line in records if line["what"] == "request"]
     assert [line["status"] for line in asked] == [200, 400]
     assert asked[0]["pictures"][0]["seconds"] > 0
-    assert told[-1]["what"] == "closed"
+    assert records[-1]["what"] == "closed"
     text = "".join(lines) + refused.text
     assert "private" not in text
     assert "someone" not in text

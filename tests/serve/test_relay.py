@@ -213,19 +213,19 @@ def test_who_is_soonest() -> None:
 
 
 def test_what_a_request_waits_between_machines_is_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Relayed] = []
+    arrivals: list[Relayed] = []
 
     async def ask(scope: Message, body: bytes, model: str | None) -> AsyncGenerator[Message, None]:
-        clock = time.time() + (2.0 if not found else -2.0)  # held up on the way; and a machine whose clock is slow
+        clock = time.time() + (2.0 if not arrivals else -2.0)  # held up on the way; and a machine whose clock is slow
         monkeypatch.setattr("elastic_serve.relay.time", SimpleNamespace(time=lambda: clock, monotonic=time.monotonic))
-        found.append(Relayed.of(scope))
+        arrivals.append(Relayed.of(scope))
         monkeypatch.undo()
-        async for message in life(b"{}", lost=len(found) == 1, head=len(found) > 1)():
+        async for message in life(b"{}", lost=len(arrivals) == 1, head=len(arrivals) > 1)():
             yield message
 
     drawn(Relay(ask, (LostError,)))
-    assert 2.0 <= found[0].ago < 3.0
-    assert 0.0 <= found[1].ago < 1.0
+    assert 2.0 <= arrivals[0].ago < 3.0
+    assert 0.0 <= arrivals[1].ago < 1.0
 
 
 @pytest.fixture
@@ -310,12 +310,12 @@ def test_what_an_engine_foresees_grows_with_what_it_has(application: Callable[[]
             coming = asyncio.ensure_future(anext(messages))
             while len(engine.scheduler) < 10:
                 await asyncio.sleep(0.001)
-            told = engine.forecast()["digits"]
+            forecast = engine.forecast()["digits"]
             coming.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await coming
-        return idle, told
+        return idle, forecast
 
-    idle, told = asyncio.run(asyncio.wait_for(busy(), 30))
+    idle, forecast = asyncio.run(asyncio.wait_for(busy(), 30))
     assert idle["wait"] == pytest.approx(idle["alone"])
-    assert told["wait"] > 2 * told["alone"]
+    assert forecast["wait"] > 2 * forecast["alone"]

@@ -72,11 +72,11 @@ def test_a_body_that_never_comes_is_not_waited_for(serving: Serving) -> None:
         head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"
         with connected(server) as line:
             line.sendall(head)
-            told = b""
+            answer = b""
             while part := line.recv(4096):  # until it hangs up
-                told += part
-        assert told.startswith(b"HTTP/1.1 408")
-        assert b'"too_slow"' in told
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"too_slow"' in answer
         draws(server)
 
 

@@ -58,8 +58,8 @@ class Crash:
         self.out = work / ("p.png" if self.command.picture else "b")
 
     def words(self, seed: int) -> list[str]:
-        told = {"bundle": str(self.bundle), "out": str(self.out), "seed": str(seed)}
-        return [*RUN, *(word.format(**told) for word in self.command.words)]
+        values = {"bundle": str(self.bundle), "out": str(self.out), "seed": str(seed)}
+        return [*RUN, *(word.format(**values) for word in self.command.words)]
 
     def place(self) -> None:
         """What stands there before the command."""
@@ -111,13 +111,13 @@ def crash(name: str, work: Path, bundle: Path, kills: int, rng: random.Random) -
     work.mkdir()
     one = Crash(name, work, bundle)
     one.place()
-    cold, found = one.whole(1), {"old": 0, "new": 0}
+    cold, counts = one.whole(1), {"old": 0, "new": 0}
     one.place()
     seconds = min(cold, one.whole(1))  # the first run is slower
     for number in range(kills):
         # Most of the writing is at the end.
         share = rng.random() if number % 2 else 1 - 0.3 * rng.random() ** 2
-        found[one.kill(share * seconds * 1.05, number)] += 1
+        counts[one.kill(share * seconds * 1.05, number)] += 1
         if number % 10 == 0:
             if one.command.picture or one.check() == "old":
                 one.whole(number)
@@ -126,7 +126,7 @@ def crash(name: str, work: Path, bundle: Path, kills: int, rng: random.Random) -
             left = [path.name for path in one.work.rglob(".*") if path.name not in (".elastic.lock", ".gitignore")]
             if left:
                 raise AssertionError(f"the run after a kill left {left}")
-    return found
+    return counts
 
 
 def full(name: str, bundle: Path, sizes: Sequence[int]) -> dict[str, int]:
@@ -143,7 +143,7 @@ done = subprocess.run(one.words(1), capture_output=True, text=True)
 trace = "Traceback" in done.stderr
 print("trace" if trace else one.check() + str(min(done.returncode, 1)), done.stderr[-300:] if trace else "")
 """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as mount:
             given = [str(Path(__file__).parent), name, mount, str(size), str(bundle)]
@@ -153,8 +153,8 @@ print("trace" if trace else one.check() + str(min(done.returncode, 1)), done.std
             word, _, rest = done.stdout.partition(" ")
             if word == "trace" or word == "old0":
                 raise AssertionError(f"{name} on {size} KB: {rest or 'it ended well and wrote nothing'}")
-            found[word] = found.get(word, 0) + 1
-    return found
+            counts[word] = counts.get(word, 0) + 1
+    return counts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,13 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()) // 1024
         for name in names:
             begun = time.monotonic()
-            found = crash(name, Path(folder) / name, bundle, given.kills, random.Random(given.seed)) if given.kills else {}
+            kills = crash(name, Path(folder) / name, bundle, given.kills, random.Random(given.seed)) if given.kills else {}
             disks: dict[str, int] = {}
             if given.disks and os.geteuid() == 0:
                 most = 20 if COMMANDS[name].picture else 4 * size  # KB: the old picture has one block
                 least = 4 if COMMANDS[name].picture else (size + 64 if COMMANDS[name].standing else 16)
                 disks = full(name, bundle, [least + (most - least) * i // given.disks for i in range(given.disks)])
-            print(f"{name:10} {given.kills:4} kills: {found}; full disks: {disks}; {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{name:10} {given.kills:4} kills: {kills}; full disks: {disks}; {time.monotonic() - begun:.0f} s", flush=True)
     return 0
 
 

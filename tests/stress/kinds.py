@@ -63,7 +63,7 @@ def checkpoints(work: Path) -> list[tuple[str, Path, Path]]:
 
     from elastic_export.foreign.checkpoint import read_checkpoint
 
-    golden, found = Path(__file__).parents[1] / "golden", []
+    golden, entries = Path(__file__).parents[1] / "golden", []
     names = {
         "elit-sit": "elit-c", "elit-uvit": "elit-uvit-b", "elit-hdit": "elit-hdit-b", "elit-uvit-tokens": "elit-uvit-tokens-a",
         "elit-hdit-levels": "elit-hdit-levels-a", "dc-dit": "dcdit-a",
@@ -73,8 +73,8 @@ def checkpoints(work: Path) -> list[tuple[str, Path, Path]]:
         if not flat.exists():
             weights = read_checkpoint(golden / f"{name}.pt").weights
             save_file({key: value.contiguous().clone() for key, value in weights.items()}, flat)
-        found += [(family, golden / f"{name}.pt", golden / f"{name}.json"), (family, flat, golden / f"{name}.json")]
-    return found
+        entries += [(family, golden / f"{name}.pt", golden / f"{name}.json"), (family, flat, golden / f"{name}.json")]
+    return entries
 
 
 class Fuzzer:

@@ -32,9 +32,9 @@ def test_pictures_come_out_the_same_again_and_memory_stays() -> None:
 def test_a_server_holds_as_much_after_some_hundred_pictures(digits: Path) -> None:
     pytest.importorskip("uvicorn", reason="serving needs uvicorn")
     pytest.importorskip("httpx2", reason="what talks to the server")
-    told = run("soak_serve", str(digits), "--pictures", "400")
-    assert "faults: none" in told
-    assert " 0 differed" in told
+    report = run("soak_serve", str(digits), "--pictures", "400")
+    assert "faults: none" in report
+    assert " 0 differed" in report
 
 
 @pytest.mark.parametrize("kind", narrow(["generate", "extend"]))

@@ -66,13 +66,13 @@ def showing() -> Visit:
             thread = threading.Thread(target=listens.serve_forever, name="site")
             thread.start()
             try:
-                chromium.said.clear()
+                chromium.console.clear()
                 chromium.open(f"http://localhost:{listens.server_port}/")
                 chromium.until("document.readyState === 'complete' && document.getElementById('name') !== null")
                 chromium.until(f"({until}) || ({WRONG})")
                 assert chromium.value(until), chromium.value("document.getElementById('status').textContent")
                 yield chromium
-                assert not silent or [line for line in chromium.said if line != REMARK] == []
+                assert not silent or [line for line in chromium.console if line != REMARK] == []
             finally:
                 chromium.open("about:blank")
                 listens.shutdown()
@@ -109,7 +109,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from onnx import TensorProto, helper, numpy_helper
 
     bundle = tiny_bundle(tmp_path_factory.mktemp("latent") / "bundle", 23)
-    told = bundle.manifest
+    manifest = bundle.manifest
     described, path = decoder_graph(), bundle.folder / "onnx" / "decoder.onnx"
     weights = np.random.default_rng(0).standard_normal((12, 4, 1, 1)).astype(np.float32)
     nodes = [
@@ -123,7 +123,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graph = helper.make_graph(nodes, "decoder", shapes[:1], shapes[1:], [numpy_helper.from_array(weights, "weights")])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), str(path))
     artifact = OnnxArtifact(precision="fp32", files=(entry(bundle.folder, path),), toolchain={}, opset=23)
-    graphs = told.graphs | {"decoder": msgspec.structs.replace(described, artifacts=(artifact,))}
-    model = msgspec.structs.replace(told.model, vae=Vae(scaling_factor=0.5, shift_factor=0.25, upscale=2))
-    write_manifest(bundle.folder, msgspec.structs.replace(told, graphs=graphs, model=model))
+    graphs = manifest.graphs | {"decoder": msgspec.structs.replace(described, artifacts=(artifact,))}
+    model = msgspec.structs.replace(manifest.model, vae=Vae(scaling_factor=0.5, shift_factor=0.25, upscale=2))
+    write_manifest(bundle.folder, msgspec.structs.replace(manifest, graphs=graphs, model=model))
     return bundle.folder

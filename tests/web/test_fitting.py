@@ -27,8 +27,8 @@ def artifact(precision: str, opset: int = 23, passed: bool = True, **changes: An
 
 
 def bundle(*artifacts: OnnxArtifact, **changes: Any) -> Bundle:
-    told = manifest(channels=1, artifacts=artifacts)
-    return Bundle(Path("bundle"), msgspec.structs.replace(told, **changes))
+    contract = manifest(channels=1, artifacts=artifacts)
+    return Bundle(Path("bundle"), msgspec.structs.replace(contract, **changes))
 
 
 def card(**accuracies: float) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def card(**accuracies: float) -> dict[str, Any]:
     return {"precisions": tuple(rows)}
 
 
-def model(told: Manifest, **changes: Any) -> dict[str, Any]:
-    return {"model": msgspec.structs.replace(told.model, **changes)}
+def model(contract: Manifest, **changes: Any) -> dict[str, Any]:
+    return {"model": msgspec.structs.replace(contract.model, **changes)}
 
 
 @pytest.mark.parametrize(

@@ -121,12 +121,12 @@ def recorded(folder: Path, off: float) -> Path:
 
 
 def test_the_decoder_is_compared_with_the_original(visit: Any, sited: Callable[..., Path], latent: Path, tmp_path: Path) -> None:
-    said = (
+    pattern = (
         r"Compared with what the original answered at 1 budgets: the largest difference is [\d.e+-]+; and as the picture of a latent: "
         r"the largest difference is [\d.e+-]+\. onnxruntime-web .*"
     )
     with visit(sited(recorded(Path(shutil.copytree(latent, tmp_path / "right")), 0.0))) as page:
-        assert re.fullmatch(said, page.value("document.getElementById('proof').textContent"))
+        assert re.fullmatch(pattern, page.value("document.getElementById('proof').textContent"))
     wrong = sited(recorded(Path(shutil.copytree(latent, tmp_path / "wrong")), 0.5))
     with visit(wrong, until="document.getElementById('status')?.classList.contains('wrong')") as page:
         status = page.value("document.getElementById('status').textContent")

@@ -28,11 +28,11 @@ def click(page: Browser, name: str) -> None:
 def drawn(page: Browser, what: str = "Class 0") -> str:
     """Press Draw and wait for the picture; what is then said."""
     click(page, "draw")
-    said = page.until(
+    status = page.until(
         f"/^{what}: /.test(document.getElementById('status').textContent) && !document.getElementById('draw').disabled "
         "&& document.getElementById('status').textContent"
     )
-    return str(said)
+    return str(status)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_a_file_that_is_missing_is_named(visit: Any, site: Path, tmp_path: Path,
         assert message in text(page, "status")
         assert page.value("document.getElementById('draw').disabled") is True
         assert page.value("document.getElementById('provider').disabled") is False
-        assert all("404" in line or "No available" in line for line in page.said), "the browser itself notes what is not there"
+        assert all("404" in line or "No available" in line for line in page.console), "the browser itself notes what is not there"
 
 
 def test_a_damaged_or_wrong_model_never_draws(visit: Any, site: Path, tmp_path: Path) -> None:

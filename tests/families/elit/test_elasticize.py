@@ -120,7 +120,7 @@ def test_a_sit_becomes_itself_without_its_core_at_every_budget(
 
 
 @pytest.mark.parametrize(
-    ("learned", "args", "told", "own"),
+    ("learned", "args", "config", "own"),
     [
         (True, {}, {}, True),
         (True, {"prediction": "v"}, {}, False),
@@ -131,13 +131,13 @@ def test_a_sit_becomes_itself_without_its_core_at_every_budget(
     ],
 )
 def test_a_sits_direction_is_told(
-    plain: Write, tmp_path: Path, learned: bool, args: dict[str, Any], told: dict[str, str], own: bool
+    plain: Write, tmp_path: Path, learned: bool, args: dict[str, Any], config: dict[str, str], own: bool
 ) -> None:
     path = plain(learned, **args)
     if "projectors" in args:
         content = torch.load(path)
         torch.save(content["ema"] | {"projectors.0.0.weight": torch.ones(2)}, path)
-    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | told))
+    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | config))
     model = made(path, tmp_path / "elit.safetensors")
     given = inputs(model, 4)
     with torch.inference_mode():
@@ -147,7 +147,7 @@ def test_a_sits_direction_is_told(
 
 
 @pytest.mark.parametrize(
-    ("args", "told", "message"),
+    ("args", "config", "message"),
     [
         ({}, {}, 'nothing tells which way the time of this SiT goes: write "prediction" in its config'),
         ({}, {"prediction": "noise"}, "a config's prediction is 'velocity' .* got 'noise'"),
@@ -157,10 +157,10 @@ def test_a_sits_direction_is_told(
     ],
 )
 def test_a_direction_that_is_not_told_is_named(
-    plain: Write, tmp_path: Path, args: dict[str, Any], told: dict[str, str], message: str
+    plain: Write, tmp_path: Path, args: dict[str, Any], config: dict[str, str], message: str
 ) -> None:
     path = plain(**args)
-    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | told))
+    path.with_suffix(".json").write_text(json.dumps({"num_heads": 2} | config))
     with pytest.raises(ModelError, match=message):
         elasticize(path, output=tmp_path / "e.safetensors", config=path.with_suffix(".json"), **SPLIT)
 
@@ -263,16 +263,16 @@ def test_what_does_not_fit_is_named(plain: Write, tmp_path: Path, how: dict[str,
 
 def test_outputs_and_checkpoints_that_will_not_do_are_named(plain: Write, golden: Path, tmp_path: Path) -> None:
     path = plain(**REPA)
-    told = SPLIT | {"config": path.with_suffix(".json")}
+    options = SPLIT | {"config": path.with_suffix(".json")}
     with pytest.raises(UsageError, match=r"the output of a checkpoint is a .safetensors file, .* got .*e.pt"):
-        elasticize(path, output=tmp_path / "e.pt", **told)
-    elasticize(path, output=tmp_path / "e.safetensors", **told)
+        elasticize(path, output=tmp_path / "e.pt", **options)
+    elasticize(path, output=tmp_path / "e.safetensors", **options)
     with pytest.raises(UsageError, match="e.safetensors exists: choose another output"):
-        elasticize(path, output=tmp_path / "e.safetensors", **told)
-    elasticize(path, output=tmp_path / "e.safetensors", overwrite=True, **told)
+        elasticize(path, output=tmp_path / "e.safetensors", **options)
+    elasticize(path, output=tmp_path / "e.safetensors", overwrite=True, **options)
     for elastic in (tmp_path / "e.safetensors", golden / "elit-uvit-tokens-a.pt", golden / "elit-hdit-levels-a.pt"):
         with pytest.raises(ModelError, match=r"has an interface \(input_token_editor\) already: export it as it is"):
-            elasticize(elastic, output=tmp_path / "f.safetensors", **told)
+            elasticize(elastic, output=tmp_path / "f.safetensors", **options)
     with pytest.raises(ModelError, match=r"is no plain checkpoint that ELIT can be put into: there are SiT \(blocks.0"):
         elasticize(golden / "dcdit-a.pt", output=tmp_path / "f.safetensors", **SPLIT)
     torch.save({"ema": {}, "args": {}}, tmp_path / "none.pt")

@@ -36,8 +36,8 @@ Arrays = dict[str, np.ndarray]
 
 
 def test_every_recorded_budget_is_tested(recorded: Callable[[str], Arrays]) -> None:
-    found = {(name, int(key.removeprefix("out_latents_"))) for name in RECORDED for key in recorded(name) if key.startswith("out_")}
-    assert found == set(RUNS)
+    budgets = {(name, int(key.removeprefix("out_latents_"))) for name in RECORDED for key in recorded(name) if key.startswith("out_")}
+    assert budgets == set(RUNS)
     assert {name for name, opset in EXPORTED if opset == 23} == {*RECORDED}
 
 

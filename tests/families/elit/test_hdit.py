@@ -69,8 +69,8 @@ def test_inner_blocks_are_twice_as_wide_and_keep_the_condition() -> None:
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_flops_are_those_of_the_table(pixels: int) -> None:
     params = FAMILY.presets[f"elit-hdit-xl-{pixels}"]
-    found = [flops(params, params.tokens) - interface.flops(params.interface), *(flops(params, int(s * params.tokens)) for s in SHARES)]
-    assert [value / 1e9 for value in found] == pytest.approx(TABLE[pixels], rel=1e-3)
+    counts = [flops(params, params.tokens) - interface.flops(params.interface), *(flops(params, int(s * params.tokens)) for s in SHARES)]
+    assert [value / 1e9 for value in counts] == pytest.approx(TABLE[pixels], rel=1e-3)
 
 
 @pytest.mark.parametrize("pixels", [256, 512])
@@ -79,8 +79,8 @@ def test_training_costs_what_the_paper_says(pixels: int) -> None:
     params = replace(FAMILY.presets[f"elit-hdit-xl-{pixels}"], in_channels=16)
     levels = [flops(params, latents) for latents in range(params.groups, params.tokens + 1, params.groups)]
     plain = levels[-1] - interface.flops(params.interface)
-    found = (3 * 256 * plain, 3 * 256 * levels[-1], 3 * 384 * sum(levels) / len(levels))
-    assert [value / 1e12 for value in found] == pytest.approx(PUBLISHED[pixels], rel=2e-3)
+    costs = (3 * 256 * plain, 3 * 256 * levels[-1], 3 * 384 * sum(levels) / len(levels))
+    assert [value / 1e12 for value in costs] == pytest.approx(PUBLISHED[pixels], rel=2e-3)
 
 
 def test_presets_merge_in_the_middle_of_the_core() -> None:

@@ -66,10 +66,10 @@ def test_flops_are_what_torch_multiplies(changes: dict[str, Any]) -> None:
         # its counter knows the plain kernel's two products
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        found = flops(params, kept * windows.count)
-        assert found == words(params, kept * windows.count) == FAMILY.cost(params, Budget(latents=kept * windows.count), 1).flops
+        count = flops(params, kept * windows.count)
+        assert count == words(params, kept * windows.count) == FAMILY.cost(params, Budget(latents=kept * windows.count), 1).flops
         again = 2 * (windows.tokens - windows.places) * 32**2
-        assert found - again == counter.get_total_flops() + 2 * params.mapping_width**2
+        assert count - again == counter.get_total_flops() + 2 * params.mapping_width**2
 
 
 def test_the_full_budget_costs_a_plain_one_and_the_interface() -> None:

@@ -108,9 +108,9 @@ def weights() -> dict[str, Any]:
 
 
 def test_shapes_and_args_tell_the_sizes() -> None:
-    told = FAMILY.sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
+    sources = FAMILY.sources(weights(), {"encoder_depth": 1, "elit_group_size": 2, "num_classes": 3, "qk_norm": False, "model": "custom"})
     config = {"num_heads": 2, "tail_blocks": 1}
-    assert agree(FAMILY, told | {"config": config}, {}) == replace(SMALL)
+    assert agree(FAMILY, sources | {"config": config}, {}) == replace(SMALL)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_sources_that_disagree_are_named_with_both_values(args: dict[str, Any], 
 
 
 def test_an_override_ends_the_disagreement() -> None:
-    told = FAMILY.sources(weights(), {"encoder_depth": 2})
+    sources = FAMILY.sources(weights(), {"encoder_depth": 2})
     config = {"head_blocks": 1, "num_heads": 2, "tail_blocks": 1}
-    assert agree(FAMILY, told | {"config": config}, {"head_blocks": 0}).head_blocks == 0
+    assert agree(FAMILY, sources | {"config": config}, {"head_blocks": 0}).head_blocks == 0
 
 
 def test_the_published_size_tells_what_shapes_do_not() -> None:

@@ -41,8 +41,8 @@ def test_a_block_sends_to_its_mirror_and_the_middle_has_none(depth: int, pairs: 
 @pytest.mark.parametrize("pixels", [256, 512])
 def test_flops_are_those_of_the_table(pixels: int) -> None:
     params = FAMILY.presets[f"elit-uvit-xl-{pixels}"]
-    found = [flops(params, params.tokens) - interface.flops(params.interface), *(flops(params, int(s * params.tokens)) for s in SHARES)]
-    assert [value / 1e9 for value in found] == pytest.approx(TABLE[pixels], rel=1e-3)
+    counts = [flops(params, params.tokens) - interface.flops(params.interface), *(flops(params, int(s * params.tokens)) for s in SHARES)]
+    assert [value / 1e9 for value in counts] == pytest.approx(TABLE[pixels], rel=1e-3)
 
 
 @pytest.mark.parametrize("pixels", [256, 512])
@@ -51,8 +51,8 @@ def test_training_costs_what_the_paper_says(pixels: int) -> None:
     params = replace(FAMILY.presets[f"elit-uvit-xl-{pixels}"], in_channels=16)
     levels = [flops(params, latents) for latents in range(params.groups, params.tokens + 1, params.groups)]
     plain = levels[-1] - interface.flops(params.interface)
-    found = (3 * 256 * plain, 3 * 256 * levels[-1], 3 * 384 * sum(levels) / len(levels))
-    assert [value / 1e12 for value in found] == pytest.approx(PUBLISHED[pixels], rel=2e-3)
+    costs = (3 * 256 * plain, 3 * 256 * levels[-1], 3 * 384 * sum(levels) / len(levels))
+    assert [value / 1e12 for value in costs] == pytest.approx(PUBLISHED[pixels], rel=2e-3)
 
 
 def test_presets_are_their_sits_and_the_skips() -> None:

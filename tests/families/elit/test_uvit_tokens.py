@@ -60,10 +60,10 @@ def test_flops_are_what_torch_multiplies(changes: dict[str, Any]) -> None:
         # its counter knows the plain kernel's two products
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             module(**{name: torch.from_numpy(array) for name, array in arrays.items()})
-        found = flops(params, kept * windows.count)
-        assert found == words(params, kept * windows.count) == FAMILY.cost(params, Budget(latents=kept * windows.count), 1).flops
+        count = flops(params, kept * windows.count)
+        assert count == words(params, kept * windows.count) == FAMILY.cost(params, Budget(latents=kept * windows.count), 1).flops
         again = 2 * (windows.tokens - windows.places) * params.embed_dim**2 + 2 * params.extras * 16 * 16
-        assert found - again == counter.get_total_flops()
+        assert count - again == counter.get_total_flops()
 
 
 def test_fewer_latents_cost_less() -> None:

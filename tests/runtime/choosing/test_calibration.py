@@ -68,9 +68,9 @@ BUDGETS = [Budget(latents=n) for n in range(4, 65, 4)]
 
 def test_the_ends_and_the_middle_are_measured_in_both_batches_of_guidance() -> None:
     machine = Machine()
-    found = points(session(machine), described(), BUDGETS, machine.clock)
-    assert {(point.budget["latents"], point.batch) for point in found} == {(n, b) for n in (4, 32, 64) for b in (1, 2)}
-    for point in found:
+    measurements = points(session(machine), described(), BUDGETS, machine.clock)
+    assert {(point.budget["latents"], point.batch) for point in measurements} == {(n, b) for n in (4, 32, 64) for b in (1, 2)}
+    for point in measurements:
         assert point.seconds == pytest.approx(run_seconds(point.budget["latents"], point.batch))
 
 

@@ -52,8 +52,8 @@ def steps(result: Result) -> tuple[int, ...]:
 
 def test_the_nearest_time_is_that_of_the_cheapest_plan_with_enough_steps() -> None:
     pipe = pipeline(Machine())
-    for least, told in ((14, "14 steps at speed"), (6, "6 steps at speed")):
-        with pytest.raises(UnreachableError, match=told):
+    for least, message in ((14, "14 steps at speed"), (6, "6 steps at speed")):
+        with pytest.raises(UnreachableError, match=message):
             draw(pipe, Deadline(0.001, least_steps=least))
 
 

@@ -76,9 +76,9 @@ def test_a_forecast_names_the_knee_and_the_tokens_that_weights_cost() -> None:
         "jetson-thor-t5000": 1423,
     }.items():
         assert forecast(described(), peaks[name])["tokens"] == pytest.approx(tokens, rel=0.02)
-    told = forecast(described(), peaks["jetson-thor-t5000"])
-    assert told["knee"] == "latents=64"
-    assert told["seconds"]["latents=4"] == pytest.approx(0.5 * (4e6 + 104e3) / 273e9)
+    figures = forecast(described(), peaks["jetson-thor-t5000"])
+    assert figures["knee"] == "latents=64"
+    assert figures["seconds"]["latents=4"] == pytest.approx(0.5 * (4e6 + 104e3) / 273e9)
 
 
 def test_the_simulated_machine_is_what_these_tests_take_it_for() -> None:

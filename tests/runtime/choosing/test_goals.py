@@ -230,7 +230,7 @@ def test_auto_takes_what_is_free_below_the_knee() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: FitMemory(0), "a memory limit must be a number of bytes above zero"),
         (lambda: FitMemory(-5), "above zero"),
@@ -240,8 +240,8 @@ def test_auto_takes_what_is_free_below_the_knee() -> None:
         (lambda: Quality(1.2), "above 0 and at most 1"),
     ],
 )
-def test_goals_that_are_none_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_goals_that_are_none_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make()
 
 

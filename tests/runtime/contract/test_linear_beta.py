@@ -86,10 +86,10 @@ def test_ddpm_with_a_learned_variance_is_diffusers(limit: float | None, steps: i
     assert [step.time for step in steps_] == theirs.timesteps.tolist()
     x = torch.from_numpy(noise)
     for step, mine in zip(theirs.timesteps, steps_, strict=True):
-        told = theirs.step(torch.from_numpy(answer(x.numpy(), int(step))), step, x, generator=same)
-        x = told.prev_sample
+        output = theirs.step(torch.from_numpy(answer(x.numpy(), int(step))), step, x, generator=same)
+        x = output.prev_sample
         np.testing.assert_allclose(mine.sample, x.numpy(), rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(mine.denoised, told.pred_original_sample.numpy(), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(mine.denoised, output.pred_original_sample.numpy(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("timesteps", "steps"), [(25, 25), (25, 13), (1000, 4), (1000, 1000)])

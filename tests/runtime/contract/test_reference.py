@@ -69,10 +69,10 @@ def test_packing_reads_back_and_keeps_graphs_apart() -> None:
     feeds = {"sample": np.ones((1, 2))}
     outputs = {AT: {"prediction": np.zeros(3)}, Budget(latents=4, loops=2): {"prediction": np.ones(3)}}
     arrays = pack("denoiser", feeds, outputs) | pack("decoder", {"latent": np.zeros(1)}, {Budget(): {"image": np.ones(2)}})
-    found_feeds, found = unpack("denoiser", arrays)
-    assert found_feeds.keys() == feeds.keys()
-    assert found.keys() == outputs.keys()
-    np.testing.assert_array_equal(found[Budget(latents=4, loops=2)]["prediction"], 1)
+    unpacked_feeds, unpacked_outputs = unpack("denoiser", arrays)
+    assert unpacked_feeds.keys() == feeds.keys()
+    assert unpacked_outputs.keys() == outputs.keys()
+    np.testing.assert_array_equal(unpacked_outputs[Budget(latents=4, loops=2)]["prediction"], 1)
     assert unpack("decoder", arrays)[1].keys() == {Budget()}
 
 

@@ -25,10 +25,10 @@ def both(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def test_flux_takes_the_pooled_of_one_and_the_tokens_of_the_other(tmp_path: Path) -> None:
     opener = flux(tmp_path)
-    found = encode(opener.bundle, ["a red cat", "a dog"], opener)
-    assert found.pooled.tolist() == [[2, 5, 3, 1, 1], [2, 4, 1, 1, 1]], "padded with its own mark"
-    assert found.hidden[:, :, 0].tolist() == [[2, 5, 3, 1, 0, 0, 0, 0], [2, 4, 1, 0, 0, 0, 0, 0]]
-    assert (found.hidden.dtype, found.hidden.shape) == (np.float32, (2, 8, 6))
+    conditions = encode(opener.bundle, ["a red cat", "a dog"], opener)
+    assert conditions.pooled.tolist() == [[2, 5, 3, 1, 1], [2, 4, 1, 1, 1]], "padded with its own mark"
+    assert conditions.hidden[:, :, 0].tolist() == [[2, 5, 3, 1, 0, 0, 0, 0], [2, 4, 1, 0, 0, 0, 0, 0]]
+    assert (conditions.hidden.dtype, conditions.hidden.shape) == (np.float32, (2, 8, 6))
 
 
 def test_an_outlook_need_not_read_the_prompts(tmp_path: Path) -> None:
@@ -42,12 +42,12 @@ def test_an_outlook_need_not_read_the_prompts(tmp_path: Path) -> None:
 
 def test_encoders_are_open_one_at_a_time_and_read_each_prompt_once(tmp_path: Path) -> None:
     opener = flux(tmp_path)
-    found = encode(opener.bundle, ["a cat", "a dog", "a cat"], opener)
+    conditions = encode(opener.bundle, ["a cat", "a dog", "a cat"], opener)
     assert [name for name, _ in opener.opened] == ["text_encoder", "text_encoder_2"]
     assert opener.beside == [(), ()]
     assert all(session.closed for _, session in opener.opened)
     assert [call["input_ids"] for call in opener.calls("text_encoder")] == [(2, 5)]
-    np.testing.assert_array_equal(found.hidden[0], found.hidden[2])
+    np.testing.assert_array_equal(conditions.hidden[0], conditions.hidden[2])
     encode(opener.bundle, [f"{a} {b}" for a in WORDS[2:] for b in WORDS[2:]], opener)
     assert {call["input_ids"][0] for call in opener.calls("text_encoder_2")[1:]} <= {3, 4}, "as many as a run takes"
 
@@ -65,20 +65,20 @@ def test_sd3_joins_features_then_tokens_and_fills_with_zeros(tmp_path: Path) -> 
     graphs |= {"text_encoder_3": encoder_graph(6, last_hidden_state=("B", 6, 6))}
     whole = manifest(SD3, text=Text(encoders=encoders, length=12, width=6, pooled=4), **graphs)
     opener = Opener(whole, to_zero, text_encoder=both, text_encoder_2=both, text_encoder_3=hidden(6))
-    found = encode(Bundle(tmp_path, whole), ["a cat"], opener)
-    assert found.pooled.tolist() == [[2, 3, 2, 3]]
-    assert found.hidden.shape == (1, 12, 6)
-    assert found.hidden[0, :4].tolist() == [[value] * 4 + [0, 0] for value in (2, 3, 1, 0)]
-    assert found.hidden[0, 4:10, 5].tolist() == [2, 3, 1, 0, 0, 0]
-    assert not found.hidden[0, 10:].any()
+    conditions = encode(Bundle(tmp_path, whole), ["a cat"], opener)
+    assert conditions.pooled.tolist() == [[2, 3, 2, 3]]
+    assert conditions.hidden.shape == (1, 12, 6)
+    assert conditions.hidden[0, :4].tolist() == [[value] * 4 + [0, 0] for value in (2, 3, 1, 0)]
+    assert conditions.hidden[0, 4:10, 5].tolist() == [2, 3, 1, 0, 0, 0]
+    assert not conditions.hidden[0, 10:].any()
 
 
 def test_a_prompt_that_one_encoder_cuts_is_a_warning_and_keeps_its_end_mark(tmp_path: Path) -> None:
     opener = flux(tmp_path)
     with pytest.warns(UserWarning, match=r"text_encoder sees the first 5 of 7 tokens of the prompt 'a red.*; text_encoder_2 sees all"):
-        found = encode(opener.bundle, ["a red cat a blue dog"], opener)
-    assert found.pooled.tolist() == [[2, 5, 3, 2, 1]]
-    assert found.hidden[0, :, 0].tolist() == [2, 5, 3, 2, 6, 4, 1, 0]
+        conditions = encode(opener.bundle, ["a red cat a blue dog"], opener)
+    assert conditions.pooled.tolist() == [[2, 5, 3, 2, 1]]
+    assert conditions.hidden[0, :, 0].tolist() == [2, 5, 3, 2, 6, 4, 1, 0]
 
 
 def test_a_prompt_that_no_encoder_takes_whole_is_an_error_before_any_is_opened(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def reading(tmp_path: Path, template: Template, tokens: int | str = "N", padded:
     return opener
 
 
-def rows(found: Conditions) -> list[list[int]]:
+def rows(conditions: Conditions) -> list[list[int]]:
     """The tokens of each row."""
-    return [found.rows(slice(i, i + 1)).feeds["encoder_hidden_states"][0, :, 0].astype(int).tolist() for i in range(len(found))]
+    return [conditions.rows(slice(i, i + 1)).feeds["encoder_hidden_states"][0, :, 0].astype(int).tolist() for i in range(len(conditions))]
 
 
 AROUND = Template(before="red blue ", after=" dog", drop=2)  # and the tokenizer's own end mark, 1
@@ -133,9 +133,9 @@ AROUND = Template(before="red blue ", after=" dog", drop=2)  # and the tokenizer
 
 def test_a_template_stands_around_a_prompt_and_its_first_tokens_give_nothing(tmp_path: Path) -> None:
     opener = reading(tmp_path, AROUND)
-    found = encode(opener.bundle, ["a cat", "", "cat a"], opener)
-    assert rows(found) == [[2, 3, 4, 1], [4, 1], [3, 2, 4, 1]]
-    assert found.pooled is None
+    conditions = encode(opener.bundle, ["a cat", "", "cat a"], opener)
+    assert rows(conditions) == [[2, 3, 4, 1], [4, 1], [3, 2, 4, 1]]
+    assert conditions.pooled is None
     assert [call["input_ids"] for call in opener.calls("text_encoder")] == [(2, 6), (1, 4)], "no prompt is padded for another's sake"
     apart = reading(tmp_path, msgspec.structs.replace(AROUND, apart=True))
     assert rows(encode(apart.bundle, ["a cat"], apart)) == [[2, 3, 1, 4, 1]]
@@ -143,9 +143,9 @@ def test_a_template_stands_around_a_prompt_and_its_first_tokens_give_nothing(tmp
 
 def test_a_padded_prompt_s_padding_gives_embeddings_and_the_graph_is_told(tmp_path: Path) -> None:
     opener = reading(tmp_path, msgspec.structs.replace(AROUND, drop=0), tokens=6, padded=True)
-    found = encode(opener.bundle, ["a", ""], opener)
-    assert found.hidden is not None
-    assert found.hidden.tolist() == [
+    conditions = encode(opener.bundle, ["a", ""], opener)
+    assert conditions.hidden is not None
+    assert conditions.hidden.tolist() == [
         [[5, 1], [6, 1], [2, 1], [4, 1], [1, 1], [0, 0]],
         [[5, 1], [6, 1], [4, 1], [1, 1], [0, 0], [0, 0]],
     ]
@@ -153,9 +153,9 @@ def test_a_padded_prompt_s_padding_gives_embeddings_and_the_graph_is_told(tmp_pa
 
 def test_padding_may_stand_before_a_prompt_and_words_are_taken_out_of_it(tmp_path: Path) -> None:
     opener = reading(tmp_path, msgspec.structs.replace(AROUND, drop=0, without=("cat",)), tokens=6, padded=True, side="left")
-    found = encode(opener.bundle, ["a cat", "cat"], opener)
-    assert found.hidden is not None
-    assert found.hidden.tolist() == [
+    conditions = encode(opener.bundle, ["a cat", "cat"], opener)
+    assert conditions.hidden is not None
+    assert conditions.hidden.tolist() == [
         [[0, 0], [5, 1], [6, 1], [2, 1], [4, 1], [1, 1]],
         [[0, 0], [0, 0], [5, 1], [6, 1], [4, 1], [1, 1]],
     ]

@@ -108,9 +108,9 @@ def test_a_callback_is_shown_the_picture_and_what_was_kept() -> None:
 
 def test_a_graph_that_tells_no_probabilities_is_sized_all_the_same() -> None:
     pipe, fake = pipeline(lambda t, label: 20)
-    told = answer(lambda t, label: 20, 1)
+    graph = answer(lambda t, label: 20, 1)
     pipe = ElasticPipeline(
-        pipe.bundle, {"denoiser": FakeSession(fake.graph, lambda feeds: {k: v for k, v in told(feeds).items() if k != "probability"})}
+        pipe.bundle, {"denoiser": FakeSession(fake.graph, lambda feeds: {k: v for k, v in graph(feeds).items() if k != "probability"})}
     )
     seen: list[dict[str, np.ndarray]] = []
     result = pipe([1], num_inference_steps=2, generator=rng(), callback_on_step_end=lambda p, i, t, tensors: seen.append(tensors) or {})

@@ -16,7 +16,7 @@ from elastic_runtime.device.sources import System
 from elastic_runtime.errors import UsageError
 
 
-def found(name: str) -> Device:
+def machine(name: str) -> Device:
     return probe(MACHINES[name])
 
 
@@ -36,16 +36,16 @@ def found(name: str) -> Device:
     ],
 )
 def test_processors(name: str, model: str, cores: int, vector: str | None, flops_per_clock: int) -> None:
-    cpu = found(name).cpu
+    cpu = machine(name).cpu
     assert (cpu.model, cpu.cores, cpu.vector, cpu.flops_per_clock) == (model, cores, vector, flops_per_clock)
 
 
 def test_clocks_and_caches() -> None:
-    assert found("laptop").cpu.mhz == 3400  # what it can, not what it does while idle
-    assert found("xeon").cpu.caches == {"L1d": 48 << 10, "L2": 2 << 20, "L3": 36 << 20}
-    assert found("intel-mac").cpu.mhz == 2600
-    assert found("m1").cpu.caches == {"L2": 12 << 20}
-    assert found("m1").cpu.mhz is None
+    assert machine("laptop").cpu.mhz == 3400  # what it can, not what it does while idle
+    assert machine("xeon").cpu.caches == {"L1d": 48 << 10, "L2": 2 << 20, "L3": 36 << 20}
+    assert machine("intel-mac").cpu.mhz == 2600
+    assert machine("m1").cpu.caches == {"L2": 12 << 20}
+    assert machine("m1").cpu.mhz is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_clocks_and_caches() -> None:
 def test_memory_and_processors_within_a_containers_limits(
     name: str, total: int | None, available: int | None, limit: int | None, usable: float
 ) -> None:
-    device = found(name)
+    device = machine(name)
     assert (device.memory.total, device.memory.available, device.memory.limit) == (total, available, limit)
     assert device.cpu.usable == usable
 
@@ -86,7 +86,7 @@ def test_memory_and_processors_within_a_containers_limits(
     ],
 )
 def test_boards_and_the_catalogues_entry(name: str, board: str | None, power_mode: str | None, listed: str | None) -> None:
-    device, entry = found(name), matched(found(name))
+    device, entry = machine(name), matched(machine(name))
     assert (device.board, device.power_mode, entry.id if entry else None) == (board, power_mode, listed)
 
 
@@ -103,26 +103,26 @@ def _fields(recording: Any) -> dict[str, Any]:
 
 
 def test_a_gpu_is_read_from_the_driver() -> None:
-    (gpu,) = found("rtx-4090").gpus
+    (gpu,) = machine("rtx-4090").gpus
     assert (gpu.name, gpu.compute_capability, gpu.power_limit_watts, gpu.integrated) == ("GeForce RTX 4090", "8.9", 450, False)
     assert gpu.bandwidth == pytest.approx(1008e9, rel=0.001)
-    (orin,) = found("orin-nano").gpus
+    (orin,) = machine("orin-nano").gpus
     assert (orin.integrated, orin.memory_total, orin.driver) == (True, None, "R36.4.3")
 
 
 def test_peaks_are_the_catalogues_or_estimated_and_say_which() -> None:
-    listed = peak(found("rtx-4090"), "gpu")
+    listed = peak(machine("rtx-4090"), "gpu")
     assert (listed.flops["fp16"], listed.bandwidth, listed.listed) == (pytest.approx(165.2e12), 1008e9, "rtx-4090")
     assert listed.flops["fp32"] == pytest.approx(82.6e12), "float32 itself, not TF32"
-    unlisted = peak(found("unlisted-gpu"), "gpu")
+    unlisted = peak(machine("unlisted-gpu"), "gpu")
     assert unlisted.listed is None
     assert unlisted.flops["fp32"] == pytest.approx(9728 * 2 * 2.04e9)
     assert "estimated" in unlisted.origin
-    cpu = peak(found("rtx-4090"), "cpu")
+    cpu = peak(machine("rtx-4090"), "cpu")
     assert cpu.flops["fp32"] == pytest.approx(8 * 64 * 2.5e9)
     assert "8 cores x 64" in cpu.origin
-    assert "assumed" in peak(found("bare"), "cpu").origin
-    half = peak(found("container-v2"), "cpu")
+    assert "assumed" in peak(machine("bare"), "cpu").origin
+    half = peak(machine("container-v2"), "cpu")
     assert half.flops["fp32"] == pytest.approx(1.5 * 64 * 2.5e9)
 
 
@@ -136,7 +136,7 @@ def test_the_catalogue_is_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "hint"),
     [
         ("laptop", "pip install 'elastic-export[ort]'"),
         ("laptop", "MB of memory are free"),
@@ -148,12 +148,12 @@ def test_the_catalogue_is_whole() -> None:
         ("xeon", "pip install 'elastic-export[torch]'"),
     ],
 )
-def test_advice_names_the_line_to_paste(name: str, told: str) -> None:
-    assert any(told in line for line in advice(found(name)))
+def test_advice_names_the_line_to_paste(name: str, hint: str) -> None:
+    assert any(hint in line for line in advice(machine(name)))
 
 
 def test_a_gpu_that_tensorrt_rtx_does_not_serve_is_sent_to_tensorrt() -> None:
-    device = found("unlisted-gpu")
+    device = machine("unlisted-gpu")
     hopper = msgspec.structs.replace(device, gpus=(msgspec.structs.replace(device.gpus[0], compute_capability="9.0"),))
     (line,) = [line for line in advice(hopper) if "TensorRT" in line]
     assert "pip install 'elastic-export[trt]'" in line
@@ -161,23 +161,23 @@ def test_a_gpu_that_tensorrt_rtx_does_not_serve_is_sent_to_tensorrt() -> None:
 
 
 def test_what_can_run_a_bundle() -> None:
-    assert runtimes(found("laptop")) == {}
-    assert runtimes(found("xeon")) == {"onnxruntime": "1.31.1"}
-    assert runtimes(found("orin-nano")) == {}  # no CUDA bindings
-    assert runtimes(found("orin-nano-super")) == {"tensorrt": "10.3.0"}
-    assert runtimes(found("m1")) == {"coremltools": "9.0"}
-    assert not [line for line in advice(found("rtx-4090")) if "TensorRT" in line]
+    assert runtimes(machine("laptop")) == {}
+    assert runtimes(machine("xeon")) == {"onnxruntime": "1.31.1"}
+    assert runtimes(machine("orin-nano")) == {}  # no CUDA bindings
+    assert runtimes(machine("orin-nano-super")) == {"tensorrt": "10.3.0"}
+    assert runtimes(machine("m1")) == {"coremltools": "9.0"}
+    assert not [line for line in advice(machine("rtx-4090")) if "TensorRT" in line]
 
 
 def test_a_fingerprint_changes_with_what_changes_times() -> None:
-    assert found("orin-nano").fingerprint != found("orin-nano-super").fingerprint
-    assert found("xeon").fingerprint != found("container-v2").fingerprint
-    assert found("xeon").fingerprint == found("xeon").fingerprint
+    assert machine("orin-nano").fingerprint != machine("orin-nano-super").fingerprint
+    assert machine("xeon").fingerprint != machine("container-v2").fingerprint
+    assert machine("xeon").fingerprint == machine("xeon").fingerprint
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_no_machine_is_beyond_the_probe(name: str) -> None:
-    device = found(name)
+    device = machine(name)
     assert peak(device, "cpu").flops["fp32"] > 0
     assert device.cpu.usable > 0
 
@@ -281,7 +281,7 @@ def test_a_board_is_known_by_its_own_memory_not_by_a_containers() -> None:
     device = probe(msgspec.structs.replace(recording, files=limited))
     entry = matched(device)
     assert (device.memory.total, entry.id if entry else None) == (16 * GIB, "jetson-agx-orin-64")
-    assert device.fingerprint == found("agx-orin-64").fingerprint
+    assert device.fingerprint == machine("agx-orin-64").fingerprint
 
 
 @pytest.mark.parametrize("threads", [-1, 1.5, "2", True])

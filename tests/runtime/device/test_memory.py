@@ -10,15 +10,15 @@ from elastic_runtime.device.memory import give_back
 
 
 def test_peak_memory_is_told_where_the_system_tells_it() -> None:
-    told = peak_bytes()
+    peak = peak_bytes()
     if sys.platform in ("linux", "darwin", "win32"):
-        assert told is not None
-        assert 10_000_000 < told < 1 << 40
+        assert peak is not None
+        assert 10_000_000 < peak < 1 << 40
     now = resident_bytes()
     if sys.platform in ("linux", "win32"):
         assert now is not None
-        assert told is not None
-        assert 10_000_000 < now <= told
+        assert peak is not None
+        assert 10_000_000 < now <= peak
 
 
 def test_peak_memory_grows_with_what_a_process_holds() -> None:
@@ -27,10 +27,10 @@ def test_peak_memory_grows_with_what_a_process_holds() -> None:
         "from elastic_runtime.device import peak_bytes; before = peak_bytes(); held = bytearray(2**28); "
         "held[::2**12] = b'x' * len(held[::2**12]); print(before, peak_bytes())"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    if told == ["None", "None"]:
+    peaks = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    if peaks == ["None", "None"]:
         pytest.skip("this system does not tell")
-    before, after = map(int, told)
+    before, after = map(int, peaks)
     assert after - before > 2**27
 
 

@@ -48,8 +48,8 @@ class Registry:
     ("features", "vector"), [({39, 40, 41}, "AVX-512"), ({39, 40}, "AVX2"), ({39}, "AVX"), ({19}, "Neon"), (set(), None)]
 )
 def test_memory_processor_and_vector_unit(features: set[int], vector: str | None) -> None:
-    told = windows.read(Kernel(features), Registry())
-    assert told == windows.Reading(memory_total=16 << 30, memory_available=5 << 30, vector=vector, model="AMD Ryzen 7 7840U", mhz=3300.0)
+    reading = windows.read(Kernel(features), Registry())
+    assert reading == windows.Reading(memory_total=16 << 30, memory_available=5 << 30, vector=vector, model="AMD Ryzen 7 7840U", mhz=3300.0)
 
 
 def test_what_is_not_told_is_none() -> None:

@@ -50,9 +50,9 @@ def test_what_is_drawn_has_the_first_one_s_size_unless_another_is_asked_for() ->
 @pytest.mark.parametrize("form", [Image.fromarray, lambda array: array, lambda array: array / 255, lambda array: array[None]])
 def test_a_reference_may_come_in_any_form_of_a_picture_and_a_request_is_json(form: Any) -> None:
     wanted = pipeline(beside)[0].draw(Request(**ASKED, image_reference=(ramp(64, 64),)))
-    found = pipeline(beside)[0](**ASKED, image=form(ramp(64, 64)))
-    np.testing.assert_array_equal(found.images, wanted.images)
-    again = Request.from_json(found.request.to_json())
+    result = pipeline(beside)[0](**ASKED, image=form(ramp(64, 64)))
+    np.testing.assert_array_equal(result.images, wanted.images)
+    again = Request.from_json(result.request.to_json())
     assert again.image is None
     np.testing.assert_array_equal(pipeline(beside)[0].draw(again).images, wanted.images)
 

@@ -183,8 +183,8 @@ def test_guidance_is_the_usual_combination() -> None:
 
     pipe, _ = pipeline(manifest(SCHNELL, classes=5), field)
     noise = np.zeros((1, 4, 16, 16))
-    found = pipe(class_labels=1, plan=Plan.full(3), guidance_scale=4.0, noise=noise, output_type="latent").images
-    np.testing.assert_allclose(found, -(1 + 4.0 * (2 - 1)))
+    latents = pipe(class_labels=1, plan=Plan.full(3), guidance_scale=4.0, noise=noise, output_type="latent").images
+    np.testing.assert_allclose(latents, -(1 + 4.0 * (2 - 1)))
 
 
 def test_sd3_is_drawn_with_places_of_its_table() -> None:

@@ -45,7 +45,7 @@ def test_a_batch_that_texts_of_several_lengths_part_too_far_is_refused() -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
             EMBEDS | {"prompt_embeds": [np.ones((3, 6)), np.ones((2, 6))]},
@@ -62,9 +62,9 @@ def test_a_batch_that_texts_of_several_lengths_part_too_far_is_refused() -> None
         (EMBEDS | {"negative_prompt_embeds_mask": [[1, 1, 0]]}, "negative_prompt_embeds_mask acts through classifier-free guidance, which"),
     ],
 )
-def test_texts_and_masks_that_do_not_go_together_are_named(given: dict[str, Any], said: str) -> None:
+def test_texts_and_masks_that_do_not_go_together_are_named(given: dict[str, Any], message: str) -> None:
     pipe, _ = pipeline()
-    with pytest.raises(UsageError, match=re.escape(said)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         pipe(**given)
 
 

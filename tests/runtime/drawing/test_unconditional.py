@@ -24,8 +24,8 @@ def pipeline() -> tuple[ElasticPipeline, FakeSession]:
         whole, inputs=tuple(spec for spec in whole.inputs if spec.name not in names), dimensions={"B": whole.dimensions["B"]}
     )
     described = model(3, family="hdit", prediction="edm", schedule=EDM, num_classes=0, null_label=0)
-    told = msgspec.structs.replace(manifest(3), model=described, axes=(), graphs={"denoiser": graph}, cost=())
-    encode(told)
+    contract = msgspec.structs.replace(manifest(3), model=described, axes=(), graphs={"denoiser": graph}, cost=())
+    encode(contract)
 
     def run(feeds: Any) -> dict[str, np.ndarray]:
         assert set(feeds) == {"sample", "timestep"}
@@ -33,7 +33,7 @@ def pipeline() -> tuple[ElasticPipeline, FakeSession]:
         return {"prediction": ((PICTURE - c_skip * feeds["sample"] / c_in) / c_out).astype(np.float32)}
 
     fake = FakeSession(graph, run)
-    return ElasticPipeline(Bundle(Path("bundle"), told), {"denoiser": fake}), fake
+    return ElasticPipeline(Bundle(Path("bundle"), contract), {"denoiser": fake}), fake
 
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "euler", "heun"])

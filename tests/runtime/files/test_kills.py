@@ -28,10 +28,10 @@ def test_a_kill_at_any_moment_leaves_the_old_bundle_or_the_new_one_and_the_next_
     (old / "onnx" / "cat.png").write_bytes(b"the user's")
     (tmp_path / "work").mkdir()
     with run(KILLING, old, tmp_path / "work") as program:
-        told = json.loads(program.communicate()[0])
-    assert len(told) > 100, "the calls are counted no more"
+        rows = json.loads(program.communicate()[0])
+    assert len(rows) > 100, "the calls are counted no more"
     replaced = {"onnx-2/denoiser.onnx", "trt/new.onnx"}
-    for row in told:
+    for row in rows:
         if row["there"]:
             assert set(row["found"]) in ({"onnx/denoiser.onnx"}, replaced), row
             assert row["then"] == row["found"], row
@@ -43,7 +43,7 @@ def test_a_kill_at_any_moment_leaves_the_old_bundle_or_the_new_one_and_the_next_
             assert "is not a bundle" in row["found"], row
             assert row["every"] == [], row
     for there in (True, False):
-        assert len({str(row["found"]) for row in told if row["there"] == there and "not exist" not in row["found"]}) >= 2, "old and new"
+        assert len({str(row["found"]) for row in rows if row["there"] == there and "not exist" not in row["found"]}) >= 2, "old and new"
 
 
 HOLD = """

@@ -14,12 +14,12 @@ PLAN = Plan((4, 4, 5), (0.3, 0.5, 1.0), (3.0, 2.0, 2.0), 4.0, 0.3)
 
 
 def visit(velocity: Any, plan: Plan = PLAN) -> list[np.ndarray]:
-    index, found = 0, []
+    index, velocities = 0, []
     for number, stage in enumerate(plan.stages()):
         for sigma in stage.sigmas[:-1]:
-            found.append(velocity(X, P, sigma, index, number))
+            velocities.append(velocity(X, P, sigma, index, number))
             index += 1
-    return found
+    return velocities
 
 
 def counted(value: Any) -> tuple[Any, list[int]]:

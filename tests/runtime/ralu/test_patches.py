@@ -17,11 +17,11 @@ def test_packing_is_undone_and_a_token_is_channels_rows_columns(batch: int, chan
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=9, max_size=9), min_size=1, max_size=3), st.integers(1, 9))
 def test_the_best_are_the_highest_and_of_equal_ones_the_first(scores: list[list[int]], count: int) -> None:
-    found = best(np.array(scores), count)
-    for row, indices in zip(scores, found, strict=True):
+    picks = best(np.array(scores), count)
+    for row, indices in zip(scores, picks, strict=True):
         assert indices.tolist() == sorted(sorted(range(9), key=lambda i: (-row[i], i))[:count])
-    rest = others(found, 9)
-    assert [sorted((*a, *b)) for a, b in zip(found.tolist(), rest.tolist(), strict=True)] == [list(range(9))] * len(scores)
+    rest = others(picks, 9)
+    assert [sorted((*a, *b)) for a, b in zip(picks.tolist(), rest.tolist(), strict=True)] == [list(range(9))] * len(scores)
     assert (np.diff(rest, axis=1) > 0).all()
 
 
@@ -62,5 +62,5 @@ def test_tokens_of_two_sizes_are_a_picture_whose_small_latents_are_four(
     places = grow(take(positions, chosen), take(positions, chosen))[1]
     numbers = (2 * places @ (2 * columns, 1)).astype(int)  # of fine tokens, in raster order
     tokens = np.concatenate([take(pack(low, size), rest), take(pack(whole, size), numbers)], axis=1)
-    found = mixed(tokens, np.concatenate([take(positions, rest), places], axis=1), rest.shape[1], 2 * rows, 2 * columns, size)
-    np.testing.assert_array_equal(found, whole)
+    picture = mixed(tokens, np.concatenate([take(positions, rest), places], axis=1), rest.shape[1], 2 * rows, 2 * columns, size)
+    np.testing.assert_array_equal(picture, whole)

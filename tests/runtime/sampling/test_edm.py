@@ -91,16 +91,16 @@ def test_heun_is_diffusers_on_karras_sigmas() -> None:
     picture = preconditioned(network, described)
     noise = np.random.default_rng(2).standard_normal(SHAPE)
     x = torch.from_numpy(noise * np.hypot(1.0, highest))
-    found = []
+    samples = []
     for index, time in enumerate(scheduler.timesteps):
         sigma = float(scheduler.sigmas[index])
         eps = (x.numpy() - picture(x.numpy() / np.hypot(1.0, sigma), sigma, 0)) / sigma
         x = scheduler.step(torch.from_numpy(eps), time, x).prev_sample
-        found.append(x.numpy())
+        samples.append(x.numpy())
     ours = run(described, "heun", noise)
-    np.testing.assert_allclose(ours[-1].sample, found[-1], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours[-1].sample, samples[-1], rtol=0, atol=1e-5)
     for number, mine in enumerate(ours[:-1]):
-        np.testing.assert_allclose(mine.sample, found[2 * number + 1] / np.hypot(1.0, mine.next_time), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(mine.sample, samples[2 * number + 1] / np.hypot(1.0, mine.next_time), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("described", SETTINGS)

@@ -27,9 +27,9 @@ def draw(shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [2, 7])
 def test_a_straight_path_ends_where_it_leads_in_any_number_of_steps(name: str, steps: int) -> None:
-    told = list(SAMPLERS[name](to_point, NOISE, steps, draw))
-    last = told[-1]
-    for step in told:
+    walk = list(SAMPLERS[name](to_point, NOISE, steps, draw))
+    last = walk[-1]
+    for step in walk:
         np.testing.assert_allclose(step.denoised, CLEAN, atol=1e-12)
     if name != "sde":  # whose drift leaves the straight path, and which ends with a whole step along it
         np.testing.assert_allclose(last.sample, CLEAN, atol=1e-12)

@@ -245,6 +245,6 @@ def test_each_step_tells_the_picture_that_was_seen_at_the_resolution_of_its_stag
     for step in steps:
         np.testing.assert_allclose(step.denoised, (low, whole, whole)[step.stage], atol=1e-9)
     for plan in (Plan.full(2), Plan((2, 2), (0.3, 1.0), (3.0, 3.0), growth="spectrum")):
-        told = run(lambda x, *_: np.zeros_like(x), plan=plan)
+        walk = run(lambda x, *_: np.zeros_like(x), plan=plan)
         sides = [(4, 8), (8, 16)] if len(plan.steps) == 2 else [(8, 16)]
-        assert [step.denoised.shape[2:] for step in told if step.denoised is not None] == [sides[step.stage] for step in told]
+        assert [step.denoised.shape[2:] for step in walk if step.denoised is not None] == [sides[step.stage] for step in walk]

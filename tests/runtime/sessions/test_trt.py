@@ -105,21 +105,21 @@ def test_graphs_are_captured_at_the_second_run_and_again_after_a_change_of_shape
     gpu = fake_gpu.install(monkeypatch)
     events = ("execute", "begin_capture", "end_capture", "launch", "destroy_executable")
 
-    def told(latents: int, value: float) -> list[str]:
+    def calls(latents: int, value: float) -> list[str]:
         start = len(gpu.calls)
         np.testing.assert_array_equal(session.run(feeds(latents, value=value))["prediction"], value + 1)
         return [" ".join(map(str, call[::2])) if call[0] == "execute" else call[0] for call in gpu.calls[start:] if call[0] in events]
 
     capture = ["begin_capture", "execute captured", "end_capture", "launch"]
     with open_session(trt_bundle(tmp_path)) as session:
-        assert told(6, 1) == ["execute plain"]
-        assert told(6, 2) == capture
-        assert told(6, 3) == ["launch"]
-        assert told(8, 4) == ["destroy_executable", "execute plain"]  # the same profile at another shape
-        assert told(6, 5) == ["execute plain"]  # A -> B -> A: never the old graph
-        assert told(6, 6) == capture
-        assert told(16, 7) == ["execute plain"]  # another profile, another context:
-        assert told(6, 8) == ["launch"]  # the graph of this one still holds
+        assert calls(6, 1) == ["execute plain"]
+        assert calls(6, 2) == capture
+        assert calls(6, 3) == ["launch"]
+        assert calls(8, 4) == ["destroy_executable", "execute plain"]  # the same profile at another shape
+        assert calls(6, 5) == ["execute plain"]  # A -> B -> A: never the old graph
+        assert calls(6, 6) == capture
+        assert calls(16, 7) == ["execute plain"]  # another profile, another context:
+        assert calls(6, 8) == ["launch"]  # the graph of this one still holds
     assert len(gpu.named("destroy_executable")) == 2
 
 
@@ -195,13 +195,13 @@ def test_a_failed_enqueue_waits_for_the_copies_that_read_its_inputs(tmp_path: Pa
         np.testing.assert_array_equal(session.run(feeds(8, value=1))["prediction"], 2)
 
 
-@pytest.mark.parametrize(("failing", "told"), [((), r" \(1 MB free\)"), (("cudaMemGetInfo",), "")])
+@pytest.mark.parametrize(("failing", "note"), [((), r" \(1 MB free\)"), (("cudaMemGetInfo",), "")])
 def test_no_room_is_told_of_even_where_the_device_answers_nothing_more(
-    failing: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: tuple[str, ...], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = fake_gpu.install(monkeypatch)
     gpu.failing = {"cudaMalloc", *failing}
-    with pytest.raises(InferenceError, match=rf"the GPU has no room for 0 MB{told}: cudaMalloc failed: no reason"):
+    with pytest.raises(InferenceError, match=rf"the GPU has no room for 0 MB{note}: cudaMalloc failed: no reason"):
         open_session(trt_bundle(tmp_path))
     assert ("destroy_stream", 7) in gpu.calls
 
@@ -271,7 +271,7 @@ def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("machine", "changes", "said"),
+    ("machine", "changes", "message"),
     [
         ({"sm": 75}, {}, "this GPU is an sm 75 .* elastic-export trt BUNDLE --sm 75"),
         ({"sm": 90}, {}, r"this GPU is an sm 90 .* elastic-export trt BUNDLE --builder tensorrt .*pip install 'elastic-export\[trt\]'"),
@@ -289,10 +289,10 @@ def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, 
     ],
 )
 def test_stale_and_foreign_engines_are_refused_before_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], changes: dict[str, Any], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     gpu = fake_gpu.install(monkeypatch, **machine)
-    with pytest.raises(MissingError, match=said):
+    with pytest.raises(MissingError, match=message):
         open_session(trt_bundle(tmp_path, **changes), name="trt")
     assert not gpu.named("deserialize")
 

@@ -63,17 +63,17 @@ def looped(width: int = WIDTH) -> GraphCapture:
 
 def scales(package: Path) -> dict[str, list[float]]:
     """Scales of the pairs of each function; every pair is whole, and stands before a product by the matrix of the loop."""
-    evaluator, found = Evaluator(package), {}
+    evaluator, values = Evaluator(package), {}
     for name in evaluator.functions:
-        blocks, found[name] = [evaluator.program(name)], []
+        blocks, values[name] = [evaluator.program(name)], []
         while blocks:
             for operation in blocks.pop().operations:
                 blocks += operation.blocks
                 if operation.op_type == "quantize":
                     (pair,) = operation.outputs[0].child_ops
                     assert (pair.op_type, float(pair.scale.val)) == ("dequantize", float(operation.scale.val))
-                    found[name].append(float(operation.scale.val))
-    return found
+                    values[name].append(float(operation.scale.val))
+    return values
 
 
 def largest(graph: GraphCapture, loops: int) -> float:
@@ -93,9 +93,9 @@ def test_functions_that_share_a_matrix_share_its_scale(lowered: Callable[..., An
     assert max(error(graph, session, budget) for budget in LOOPS) < COMPRESSIONS["w8a8"]
     stored = sum(entry.bytes for entry in artifact.files if entry.path.endswith("weight.bin"))
     assert 4 * WIDTH**2 < stored < 1.1 * 4 * WIDTH**2, "a byte a weight, and each matrix once"
-    found = scales(tmp_path / artifact.package)
+    values = scales(tmp_path / artifact.package)
     scale = pytest.approx(largest(graph, 3) / 127, rel=1e-2)
-    assert found == {"loops_1": [scale], "loops_3": [scale, scale, scale]}, "the first, the last and the conditions' keep their floats"
+    assert values == {"loops_1": [scale], "loops_3": [scale, scale, scale]}, "the first, the last and the conditions' keep their floats"
 
 
 def test_a_loop_has_its_pair_inside(lowered: Callable[..., Any], error: Any, tmp_path: Path) -> None:

@@ -143,10 +143,10 @@ def halves(body: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> tuple[Halves,
     with torch.no_grad():
         made = split(torch.export.export(module, (), feeds), specs, "coreml/d.mlpackage")
         left = made.left({name: value.numpy() for name, value in feeds.items()})
-        (found,) = made.rest(**{name: torch.from_numpy(array) for name, array in left.items()})
-        torch.testing.assert_close(found, module(**feeds))
+        (prediction,) = made.rest(**{name: torch.from_numpy(array) for name, array in left.items()})
+        torch.testing.assert_close(prediction, module(**feeds))
     assert [spec.name for spec in made.apart.rest(specs)] == list(left)
-    return made, found
+    return made, prediction
 
 
 def test_what_the_rest_needs_itself_stays_its_input() -> None:

@@ -227,8 +227,8 @@ def test_a_row_of_one_value_is_cut_too_and_a_name_that_is_taken_is_not_taken_aga
     (wanted,) = onnxruntime.InferenceSession(ir.to_proto(whole).SerializeToString()).run(None, feeds)
     first, second = map(onnxruntime.InferenceSession, halves)
     (rows,) = first.run(None, {"timestep": feeds["timestep"]})
-    (found,) = second.run(None, {"sample": feeds["sample"], "modulation_": rows})
-    np.testing.assert_array_equal(found, wanted)
+    (prediction,) = second.run(None, {"sample": feeds["sample"], "modulation_": rows})
+    np.testing.assert_array_equal(prediction, wanted)
 
 
 def test_what_the_rest_needs_itself_stays_its_input() -> None:

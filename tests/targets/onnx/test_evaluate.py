@@ -44,9 +44,9 @@ def test_parts_answer_as_the_whole(bundle: Bundle, part: int) -> None:
         assert (len(parts._parts) == 1) == (part == 10**9)
         with parts, open_session(bundle, name, "ort") as whole:
             for spec in graph.outputs:
-                found, wanted = parts.run(inputs)[spec.name], whole.run(inputs)[spec.name]
+                output, wanted = parts.run(inputs)[spec.name], whole.run(inputs)[spec.name]
                 bound = 5e-3 if artifact.precision == "fp16" else 1e-5  # half precision is fused otherwise
-                assert np.abs(found - wanted).max() <= bound * max(1.0, np.abs(wanted).max()), name
+                assert np.abs(output - wanted).max() <= bound * max(1.0, np.abs(wanted).max()), name
     with pytest.raises(InferenceError, match="^this session is closed$"):
         parts.run(inputs)
 

@@ -79,16 +79,16 @@ def test_a_matrix_is_fitted_to_all_that_it_multiplies(loop: bool, part: int, tmp
             seen.append(np.tanh(held))
             held = np.tanh(seen[-1] @ matrix.read().T)
     inputs = np.concatenate(seen)
-    told: list[tuple[Any, ...]] = []
-    fitted = fitting.fitted(made, [matrix], 4, RUNS, tmp_path, lambda *words: told.append(words))
-    assert told == [("rounding", 1, 1)]
+    progress: list[tuple[Any, ...]] = []
+    fitted = fitting.fitted(made, [matrix], 4, RUNS, tmp_path, lambda *words: progress.append(words))
+    assert progress == [("rounding", 1, 1)]
     grams = [inputs[:, each].T @ inputs[:, each] for each in slabs(WIDTH, 32)]
-    found, wanted, nearest = (
+    error, wanted, nearest = (
         np.square(inputs @ (unpacked(*each, 4, WIDTH) - matrix.read()).T).sum()
         for each in (fitted["a"](), compensated(matrix.read(), grams, 4, 32), blocks(matrix.read(), 4, 32))
     )
-    assert found == pytest.approx(wanted, rel=0.05)  # sums in another order may tip a weight over
-    assert found < 0.5 * nearest
+    assert error == pytest.approx(wanted, rel=0.05)  # sums in another order may tip a weight over
+    assert error < 0.5 * nearest
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -150,21 +150,21 @@ def test_a_denoiser_is_fitted_at_every_size_of_what_it_takes(tmp_path: Path) -> 
         (artifact,) = lower(graph, OnnxOptions(precision="int4w", rounding=rounding), tmp_path / rounding)
         assert [path.name for path in (tmp_path / rounding / "onnx").iterdir()] == ["denoiser.int4w.onnx"]  # nothing is left behind
         assert artifact.weight_rounding == rounding
-        (found,) = onnxruntime.InferenceSession(str(tmp_path / rounding / artifact.path)).run(None, feeds)
-        off.append(np.square(found - wanted).mean())
+        (prediction,) = onnxruntime.InferenceSession(str(tmp_path / rounding / artifact.path)).run(None, feeds)
+        off.append(np.square(prediction - wanted).mean())
     assert off[1] < 0.5 * off[0]
 
 
 def test_what_waits_on_disk_and_stands_in_memory_is_told_before() -> None:
     graph = bent()
-    told = {
+    estimates = {
         rounding: TARGET.estimate(graph, OnnxOptions(precision="int4w", rounding=rounding))  # type: ignore[misc]
         for rounding in ("nearest", "gptq")
     }
-    assert told["gptq"].file_bytes == told["nearest"].file_bytes
-    waiting = [each.waiting_bytes for each in told.values()]
+    assert estimates["gptq"].file_bytes == estimates["nearest"].file_bytes
+    waiting = [each.waiting_bytes for each in estimates.values()]
     assert waiting == [0, round((WIDTH * WIDTH + 64 * WIDTH) * PRECISIONS["int4w"].weight_bytes)]
-    assert told["gptq"].peak_bytes > told["nearest"].peak_bytes
+    assert estimates["gptq"].peak_bytes > estimates["nearest"].peak_bytes
 
 
 def test_two_files_hold_what_was_fitted_in_one(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def test_what_costs_most_keeps_its_floats(precision: str, tmp_path: Path) -> Non
         (artifact,) = lower(graph, OnnxOptions(precision=precision, keep=keep), tmp_path / str(keep), lambda *words: progress.append(words))
         assert artifact.float_matrices == ("loud.weight",)[:keep]
         assert artifact.held == (f"{precision}, 1 in floats" if keep else precision)
-        (found,) = onnxruntime.InferenceSession(str(tmp_path / str(keep) / artifact.path)).run(None, feeds)
-        errors.append(np.square(found - wanted).mean())
+        (prediction,) = onnxruntime.InferenceSession(str(tmp_path / str(keep) / artifact.path)).run(None, feeds)
+        errors.append(np.square(prediction - wanted).mean())
         sizes.append(artifact.files[0].bytes)
     assert errors[1] < 1e-2 * errors[0]
     assert sizes[1] - sizes[0] == pytest.approx(WIDTH * WIDTH * (4 - (1 if precision == "int8" else 0.625)), rel=0.05)

@@ -35,9 +35,9 @@ BOUNDS = {"int8qdq": 0.04, "fp8": 0.08, "int4qdq": 0.15, "nvfp4": 0.2}
 
 
 def of(bundle: Bundle, precision: str) -> OnnxArtifact:
-    (found,) = (each for each in bundle.manifest.graphs["denoiser"].artifacts if each.precision == precision)
-    assert isinstance(found, OnnxArtifact)
-    return found
+    (artifact,) = (each for each in bundle.manifest.graphs["denoiser"].artifacts if each.precision == precision)
+    assert isinstance(artifact, OnnxArtifact)
+    return artifact
 
 
 @pytest.mark.parametrize("precision", FORMS)
@@ -110,8 +110,8 @@ def test_a_scale_is_right_where_the_error_is_least(precision: str, ratio: float)
     plain, model = chain(), chain()
     (name,) = qdq.activations(model, precision) or [""]
     qdq.insert(model, precision, {name: ratio * float(x.max())})
-    wanted, found = ran(plain, x=x), ran(spelled_out(model), x=x)
-    error = np.sqrt(np.mean((found - wanted).astype(np.float32) ** 2) / np.mean(wanted.astype(np.float32) ** 2))
+    wanted, output = ran(plain, x=x), ran(spelled_out(model), x=x)
+    error = np.sqrt(np.mean((output - wanted).astype(np.float32) ** 2) / np.mean(wanted.astype(np.float32) ** 2))
     bound = {"int8qdq": 0.012, "fp8": 0.05, "int4qdq": 0.12, "nvfp4": 0.18}[precision]
     worse = (ratio == 0.5 and FORMS[precision].activations) or (ratio == 16 and precision == "int8qdq")
     assert (error > bound) == worse, error
@@ -139,8 +139,8 @@ def test_codes_stand_for_the_weights_in_the_graph_s_own_order(precision: str, tr
     model = graph_of(*nodes, inputs={"x": ["m", 128]}, a=np.ascontiguousarray(order))
     assert [matrix.condition for matrix in chosen(model)] == [transposed]
     qdq.insert(model, precision, {"read": 1.0})
-    found = ran(spelled_out(model), x=np.eye(128, dtype=np.float16))
-    assert np.abs(found - np.maximum(weights.T, 0)).max() <= {"int8qdq": 0.03, "fp8": 0.2, "int4qdq": 0.3, "nvfp4": 0.7}[precision]
+    output = ran(spelled_out(model), x=np.eye(128, dtype=np.float16))
+    assert np.abs(output - np.maximum(weights.T, 0)).max() <= {"int8qdq": 0.03, "fp8": 0.2, "int4qdq": 0.3, "nvfp4": 0.7}[precision]
 
 
 def test_float4_is_what_the_type_is_block_by_block() -> None:
@@ -154,13 +154,13 @@ def test_float4_is_what_the_type_is_block_by_block() -> None:
     )]  # fmt: skip
     model = graph_of(*nodes, inputs={"x": ["b", "g", "p", 64]}, a=eye)
     qdq.insert(model, "nvfp4", {"read": float(np.abs(x).max())})
-    found = ran(spelled_out(model), x=x)
+    output = ran(spelled_out(model), x=x)
     whole = np.float32(np.abs(x).max()) / 6 / 448
     wide = x.astype(np.float32).reshape(-1, 16)
     scale = (np.abs(wide).max(1) / 6 / whole).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * whole
     scale = scale.astype(np.float16).astype(np.float32)[:, None]
     wanted = np.clip(wide / np.maximum(scale, 1e-30), -6, 6).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * scale
-    np.testing.assert_allclose(found, wanted.reshape(x.shape), atol=2e-3)
+    np.testing.assert_allclose(output, wanted.reshape(x.shape), atol=2e-3)
 
 
 def looped() -> tuple[GraphCapture, ir.Model]:
@@ -203,12 +203,12 @@ def test_the_largest_of_every_pass_and_feed_is_taken_and_is_the_same_again(monke
         return several(session, runs)
 
     monkeypatch.setattr(PartSession, "several", spied)
-    told: list[tuple[str, int, int]] = []
-    found = calibrate.largest(graph, model, ["sample", "twice"], lambda *words: told.append(words))
-    assert found == {"sample": pytest.approx(max(seen)), "twice": pytest.approx(8 * max(seen))}
+    progress: list[tuple[str, int, int]] = []
+    maxima = calibrate.largest(graph, model, ["sample", "twice"], lambda *words: progress.append(words))
+    assert maxima == {"sample": pytest.approx(max(seen)), "twice": pytest.approx(8 * max(seen))}
     assert len(seen) == feeds.FEEDS // 2
-    assert told == [("calibrating", done, len(seen)) for done in range(1, len(seen) + 1)]
-    assert calibrate.largest(graph, model, ["sample", "twice"]) == found
+    assert progress == [("calibrating", done, len(seen)) for done in range(1, len(seen) + 1)]
+    assert calibrate.largest(graph, model, ["sample", "twice"]) == maxima
     assert [value.name for value in model.graph.outputs] == ["prediction"], "what was asked about is as it was"
 
 
@@ -240,9 +240,9 @@ def test_what_was_rounded_is_held_to_float16_s_own_tolerance_before(rounded: Bun
     graph, base = looped()
     described = Graph(inputs=graph.inputs, outputs=graph.outputs, dimensions=graph.dimensions, artifacts=())
     monkeypatch.setattr(lower, "_floats", lambda _, precision, opset: base)
-    found = lower.unrounded(graph, described, OnnxOptions(precision="fp8"))
-    assert found is not None
-    session, precision = found
+    pair = lower.unrounded(graph, described, OnnxOptions(precision="fp8"))
+    assert pair is not None
+    session, precision = pair
     assert precision == "fp16"
     assert session.run({"sample": np.ones((1, 32), np.float32)})["prediction"].min() == -8
     described = rounded.manifest.graphs["denoiser"]

@@ -71,8 +71,8 @@ def test_what_multiplies_by_weights_alone_multiplies_by_what_was_rounded(bundle:
     model = model_of(bundle)
     held = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
     for node in [node for node in model.graph.node if node.op_type == "MatMulNBits"]:
-        told = {attribute.name: attribute.i for attribute in node.attribute}
-        matrix = unpacked(*(held[name] for name in node.input[1:4]), told["bits"], told["K"])
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        matrix = unpacked(*(held[name] for name in node.input[1:4]), attributes["bits"], attributes["K"])
         model.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(matrix.T), f"{node.output[0]}.wide"))
         bias = node.input[5] if len(node.input) > 5 else ""
         product = f"{node.output[0]}.product" if bias else node.output[0]
@@ -91,9 +91,9 @@ def test_what_multiplies_by_weights_alone_multiplies_by_what_was_rounded(bundle:
     feeds["sample"] = (
         feeds["sample"].reshape(-1)[: 2 * int(np.prod(bundle.manifest.model.sample_shape))].reshape(2, *bundle.manifest.model.sample_shape)
     )
-    (found,) = onnxruntime.InferenceSession(plain.SerializeToString()).run(None, feeds)
+    (prediction,) = onnxruntime.InferenceSession(plain.SerializeToString()).run(None, feeds)
     (wanted,) = session.run(None, feeds)
-    assert np.abs(found - wanted).max() <= 1e-5 * max(1.0, np.abs(wanted).max())
+    assert np.abs(prediction - wanted).max() <= 1e-5 * max(1.0, np.abs(wanted).max())
 
 
 def test_every_backend_draws_the_same_picture(bundle: Bundle) -> None:
@@ -242,10 +242,10 @@ def test_a_text_encoder_s_vocabulary_and_matrices_are_held_in_eight_bits(tmp_pat
     assert (onnx.TensorProto.INT8, (500, 64)) in kinds.values()
     assert (onnx.TensorProto.FLOAT, (500, 64)) not in kinds.values()
     assert Counter(node.op_type for node in model.graph.node)["MatMulNBits"] >= 12
-    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, graph.example())
+    (output,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, graph.example())
     with torch.no_grad():
         (wanted,) = graph.module(**{name: torch.from_numpy(array) for name, array in graph.example().items()})
-    assert 1e-5 < np.abs(found - wanted.numpy()).max() < PRECISIONS["int8w"].tolerance * max(1.0, wanted.abs().max().item())
+    assert 1e-5 < np.abs(output - wanted.numpy()).max() < PRECISIONS["int8w"].tolerance * max(1.0, wanted.abs().max().item())
 
 
 def graph_of(*nodes: Any, **constants: np.ndarray) -> Any:
@@ -290,5 +290,5 @@ def test_a_table_that_is_multiplied_by_too_is_rounded_for_each(precision: str) -
     plain, model = graph_of(*nodes, table=table), graph_of(*nodes, table=table)
     quantize(model, precision)
     assert {node.op_type for node in model.graph} >= {"MatMulNBits", "Gather", "Cast"}
-    wanted, found = (onnxruntime.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, feeds)[0] for each in (plain, model))
-    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+    wanted, output = (onnxruntime.InferenceSession(ir.to_proto(each).SerializeToString()).run(None, feeds)[0] for each in (plain, model))
+    assert np.abs(output - wanted).max() < 0.03 * np.abs(wanted).max()

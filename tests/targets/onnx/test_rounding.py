@@ -58,10 +58,10 @@ def products(columns: int, seed: int, kind: str) -> tuple[np.ndarray, list[np.nd
 @given(weights=matrices, bits=st.sampled_from([4, 8]))
 def test_a_block_is_off_by_half_a_step_at_most_and_zero_stays_zero(weights: np.ndarray, bits: int) -> None:
     codes, scales, zeros = blocks(weights, bits, BLOCKS[bits])
-    found = unpacked(codes, scales, zeros, bits, weights.shape[1])
+    floats = unpacked(codes, scales, zeros, bits, weights.shape[1])
     steps = np.repeat(scales.reshape(len(weights), -1), BLOCKS[bits], axis=1)[:, : weights.shape[1]]
-    assert (np.abs(found - weights) <= steps * 1.001).all()  # half a step, and half of one for the zero point's own place
-    assert (found[weights == 0] == 0).all()
+    assert (np.abs(floats - weights) <= steps * 1.001).all()  # half a step, and half of one for the zero point's own place
+    assert (floats[weights == 0] == 0).all()
 
 
 @given(weights=matrices)
@@ -117,8 +117,8 @@ def test_the_operator_multiplies_by_what_was_packed(bits: int, backend: str) -> 
     graph = onnx.helper.make_graph([node], "g", ports[:1], ports[1:], held)
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     content = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    found = product(library, content, inputs)
-    np.testing.assert_allclose(found, inputs @ unpacked(*packed, bits, 97).T, rtol=1e-4, atol=1e-3 * np.abs(found).max())
+    output = product(library, content, inputs)
+    np.testing.assert_allclose(output, inputs @ unpacked(*packed, bits, 97).T, rtol=1e-4, atol=1e-3 * np.abs(output).max())
 
 
 def product(library: Any, content: bytes, inputs: np.ndarray) -> np.ndarray:

@@ -51,8 +51,8 @@ def test_two_engines_are_built_and_come_from_the_cache_again(room: ModuleType, i
 
 def test_a_bundle_without_such_an_artifact_says_how_to_get_one(room: ModuleType, digits: Path, in_two: Path) -> None:
     apart = room.TrtOptions(sms=(89,), conditions_apart=True)
-    said = "no ONNX artifact of 'denoiser' in two files .*onnx MODEL --conditions-apart -o .*, or build without --conditions-apart"
-    with pytest.raises(UsageError, match=said):
+    message = "no ONNX artifact of 'denoiser' in two files .*onnx MODEL --conditions-apart -o .*, or build without --conditions-apart"
+    with pytest.raises(UsageError, match=message):
         room.requires(BundleGraph(Bundle.open(digits), "denoiser"), apart)
     with pytest.raises(UsageError, match="no bf16 ONNX artifact of 'denoiser' in two files; it has fp32, fp8, int4w.*--conditions-apart"):
         room.requires(BundleGraph(Bundle.open(in_two), "denoiser"), room.TrtOptions(sms=(89,), precision="bf16", conditions_apart=True))

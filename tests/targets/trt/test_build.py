@@ -196,12 +196,12 @@ def looped(tiny: Tiny, condition: bool) -> Bundle:
 def test_a_node_that_the_builder_does_not_take_is_named(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
     from onnx import helper
 
-    found = nodes(("NonZero", ["sample"], ["where"]))
+    head = nodes(("NonZero", ["sample"], ["where"]))
     shape = helper.make_node("Cast", ["where"], ["prediction"], to=1)
     with pytest.raises(
         UsageError, match=r"cannot read denoiser.onnx \(opset 20\): node 0 is a NonZero: .*Change the model so that it does without"
     ):
-        room.lower(BundleGraph(tiny([*found, shape]), "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
+        room.lower(BundleGraph(tiny([*head, shape]), "denoiser"), room.TrtOptions(sms=(89,)), tmp_path / "out")
 
 
 def test_an_opset_that_the_parser_does_not_know_says_how_to_export_again(room: ModuleType, tiny: Tiny, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_an_input_whose_value_decides_a_shape_is_refused(room: ModuleType, tiny:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"sms": (87,)}, UsageError, r"does not build for sm 87 here; it builds for 75, 80, 86, 89, 120"),
         ({"sms": (75,)}, UsageError, "builds only fp16 and int8qdq graphs for sm 75, this one is fp32"),
@@ -234,9 +234,9 @@ def test_an_input_whose_value_decides_a_shape_is_refused(room: ModuleType, tiny:
     ],
 )
 def test_what_cannot_be_built_is_refused_before_anything_is_read(
-    room: ModuleType, tiny: Tiny, options: dict[str, Any], error: type[Exception], said: str
+    room: ModuleType, tiny: Tiny, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         room.requires(BundleGraph(add_one(tiny), "denoiser"), room.TrtOptions(**options))
 
 

@@ -36,9 +36,9 @@ def test_without_a_gpu_it_says_that_nothing_ran(plus: Callable[[float], Bundle],
     if gpu()[0] is not None:
         pytest.skip("there is a GPU here")
     assert gpu_check.main([str(plus(1).folder)]) == 3
-    said = capsys.readouterr()
-    assert not said.out
-    assert said.err.startswith("nothing ran: trt: the engine is for sm 89 and tensorrt_rtx")
+    streams = capsys.readouterr()
+    assert not streams.out
+    assert streams.err.startswith("nothing ran: trt: the engine is for sm 89 and tensorrt_rtx")
 
 
 def test_one_row_a_budget_and_the_turns(

@@ -11,8 +11,8 @@ LOOPS = Axis(name="loops", min=1, max=8, step=1, default=4, input="loops", carri
 
 
 def sizes(graph: Graph, *arguments: object, letter: str = "J", **named: object) -> list[tuple[int, int, int]]:
-    found = [profile.dimensions[letter] for profile in profiles(graph, *arguments, **named)]  # type: ignore[arg-type]
-    return [(size.min, size.opt, size.max) for size in found]
+    dimensions = [profile.dimensions[letter] for profile in profiles(graph, *arguments, **named)]  # type: ignore[arg-type]
+    return [(size.min, size.opt, size.max) for size in dimensions]
 
 
 def test_default_buckets_are_the_span_and_its_halvings() -> None:
@@ -76,15 +76,15 @@ def test_a_graph_without_the_axis_ignores_its_buckets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"buckets": {"latents": (32,)}}, "the last bucket is 32, so latents up to 64 would have none: add 64"),
         ({"buckets": {"latents": (30, 64)}}, "latents 30 is not available"),
         ({"batch": Span(1, 9)}, "--batch 1-9 is not available: the graph takes 1-4"),
     ],
 )
-def test_what_the_graph_does_not_offer_is_refused(arguments: dict[str, object], said: str) -> None:
-    with pytest.raises(BudgetError, match=said):
+def test_what_the_graph_does_not_offer_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
         profiles(denoiser_graph(), (LATENTS,), **arguments)  # type: ignore[arg-type]
 
 

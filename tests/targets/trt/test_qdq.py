@@ -27,17 +27,17 @@ def test_an_engine_is_built_of_what_was_proven(
 ) -> None:
     bundle = Bundle.open(shutil.copytree(rounded.folder, tmp_path / "bundle"))
     made = export_bundle(bundle, "trt", room.TrtOptions(sms=sms, precision=precision, buckets={}))
-    found = [artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact)]
-    assert [(each.sms, each.precision, each.source) for each in found] == [
+    artifacts = [artifact for artifact in made.manifest.graphs["denoiser"].artifacts if isinstance(artifact, TrtArtifact)]
+    assert [(each.sms, each.precision, each.source) for each in artifacts] == [
         (sms, precision, f"onnx/denoiser.{precision}.onnx") for sms in engines
     ]
-    for each in found:
+    for each in artifacts:
         content = made.file(each.path).read_bytes()
         assert (content[:4], struct.unpack_from("<Q", content, 16)) == (b"vtrt", (len(content),))
 
 
 @pytest.mark.parametrize(
-    ("precision", "sms", "said"),
+    ("precision", "sms", "message"),
     [
         ("fp8", (80,), "fp8 needs a GPU of sm 89 or later, got sm 80: leave it out of --sm, or choose .*: fp16, int8qdq, int4qdq$"),
         ("fp8", (75, 86, 89), "got sm 75, 86: leave them out of --sm, or choose a --precision that they can multiply: fp16, int8qdq$"),
@@ -46,10 +46,10 @@ def test_an_engine_is_built_of_what_was_proven(
     ],
 )
 def test_a_generation_that_cannot_multiply_it_is_refused_before_anything_is_built(
-    room: ModuleType, rounded: Bundle, precision: str, sms: tuple[int, ...], said: str
+    room: ModuleType, rounded: Bundle, precision: str, sms: tuple[int, ...], message: str
 ) -> None:
     options = room.TrtOptions(sms=sms, precision=precision)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         room.requires(BundleGraph(rounded, "denoiser"), options)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         room.available(options)
