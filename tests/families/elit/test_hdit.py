@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="the zoo needs torch")
 
 from elastic_export.families.elit import interface  # noqa: E402
 from elastic_export.families.elit.backbone import rename_key  # noqa: E402
-from elastic_export.families.elit.hdit import FAMILY, ElitHdit, ElitHditParams, Merge, Split, activation_values, flops, told  # noqa: E402
+from elastic_export.families.elit.hdit import FAMILY, ElitHdit, ElitHditParams, Merge, Split, activation_values, block_sources, flops  # noqa: E402
 from elastic_export.families.family import agree  # noqa: E402
 from elastic_export.foreign.checkpoint import read_checkpoint  # noqa: E402
 from elastic_runtime import ModelError  # noqa: E402
@@ -122,7 +122,7 @@ def test_public_names_become_ours() -> None:
 @pytest.mark.parametrize(("name", "merge", "split"), [("hdit-a", 2, 6), ("hdit-b", 1, 4)])
 def test_shapes_tell_where_merge_and_split_stand(golden: Path, name: str, merge: int, split: int) -> None:
     checkpoint = read_checkpoint(golden / f"elit-{name}.pt")
-    sources = told(checkpoint.weights, checkpoint.args)
+    sources = block_sources(checkpoint.weights, checkpoint.args)
     params = agree(FAMILY, sources | {"config": {"num_heads": 2, "tail_blocks": 1}}, {})
     assert (params.merge_block, params.split_block) == (merge, split)
     with pytest.raises(ModelError, match=f"merge_block is {merge} by the checkpoint's shapes but 3 by config"):
@@ -133,6 +133,6 @@ def test_inner_blocks_that_are_not_in_a_row_are_refused(golden: Path) -> None:
     weights = dict(read_checkpoint(golden / "elit-hdit-a.pt").weights)
     bias = "blocks.3.attn.proj.bias"
     with pytest.raises(ModelError, match="should be 64 wide, twice hidden_size; so wide are 2, 4, 5"):
-        told(weights | {bias: torch.zeros(32)}, {})
+        block_sources(weights | {bias: torch.zeros(32)}, {})
     with pytest.raises(ModelError, match="so wide are none"):
-        told({name: value for name, value in weights.items() if "attn.proj" not in name}, {})
+        block_sources({name: value for name, value in weights.items() if "attn.proj" not in name}, {})
