@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo bench goals serve-load test lint check wide wheel wheel-with gpu-check ort-gpu-check gpu-kit platforms aarch64 mac-check fuzz soak crash matrix ray-check clean
 
 demo: .venv/.base
-	$(BIN)/elastic-export demo -o demo
+	$(BIN)/elastic-export demo -o demo --overwrite
 
 # Every packaged sample in every runtime of this machine, then ours in each precision beside the original's fastest ways to run, at a small,
 # a middling and a large size; and the tables of docs/performance.md from both. Nothing else should run meanwhile. The second part, `make goals`,

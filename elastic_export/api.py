@@ -112,8 +112,10 @@ def export(
     if bundle is None:
         onnx = elastic_targets.target("onnx")
         first = target_options(onnx, {name: value for name, value in options.items() if name in ("opset", "conditions_apart")}, precision)
-        with preparing(model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage, verify=verify) as ready:
-            bundle = ready.run(on_stage, on_progress)
+        with preparing(
+            model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage, verify=verify, then=(room, chosen)
+        ) as ready:
+            return ready.run(on_stage, on_progress)
     return exporting.export_bundle(bundle, target, chosen, Path(output), overwrite, on_progress)
 
 
@@ -169,7 +171,8 @@ def elasticize(
             innermost level.
         family: what a SiT becomes, `elit-sit` or `elit-uvit`, which has long skips that pass nothing on yet; the others become
             `elit-uvit-tokens`, `elit-hdit-levels` and `elit-qwen-image`.
-        config: what weights do not tell (`num_heads`, a SiT's `prediction`), in JSON. seed: of new weights. overwrite: whether to replace.
+        config: what weights do not tell (`num_heads`, a SiT's `prediction`), in JSON. seed: of new weights. overwrite: whether to
+            replace a file; a folder never is.
 
     Returns: the output.
 
@@ -236,7 +239,8 @@ def models() -> list[dict[str, Any]]:
 class Prepared:
     """An export whose model is captured and whose options are checked, before anything is lowered.
 
-    `old` is the bundle that stands at `output`; `draft` is None for a dry run.
+    `old` is the bundle that stands at `output`; `draft` is None for a dry run. `then` is a target that takes the ONNX artifacts, with its
+    options: its own join them before any of it is there.
     """
 
     capture: "Capture"
@@ -248,17 +252,19 @@ class Prepared:
     old: Bundle | None
     draft: Draft | None
     verify: str = "budgets"
+    then: tuple[Target, Any] | None = None
 
     def check(self) -> None:
         """Raise what `run` would before it lowers anything."""
-        exporting.prepare(self.capture, self.target, self.options, self.old, self.command, self.overwrite)
+        exporting.prepare(self.capture, self.target, self.options, self.old, self.command, self.overwrite, self.verify)
 
     def run(self, on_stage: OnStage = silent, on_progress: OnProgress = silent) -> Bundle:
         """Lower, prove and write; the capture is consumed. Not for a dry run."""
         assert self.draft is not None
         return exporting.export_into(
-            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress, self.verify
-        )
+            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress, self.verify,
+            self.then,
+        )  # fmt: skip
 
     def notes(self) -> Iterator[str]:
         """What a user should know that is not the result."""
@@ -283,11 +289,12 @@ def preparing(
     on_stage: OnStage = silent,
     dry_run: bool = False,
     verify: str = "budgets",
+    then: tuple[Target, Any] | None = None,
 ) -> Iterator[Prepared]:
     """What `export` does before it lowers anything, for a target that takes torch; nobody else writes at `output` meanwhile.
 
     `options` are the target's own record, `source` where the model comes from (`checkpoint` to `random_weights`, see `export`). A dry run
-    writes nothing, and does not read a folder's weights through for their hash.
+    writes nothing, and does not read a folder's weights through for their hash. `then`: see `Prepared`.
 
     Raises: as `export`.
     """
@@ -326,7 +333,9 @@ def preparing(
         capture = open_model(name, place, read_spans(spans), batches, digest=not dry_run, **origin)
         if repository and place:
             capture.taken_from(f"{repository.id}@{place.name}")
-        yield Prepared(capture, room, options, folder, overwrite, command, old, draft, verify)
+        if then and then[0].fits:
+            then[0].fits(capture.manifest, then[1])
+        yield Prepared(capture, room, options, folder, overwrite, command, old, draft, verify, then)
 
 
 def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:

@@ -146,7 +146,10 @@ def _folder(path: Path, output: Path, split: Mapping[str, int], seed: int) -> Pa
         put(path)
         return output
     if output.exists():
-        raise UsageError(f"{output} exists: give a new folder, which becomes a copy, or {path} itself, which gets two files more")
+        raise UsageError(
+            f"{output} exists, and a folder is never replaced: give a new one, which becomes a copy, or {path} itself, which gets two "
+            "files more"
+        )
     partial = output.with_name(f".{output.name}.{secrets.token_hex(8)}")
     try:  # a copy of gigabytes that was cut off is no folder to find later
         shutil.copytree(path, partial)

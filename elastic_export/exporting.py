@@ -74,17 +74,21 @@ def export_into(
     on_stage: OnStage = silent,
     on_progress: OnProgress = silent,
     verify: str = "budgets",
+    then: tuple[Target, Any] | None = None,
 ) -> Bundle:
-    """What `export_capture` does, for a caller who holds the folder already."""
+    """What `export_capture` does, for a caller who holds the folder already; `then` is a target that takes the ONNX artifacts, with its
+    options, whose own are made of them before any of it is there."""
     room = elastic_targets.target(target)
-    old, manifest = prepare(capture, room, options, draft.old, command, overwrite)
+    old, manifest, standing = prepare(capture, room, options, draft.old, command, overwrite, verify)
     arrays = old.reference() if old and old.manifest.reference else {}
     for path, content in ({} if old else capture.files).items():  # the old bundle has them
         (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
         (draft.stage / path).write_bytes(content)
-    _room_on_disk(capture.graphs, room, options, draft.stage)
+    _room_on_disk(capture.graphs, room, options, draft.folder)
     # What fails should fail soon: a denoiser of billions of weights takes hours, and a decoder minutes.
-    capture.graphs.sort(key=lambda graph: graph.parameters)
+    capture.graphs[:] = sorted([*capture.graphs, *standing], key=lambda graph: graph.parameters)
+    proven_alone = {graph.name for graph in standing}
+    del standing
     while capture.graphs:
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]
@@ -101,15 +105,20 @@ def export_into(
             with reference.open("wb") as stream:
                 np.savez(stream, **arrays)  # type: ignore[arg-type]
             manifest = msgspec.structs.replace(manifest, reference=entry(draft.stage, reference))
-        on_stage(f"lowering {graph.name} to {target}")
-        name, artifacts = graph.name, _lowered(room, graph, options, draft.stage, on_progress)
+        name, artifacts = graph.name, tuple[Artifact, ...]()
+        if name not in proven_alone:
+            on_stage(f"lowering {name} to {target}")
+            artifacts = _lowered(room, graph, options, draft.stage, on_progress)
         on_stage(f"verifying {name}")
         bundle = draft.bundle(manifest.joined(name, artifacts))
-        if room.unrounded and (floats := room.unrounded(graph, bundle.manifest.graphs[name], options)):
+        if artifacts and room.unrounded and (floats := room.unrounded(graph, bundle.manifest.graphs[name], options)):
             verify_unrounded(bundle, name, *floats)
         del graph  # weights that are held in memory are no longer needed,
         gc.collect()  # and the exporter leaves them in reference cycles
         manifest = _proven(bundle, name, artifacts, frugal=True, standing=bool(asked))
+    if then:
+        on_stage(f"building for {then[0].name}")
+        manifest = _built(draft, _wanted(draft.bundle(manifest), *then, overwrite), *then, on_progress)
     on_stage("writing the bundle")
     return draft.commit(manifest)
 
@@ -134,17 +143,27 @@ def export_bundle(
             bundle = draft.old or Bundle.open(folder)  # as it is now that nobody else can write it
         elif draft.old and not overwrite:
             raise BundleError(f"{folder} holds another bundle: choose another -o/--output, or replace it with --overwrite")
-        graphs = [BundleGraph(bundle, name) for name in bundle.manifest.graphs]
-        for graph in graphs:
-            room.requires(graph, options)
-        graphs = _missing(bundle, room, graphs, options, overwrite)
+        graphs = _wanted(bundle, room, options, overwrite)
         if not here:
             draft.copy(bundle)
-        manifest = bundle.manifest
-        for graph in graphs:
-            artifacts = _lowered(room, graph, options, draft.stage, on_progress)
-            manifest = _proven(draft.bundle(manifest.joined(graph.name, artifacts)), graph.name, artifacts)
-        return draft.commit(manifest)
+        return draft.commit(_built(draft, graphs, room, options, on_progress))
+
+
+def _wanted(bundle: Bundle, room: Target, options: Any, overwrite: bool) -> list[BundleGraph]:
+    """The graphs of a bundle that are still to be lowered for a target that takes ONNX; raises what `export_bundle` does before it."""
+    graphs = [BundleGraph(bundle, name) for name in bundle.manifest.graphs]
+    for graph in graphs:
+        room.requires(graph, options)
+    return _missing(bundle, room, graphs, options, overwrite)
+
+
+def _built(draft: Draft, graphs: Sequence[BundleGraph], room: Target, options: Any, on_progress: OnProgress) -> Manifest:
+    """The manifest of their bundle with the artifacts of these graphs, written into the draft and proven where this machine can."""
+    manifest = graphs[0].bundle.manifest
+    for graph in graphs:
+        artifacts = _lowered(room, graph, options, draft.stage, on_progress)
+        manifest = _proven(draft.bundle(manifest.joined(graph.name, artifacts)), graph.name, artifacts)
+    return manifest
 
 
 def require_model(bundle: Bundle | None, opset: int | None, verify: str) -> None:
@@ -176,7 +195,7 @@ def _room_on_disk(graphs: Sequence["GraphCapture"], room: Target, options: Any, 
         needed = max(needed, written + estimate.waiting_bytes)
     if needed > free:
         raise BundleError(
-            f"the artifacts need {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free: make room, choose another "
+            f"the artifacts need {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: make room, choose another "
             "-o/--output, or a --precision of fewer bits"
         )
 
@@ -219,9 +238,10 @@ def _manifest(capture: "Capture", command: str) -> Manifest:
 
 
 def prepare(
-    capture: "Capture", room: Target, options: Any, old: Bundle | None, command: str, overwrite: bool
-) -> tuple[Bundle | None, Manifest]:
-    """The bundle that the export will extend (`old`, or None: it makes a new one), and the manifest to go on with.
+    capture: "Capture", room: Target, options: Any, old: Bundle | None, command: str, overwrite: bool, verify: str
+) -> tuple[Bundle | None, Manifest, list["GraphCapture"]]:
+    """The bundle that the export will extend (`old`, or None: it makes a new one), the manifest to go on with, and the graphs that stay
+    as they are and of which budgets are to be proven that an earlier export left out.
     Of the capture's graphs those are left that the old bundle does not have in this precision.
 
     Raises: what `export_capture` raises before it lowers anything.
@@ -230,15 +250,23 @@ def prepare(
         room.requires(graph, options)
     names = [graph.name for graph in capture.graphs]
     for name, words in (room.addressed(options) if room.addressed else {}).items():
-        if not any(name in (each, each.partition("_")[0]) for each in names):  # `text` is every text encoder
+        if not any(each == name or each.startswith(f"{name}_encoder") for each in names):  # `text` is every text encoder
             raise UsageError(f"{words} is for a graph that this export has not; it has {', '.join(names)}: leave it out")
     manifest = _manifest(capture, command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
-        capture.graphs[:] = _missing(old, room, capture.graphs, options, overwrite)
-        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality, precisions=manifest.precisions)
+        unproven = [graph for graph in capture.graphs if _unproven(graph, old, room, options, verify)]
+        missing = _missing(old, room, capture.graphs, options, overwrite, bool(unproven))
+        capture.graphs[:], standing = missing, [graph for graph in unproven if graph not in missing]
+        return old, msgspec.structs.replace(old.manifest, quality=manifest.quality, precisions=manifest.precisions), standing
     if old and not overwrite:
         raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
-    return None, manifest
+    return None, manifest, []
+
+
+def _unproven(graph: "GraphCapture", old: Bundle, room: Target, options: Any, verify: str) -> bool:
+    """Whether a graph of the old bundle has budgets to be proven that it was not proven at."""
+    left = [Budget(**each) for each in old.manifest.graphs[graph.name].unproven] if graph.name in old.manifest.graphs else []
+    return any(budget in left for budget in proving(graph, room, options, verify)[0])
 
 
 def _conflict(old: Manifest, new: Manifest) -> str | None:
@@ -266,12 +294,12 @@ def _spans(dimensions: dict[str, Span] | None) -> str | None:
     return None if dimensions is None else ", ".join(f"{name} {span}" for name, span in dimensions.items())
 
 
-def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overwrite: bool) -> list[G]:
+def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overwrite: bool, unproven: bool = False) -> list[G]:
     """The graphs that are still to be lowered: those whose every artifact the bundle has already stay, as a decoder does beside another
     precision of its denoiser.
 
-    Raises: BundleError where nothing is left to do, or some artifacts of a graph are there and others are not; and for a file to replace
-        that an engine takes its weights from.
+    Raises: BundleError where nothing is left to do (`unproven`: some budgets are), or some artifacts of a graph are there and others are
+        not; and for a file to replace that an engine takes its weights from.
     """
     standing = {graph.name: {artifact.slot: artifact.path for artifact in old.manifest.graphs[graph.name].artifacts} for graph in graphs}
     if overwrite:
@@ -284,7 +312,7 @@ def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overw
                 )
         return list(graphs)
     missing = [graph for graph in graphs if set(room.paths(graph, options)) - set(standing[graph.name])]
-    for graph in missing or graphs:
+    for graph in missing or (() if unproven else graphs):
         if path := next((standing[graph.name][path] for path in room.paths(graph, options) if path in standing[graph.name]), None):
             raise BundleError(f"{old.folder / path} exists: choose another -o/--output, or replace it with --overwrite")
     return missing

@@ -225,6 +225,13 @@ def test_what_was_left_out_is_proven_by_a_later_export(golden: Path, tmp_path: P
     first, second = (sorted(row.budget["latents"] for row in artifact.verified) for artifact in graph.artifacts)
     assert first == second == [4, 24, 36, 64]
     assert all(row.passed for _, artifact in elastic_export.verify(bundle) for row in artifact.verified)
+    elastic_export.export("elit-sit", output=tmp_path / "again", verify="none", **source)
+    proven = elastic_export.export("elit-sit", output=tmp_path / "again", **source)  # which lowers nothing
+    (artifact,) = proven.manifest.graphs["denoiser"].artifacts
+    assert sorted(row.budget["latents"] for row in artifact.verified) == first
+    assert not proven.manifest.graphs["denoiser"].unproven
+    with pytest.raises(BundleError, match="exists: choose another"):
+        elastic_export.export("elit-sit", output=tmp_path / "again", **source)
     with pytest.raises(UsageError, match="--verify is one of budgets, ends, none, got 'some'"):
         elastic_export.export("elit-sit", output=tmp_path / "other", verify="some", **source)
 

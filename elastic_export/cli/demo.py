@@ -27,6 +27,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same picture.")] = 0,
+    overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Export the packaged digits, prove them, draw every digit at budgets and along plans, and time each.
@@ -35,12 +36,13 @@ def demo(
 
       elastic-export demo -o demo
     """
-    from elastic_export.pictures import grid, save
+    from elastic_export.pictures import grid, refuse_clobber, save
 
     picture = output / "digits.png"
+    refuse_clobber(picture, overwrite)
     images, names, rows, wheres = [], [], [], []
     for sample, opened in {**dict.fromkeys(SAMPLES, _at_budgets), PLANNED: _along_plans}.items():
-        with opened(output / sample, sample, steps, guidance, seed, quiet) as (columns, where):
+        with opened(output / sample, sample, steps, guidance, seed, overwrite, quiet) as (columns, where):
             wheres.append(where)
             with show.bar(quiet, f"drawing {sample}", len(DIGITS) * len(columns)) as advance:
                 for column in columns:
@@ -71,13 +73,15 @@ class Column:
 
 
 @contextmanager
-def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
+def _at_budgets(
+    folder: Path, sample: str, steps: int, guidance: float, seed: int, overwrite: bool, quiet: bool
+) -> Iterator[tuple[list[Column], str]]:
     """Export a sample with an axis: a column for each of its budgets, and what runs it."""
     from elastic_runtime.contract.budget import Budget
     from elastic_runtime.pipeline import ElasticPipeline
 
     letter, axis, values = SAMPLES[sample]
-    bundle = _exported(folder, sample, {axis: Span(min(values), max(values))}, quiet)
+    bundle = _exported(folder, sample, {axis: Span(min(values), max(values))}, overwrite, quiet)
     flops = {cost.budget[axis]: cost.flops for cost in bundle.manifest.cost}
 
     def at(pipe: ElasticPipeline, value: int) -> Callable[[int], Any]:
@@ -100,7 +104,9 @@ def _at_budgets(folder: Path, sample: str, steps: int, guidance: float, seed: in
 
 
 @contextmanager
-def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: int, quiet: bool) -> Iterator[tuple[list[Column], str]]:
+def _along_plans(
+    folder: Path, sample: str, steps: int, guidance: float, seed: int, overwrite: bool, quiet: bool
+) -> Iterator[tuple[list[Column], str]]:
     """Export a sample that is drawn along plans: a column for each, and what runs it."""
     from elastic_runtime.choosing.cost import plan_flops
     from elastic_runtime.contract.manifest import plan_label
@@ -108,7 +114,7 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
     from elastic_runtime.pipeline import ElasticPipeline
     from elastic_runtime.ralu.plan import FULL, Plan
 
-    bundle = _exported(folder, sample, {}, quiet)
+    bundle = _exported(folder, sample, {}, overwrite, quiet)
 
     def along(pipe: ElasticPipeline, plan: Plan) -> Callable[[int], Any]:
         return lambda digit: pipe(class_labels=[digit], plan=plan, guidance_scale=guidance, generator=_noise(seed, digit))
@@ -129,11 +135,11 @@ def _along_plans(folder: Path, sample: str, steps: int, guidance: float, seed: i
         )
 
 
-def _exported(folder: Path, sample: str, spans: dict[str, Any], quiet: bool) -> Any:
+def _exported(folder: Path, sample: str, spans: dict[str, Any], overwrite: bool, quiet: bool) -> Any:
     from elastic_export import api
 
     with show.stages(quiet) as on_stage:
-        bundle = api.export(sample, output=folder, overwrite=True, command=options.command_line(), on_stage=on_stage, **spans)
+        bundle = api.export(sample, output=folder, overwrite=overwrite, command=options.command_line(), on_stage=on_stage, **spans)
     show.bundle(bundle)
     return bundle
 

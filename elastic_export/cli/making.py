@@ -14,9 +14,17 @@ from elastic_runtime.contract.bundle import Bundle
 
 
 def make(
-    target: str, given: Mapping[str, Any], source: Source, output: Path, spans: Mapping[str, Span], batch: Span, how: How
+    target: str,
+    given: Mapping[str, Any],
+    source: Source,
+    output: Path,
+    spans: Mapping[str, Span],
+    batch: Span,
+    how: How,
+    then: tuple[Any, Any] | None = None,
 ) -> Bundle | None:
-    """Read, capture and export; `given` are the target's own options. None for a dry run, which says what would be done."""
+    """Read, capture and export; `given` are the target's own options, `then` another target that takes what was made, with its options.
+    None for a dry run, which says what would be done."""
     import elastic_targets
     from elastic_export import api
 
@@ -37,13 +45,15 @@ def make(
             on_stage,
             how.dry_run,
             how.verify,
+            then,
         ) as prepared,
     ):
         peaks, bundle = prepared.capture.peaks, None
         if how.dry_run:
             prepared.check()
+            peaks = {graph.name: peaks[graph.name] for graph in prepared.capture.graphs if peaks}
         else:
-            bundle = prepared.run(on_stage)
+            bundle = prepared.run(on_stage, show.each_stage(on_stage))
     for note in prepared.notes():
         show.note(note)
     if bundle is None:

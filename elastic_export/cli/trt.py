@@ -68,8 +68,9 @@ def trt(
     """
     import logging
 
+    import elastic_targets
     from elastic_export import api
-    from elastic_export.cli.making import make
+    from elastic_export.cli.making import make, shown
     from elastic_export.exporting import require_model
     from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, available
@@ -85,11 +86,11 @@ def trt(
     require_model(bundle, opset, how.verify)
     if bundle is None:
         onnx = {"precision": precision or "fp32", "conditions_apart": conditions_apart} | ({"opset": opset} if opset else {})
-        folder = output or Path(Path(source.model).name)
-        bundle, output = make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how), None
-    if bundle and how.dry_run:
+        folder, engines = output or Path(Path(source.model).name), (elastic_targets.target("trt"), engine_options)
+        shown(make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how, engines), "trt", how)
+    elif how.dry_run:
         _plan(bundle, engine_options, how)
-    elif bundle:
+    else:
         _build(bundle, engine_options, output, how)
 
 

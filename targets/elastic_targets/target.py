@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from elastic_runtime.contract.artifacts import Artifact, Graph
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.errors import MissingError, UsageError
 from elastic_runtime.sessions.session import Session
 
@@ -38,6 +39,7 @@ class Target:
     ensures(Graph, artifact, folder): checks one that was written; raises RuntimeError for a fault of this library.
     proves(Graph, options): budgets to verify besides both ends, the middle and an untraced one.
     available(options): raises MissingError or UsageError where no compiler here fits; before any graph is there to ask about.
+    fits(Manifest, options): raises UsageError and its kinds for what its axes and graphs do not offer, before there is an artifact of any.
     estimate(Graph, options): what it will take, of a graph whose sizes the module tells; reads no weights.
     evaluator(Bundle, Graph of the manifest, artifact): a session that computes it, far slower, where no device for it is, or no memory;
         None for an artifact that it cannot compute.
@@ -57,6 +59,7 @@ class Target:
     ensures: Callable[[Any, Any, Path], None]
     proves: Callable[[Any, Any], list[Budget]]
     available: Callable[[Any], object] | None = None
+    fits: Callable[[Manifest, Any], None] | None = None
     estimate: Callable[[Any, Any], Estimate] | None = None
     evaluator: Callable[[Bundle, Graph, Any], Session | None] | None = None
     denoising: Callable[[Any], list[str]] | None = None

@@ -89,3 +89,10 @@ def test_the_same_noise_is_the_same_digit_along_plans(demo: Path) -> None:
     assert not np.array_equal(drawn[0], drawn[2])
     assert all(picture.shape == (1, 64, 64, 3) for picture in drawn)
     assert all(picture.mean() < 0.5 < picture.max() for picture in drawn), "white on black"
+
+
+def test_a_picture_that_is_there_is_not_replaced_unasked(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "digits.png").write_bytes(b"mine")
+    done = run("demo", "-o", tmp_path)
+    assert (done.code, "digits.png exists" in done.err) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.png"]

@@ -1,11 +1,14 @@
 """`elastic-export trt` as it is typed."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from elastic_runtime.errors import InferenceError
 
 Run = Callable[..., Any]
 
@@ -39,6 +42,31 @@ def test_a_model_is_exported_and_built_in_one_go(run: Run, golden: Path, tmp_pat
     assert (onnx["target"], engine["target"], engine["sms"]) == ("onnx", "trt", [89])
     assert [profile["dimensions"]["J"]["max"] for profile in engine["profiles"]] == [8, 16]
     assert all(row["passed"] for row in onnx["verified"])
+
+
+@pytest.mark.parametrize("words", [("--buckets", "32", "--sm", "89"), ("--sm", "89")])
+def test_a_model_whose_engines_cannot_be_built_leaves_the_old_bundle(
+    words: tuple[str, ...], run: Run, golden: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="exporting needs torch")
+
+    def fails(*_: object, **__: object) -> None:
+        raise InferenceError("the builder gave up")
+
+    monkeypatch.setattr(sys.modules["elastic_targets.trt.lower"], "build", fails)
+    before = {path: path.stat() for path in bundle_copy.rglob("*") if path.is_file()}
+    source = ("elit-sit", "--checkpoint", golden / "elit-c.pt", "--config", golden / "elit-c.json", "--latents", "32-64")
+    done = run("trt", *source, "-o", bundle_copy, *words, "--overwrite", "-q")
+    assert done.code != 0
+    assert ("the last bucket is 32" if "--buckets" in words else "the builder gave up") in " ".join(done.err.split())
+    assert {path: path.stat() for path in bundle_copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_of_a_model_reads_the_buckets(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="a model is read with torch")
+    done = run("trt", "elit-mnist", "-o", tmp_path / "b", "--buckets", "7", "--dry-run")
+    assert (done.code, "the last bucket is 7" in done.err or "7" in done.err) == (2, True)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_dry_run_says_what_would_be_built_and_for_how_long(run: Run, bundle_copy: Path) -> None:

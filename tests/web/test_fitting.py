@@ -93,6 +93,9 @@ def test_why_no_file_does() -> None:
     weights = FileEntry(path="onnx/weights", bytes=3_000_000_000, sha256="0" * 64)
     with pytest.raises(UsageError, match="has 3.0 GB of weights, and a page holds 2"):
         fitting(bundle(msgspec.structs.replace(large, files=(*large.files, weights))))
+    weights = FileEntry(path="onnx/weights", bytes=800_000_000, sha256="0" * 64)
+    with pytest.raises(UsageError, match="has its 0.8 GB of weights in a file of their own, .* and a page takes one file"):
+        fitting(bundle(msgspec.structs.replace(large, files=(*large.files, weights))))
 
 
 def test_budgets_stand_with_what_they_cost_and_are_worth() -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,19 @@ def stages(quiet: bool) -> Iterator[Any]:
         yield on_stage
         if tasks:
             progress.update(tasks[-1], total=1, completed=1)
+
+
+def each_stage(on_stage: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """`on_progress(stage, done, total)` that shows each stage once, as one of `stages`."""
+    shown = ""
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        nonlocal shown
+        if stage != shown:
+            shown = stage
+            on_stage(stage)
+
+    return on_progress
 
 
 @contextmanager

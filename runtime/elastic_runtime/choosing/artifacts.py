@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,7 @@ from elastic_runtime.choosing.precisions import allowed
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.device import probe
 from elastic_runtime.errors import BundleError, MissingError, UsageError
-from elastic_runtime.sessions.opening import candidates, obstacles, open_artifact, open_origin, open_session
+from elastic_runtime.sessions.opening import candidates, obstacles, open_origin, open_session
 from elastic_runtime.sessions.session import Origin, Session
 
 
@@ -46,22 +47,26 @@ class ArtifactOpener:
     @cached_property
     def _fastest(self) -> Origin | None:
         """Kept here, too, since the file of what was measured cannot be written everywhere."""
-        return fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions)
+        if (self._backend or self._options) and not self._precisions:
+            return None  # the backend's most exact
+        return fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions, self._able("denoiser"))
+
+    def _able(self, graph: str) -> list[Origin]:
+        """What a graph can be opened from, with the options that are asked for."""
+        able = candidates(self._bundle, graph, self._backend)[0]
+        return [
+            replace(each, options={**each.options, **self._options})
+            for each in able
+            if not each.options or "precision" not in self._options  # which says it already
+        ]
 
     def __call__(self, graph: str) -> Session:
-        if self._backend or self._options:
-            able = candidates(self._bundle, graph, self._backend)[0] if self._precisions else []
-            able = [each for each in able if not each.options or "precision" not in self._options]  # which says it already
-            if not able:
-                return open_session(self._bundle, graph, self._backend, **self._options)
-            best = chosen(able, self._precisions)[0]
-            return open_artifact(self._bundle, graph, best.artifact, best.backend, **{**best.options, **self._options})
         with self._choosing:  # whoever comes second finds what was measured
             choice = self._fastest
-        if choice is None:
-            return open_session(self._bundle, graph)
-        if graph == "denoiser":
+        if choice and graph == "denoiser":
             return open_origin(self._bundle, graph, choice)
         # What runs the denoiser runs the other graphs too, where it opens them.
-        able = [each for each in candidates(self._bundle, graph)[0] if each.backend == choice.backend]
-        return open_origin(self._bundle, graph, chosen(able, self._precisions)[0]) if able else open_session(self._bundle, graph)
+        able = [each for each in self._able(graph) if choice is None or each.backend == choice.backend]
+        if not able or not (choice or self._precisions):
+            return open_session(self._bundle, graph, self._backend, **self._options)
+        return open_origin(self._bundle, graph, chosen(able, self._precisions)[0])

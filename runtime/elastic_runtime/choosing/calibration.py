@@ -207,24 +207,29 @@ def middle(model: Model) -> float:
 
 
 def fastest(
-    bundle: Bundle, graph: str, device: Callable[[], Device], clock: Clock, precisions: Collection[str] | None = None
+    bundle: Bundle,
+    graph: str,
+    device: Callable[[], Device],
+    clock: Clock,
+    precisions: Collection[str] | None = None,
+    able: Sequence[Origin] | None = None,
 ) -> Origin | None:
-    """What runs `graph` fastest here; None where there is no choice. Measured once, then kept.
+    """What runs `graph` fastest here, of `able` (by default all of its candidates); None where there is no choice. Measured once, then
+    kept.
 
     Only what computes in `precisions` competes; where none are named, the most exact of those that can run here: time is no reason to draw
     with fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails to open
     is left out, and the log says why.
     """
-    able, _ = candidates(bundle, graph)
+    able = candidates(bundle, graph)[0] if able is None else able
     if len(able) < 2:
         return None
     competing = chosen(able, precisions)
     if len(competing) == 1:
         return competing[0]
     here = device()
-    files = {each.artifact.path: [file.sha256 for file in each.artifact.files] for each in competing}
     who = {
-        "candidates": [[each.backend, _given_up(each), each.artifact.path, *files[each.artifact.path]] for each in competing],
+        "candidates": [_identity(each) for each in competing],
         "versions": here.backends,
         "device": here.fingerprint,
     }
@@ -270,6 +275,13 @@ def chosen(able: Sequence[Origin], precisions: Collection[str] | None) -> list[O
 def _given_up(candidate: Origin) -> str:
     """Its precisions in one word: `int8+bf16`."""
     return "+".join(candidate.precisions)
+
+
+def _identity(candidate: Origin) -> list[str]:
+    """What a candidate's time belongs to: its backend, precisions, files, and the session's other options."""
+    hashes = [file.sha256 for file in candidate.artifact.files]
+    options = [f"{name}={value!r}" for name, value in sorted(candidate.options.items()) if name != "precision"]
+    return [candidate.backend, _given_up(candidate), candidate.artifact.path, *hashes, *options]
 
 
 def _largest(manifest: Manifest, session: Session) -> Budget:

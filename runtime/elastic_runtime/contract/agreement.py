@@ -181,7 +181,7 @@ def _denoiser(graph: Graph, model: Model, axes: Iterable[Axis]) -> Iterator[str]
     if model.patches:
         columns = model.patches.columns
         for name in {model.patches.positions, "txt_ids"} & inputs.keys():
-            if inputs[name].shape[-1] != columns:
+            if inputs[name].shape[-1:] != (columns,):
                 yield f"its {name} have shape {_shown(inputs[name])}, and the model's have {columns} columns"
         yield from _filled(graph, model.patches, axes)
     for axis in axes:

@@ -190,7 +190,7 @@ class Artifact(Record, frozen=True, kw_only=True, tag_field="target"):
 
 
 class OnnxArtifact(Artifact, frozen=True, kw_only=True, tag="onnx"):
-    """An ONNX file; weights above 2 GB lie beside it.
+    """An ONNX file; weights of 256 MB and more lie beside it.
 
     `weight_rounding` is how matrices that tokens pass came to blocks of few bits: each weight to the nearest step, or by what the matrix
     multiplies (`gptq`). `float_matrices` are those of a precision of few bits that keep their floats, the one first that it would have cost

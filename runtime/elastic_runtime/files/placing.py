@@ -45,8 +45,8 @@ def link(bundle: Bundle, entry: FileEntry, target: Path) -> None:
     Raises: as `copy`.
     """
     try:
-        os.link(bundle.file(entry.path), target, follow_symlinks=True)
-    except (OSError, NotImplementedError):
+        os.link(bundle.file(entry.path).resolve(), target)  # the file itself: a hub keeps links into a store of its own
+    except OSError:
         copy(bundle, entry, target)
 
 

@@ -3,6 +3,7 @@ can.
 """
 
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 
 from elastic_runtime.contract.artifacts import Artifact
@@ -60,11 +61,12 @@ def open_artifact(bundle: Bundle, graph: str, artifact: Artifact, name: str | No
     """Open one artifact of a graph with backend `name`, or the first one that can.
 
     Raises: MissingError saying why nothing here can run it; BundleError if it is damaged; UsageError for a name that no
-    backend has.
+    backend has, and an option that this one has not.
     """
     record, reasons = obstacles(artifact, name)
     if record is None:
         raise MissingError(f"nothing here can run {artifact.path}. {' '.join(reasons)}")
+    _known(record, options)
     described = bundle.manifest.graphs[graph]
     if artifact.conditions:
         session: Session = apart.opened(bundle, described, artifact, record.open, options)
@@ -125,3 +127,11 @@ def candidates(bundle: Bundle, graph: str, name: str | None = None) -> tuple[lis
 
 def _chosen(name: str | None) -> Iterable[Backend]:
     return [backend(name)] if name else backends()
+
+
+def _known(record: Backend, options: Mapping[str, object]) -> None:
+    """Raise UsageError unless the backend's sessions take these options."""
+    parameters = inspect.signature(record.open).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY or each.default is not each.empty]
+    if (unknown := sorted(set(options) - set(known))) and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        raise UsageError(f"sessions of {record.name} have no option {', '.join(unknown)}; they have {', '.join(known) or 'none'}")

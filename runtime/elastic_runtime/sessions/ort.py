@@ -44,7 +44,8 @@ ADVICE = {
     CUDA: "The CUDA libraries did not load, or there is no GPU: pip install 'elastic-export[ort-gpu]' brings the former; pip uninstall "
     "onnxruntime before, which stands in its way. Or ask for device='cpu'",
 }
-LARGE = 1_000_000_000  # bytes of an artifact that is not to take more memory than it must
+LARGE = 1_000_000_000  # bytes of an artifact that is not to take more memory than it must,
+MIDDLING = 16_000_000  # and of one that is no denoiser: a decoder's values take many times its weights
 Provider = str | tuple[str, Mapping[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -138,10 +139,10 @@ class OrtSession(Session):
             _preload(onnxruntime)
         settings = session_options(onnxruntime)
         settings.intra_op_num_threads = threads or thread_limit()
-        # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds
-        # while it draws, and nothing in time, where a step takes seconds.
+        # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds while it draws,
+        # and nearly half of what a decoder does; and it brings nothing in time, where a run takes a second.
         size, denoiser = sum(file.bytes for file in artifact.files), graph is bundle.manifest.graphs.get("denoiser")
-        settings.enable_cpu_mem_arena = size < LARGE
+        settings.enable_cpu_mem_arena = size < (LARGE if denoiser else MIDDLING)
         if spinning is None:
             spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")

@@ -5,6 +5,7 @@ The nodes are run in their order, as many together as have so many bytes of weig
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,4 +252,14 @@ def _spelling(artifact: OnnxArtifact) -> Callable[[ir.Model], ir.Model] | None:
 
 def _in_parts(bundle: Bundle, graph: Graph, artifact: OnnxArtifact) -> PartSession:
     model, spelling = ir.load(bundle.file(artifact.path)), _spelling(artifact)
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            value.const_value = _behind_links(tensor)
     return PartSession(graph, spelling(model) if spelling else model)
+
+
+def _behind_links(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """The tensor in the file itself: hubs keep a bundle's files as links into a store of their own, which the library does not follow."""
+    file = (Path(tensor.base_dir) / tensor.location).resolve()
+    where = (file.name, tensor.offset, tensor.length, tensor.dtype)
+    return ir.ExternalTensor(*where, shape=tensor.shape, name=tensor.name, base_dir=file.parent)

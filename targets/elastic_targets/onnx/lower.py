@@ -42,7 +42,7 @@ FITTED = tuple(name for name, scheme in SCHEMES.items() if not scheme.dynamic)  
 _DTYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 
 
-TEXT = "text"  # what `--precision` calls every text encoder
+TEXT, ENCODERS = "text", "text_encoder"  # what `--precision` calls every text encoder, and how the names of their graphs begin
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class OnnxOptions:
                 f"--precision is one of {', '.join(PRECISIONS)}, or one a graph, as in denoiser=int4w,text=int8w,decoder=fp16; "
                 f"got {unknown[0]!r}"
             )
-        return words.get(graph) or (words.get(TEXT) if graph.startswith(TEXT) else None) or EXACT
+        return words.get(graph) or (words.get(TEXT) if graph.startswith(ENCODERS) else None) or EXACT
 
 
 def paths(graph: GraphCapture, options: OnnxOptions) -> tuple[str]:
@@ -152,6 +152,14 @@ def requires(graph: GraphCapture, options: OnnxOptions) -> None:
 def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None = None) -> tuple[OnnxArtifact]:
     """Write the graph (large weights beside it) into `folder` and return its manifest entry; `on_progress` is told of weights and
     of runs."""
+    try:
+        return (_lowered(graph, options, folder, on_progress),)
+    except BaseException:
+        _LAST.clear()  # which nothing will ask for
+        raise
+
+
+def _lowered(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: OnProgress | None) -> OnnxArtifact:
     precision = options.of(graph.name)
     model = _floats(graph, precision, options.opset) if precision in _TYPES else _unrounded(graph, options).clone()
     path, conditions, kept = paths(graph, options)[0], None, list[Matrix]()
@@ -172,7 +180,7 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
             model, own, conditions = split(model, graph.inputs, path.replace(".rest.onnx", ".conditions.onnx"))
             files = write(own, folder / conditions.path, on_progress)
         files = write(model, folder / path, on_progress) + files
-    artifact = OnnxArtifact(
+    return OnnxArtifact(
         precision=precision,  # type: ignore[arg-type]
         opset=options.opset,
         conditions=conditions,
@@ -181,7 +189,6 @@ def lower(graph: GraphCapture, options: OnnxOptions, folder: Path, on_progress: 
         files=tuple(entry(folder, each) for each in files),
         toolchain={name: version(name) for name in ("torch", "onnx", "onnxscript")},
     )
-    return (artifact,)
 
 
 def unrounded(graph: GraphCapture, described: Graph, options: OnnxOptions) -> tuple[PartSession, str] | None:

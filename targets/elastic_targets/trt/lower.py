@@ -11,6 +11,7 @@ from elastic_runtime.contract.artifacts import FileEntry, Graph, Network, OnnxAr
 from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import entry
+from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import BudgetError, UsageError
@@ -141,10 +142,6 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
         raise UsageError(
             "--version-compatible needs --builder tensorrt: tensorrt-rtx has no lean runtime, its engines belong to one version"
         )
-    axes = narrow(manifest.axes, options.spans)
-    buckets = read_buckets(options.buckets, axes) if isinstance(options.buckets, str) else options.buckets
-    if unknown := unknown_buckets(buckets or (), manifest.graphs.values(), axes):
-        raise BudgetError(f"buckets are for axes that change a shape and for open dimensions; this bundle has no {', '.join(unknown)}")
     settings = Settings(
         precision=sources[0].precision,
         refit=options.refit,
@@ -153,10 +150,25 @@ def plan(graph: BundleGraph, options: TrtOptions) -> Plan:
         version_compatible=options.version_compatible,
     )
     engines = builder.engines(options.sms, settings.precision)
-    batch, offered = options.batch, graph.described.batch
-    if batch and graph.name != DENOISER:  # guidance is none of theirs: a picture is decoded, and a prompt read, by itself
+    return Plan(builder, graph, sources, _profiles(manifest, graph.name, options), engines, settings)
+
+
+def fits(manifest: Manifest, options: TrtOptions) -> None:
+    """Raise BudgetError for spans, a batch or buckets that a bundle of this manifest does not offer."""
+    for name in manifest.graphs:
+        _profiles(manifest, name, options)
+
+
+def _profiles(manifest: Manifest, name: str, options: TrtOptions) -> tuple[Profile, ...]:
+    """The profiles of a graph; raises BudgetError for what it does not offer."""
+    axes = narrow(manifest.axes, options.spans)
+    buckets = read_buckets(options.buckets, axes) if isinstance(options.buckets, str) else options.buckets
+    if unknown := unknown_buckets(buckets or (), manifest.graphs.values(), axes):
+        raise BudgetError(f"buckets are for axes that change a shape and for open dimensions; this bundle has no {', '.join(unknown)}")
+    batch, offered = options.batch, manifest.graphs[name].batch
+    if batch and name != DENOISER:  # guidance is none of theirs: a picture is decoded, and a prompt read, by itself
         batch = Span(offered.min, max(offered.min, min(batch.max, offered.max)))
-    return Plan(builder, graph, sources, profiles(graph.described, axes, batch, buckets), engines, settings)
+    return profiles(manifest.graphs[name], axes, batch, buckets)
 
 
 def estimate(plan: Plan) -> tuple[Network, float]:
@@ -333,4 +345,5 @@ TARGET = Target(
     ensures=ensures,
     proves=proves,
     available=available,
+    fits=fits,
 )

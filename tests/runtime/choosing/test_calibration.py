@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -155,7 +156,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
 
 
 class Room:
-    """A backend whose sessions run on a machine `slowness` times as slow, and in bfloat16 three times as fast as that."""
+    """A backend whose sessions run on a machine `slowness` times as slow, and in bfloat16 three times as fast as that, twice in int8."""
 
     def __init__(self, name: str, machine: Machine, slowness: float, broken: bool = False):
         self.record = Backend(name, ("onnx",), lambda artifact: None, self.open, {})
@@ -166,7 +167,7 @@ class Room:
             raise InferenceError("the driver is too old")
         self.opened += 1
         fake = session(self.machine)
-        run, factor = fake._function, self.factor / (3 if options.get("precision") == "bf16" else 1)
+        run, factor = fake._function, self.factor / (3 if options.get("precision") == "bf16" else 2 if artifact.precision == "int8" else 1)
 
         def slowly(feeds: Any) -> Any:
             begun = self.machine.now
@@ -277,6 +278,27 @@ def test_a_way_to_compute_in_less_competes_where_its_precision_is_named(tmp_path
         origin = pipe.session("denoiser").origin
     assert origin is not None
     assert (origin.backend, origin.precision, origin.artifact.precision) == ("slow", "bf16", "fp32")
+
+
+@pytest.mark.parametrize("words", [{"backend": "room"}, {"threads": 2}, {"backend": "room", "threads": 2}])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_fastest_of_named_precisions_is_measured_whatever_else_is_named(
+    words: dict[str, Any], turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    graph = bundle.manifest.graphs["denoiser"]
+    exact = graph.artifacts[0]
+    file = msgspec.structs.replace(exact.files[0], path="onnx/denoiser.int8.onnx")
+    few = msgspec.structs.replace(exact, precision="int8", files=(file,))
+    artifacts = (few, exact) if turned else (exact, few)
+    bundle.manifest.graphs["denoiser"] = msgspec.structs.replace(graph, artifacts=artifacts)
+    rooms(monkeypatch, Room("room", machine, 2.0))
+    monkeypatch.setattr("elastic_runtime.choosing.artifacts.time", SimpleNamespace(perf_counter=machine.clock))
+    with ElasticPipeline.from_pretrained(bundle, precisions=("fp32", "int8"), **words) as pipe:
+        origin = pipe.session("denoiser").origin
+    assert origin is not None
+    assert origin.artifact.precision == "int8"
+    assert origin.options == {name: value for name, value in words.items() if name == "threads"}
 
 
 def test_few_bits_are_computed_beside_bfloat16_where_both_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

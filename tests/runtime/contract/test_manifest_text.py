@@ -158,6 +158,10 @@ def test_the_layout_s_columns_are_those_of_the_graph() -> None:
     content["model"]["patches"]["layout"] = "sequence"
     with pytest.raises(BundleError, match=r"its (img|txt)_ids have shape \([ST], 3\), and the model's have 4 columns"):
         decode(msgspec.json.encode(content), "elastic.json")
+    content = msgspec.to_builtins(fake_flux.manifest())
+    next(spec for spec in content["graphs"]["denoiser"]["inputs"] if spec["name"] == "img_ids")["shape"] = []
+    with pytest.raises(BundleError, match=r"its img_ids have shape \(\), and the model's have 3 columns"):
+        decode(msgspec.json.encode(content), "elastic.json")
 
 
 def test_only_img_ids_come_in_multiples() -> None:

@@ -80,6 +80,18 @@ def test_a_bundles_folder_is_no_place(tmp_path: Path) -> None:
         place(tmp_path / "b", {"a": "1"})
 
 
+def test_what_a_hub_keeps_as_a_link_is_placed_as_the_file(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    (entry,) = bundle.manifest.graphs["denoiser"].artifacts[0].files
+    file = bundle.file(entry.path)
+    file.rename(tmp_path / "blob")
+    file.symlink_to(os.path.relpath(tmp_path / "blob", file.parent))
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    placing.link(bundle, entry, tmp_path / "deep" / "er" / "linked")
+    assert not (tmp_path / "deep" / "er" / "linked").is_symlink()
+    assert (tmp_path / "deep" / "er" / "linked").samefile(tmp_path / "blob")
+
+
 def test_where_there_are_no_links_it_is_a_copy_that_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = write_bundle(tmp_path / "b")
     (entry,) = bundle.manifest.graphs["denoiser"].artifacts[0].files

@@ -233,3 +233,19 @@ print(*seen)
     assert done.stdout.split() == [left], done.stderr
     if left == "1":
         assert list(home.rglob("*")) == []
+
+
+def test_an_option_that_a_backend_has_not_is_answered_with_those_it_has(tiny: Bundle) -> None:
+    with pytest.raises(UsageError, match="sessions of ort have no option spining; they have providers, device, threads, spinning, lanes, "):
+        open_session(tiny, name="ort", spining=False)
+
+
+def test_a_decoder_of_some_size_has_no_arena(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = tiny.manifest.graphs
+    both = {**graphs, "decoder": msgspec.structs.replace(graphs["denoiser"])}
+    bundle = Bundle(tiny.folder, msgspec.structs.replace(tiny.manifest, graphs=both))
+    for bound in (1, 1 << 30):
+        monkeypatch.setattr(ort, "MIDDLING", bound)
+        for graph, arena in (("denoiser", True), ("decoder", bound > 1)):
+            with open_session(bundle, graph, "ort") as session:
+                assert session._session.get_session_options().enable_cpu_mem_arena == arena  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from elastic_runtime import Budget, Bundle, InferenceError, MissingError, open_s
 from elastic_runtime.contract.reference import axis_feeds, cut, unpack  # noqa: E402
 from elastic_runtime.sessions.checking import recordings  # noqa: E402
 from elastic_targets.onnx.bfloat16 import spelled_out  # noqa: E402
-from elastic_targets.onnx.evaluate import PartSession  # noqa: E402
+from elastic_targets.onnx.evaluate import PartSession, evaluator  # noqa: E402
 
 PRECISIONS = {"elt-mnist": "int8w", "elit-mnist": "fp16", "ralu-digits": "int4w"}
 
@@ -113,7 +113,7 @@ def test_bfloat16_goes_from_part_to_part(name: str, tmp_path: Path) -> None:
         assert np.abs(answers[1][each] - answer).max() <= 2.0**-7 * np.abs(answer).max()
 
 
-def test_no_weight_stays_mapped_when_its_part_was_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weight_stays_mapped_when_its_part_was_run_and_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("what is mapped is told on Linux")
@@ -127,3 +127,14 @@ def test_no_weight_stays_mapped_when_its_part_was_run(tmp_path: Path, monkeypatc
         first = parts.run(feeds)
         assert "denoiser.onnx.data" not in maps.read_text()
         assert all(np.array_equal(again, first[name]) for name, again in parts.run(feeds).items())
+    store = tmp_path / "store"  # as hubs keep files: by their hashes, and links by their names
+    bundle.folder.rename(store)
+    for name in ("elastic.json", *(file.path for file in bundle.manifest.files())):
+        (tmp_path / "linked" / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).rename(store / name.replace("/", "-"))
+        (tmp_path / "linked" / name).symlink_to(store / name.replace("/", "-"))
+    linked = Bundle.open(tmp_path / "linked", hashes=True)
+    session = evaluator(linked, graph, artifact)
+    assert session is not None
+    with session:
+        assert all(np.array_equal(again, first[name]) for name, again in session.run(feeds).items())

@@ -189,9 +189,9 @@ def test_a_wrong_rounding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("text", "graphs"),
     [
-        ("int4w", {"denoiser": "int4w", "text_encoder_2": "int4w", "decoder": "fp32"}),
+        ("int4w", {"denoiser": "int4w", "text_encoder_2": "int4w", "text_fusion": "int4w", "decoder": "fp32"}),
         ("fp16", {"denoiser": "fp16", "text_encoder": "fp16", "decoder": "fp16"}),
-        ("denoiser=int4w, text=int8w", {"denoiser": "int4w", "text_encoder": "int8w", "text_encoder_3": "int8w", "decoder": "fp32"}),
+        ("denoiser=int4w, text=int8w", {"denoiser": "int4w", "text_encoder": "int8w", "text_encoder_3": "int8w", "text_fusion": "fp32"}),
         ("text=int8w,text_encoder=fp16", {"denoiser": "fp32", "text_encoder": "fp16", "text_encoder_2": "int8w"}),
     ],
 )
