@@ -13,6 +13,14 @@ def serve(
     bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine reach it on 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any that is free.")] = 8000,
+    server_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Names that it answers to beside localhost, as a proxy on this machine hands them on: [bold]pictures.example.com[/bold].",
+            show_default=False,
+        ),
+    ] = None,
     backend: options.Backend = None,
     precision: options.Precisions = None,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that wait or are drawn, at most.")] = 64,
@@ -81,6 +89,7 @@ def serve(
         wish=None if target_ms is None else target_ms / 1000,
         batch=batch,
         drain=drain_seconds,
+        names=tuple(api.read_words(server_name) or ()),
         limits=Limits(pictures=max_pictures, steps=max_steps),
     )
 

@@ -372,8 +372,8 @@ class ElasticPipeline:
 
     @property
     def _measuring(self) -> float:
-        """Seconds that looking at the device and measuring took so far."""
-        return self._gauge.spent if self._gauge else 0.0
+        """Seconds that choosing an artifact, looking at the device and measuring took so far."""
+        return (self._gauge.spent if self._gauge else 0.0) + float(getattr(self._open_graph, "spent", 0.0))
 
     def _finish(self) -> None:
         """Make one picture of nothing: what a picture takes after its last step."""

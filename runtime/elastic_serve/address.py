@@ -5,12 +5,14 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
 from elastic_runtime.errors import UsageError
 
 # A name or an address, IPv6 in brackets, and a port (RFC 9110, 7.2).
+NAME = re.compile(r"[0-9a-z._-]+", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # IPv6 on a machine without: its names are listed all the same
 
@@ -23,10 +25,10 @@ def is_local(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def asked_locally(host: str) -> bool:
-    """Whether a Host header names this machine itself; what is malformed does not."""
+def asked_locally(host: str, names: Collection[str] = ()) -> bool:
+    """Whether a Host header names this machine itself, or has one of the `names` that a proxy hands on; what is malformed does not."""
     match = HOST.fullmatch(host)
-    return match is not None and int(match[2] or 0) <= 65535 and is_local(match[1].lower())
+    return match is not None and int(match[2] or 0) <= 65535 and (is_local(match[1].lower()) or match[1].lower() in names)
 
 
 def client_of(address: str) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from starlette.responses import Response
 
 from elastic_runtime.contract.budget import key
-from elastic_runtime.errors import BudgetError, ElasticError, InferenceError, MissingError, UnreachableError, UsageError
+from elastic_runtime.errors import BudgetError, BundleError, ElasticError, InferenceError, MissingError, UnreachableError, UsageError
 from elastic_serve.body import Body, BodyError, NoModelError
 from elastic_serve.engine import ClosingError, Drawn
 from elastic_serve.scheduler import RefusedError
@@ -40,6 +40,12 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         return 404, _error(str(error), "invalid_request_error", "model_not_found", error.param), {}
     if isinstance(error, BodyError):
         return 400, _error(str(error), "invalid_request_error", error.code, error.param), {}
+    if isinstance(error, BundleError):  # no fault of what was asked, and its message names files of this machine
+        return (
+            500,
+            _error("a file of the model could not be opened here; the server's log says which", "server_error", "bundle_unreadable"),
+            {},
+        )
     if isinstance(error, UsageError | UnreachableError):
         code = "budget_not_offered" if isinstance(error, BudgetError) else "invalid_value"
         return 400, _error(str(error), "invalid_request_error", code), {}

@@ -40,7 +40,7 @@ class App:
     """The server over an engine; `asgi` is the application.
 
     key: what a client must know, where it is given. local: whether it answers to the names of this machine alone, so that no page from
-    elsewhere reaches it under a name of its own (DNS rebinding).
+    elsewhere reaches it under a name of its own (DNS rebinding), and `names`, in lower case, to which it answers all the same.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class App:
         key: str | None = None,
         limits: Limits | None = None,
         local: bool = False,
+        names: tuple[str, ...] = (),
     ):
         self._engine, self._metrics, self._key, self._limits = (
             engine,
@@ -57,7 +58,7 @@ class App:
             None if key is None else key.encode(errors="surrogateescape"),
             limits or Limits(),
         )
-        self._local = local
+        self._local, self._names = local, names
         self._begun, self._numbers = int(time.time()), itertools.count(1)
         routes = [
             Route("/v1/images/generations", self._keyed(self._generate), methods=["POST"]),
@@ -75,8 +76,9 @@ class App:
         async def checked(request: Request) -> Response:
             # Not `request.url`, which stands in the server's own address for a header that it cannot read.
             host, origin = request.headers.get("host"), request.headers.get("origin")
-            if self._local and host is not None and not asked_locally(host):
-                words = "this server answers to localhost alone: ask it there, or start it with the --host that it is to have"
+            if self._local and host is not None and not asked_locally(host, self._names):
+                names = f", {', '.join(self._names)}" if self._names else " alone"
+                words = f"this server answers to localhost{names}: ask it there, or start it with the --server-name that a proxy hands on"
                 return answers.failure(403, words, "wrong_host")
             # A page from elsewhere may send a form without asking first, and would draw with the visitor's rights.
             if origin is not None and not same_origin(origin, host or ""):

@@ -171,8 +171,9 @@ class Engine:
         for flight in rest:
             flight.order.tell(Failed(ClosingError("the server closed before this picture was done: ask another, or later")))
         self.cancel(tuple(self._flights))
+        begun = time.monotonic()
         self._thread.join(patience)
-        return self._reader.close(patience) and not self._thread.is_alive()
+        return self._reader.close(patience and max(begun + patience - time.monotonic(), 0.0)) and not self._thread.is_alive()
 
     def forecast(self) -> dict[str, dict[str, float]]:
         """For each model the deadline in seconds that a usual picture would keep behind all that is in flight (`wait`), and on an idle
@@ -283,7 +284,7 @@ class Engine:
         seconds = self._clock() - begun
         budgets = [flight.policy.option.budget for flight in flights.values() if flight.policy]
         with self._changed:
-            if len(flights) == len(turn.jobs):
+            if len(flights) == len(turn.jobs) and not any(each.policy and each.policy.enters(each.taken) for each in flights.values()):
                 self.times.observe(turn.kind, turn.rows, seconds)
             for number, flight in flights.items():
                 flight.taken += 1

@@ -126,7 +126,7 @@ class _Answer:
 
     def __init__(self, ask: Ask, lost: tuple[type[Exception], ...], send: Send):
         self._ask, self._lost, self._send = ask, lost, send
-        self._begun = self._ended = False
+        self._begun = self._ended = self._whole = False
         self._previews = 0
 
     async def run(self, scope: Mapping[str, Any], body: bytes, model: str | None, received: float) -> None:
@@ -138,6 +138,8 @@ class _Answer:
                     await self._take(messages)
                 return
             except self._lost:
+                if self._whole:
+                    return
                 if self._ended:  # all but the empty message behind it
                     await self._send({"type": "http.response.body", "body": b"", "more_body": False})
                     return
@@ -164,6 +166,7 @@ class _Answer:
                     continue
                 self._previews += 1
             self._ended = self._ended or part.startswith(LAST)
+            self._whole = not more
             await self._send({"type": "http.response.body", "body": part, "more_body": more})
 
 

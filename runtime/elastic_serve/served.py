@@ -1,5 +1,6 @@
 """A bundle that is served: opened, measured, and asked what a request may become here."""
 
+import itertools
 import math
 import os
 import time
@@ -83,6 +84,10 @@ class Steered:
 
     def next(self, state: None, index: int, seconds: float) -> tuple[Choice, None]:
         return self.option.choice(reason=self.reason), None
+
+    def enters(self, taken: int) -> bool:
+        """Whether the step after so many begins another stage of its plan: what leads there is no step's time, and predicted by itself."""
+        return taken in list(itertools.accumulate(self.option.steps))[:-1]
 
 
 class Served:

@@ -18,7 +18,7 @@ import msgspec
 import uvicorn
 
 from elastic_runtime.errors import UsageError
-from elastic_serve.address import bound, is_local
+from elastic_serve.address import NAME, bound, is_local
 from elastic_serve.app import App
 from elastic_serve.body import Limits
 from elastic_serve.engine import Engine
@@ -41,7 +41,8 @@ class Settings:
 
     queue: pictures that wait or are drawn, at most. margin: the share of a deadline that is kept for what nothing predicts. wish: seconds
     in which a picture is to be done whose request names no deadline; None: three times what it takes at its best. batch: rows of the
-    largest run that pictures share; None: what the bundle takes. drain: seconds that pictures in flight get when the server ends.
+    largest run that pictures share; None: what the bundle takes. drain: seconds that pictures in flight get when the server ends. names:
+    of hosts that it answers to beside this machine's own, where it listens to this machine alone: those of a proxy before it.
     """
 
     host: str = "127.0.0.1"
@@ -53,11 +54,14 @@ class Settings:
     wish: float | None = None
     batch: int | None = None
     drain: float = 30.0
+    names: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if not 0 <= self.drain <= LONGEST:
             raise UsageError(f"--drain-seconds is 0 to {LONGEST:.0f}, got {self.drain}: take a time in which the process may end")
+        if odd := [name for name in self.names if not NAME.fullmatch(name)]:
+            raise UsageError(f"--server-name is names of hosts, pictures.example.com, without a port; got {odd[0]!r}")
 
 
 class Lines(logging.Formatter):
@@ -145,7 +149,7 @@ def application(models: Sequence[Served], settings: Settings, secret: str | None
     metrics = Metrics()
     scheduler = partial(Scheduler, queue=settings.queue, margin=settings.margin)
     engine = Engine(models, metrics, scheduler, wish=settings.wish)
-    return App(engine, metrics, secret, settings.limits, is_local(settings.host)), engine
+    return App(engine, metrics, secret, settings.limits, is_local(settings.host), tuple(name.lower() for name in settings.names)), engine
 
 
 def listening(models: Sequence[Served], settings: Settings, ready: Callable[[str], None] | None = None) -> tuple["Server", Engine]:

@@ -13,12 +13,13 @@ from fake_flux import FLUX, SCHNELL, manifest, to_zero
 from fakes import write_manifest
 from msgspec.structs import replace
 
-from elastic_runtime import InferenceError, Request, UsageError
+from elastic_runtime import Budget, InferenceError, Request, UsageError
+from elastic_runtime.choosing.estimates import Option
 from elastic_serve.body import BodyError
 from elastic_serve.engine import ClosingError, Drawn, Event, Failed, Order, Stepped
 from elastic_serve.paper import Paper
 from elastic_serve.scheduler import RefusedError, Scheduler, Turn
-from elastic_serve.served import Served
+from elastic_serve.served import Served, Steered
 
 
 @pytest.fixture
@@ -280,3 +281,10 @@ def test_an_engine_that_closes_tells_those_it_has_not_drawn(plans: Served) -> No
     assert closed
     assert all("the server closed before" in str(each.error) for each in closed)
     assert not asking.engine.alive
+
+
+def test_steps_that_enter_a_stage_are_told_from_the_others() -> None:
+    budgets = (Budget(tokens=16), Budget(tokens=32), Budget(tokens=64))
+    planned, plain = Option("4x", budgets, budgets, (3, 1, 2)), Option("latents=4", budgets[:1], budgets[:1], (6,))
+    assert [Steered(planned).enters(taken) for taken in range(6)] == [False, False, False, True, True, False]
+    assert not any(Steered(plain).enters(taken) for taken in range(6))

@@ -93,14 +93,16 @@ def relay(*lives: Callable[[], AsyncIterator[Message]], limits: Limits | None = 
     return Relay(ask, (LostError,), limits), asked
 
 
-def life(*parts: bytes, status: int = 200, lost: bool = False, head: bool = True) -> Callable[[], AsyncIterator[Message]]:
-    """Messages of an answer; where it is `lost`, the end does not come."""
+def life(
+    *parts: bytes, status: int = 200, lost: bool = False, head: bool = True, whole: bool = False
+) -> Callable[[], AsyncIterator[Message]]:
+    """Messages of an answer; where it is `lost`, the end does not come, or (`whole`) is the last thing to come."""
 
     async def messages() -> AsyncIterator[Message]:
         if head:
             yield {"type": "http.response.start", "status": status, "headers": []}
         for number, part in enumerate(parts):
-            yield {"type": "http.response.body", "body": part, "more_body": lost or number < len(parts) - 1}
+            yield {"type": "http.response.body", "body": part, "more_body": (lost and not whole) or number < len(parts) - 1}
         if lost:
             raise LostError
 
@@ -135,6 +137,13 @@ def test_what_is_lost_is_asked_for_again_with_the_same_seed() -> None:
     assert asked[0][0].ago <= asked[1][0].ago <= asked[2][0].ago
     assert len({body["seed"] for _, body in asked}) == 1, "a seed, and one for all"
     assert isinstance(asked[0][1]["seed"], int)
+
+
+def test_what_is_lost_behind_its_end_was_answered() -> None:
+    app, asked = relay(life(b"{}", lost=True, whole=True))
+    client = drawn(app)
+    assert (client.status, client.json, client.ended) == (200, {}, True)
+    assert len(asked) == 1
 
 
 def test_a_stream_goes_on_where_it_was() -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Running, Serving
 
-from elastic_runtime import UsageError
+from elastic_runtime import BundleError, UsageError
 
 CREATE = "/v1/images/generations"
 
@@ -182,3 +182,11 @@ def test_no_number_is_the_servers_fault(server: Running, name: str, value: float
         assert http.post(CREATE, json={"class_labels": 1, "steps": 2, name: value}).status_code in (200, 400)
         pair = {"guidance_scale": 2, "guidance_interval": [0, value]}
         assert http.post(CREATE, json={"class_labels": 1, "steps": 2} | pair).status_code in (200, 400)
+
+
+def test_a_bundle_that_cannot_be_read_is_no_fault_of_who_asks() -> None:
+    from elastic_serve import answers
+
+    status, content, _ = answers.error_of(BundleError("ONNX Runtime cannot open /srv/secret/text_encoder.onnx: std::bad_alloc"))
+    assert (status, content["error"]["type"], content["error"]["code"]) == (500, "server_error", "bundle_unreadable")
+    assert "srv" not in content["error"]["message"]

@@ -42,6 +42,7 @@ class ArtifactOpener:
                 raise MissingError(f"nothing here can run 'denoiser' of {bundle.folder} in {asked}. {' '.join(reasons)}")
             raise UsageError(f"{bundle.folder} has its denoiser in {', '.join(has)}, and none in {asked}: export it so, too")
         self._bundle, self._backend, self._precisions, self._options = bundle, backend, precisions, options
+        self.spent = 0.0  # seconds that choosing took, which are no part of a picture
         self._choosing = threading.Lock()
 
     @cached_property
@@ -49,7 +50,10 @@ class ArtifactOpener:
         """Kept here, too, since the file of what was measured cannot be written everywhere."""
         if (self._backend or self._options) and not self._precisions:
             return None  # the backend's most exact
-        return fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions, self._able("denoiser"))
+        begun = time.perf_counter()
+        choice = fastest(self._bundle, "denoiser", probe, time.perf_counter, self._precisions, self._able("denoiser"))
+        self.spent = time.perf_counter() - begun
+        return choice
 
     def _able(self, graph: str) -> list[Origin]:
         """What a graph can be opened from, with the options that are asked for."""

@@ -26,13 +26,25 @@ def graded(quality: Sequence[Quality], flops: Callable[[Budget], float]) -> np.n
 
 class BudgetOutlook(Outlook):
     """Budgets of both branches of guidance, the same in all `steps` of `sampler` unless a policy changes them; branches that are `apart`
-    never share a run, since their texts differ in length."""
+    never share a run, since their texts differ in length. Of branches at one budget that are `alike` one is run: autoguidance leads from
+    nothing to itself."""
 
     named, smaller = "a budget", "fewer pictures at once"
+    grading = ", or grade it with samples/evaluate.py"
 
-    def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int, sampler: str, finishes: bool = True, apart: bool = False):
-        super().__init__(gauge, count, guidance, steps, finishes, sampler, apart)
-        self.apart = apart
+    def __init__(
+        self,
+        gauge: Gauge,
+        count: int,
+        guidance: Guidance,
+        steps: int,
+        sampler: str,
+        finishes: bool = True,
+        apart: bool = False,
+        alike: bool = False,
+    ):
+        super().__init__(gauge, count, guidance, steps, finishes, sampler, apart, alike)
+        self.apart, self.alike = apart, alike
         self.sampler = sampler
         self.least = least_steps(sampler)
         self.table = f"accuracy by {', '.join(axis.name for axis in self.axes) or 'budget'}"
@@ -108,7 +120,7 @@ class BudgetOutlook(Outlook):
         if not guided:
             return self._runs(strong, self.count)
         if weak == strong and not self.apart:
-            return self._runs(strong, self.count if self.guidance.auto else 2 * self.count)
+            return self._runs(strong, self.count if self.alike else 2 * self.count)
         return self._runs(strong, self.count) + self._runs(weak, self.count)
 
     def peak_seconds(self, option: Option) -> float:

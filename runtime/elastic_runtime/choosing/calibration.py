@@ -181,7 +181,7 @@ def points(
             denoiser.evaluate(*place, moment, source)  # ONNX Runtime plans its memory by the first run, and takes it in the second
         now = peak_bytes()
         growth[place] = now - opened if fresh and now is not None and opened is not None else None
-        if took > PATIENCE and len(growth) > 1:
+        if took > PATIENCE and len({budget for budget, _ in growth}) > 1:  # one alone does not tell what another costs
             break
     times: dict[tuple[Budget, int], list[float]] = {place: [] for place in growth}
     begun = clock()

@@ -214,7 +214,8 @@ class Outlook(ABC):
 
     named: str  # what a user names instead of leaving the choice to a policy
     table: str  # what a quality table for it holds
-    smaller: str  # what needs less memory
+    smaller: str  # what needs less memory and time
+    grading: str  # what else could be done where there is no table of quality, after a comma
     least = 1  # steps that a run takes
 
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool, *others: Hashable):

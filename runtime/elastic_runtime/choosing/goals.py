@@ -72,11 +72,13 @@ class FitLatency(Settled, frozen=True, tag="fit_latency"):
         if not fitting:
             cheapest = next(iter(options))
             steps = sum(cheapest.steps)
-            fewer = _fewer(outlook, cheapest, self.seconds)
+            advice = f"or draw {outlook.smaller}"
+            if not cheapest.plan:  # a plan has steps of its own, and a Deadline begins with its fewest, too
+                fewer = _fewer(outlook, cheapest, self.seconds)
+                advice = f"take {fewer} steps, or use a Deadline" if fewer else "or use a Deadline"
             raise UnreachableError(
                 f"{_milliseconds(self.seconds)} are too few for {steps} steps: the nearest that is reachable is "
-                f"{_milliseconds(outlook.picture(cheapest))}, at {cheapest.name}. Allow that{f', take {fewer} steps' if fewer else ''}, "
-                "or use a Deadline."
+                f"{_milliseconds(outlook.picture(cheapest))}, at {cheapest.name}. Allow that, {advice}."
             )
         best = fitting[-1]
         return best.choice(reason=f"{_milliseconds(outlook.picture(best))} of the {_milliseconds(self.seconds)} allowed")
@@ -98,8 +100,8 @@ class Quality(Settled, frozen=True, tag="quality"):
     def init(self, outlook: Outlook) -> Choice:
         if not outlook.graded:
             raise UsageError(
-                f"this bundle's card has no quality table ({outlook.table}), so a quality cannot be kept: name {outlook.named}, or "
-                f"grade it with samples/evaluate.py"
+                f"this bundle's card has no quality table ({outlook.table}), so a quality cannot be kept: name {outlook.named}"
+                f"{outlook.grading}"
             )
         options = outlook.options(self.guidance_budget)
         keeping = [option for option in options if outlook.quality(option) >= self.floor]

@@ -52,6 +52,7 @@ class PlanOutlook(Outlook):
         others = tuple(plans.items()), size, usual_name, usual_plan, lengths, references, asked, over
         super().__init__(gauge, count, guidance, None, finishes, *others)
         self.table = f"accuracy by plan{' of what is drawn over a picture' * over}"
+        self.grading = "" if over else ", or grade it with samples/evaluate_plans.py"
         self._asked, self._over = asked, over
         patches = gauge.manifest.model.patches
         assert patches is not None

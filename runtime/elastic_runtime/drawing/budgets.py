@@ -121,7 +121,8 @@ class BudgetDrawing(Drawing):
     def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
         self._gauge = gauge
         apart = self._weak is not None and not self._strong.beside(self._weak)
-        return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes, apart)
+        alike = self.guidance.auto and self.request.guidance_drop_fraction in (None, self.request.drop_fraction)
+        return BudgetOutlook(gauge, self.count, self.guidance, self.steps, self.sampler, finishes, apart, alike)
 
     def begin(self, choice: Choice) -> None:
         self._check(choice)

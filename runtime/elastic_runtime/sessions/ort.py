@@ -139,7 +139,7 @@ class OrtSession(Session):
             _preload(onnxruntime)
         settings = session_options(onnxruntime)
         settings.intra_op_num_threads = threads or thread_limit()
-        # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds while it draws,
+        # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds as it draws,
         # and nearly half of what a decoder does; and it brings nothing in time, where a run takes a second.
         size, denoiser = sum(file.bytes for file in artifact.files), graph is bundle.manifest.graphs.get("denoiser")
         settings.enable_cpu_mem_arena = size < (LARGE if denoiser else MIDDLING)

@@ -75,6 +75,12 @@ def test_the_ends_and_the_middle_are_measured_in_both_batches_of_guidance() -> N
         assert point.seconds == pytest.approx(run_seconds(point.budget["latents"], point.batch))
 
 
+def test_a_slow_machine_is_measured_at_two_budgets_at_least() -> None:
+    machine, budgets = Machine(slowness=lambda now: 10_000.0), [Budget(latents=n) for n in (4, 48, 64)]
+    measurements = points(session(machine), described(), budgets, machine.clock)
+    assert len({point.budget["latents"] for point in measurements}) == 2
+
+
 def test_what_is_busy_now_and_then_is_left_out() -> None:
     machine = Machine()
     machine.slowness = lambda now: 10.0 if int(now * 100) % 3 == 0 else 1.0
