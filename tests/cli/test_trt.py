@@ -1,7 +1,7 @@
 """`elastic-export trt` as it is typed."""
 
+import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,17 @@ def test_a_model_whose_engines_cannot_be_built_leaves_the_old_bundle(
     def fails(*_: object, **__: object) -> None:
         raise InferenceError("the builder gave up")
 
-    monkeypatch.setattr(sys.modules["elastic_targets.trt.lower"], "build", fails)
-    before = {path: path.stat() for path in bundle_copy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(importlib.import_module("elastic_targets.trt.lower"), "build", fails)
+
+    def files() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in bundle_copy.rglob("*") if path.is_file()}
+
+    before = files()
     source = ("elit-sit", "--checkpoint", golden / "elit-c.pt", "--config", golden / "elit-c.json", "--latents", "32-64")
     done = run("trt", *source, "-o", bundle_copy, *words, "--overwrite", "-q")
     assert done.code != 0
     assert ("the last bucket is 32" if "--buckets" in words else "the builder gave up") in " ".join(done.err.split())
-    assert {path: path.stat() for path in bundle_copy.rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 def test_a_dry_run_of_a_model_reads_the_buckets(run: Run, tmp_path: Path) -> None:

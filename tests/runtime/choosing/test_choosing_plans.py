@@ -188,9 +188,7 @@ def test_quality_is_the_cheapest_graded_way_that_keeps_it(floor: float, name: st
 
 
 def test_quality_needs_a_table_and_says_which() -> None:
-    with pytest.raises(
-        UsageError, match=r"no quality table \(accuracy by plan\), so .* kept: name a plan, or .*/evaluate_plans"
-    ):
+    with pytest.raises(UsageError, match=r"no quality table \(accuracy by plan\), so .* kept: name a plan, or .*/evaluate_plans"):
         draw(pipeline(Machine(), graded=False), Quality(0.9))
 
 
@@ -225,9 +223,7 @@ def test_latency_and_memory_choose_among_plans() -> None:
     result = draw(pipeline(Machine()), FitLatency(1.1 * FOUR + 2 * DECODE))
     assert result.seconds <= 1.1 * FOUR + 2 * DECODE
     assert "allowed" in result.steps[0].reason
-    with pytest.raises(
-        UnreachableError, match=r"are too few for 4 steps: .* at speed, 3\+1 steps\. Allow that, or draw a smaller"
-    ):
+    with pytest.raises(UnreachableError, match=r"are too few for 4 steps: .* at speed, 3\+1 steps\. Allow that, or draw a smaller"):
         draw(pipeline(Machine()), FitLatency(0.001))
     assert draw(pipeline(Machine()), FitMemory(1e9)).plan == Plan((15, 18, 21), *(getattr(PRESETS["4x"], name) for name in (
         "end_times", "shifts", "z", "up_ratio")))  # fmt: skip
