@@ -361,7 +361,7 @@ class ElasticPipeline:
             while True:
                 step = drawing.step(replacement)
                 finite(step.sample, step.index)
-                seconds = self._clock() - last
+                outlook.step_seconds = seconds = self._clock() - last
                 replacement = yield choice, drawing.progress(step, drawing.record(step, choice, seconds))
                 last = self._clock()
                 if not drawing.left:

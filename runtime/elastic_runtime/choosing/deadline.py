@@ -147,7 +147,8 @@ class Deadline(Record, frozen=True, tag="deadline"):
         ratios = state.ratios
         if not state.fresh:
             ratios = (*ratios, clipped(state.predicted, took))[-RECENT:]
-            state.outlook.gauge.observe(state.predicted, took)
+            own = state.outlook.step_seconds  # a caller's pause is no sign of a slow machine to the next picture
+            state.outlook.gauge.observe(state.predicted, took if own is None or own < 0 else min(own, took))
         return replace(state, elapsed=state.elapsed + took, ratios=ratios, measured=state.measured + 1)
 
     def _replanned(self, state: Underway, left: float) -> Course:

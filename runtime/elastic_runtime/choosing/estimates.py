@@ -217,6 +217,7 @@ class Outlook(ABC):
     smaller: str  # what needs less memory and time
     grading: str  # what else could be done where there is no table of quality, after a comma
     least = 1  # steps that a run takes
+    step_seconds: float | None = None  # of the last step alone, without what a caller did behind it
 
     def __init__(self, gauge: Gauge, count: int, guidance: Guidance, steps: int | None, finishes: bool, *others: Hashable):
         self.gauge, self.count, self.guidance, self.steps, self.finishes = gauge, count, guidance, steps, finishes

@@ -109,6 +109,18 @@ def test_a_late_picture_is_finished_and_not_made_worse_than_the_fewest_steps() -
     assert result.steps[-1].reason.endswith("as fast as it goes")
 
 
+def test_what_a_caller_does_between_steps_is_no_sign_of_a_slow_machine_to_the_next_picture() -> None:
+    machine = Machine()
+    pipe = pipeline(machine)
+
+    def paused(*_: object) -> dict[str, Any]:
+        machine.advance(SLOWEST)
+        return {}
+
+    draw(pipe, 2 * SLOWEST, callback_on_step_end=paused)
+    assert pipe.gauge.pace == pytest.approx(1, rel=0.05)
+
+
 def test_every_step_says_what_was_predicted_and_why() -> None:
     result = draw(pipeline(Machine()), SLOWEST)
     assert all(step.predicted == pytest.approx(step.seconds, rel=0.02) for step in result.steps)
