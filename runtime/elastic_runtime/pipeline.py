@@ -278,8 +278,8 @@ class ElasticPipeline:
         assert state is not None  # there is no drawing of no steps
         images = self.images(drawing.latents(state), request.output_type)
         seconds = self._clock() - begun - (self._measuring - measuring)
-        origin = self.session("denoiser").origin
-        facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": self.where}
+        origin = drawing.session.origin
+        facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": drawing.session.where}
         facts |= ({"artifact": origin.artifact.path, "precision": origin.precision} if origin else {}) | drawing.facts()
         return Result(
             images, tuple(records), seconds, drawing.again(choices), drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts

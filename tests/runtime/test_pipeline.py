@@ -355,6 +355,20 @@ def test_closing_the_pipeline_closes_its_sessions() -> None:
         pipe([1], output_type="latent")
 
 
+def test_what_is_closed_as_a_picture_ends_stays_closed() -> None:
+    opened: list[str] = []
+
+    def opener(graph: str) -> Any:
+        opened.append(graph)
+        return session(to_label, 1)
+
+    pipe = ElasticPipeline(Bundle(Path("bundle"), manifest(1)), opener)
+    closing = lambda owner, index, *_: owner.close() if index == 1 else None  # noqa: E731
+    result = pipe([1], num_inference_steps=2, callback_on_step_end=closing, output_type="latent", generator=rng())
+    assert opened == ["denoiser"]
+    assert result.facts["where"]
+
+
 def test_guidance_is_a_value() -> None:
     assert Guidance(3.0) == Guidance(3.0)
     assert not Guidance().active(0.5)

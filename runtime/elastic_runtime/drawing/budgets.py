@@ -114,8 +114,8 @@ class BudgetDrawing(Drawing):
         if texts := self.read(open_graph) if texts is None else texts:
             strong, weak = checked(texts, self._count // self._repeats, self._led)
             self._strong, self._weak = strong.repeated(self._repeats), weak.repeated(self._repeats) if weak else None
-        self._session = open_graph("denoiser")
-        self._denoiser = Denoiser(self._session, self.bundle.manifest)
+        self.session = open_graph("denoiser")
+        self._denoiser = Denoiser(self.session, self.bundle.manifest)
         self._routing = self._denoiser.routing(self.request.drop_fraction, self.request.guidance_drop_fraction)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> BudgetOutlook:
@@ -128,7 +128,7 @@ class BudgetDrawing(Drawing):
         self._check(choice)
         self._choice, self._index, self._history = choice, 0, History()
         (self._left,) = choice.left((self.steps,))
-        self._session.foresee(times(self.model, self.sampler, self._left))
+        self.session.foresee(times(self.model, self.sampler, self._left))
         self._loop: Loop = self._run(self._predict, self._start, self._left, self._noise, history=self._history)
 
     def step(self, replacement: np.ndarray | None) -> Step:
@@ -172,7 +172,7 @@ class BudgetDrawing(Drawing):
         state = after(step, replacement)
         if state is not step.sample:
             self._history.clear()
-        self._session.foresee(times(self.model, self.sampler, self._left, step.next_time))
+        self.session.foresee(times(self.model, self.sampler, self._left, step.next_time))
         self._loop = self._run(self._predict, state, self._left, self._noise, step.next_time, self._history)
         return None
 

@@ -38,6 +38,7 @@ class Drawing(ABC):
     """
 
     guidance: Guidance
+    session: Session  # the denoiser's, from when it is prepared
     plan: Plan | None = None
     kind: str  # how this kind of model draws, in words
 

@@ -34,7 +34,7 @@ from elastic_runtime.sampling.enlarging import spectral
 from elastic_runtime.sampling.flow import Step
 from elastic_runtime.sampling.noise import Generators, initial
 from elastic_runtime.sampling.stages import Keep, PlanLoop, PlanStep, along, from_draws
-from elastic_runtime.sessions.session import Session, batches
+from elastic_runtime.sessions.session import batches
 
 STEPS = 20  # of plans in any number of steps
 MOST_STEPS = 50  # of them that a policy weighs: what the paper compares with
@@ -115,12 +115,12 @@ class PlanDrawing(Drawing):
             self._picture = self._over.latents(open_graph, (self.size[0] * unit, self.size[1] * unit), self._count)
             self._keep = self._over.keep(self._picture, self._start, self._patches.size)
         references = self._references.references(open_graph) if self._references else None
-        self._session = open_graph("denoiser")
+        self.session = open_graph("denoiser")
         offered = {name: plan for name, plan in self.plans.items() if self._refusal(plan) is None}
         if not offered:
             raise self._refusal(self.plans[self.name]) or UsageError("there is no plan")
         self.plans = offered if self.request.policy else self.plans
-        self._denoiser = TokenDenoiser(self._session, self._patches, self._embedded, references)
+        self._denoiser = TokenDenoiser(self.session, self._patches, self._embedded, references)
 
     def outlook(self, gauge: Gauge, finishes: bool) -> PlanOutlook:
         usual = self.name if self.name in self.plans else next(iter(self.plans))
@@ -143,7 +143,7 @@ class PlanDrawing(Drawing):
         if self._over:
             start = begin * start + (1 - begin) * self._picture
         steps = self._choose, from_draws(draw), self._enlarge
-        self._session.foresee(np.concatenate(Course.along(choice.plan).respaced(tuple(self._left)).times))
+        self.session.foresee(np.concatenate(Course.along(choice.plan).respaced(tuple(self._left)).times))
         self._loop: PlanLoop = along(velocity, start, choice.plan, self._patches.size, *steps, self._left, self._keep)
 
     def step(self, replacement: np.ndarray | None) -> Step:
@@ -357,7 +357,7 @@ class PlanDrawing(Drawing):
 
     def _refusal(self, plan: Plan) -> UsageError | None:
         """Why the open session does not take a plan: its tokens, or the batches that will run."""
-        session: Session = self._session
+        session = self.session
         span, compiled = session.spans.get("S"), sorted({budget["tokens"] for budget in session.budgets or () if "tokens" in budget})
         if missing := [each for each in self._tokens(plan) if (compiled and each not in compiled) or (span and each not in span)]:
             wider = f"export the bundle again with --budgets {','.join(map(str, sorted({*compiled, *missing})))}"
