@@ -172,11 +172,14 @@ def _our_text(path: Path) -> bool:
 def _readme(bundle: Bundle, made: Sequence[TritonModel], left: Sequence[str]) -> str:
     name = bundle.name
     denoiser = next((each.name for each in made if each.graph == "denoiser"), made[0].name)
+    lean = any(isinstance(each.artifact, TrtArtifact) and each.artifact.version_compatible for each in made)
+    option = " --backend-config=tensorrt,version-compatible=true" if lean else ""  # else it does not load such engines
     parts = [
         f"<!-- {MARK} -->",
         f"# {name} in Triton Inference Server\n",
         '```sh\ndocker run --rm --gpus all -p 8000:8000 -p 8001:8001 -v "$PWD:/models" nvcr.io/nvidia/tritonserver:YY.MM-py3 \\\n'
-        f"    tritonserver --model-repository=/models --strict-readiness=true\ncurl localhost:8000/v2/models/{denoiser}/config\n```\n",
+        f"    tritonserver --model-repository=/models --strict-readiness=true{option}\n"
+        f"curl localhost:8000/v2/models/{denoiser}/config\n```\n",
         "Run it in this folder. `YY.MM` is a release whose ONNX Runtime reads the opset below, and whose TensorRT is the one that built "
         "the engines, if there are any. Without a GPU leave `--gpus all` out.\n",
         "| model | graph | opens with |\n|---|---|---|",

@@ -58,7 +58,9 @@ def budgets(manifest: Manifest, artifact: TrtArtifact) -> list[Budget]:
         ends = {axis.max}
         if axis.dimension:
             ends = {profile.dimensions[axis.dimension].max * axis.unit for profile in artifact.profiles}
-        for value in sorted(value for end in ends for value in (end, end + axis.step) if value in axis.values):
+            spans = [profile.dimensions[axis.dimension] for profile in artifact.profiles]
+            ends |= {end + axis.step for end in ends if any(span.min <= axis.length(end + axis.step) <= span.max for span in spans)}
+        for value in sorted(value for value in ends if value in axis.values):
             points[Budget(**{other.name: other.default for other in manifest.axes if other.input in names} | {axis.name: value})] = None
     return list(points) or [Budget()]
 
@@ -106,7 +108,8 @@ def check(bundle: Bundle, artifact: TrtArtifact, runs: int) -> tuple[list[Row], 
     manifest = bundle.manifest
     source = next(other for other in manifest.graphs[GRAPH].artifacts if other.path == artifact.source)
     points = budgets(manifest, artifact)
-    inputs = {point: feeds(manifest, point, seed) for seed, point in enumerate(points)}
+    batch = min(profile.dimensions["B"].min for profile in artifact.profiles)
+    inputs = {point: feeds(manifest, point, seed, batch) for seed, point in enumerate(points)}
     with open_artifact(bundle, GRAPH, source, "ort", providers=["CPUExecutionProvider"]) as session:
         wanted = {point: session.run(arrays) for point, arrays in inputs.items()}
     rows = []

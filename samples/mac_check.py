@@ -67,7 +67,10 @@ def measure(bundle: Bundle, name: str, artifact: CoremlArtifact, units: str, run
     begun = time.perf_counter()
     with opened(bundle, name, artifact, units) as session:
         print(f"# {artifact.package} on {units}: opened in {time.perf_counter() - begun:.2f} s (compiled at the first opening)")
-        plans = where(compiled(bundle, artifact, folder("coreml")), units)
+        package, temporary = compiled(bundle, artifact, folder("coreml"))
+        plans = where(package, units)
+        if temporary is not None:  # where nothing can be kept; it lasts until it is read
+            temporary.cleanup()
         shared, outputs = unpack(name, arrays)
         batched = graph.batched
         for budget in session.budgets or tuple(outputs):

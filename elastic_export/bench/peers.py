@@ -131,7 +131,8 @@ class TorchSession(Session):
 
             inductor.freezing = True
         if peer.package == "torchao":
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 for name in ("torchao", "torch.utils._pytree"):  # of kernels for GPUs, which are not asked for, and of enums
                     logging.getLogger(name).setLevel(logging.ERROR)
                 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
@@ -181,7 +182,8 @@ class ConvertedSession(Session):
         with without_telemetry():
             import openvino
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in feeds.items()}
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():  # the tracer's, of sizes that become constants
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's, of sizes that become constants
             model = openvino.convert_model(filled(module), example_input=tensors)
         compiled = openvino.Core().compile_model(model, "CPU", properties(precision, threads=threads))
         require_precision(compiled, precision, "CPU")

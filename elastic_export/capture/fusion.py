@@ -37,7 +37,7 @@ def text_fusion(transformer: Transformer, most: int) -> GraphCapture:
         inputs=(tapped,),
         outputs=(TensorSpec(name="fused", dtype="float32", shape=("B", "T", width)),),
         axes=(),
-        batch=transformer.batch,
+        batch=Span(1, transformer.batch.max),  # the texts of one branch, however many rows the denoiser is asked for at least
         feeds=feeds,
         open_dimensions={"T": Span(1, most)},
         stages=(Budget(T=most),),

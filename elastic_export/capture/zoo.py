@@ -158,7 +158,12 @@ def _with_weights(request: Request, family: Family, file: Path, named: dict[str,
 
 
 def _sample(request: Request) -> Model:
-    for flag, given in (("--checkpoint", request.checkpoint), ("--config", request.config), ("--random-weights", request.random_weights)):
+    for flag, given in (
+        ("--checkpoint", request.checkpoint),
+        ("--config", request.config),
+        ("--random-weights", request.random_weights),
+        *((f"--{name.replace('_', '-')}", True) for name in request.overrides),
+    ):
         if given:
             raise ModelError(f"{request.name} is a packaged sample with its own weights: {flag} does not go with it; name a family instead")
     card = read_json(samples()[request.name])

@@ -4,11 +4,20 @@ Counted: every linear layer and convolution, QK^T and AV, adaLN once a sample. N
 biases. For ELIT this reproduces the published table (arXiv 2603.12245) to 0.1 percent.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 FLOAT32 = 4  # bytes a value
 TIME_FEATURES = 256  # sinusoids of a timestep
+
+
+def ratio(hidden: int, width: int) -> float:
+    """The least `mlp_ratio` of which a model of this width makes this many hidden values, `int(width * ratio)`."""
+    value = hidden / width
+    while int(width * value) < hidden:  # the quotient is rounded, and its product then cut
+        value = math.nextafter(value, math.inf)
+    return value
 
 
 def plain_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:

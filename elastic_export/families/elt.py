@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
+from elastic_export.families.bricks import dit_activation_values, dit_block, embedders, ratio
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import (
     DiTBlock,
@@ -215,7 +215,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "in_channels": channels,
         "hidden_size": width,
         "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
-        "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": ratio(named["blocks.0.mlp.fc1.weight"][0], width),
     }
     for field, stack in (("prelude_blocks", "prelude"), ("unique_blocks", "blocks"), ("coda_blocks", "coda")):
         shapes[field] = len({match[1] for key in named if key and (match := re.match(rf"{stack}\.(\d+)\.", key))})

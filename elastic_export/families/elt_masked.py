@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import attention, dit_activation_values
+from elastic_export.families.bricks import attention, dit_activation_values, ratio
 from elastic_export.families.elt import axes, from_presets, looped, prefixes
 from elastic_export.families.family import Family, demand, example_labels, priced
 from elastic_export.families.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
@@ -140,7 +140,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "hidden_size": width,
         "num_classes": shape["y_embedder.embedding_table.weight"][0] - 1,
         "unique_blocks": len({match[1] for key in shape if (match := re.match(r"blocks\.(\d+)\.", key))}),
-        "mlp_ratio": shape["blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": ratio(shape["blocks.0.mlp.fc1.weight"][0], width),
     }
     arguments = {name: args[name] for name in ("num_heads", "loops", "max_loops", "token_kind") if args.get(name) is not None}
     return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}

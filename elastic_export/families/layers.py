@@ -8,11 +8,14 @@ overflows and a timestep embedding is wrong by up to 0.46.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing import Self  # since Python 3.11
 
 
 def sincos_2d(width: int, side: int) -> Tensor:
@@ -42,7 +45,7 @@ class Constants(nn.Module):
     They are no buffers, which `.half()` would round and building on `meta` would lose.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         super()._apply(fn, recurse)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, plain_block
+from elastic_export.families.bricks import dit_activation_values, plain_block, ratio
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import Attention, Mlp, PatchEmbed, Sinusoids, initialize, unpatchify
 from elastic_runtime.contract.budget import Budget
@@ -224,7 +224,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "in_chans": channels,
         "embed_dim": width,
         "depth": 2 * len({match[1] for key in shapes if (match := re.match(r"in_blocks\.(\d+)\.", key))}),
-        "mlp_ratio": shapes["in_blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": ratio(shapes["in_blocks.0.mlp.fc1.weight"][0], width),
         "qkv_bias": "in_blocks.0.attn.qkv.bias" in shapes,
         "mlp_time_embed": "time_embed.0.weight" in shapes,
         "num_classes": labels,

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from typing import Self  # since Python 3.11
 
 
 class Streamed(Tensor):
@@ -15,7 +18,7 @@ class Streamed(Tensor):
     _read: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls, read: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype) -> Self:
+    def __new__(cls, read: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype) -> "Self":
         self = cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"), requires_grad=False)
         self._read = read
         return self

@@ -199,6 +199,7 @@ def test_a_config_that_contradicts_the_checkpoint_is_answered_with_both_values(
         (["zzzz"], "there is no model 'zzzz'; see: elastic-export models"),
         (["elit-sit-xl-256"], "needs its weights: give --checkpoint FILE (.pt or .safetensors), or say --random-weights aloud"),
         (["elit-sit", "--random-weights"], "nothing tells input_size"),
+        (["elit-mnist", "--head-blocks", "3"], "is a packaged sample with its own weights: --head-blocks does not go with it"),
         (["elit-mnist", "--random-weights"], "is a packaged sample with its own weights: --random-weights does not go with it"),
         (["elit-sit", "--checkpoint", "nowhere.pt"], "checkpoint nowhere.pt does not exist"),
         (["elit-sit-xl-256", "--checkpoint", "x.pt", "--random-weights"], "give --checkpoint or --random-weights, not both"),

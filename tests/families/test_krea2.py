@@ -190,3 +190,9 @@ def test_a_folder_says_what_the_runtime_must_know(tmp_path: Path) -> None:
 def test_embeddings_of_another_model_are_refused(made: dict[bool, tuple[Any, Bundle]], shape: tuple[int, ...], message: str) -> None:
     with ElasticPipeline.from_pretrained(made[True][1].folder, "ort", threads=1) as pipe, pytest.raises(UsageError, match=message):
         pipe(prompt_embeds=np.zeros(shape, np.float32), guidance_scale=0.0, plan="full", num_inference_steps=1)
+
+
+def test_texts_are_fused_a_branch_at_a_time_whatever_the_denoiser_takes(tmp_path: Path) -> None:
+    folders.write(tmp_path / "f", folders.krea2())
+    graphs = {graph.name: graph for graph in capture_folder(tmp_path / "f", ("transformer",), Span(16, 32), Span(2, 4)).graphs}
+    assert (graphs["denoiser"].batch, graphs["text_fusion"].batch) == (Span(2, 4), Span(1, 4))

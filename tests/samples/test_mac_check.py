@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,12 @@ def test_the_table_has_a_row_for_each_unit_and_budget(
         def __init__(self, *arguments: Any, compute_units: str):
             super().__init__(*arguments)
 
-    plan: Callable[[Path, str], Any] = lambda package, units: {"latents_64": Counter(ane=3, cpu=1)}  # noqa: E731
+    def plan(package: Path, units: str) -> dict[str, Counter[str]]:
+        assert str(package) == "denoiser.mlmodelc"
+        return {"latents_64": Counter(ane=3, cpu=1)}
+
     monkeypatch.setattr(mac_check, "CoremlSession", OnAMac)
-    monkeypatch.setattr(mac_check, "compiled", lambda bundle, artifact, cache: Path("denoiser.mlmodelc"))
+    monkeypatch.setattr(mac_check, "compiled", lambda bundle, artifact, cache: (Path("denoiser.mlmodelc"), None))
     monkeypatch.setattr(mac_check, "obstacle", lambda artifact: None)
     monkeypatch.setattr(mac_check, "where", plan)
     monkeypatch.setattr(sys, "argv", ["mac_check.py", str(bundle.folder), "--units", "cpu,all", "--runs", "1"])

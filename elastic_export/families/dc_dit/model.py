@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, dit_block
+from elastic_export.families.bricks import dit_activation_values, dit_block, ratio
 from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, nearest, select, smooth, take
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
@@ -272,7 +272,7 @@ def sources(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> dict[str,
         "encoder": f"c{encoders}",
         "decoder": f"c{decoders}",
         "learn_sigma": named["final_layer.linear.weight"][0] == 2 * channels,
-        "mlp_ratio": named["blocks.0.mlp.fc1.weight"][0] / width,
+        "mlp_ratio": ratio(named["blocks.0.mlp.fc1.weight"][0], width),
     }
     arguments = {name: value for name in ("num_heads", "dechunk_kernel_sigma") if (value := _argument(args, name)) is not None}
     return {"the checkpoint's shapes": shapes, "the checkpoint's args": arguments}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, dit_block, embedders
+from elastic_export.families.bricks import dit_activation_values, dit_block, embedders, ratio
 from elastic_export.families.elit import interface
 from elastic_export.families.elit.interface import (
     LATENT_IDS,
@@ -318,7 +318,7 @@ def _read_sizes(named: Mapping[str, tuple[int, ...]], args: Mapping[str, Any]) -
         "hidden_size": width,
         "depth": len({match[1] for key in named if (match := re.match(r"blocks\.(\d+)\.", key))}),
         "num_classes": named["y_embedder.embedding_table.weight"][0] - 1,
-        "mlp_ratio": hidden / narrow,
+        "mlp_ratio": ratio(hidden, narrow),
     }
     renames = {"encoder_depth": "head_blocks", "elit_group_size": "group_size", "num_classes": "num_classes"}
     arguments = {ours: args[theirs] for theirs, ours in renames.items() if args.get(theirs) is not None}

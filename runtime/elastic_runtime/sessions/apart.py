@@ -206,8 +206,11 @@ def halves(graph: Graph, artifact: Artifact, apart: Apart) -> tuple[Artifact, Ar
     others = tuple(file for file in artifact.files if file not in own)
     changes: dict[str, object] = {}
     if isinstance(artifact, TrtArtifact):
-        sources = {each.path: each.conditions.path for each in graph.artifacts if each.conditions}
-        changes = {"profiles": (profile(conditions(graph, apart)),), "source": sources.get(artifact.source, artifact.source)}
+        changes = {"profiles": (profile(conditions(graph, apart)),)}
+        for each in graph.artifacts:  # of the very file that it was built from, whose other half is the source of this one
+            if each.conditions and (each.path, each.files[0].sha256) == (artifact.source, artifact.source_sha256):
+                (source,) = (file for file in each.files if file.path == each.conditions.path)
+                changes |= {"source": source.path, "source_sha256": source.sha256}
     return (
         msgspec.structs.replace(artifact, files=others, conditions=None),
         msgspec.structs.replace(artifact, files=tuple(own), conditions=None, **changes),

@@ -7,6 +7,7 @@ from typing import Any
 from elastic_runtime.errors import MissingError
 from elastic_runtime.files import atomic, cache
 
+KERNELS = "kernels-"  # how the names of their files begin
 _log = logging.getLogger(__name__)
 
 
@@ -17,7 +18,7 @@ class KernelCache:
     """
 
     def __init__(self, digest: str):
-        self._name = f"kernels-{digest[:32]}"
+        self._name = f"{KERNELS}{digest[:32]}"
         self._cache: Any = None  # made with the first configuration
         self._read = b""
 

@@ -74,7 +74,11 @@ class Conversion:
         return tuple(taken(self.graph.inputs, self.options.shapes if self.spans else "functions"))
 
     def _fed(self, size: int) -> Mapping[str, np.ndarray]:
-        return self.graph.feeds(self.graph.traced if self.spans else next(iter(self.points)), size)
+        point = next(iter(self.points))
+        if self.spans:  # what all points have in common is fixed, and the rest is traced away from the ends
+            closed = {name: point[name] for name in self.graph.open_dimensions if name in point and name not in self.spans}
+            point = Budget(**{**self.graph.traced, **closed})
+        return self.graph.feeds(point, size)
 
     def _whole(self, size: int) -> ExportedProgram:
         inputs, feeds, module = self._inputs, self._fed(size), self.graph.module

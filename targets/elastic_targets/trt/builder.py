@@ -38,19 +38,23 @@ class Builder:
 
         Raises: UsageError for a generation that has not what the precision multiplies, and for Turing where it is not built for it.
         """
+        by_name = bool(asked)
+        if not asked and device.gpu()[0] == TURING:  # unasked, at least the GPU of this machine
+            asked = (TURING,)
         since, named = SINCE.get(precision, 0), asked or self.sms
         able = {sm for sm in named if sm >= since}
         if old := sorted(set(named) - able if asked or not able else ()):
             fitting = ", ".join(name for name in ("fp16", "int8qdq", *SINCE) if SINCE.get(name, 0) <= min(old) and name != precision)
+            leave = f"leave {'it' if len(old) == 1 else 'them'} out of --sm, or " if by_name else ""
             raise UsageError(
-                f"{precision} needs a GPU of sm {since} or later, got sm {_list(old)}: leave {'it' if len(old) == 1 else 'them'} out of "
-                f"--sm, or choose a --precision that {'it' if len(old) == 1 else 'they'} can multiply: {fitting}"
+                f"{precision} needs a GPU of sm {since} or later, got sm {_list(old)}: {leave}choose a --precision that "
+                f"{'it' if len(old) == 1 else 'they'} can multiply: {fitting}"
             )
         turing = self.ahead_of_time and TURING in able
         if turing and precision not in ON_TURING and asked:
+            leave = f"leave {TURING} out of --sm, or " if by_name else ""
             raise UsageError(
-                f"{self} builds only {' and '.join(ON_TURING)} graphs for sm {TURING}, this one is {precision}: "
-                f"add --precision fp16, or leave {TURING} out of --sm"
+                f"{self} builds only {' and '.join(ON_TURING)} graphs for sm {TURING}, this one is {precision}: {leave}add --precision fp16"
             )
         apart = {TURING} if self.ahead_of_time else set()
         engines: list[tuple[int, ...]] = [(TURING,)] if turing and precision in ON_TURING else []

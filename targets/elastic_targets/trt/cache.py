@@ -20,6 +20,7 @@ import msgspec
 from elastic_runtime.contract.artifacts import FileEntry, Network
 from elastic_runtime.contract.bundle import sha256
 from elastic_runtime.files import atomic, cache
+from elastic_runtime.sessions.kernels import KERNELS
 
 MOST_BYTES = 8_000_000_000
 # Seconds a layer and profile on two CPU cores (docs/tensorrt.md), until a build here tells better.
@@ -128,11 +129,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _clear(root: Path, keep: str) -> None:
-    """Drop the engines that were used longest ago until the cache is within its bound; and what killed runs left."""
-    homes = [(path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir()]
+    """Drop the engines, and the kernels that were compiled of engines, that were used longest ago until the cache is within its bound; and
+    what killed runs left."""
+    entries = [(path.stat().st_mtime, path) for path in root.iterdir() if path.is_dir() or path.name.startswith(KERNELS)]
     total = 0
-    for _, path in sorted(homes, reverse=True):
+    for _, path in sorted(entries, reverse=True):
         with contextlib.suppress(OSError):
-            total += sum(file.stat().st_size for file in path.iterdir())
+            total += sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else (path,)))
         if total > MOST_BYTES and path.name != keep:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

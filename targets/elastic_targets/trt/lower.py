@@ -28,6 +28,7 @@ PRECISIONS = tuple(name for name, row in TABLE.items() if "trt" in row.targets)
 # Those that ONNX Runtime's own operators hold, and the standard form of as many bits.
 STANDARD = {"int8": "int8qdq", "int8w": "int8qdq", "int4w": "int4qdq"}
 _STEPS = 1000  # of each engine
+FORM = 1  # of what this version asks of a builder besides; one more with each change of that, so that no engine of before is taken
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,7 @@ def _key(plan: Plan, part: Part, sms: tuple[int, ...]) -> str:
             "profiles": msgspec.to_builtins(part.profiles),
             "sms": sms,
             "settings": plan.settings.__dict__,
+            "form": FORM,
         }
     )
 

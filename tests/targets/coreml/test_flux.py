@@ -53,6 +53,15 @@ def test_lists_of_sizes_of_several_inputs_are_of_one_length(graphs: Callable[...
     assert max(error(graph, session, point) for point in points) < PRECISIONS["fp32"].tolerance
 
 
+def test_lists_of_sizes_have_the_longest_text_where_nothing_is_said_of_it(
+    graphs: Callable[..., Any], lowered: Lowered, error: Error
+) -> None:
+    graph = graphs(folders.flux())[0]
+    points = (Budget(tokens=16), Budget(tokens=28))
+    _, session = lowered(graph, precision="fp32", shapes="enumerated", budgets=points)
+    assert max(error(graph, session, graph.at(point)) for point in points) < PRECISIONS["fp32"].tolerance
+
+
 def test_an_sd3_denoiser_keeps_its_sizes_open(graphs: Callable[..., Any], lowered: Lowered, error: Error) -> None:
     graph = graphs(folders.sd3(**folders.SD35))[0]
     _, session = lowered(graph, precision="fp32", shapes="range")

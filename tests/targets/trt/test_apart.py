@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from types import ModuleType
 
+import msgspec
 import pytest
 
 from elastic_export.exporting import export_bundle
@@ -39,6 +40,10 @@ def test_two_engines_are_built_and_come_from_the_cache_again(room: ModuleType, i
     assert isinstance(own, TrtArtifact)
     assert rest.profiles == artifact.profiles
     assert (own.source, own.profiles[0].dimensions) == (source.conditions.path, {"B": Range(1, ROWS, ROWS)})
+    hashes = {file.path: file.sha256 for file in source.files}
+    assert (rest.source_sha256, own.source_sha256) == (hashes[rest.source], hashes[own.source])
+    other = msgspec.structs.replace(artifact, source_sha256="0" * 64)  # of an ONNX file that was replaced since
+    assert halves(graph, other, artifact.conditions)[1].source_sha256 == "0" * 64  # type: ignore[union-attr]
     assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
     assert steps[-1][1:] == (1000, 1000)
 

@@ -1,5 +1,6 @@
 """The cache of built engines: the same build again, another's engine, and what others may have put there."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from elastic_runtime import Bundle, Span
 from elastic_targets.capture import BundleGraph
+from elastic_targets.trt import cache as engines
 
 Tiny = Callable[..., Bundle]
 
@@ -76,3 +78,18 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert room.lower(BundleGraph(add_one(tiny), "denoiser"), room.TrtOptions(sms=(86,)), tmp_path / "out")
     assert "the engine was not cached" in caplog.text
+
+
+def test_what_was_used_longest_ago_goes_first_kernels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "MOST_BYTES", 250)
+    for age, name in enumerate(("kernels-new", "engine-new", "engine-old", "kernels-old")):
+        path = tmp_path / name
+        if name.startswith("engine"):
+            path.mkdir()
+            (path / "engine").write_bytes(b"x" * 100)
+        else:
+            path.write_bytes(b"x" * 100)
+        os.utime(path, (10_000 - age, 10_000 - age))
+    (tmp_path / "rates.json").write_bytes(b"{}")
+    engines._clear(tmp_path, keep="")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine-new", "kernels-new", "rates.json"]
