@@ -288,7 +288,7 @@ def test_folders_that_will_not_do_are_named(golden: Path, tmp_path: Path) -> Non
         elasticize(golden / "elit-qwen-image-a", output=tmp_path / "a", **SPLIT)
     with pytest.raises(ModelError, match=r"head_blocks 1 \+ tail_blocks 1 must leave a core in 2 blocks"):
         elasticize(plain, output=tmp_path / "a", **SPLIT)
-    with pytest.raises(UsageError, match="exists: give a new folder, which becomes a copy, or .* itself"):
+    with pytest.raises(UsageError, match="exists, and a folder is never replaced: give a new one, which becomes a copy, or .* itself"):
         elasticize(plain, output=tmp_path, **SPLIT | {"head_blocks": 0})
     with pytest.raises(UsageError, match="becomes elit-qwen-image: leave family and config out"):
         elasticize(plain, output=tmp_path / "a", family="elit-sit", **SPLIT)
