@@ -142,7 +142,8 @@ class OrtSession(Session):
         # Its arena grows to the next power of two and gives nothing back: a fifth of what a model of 2 billion weights holds as it draws,
         # and nearly half of what a decoder does; and it brings nothing in time, where a run takes a second.
         size, denoiser = sum(file.bytes for file in artifact.files), graph is bundle.manifest.graphs.get("denoiser")
-        settings.enable_cpu_mem_arena = size < (LARGE if denoiser else MIDDLING)
+        others = [each for name, each in bundle.manifest.graphs.items() if name != "denoiser"]  # a denoiser may come in two halves
+        settings.enable_cpu_mem_arena = size < (MIDDLING if any(graph is each for each in others) else LARGE)
         if spinning is None:
             spinning = denoiser
         settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
