@@ -100,11 +100,12 @@ def _hindrance(artifact: OnnxArtifact, names: Sequence[str]) -> str | None:
         return "is in two files, of which a page takes one: export it without --conditions-apart, too"
     if PRECISIONS[artifact.precision].base != EXACT:
         return "has the form that TensorRT reads, which no page was tried with"
-    size = sum(file.bytes for file in artifact.files) / 1e9
-    if 1e9 * size > MOST_BYTES:
-        return f"has {size:.1f} GB of weights, and a page holds {MOST_BYTES / 1e9:.0f}"
+    size = sum(file.bytes for file in artifact.files)
+    if size > MOST_BYTES:
+        return f"has {size / 1e9:.1f} GB of weights, and a page holds {MOST_BYTES / 1e9:.0f}"
     if len(artifact.files) > 1:
-        return f"has its {size:.1f} GB of weights in a file of their own, as those from a quarter of a GB up do, and a page takes one file"
+        own = f"has its {size / 1e9:.1f} GB of weights in a file of their own"
+        return f"{own}, as those from a quarter of a GB up do, and a page takes one file"
     return None if all(row.passed for row in artifact.verified) else "was not proven at every budget"
 
 
