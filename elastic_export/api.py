@@ -1,35 +1,27 @@
-"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `models`. Nothing here prints."""
+"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `plan`, `models`. Nothing here prints."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import elastic_targets
 from elastic_export import exporting, verifying
-from elastic_export.exporting import OnStage, silent
+from elastic_export.exporting import Job, OnStage, silent
+from elastic_export.preparing import opened, preparing, require_torch, target_options
 from elastic_export.publishing import push as push
 from elastic_export.sides import Sides, read_size
-from elastic_runtime import hub
+from elastic_export.values import Adapting, Folder, Spanned, placeless, read_span, read_spans
 from elastic_runtime.contract.artifacts import Artifact
 from elastic_runtime.contract.axis import Span
-from elastic_runtime.contract.bundle import MANIFEST, Bundle
-from elastic_runtime.errors import MissingError, UsageError
-from elastic_runtime.files.folder import Draft, standing, writing
-from elastic_targets.target import OnProgress, Target
+from elastic_runtime.contract.bundle import Bundle
+from elastic_runtime.errors import UsageError
+from elastic_targets.target import OnProgress
 
 if TYPE_CHECKING:
-    from elastic_export.capture.capture import Capture
     from elastic_export.planning import Forecast
 
 DEFAULT = "elit-mnist"
-BATCH = Span(1, 4)
-TRANSFORMER = "transformer"  # what `components` calls a denoiser
-Folder = str | os.PathLike[str]
-Spanned = Span | str | int
-Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 def export(
@@ -96,12 +88,13 @@ def export(
         "random_weights": random_weights, "max_sequence_length": max_sequence_length, "adapters": adapters,
     }  # fmt: skip
     spans = {"latents": latents, "tokens": tokens, "loops": loops}
-    command = command or f"elastic_export.export({os.fspath(model)!r}, target={target!r})"
+    command = command or f"elastic_export.export({placeless(os.fspath(model))!r}, target={target!r})"
     room = elastic_targets.target(target)
     if room.takes == "torch":
         chosen = target_options(room, options, precision)
-        with preparing(model, target, chosen, output, spans, batch, source, overwrite, command, on_stage, verify=verify) as ready:
-            return ready.run(on_stage, on_progress)
+        job = Job(room, chosen, command, overwrite, verify)
+        with preparing(model, job, output, spans, batch, source, on_stage) as prepared:
+            return prepared.run(on_stage, on_progress)
     given = {name: value for name, value in options.items() if name != "opset"}
     given |= {"spans": read_spans(spans), "batch": None if batch is None else read_span(batch)}
     chosen = target_options(room, given, precision)
@@ -112,10 +105,9 @@ def export(
     if bundle is None:
         onnx = elastic_targets.target("onnx")
         first = target_options(onnx, {name: value for name, value in options.items() if name in ("opset", "conditions_apart")}, precision)
-        with preparing(
-            model, "onnx", first, output, spans, batch, source, overwrite, command, on_stage, verify=verify, then=(room, chosen)
-        ) as ready:
-            return ready.run(on_stage, on_progress)
+        job = Job(onnx, first, command, overwrite, verify, then=(room, chosen))
+        with preparing(model, job, output, spans, batch, source, on_stage) as prepared:
+            return prepared.run(on_stage, on_progress)
     return exporting.export_bundle(bundle, target, chosen, Path(output), overwrite, on_progress)
 
 
@@ -233,168 +225,3 @@ def models() -> list[dict[str, Any]]:
     from elastic_export.capture.catalogue import catalogue
 
     return catalogue()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An export whose model is captured and whose options are checked, before anything is lowered.
-
-    `old` is the bundle that stands at `output`; `draft` is None for a dry run. `then` is a target that takes the ONNX artifacts, with its
-    options: its own join them before any of it is there.
-    """
-
-    capture: "Capture"
-    target: Target
-    options: Any
-    output: Path
-    overwrite: bool
-    command: str
-    old: Bundle | None
-    draft: Draft | None
-    verify: str = "budgets"
-    then: tuple[Target, Any] | None = None
-
-    def check(self) -> None:
-        """Raise what `run` would before it lowers anything."""
-        exporting.prepare(self.capture, self.target, self.options, self.old, self.command, self.overwrite, self.verify)
-
-    def run(self, on_stage: OnStage = silent, on_progress: OnProgress = silent) -> Bundle:
-        """Lower, prove and write; the capture is consumed. Not for a dry run."""
-        assert self.draft is not None
-        return exporting.export_into(
-            self.draft, self.capture, self.target.name, self.options, self.command, self.overwrite, on_stage, on_progress, self.verify,
-            self.then,
-        )  # fmt: skip
-
-    def notes(self) -> Iterator[str]:
-        """What a user should know that is not the result."""
-        yield from self.capture.notes
-        if ignored := self.capture.manifest.provenance.ignored_weights:
-            yield f"ignored {len(ignored)} training-only weights, {ignored[0]} among them"
-        if self.capture.manifest.model.weights == "random":
-            yield "the weights are random: fit to measure speed, not to draw"
-
-
-@contextlib.contextmanager
-def preparing(
-    model: Folder,
-    target: str,
-    options: Any,
-    output: Folder,
-    spans: Mapping[str, Spanned | None],
-    batch: Spanned | None = None,
-    source: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    command: str = "",
-    on_stage: OnStage = silent,
-    dry_run: bool = False,
-    verify: str = "budgets",
-    then: tuple[Target, Any] | None = None,
-) -> Iterator[Prepared]:
-    """What `export` does before it lowers anything, for a target that takes torch; nobody else writes at `output` meanwhile.
-
-    `options` are the target's own record, `source` where the model comes from (`checkpoint` to `random_weights`, see `export`). A dry run
-    writes nothing, and does not read a folder's weights through for their hash. `then`: see `Prepared`.
-
-    Raises: as `export`.
-    """
-    if verify not in exporting.VERIFY:
-        raise UsageError(f"--verify is one of {', '.join(exporting.VERIFY)}, got {verify!r}")
-    require_torch("exporting")
-    from elastic_export.capture.opening import open_model
-    from elastic_export.capture.zoo import locate
-    from elastic_export.foreign import hub as hubs
-
-    room, name = elastic_targets.target(target), os.fspath(model)
-    repository = hub.named(name)
-    place = None if repository else locate(name)  # before the output, which may have the model's name, is made
-    origin = dict(source or {})
-    for each in ("checkpoint", "config", "vae"):
-        origin[each] = None if origin.get(each) is None else Path(origin[each])
-    origin["size"] = None if origin.get("size") is None else read_size(origin["size"])
-    origin["components"] = read_words(origin.get("components"))
-    origin["adapters"] = read_adapters(origin.get("adapters"))
-    chosen = origin["components"]
-    if chosen is not None and TRANSFORMER not in chosen and room.denoising and (idle := room.denoising(options)):
-        raise UsageError(f"{idle[0]} is for a denoiser, and --components {','.join(chosen)} has none: leave it out, or add {TRANSFORMER}")
-    folder = Path(output)
-    with contextlib.ExitStack() as stack:
-        # A refusal should not wait for the weights to load.
-        draft = None if dry_run else stack.enter_context(writing(folder, overwrite))
-        old = draft.old if draft else standing(folder, overwrite).bundle
-        if repository:
-            on_stage(f"fetching {name}")
-            place, name = hubs.folder(repository, origin["components"]), repository.name
-        if origin["vae"] and (named := hub.named(origin["vae"])):
-            on_stage(f"fetching {named}")
-            origin["vae"] = hubs.component(named)
-        on_stage(f"loading {name}")
-        batches = BATCH if batch is None else read_span(batch)
-        capture = open_model(name, place, read_spans(spans), batches, digest=not dry_run, **origin)
-        if repository and place:
-            capture.taken_from(f"{repository.id}@{place.name}")
-        if then and then[0].fits:
-            then[0].fits(capture.manifest, then[1])
-        yield Prepared(capture, room, options, folder, overwrite, command, old, draft, verify, then)
-
-
-def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
-    """The bundle that stands at `model`; None for a model that is still to be exported.
-
-    Raises: UsageError for a bundle with a `source` of its own.
-    """
-    if repository := hub.named(model):
-        if hub.read(repository, MANIFEST) is None:
-            return None
-    elif not (Path(model) / MANIFEST).is_file():
-        return None
-    if any(value is not None and value is not False and value != [] for value in source.values()):
-        raise UsageError(f"{model} is a bundle and has its weights: --checkpoint, --config, --vae, --adapter and the like are for a MODEL")
-    return Bundle.open(model)
-
-
-def target_options(room: Target, given: Mapping[str, Any], precision: str | None = None) -> Any:
-    """The record of a target's own options.
-
-    Raises: UsageError listing the options that it has.
-    """
-    known = [field.name for field in fields(room.options)]
-    if unknown := sorted(set(given) - set(known)):
-        raise UsageError(f"the {room.name} target has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return room.options(**values | ({} if precision is None else {"precision": precision}))
-
-
-def require_torch(what: str) -> None:
-    """Raise MissingError with the line to paste unless the hall can be entered."""
-    try:
-        import safetensors  # noqa: F401
-        import torch  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingError(f"{what} needs {error.name}, which is not installed: pip install 'elastic-export[torch]'") from error
-
-
-def read_span(value: Spanned) -> Span:
-    """`"32-256"`, `64` or a `Span`, as a span; raises BudgetError for other text."""
-    return value if isinstance(value, Span) else Span.parse(str(value))
-
-
-def read_spans(spans: Mapping[str, Spanned | None]) -> dict[str, Span]:
-    """Those that are given."""
-    return {name: read_span(value) for name, value in spans.items() if value is not None}
-
-
-def read_words(value: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """`"transformer,vae"`, or the words themselves."""
-    if value is None:
-        return None
-    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
-
-
-def read_adapters(values: Sequence[Adapting] | None) -> list[tuple[Path, float]]:
-    """Files of adapters with their scales; raises UsageError for a scale that is no number."""
-    from elastic_export.foreign.adapters import parse, scaled
-
-    if isinstance(values, str | os.PathLike):
-        values = [values]
-    return [scaled(Path(value[0]), value[1]) if isinstance(value, tuple) else parse(os.fspath(value)) for value in values or ()]

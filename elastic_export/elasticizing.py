@@ -140,7 +140,11 @@ def _folder(path: Path, output: Path, split: Mapping[str, int], seed: int) -> Pa
 
     def put(place: Path) -> None:
         save_file(place / "transformer" / elit_folder.WEIGHTS, weights)
-        save_file(place / "transformer" / elit_folder.CONFIG, words)  # last: it is what makes the folder an ELIT's
+        try:
+            save_file(place / "transformer" / elit_folder.CONFIG, words)  # last: it is what makes the folder an ELIT's
+        except BaseException:
+            (place / "transformer" / elit_folder.WEIGHTS).unlink()  # without which it is the folder that it was
+            raise
 
     if output.resolve() == path.resolve():
         put(path)

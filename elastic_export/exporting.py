@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,22 @@ def silent(*_: object) -> None:
     """The default for progress callbacks."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is asked of an export from torch.
+
+    `options` are the target's own record, `verify` says which budgets are proven (see `elastic_export.export`), `command` stands in the
+    manifest. `then` is a target that takes the ONNX artifacts, with its options: its own are made of them before any of it is there.
+    """
+
+    target: Target
+    options: Any
+    command: str
+    overwrite: bool = False
+    verify: str = VERIFY[0]
+    then: tuple[Target, Any] | None = None
+
+
 def export_capture(
     capture: "Capture",
     target: str,
@@ -51,40 +68,28 @@ def export_capture(
     overwrite: bool = False,
     on_stage: OnStage = silent,
     on_progress: OnProgress = silent,
-    verify: str = "budgets",
+    verify: str = VERIFY[0],
 ) -> Bundle:
     """Lower every graph of `capture` for a target that takes torch, prove it, and write or extend the bundle at `output`.
 
-    `options` are the target's own, `verify` which budgets are proven (see `elastic_export.export`). The capture is consumed: its graphs
-    are let go one by one. On any error the old bundle is whole.
+    `options`, `command` and `verify` are those of a `Job`. The capture is consumed: its graphs are let go one by one. On any error the old
+    bundle is whole.
 
     Raises: UsageError and its kinds for what cannot be done as asked; VerificationError naming the budget that failed.
     """
     with writing(output, overwrite) as draft:
-        return export_into(draft, capture, target, options, command, overwrite, on_stage, on_progress, verify)
+        job = Job(elastic_targets.target(target), options, command, overwrite, verify)
+        return export_into(draft, capture, job, on_stage, on_progress)
 
 
-def export_into(
-    draft: Draft,
-    capture: "Capture",
-    target: str,
-    options: Any,
-    command: str,
-    overwrite: bool = False,
-    on_stage: OnStage = silent,
-    on_progress: OnProgress = silent,
-    verify: str = "budgets",
-    then: tuple[Target, Any] | None = None,
-) -> Bundle:
-    """What `export_capture` does, for a caller who holds the folder already; `then` is a target that takes the ONNX artifacts, with its
-    options, whose own are made of them before any of it is there."""
-    room = elastic_targets.target(target)
-    old, manifest, standing = prepare(capture, room, options, draft.old, command, overwrite, verify)
+def export_into(draft: Draft, capture: "Capture", job: Job, on_stage: OnStage = silent, on_progress: OnProgress = silent) -> Bundle:
+    """What `export_capture` does, for a caller who holds the folder already."""
+    old, manifest, standing = prepare(capture, job, draft.old)
     arrays = old.reference() if old and old.manifest.reference else {}
     for path, content in ({} if old else capture.files).items():  # the old bundle has them
         (draft.stage / path).parent.mkdir(parents=True, exist_ok=True)
         (draft.stage / path).write_bytes(content)
-    _room_on_disk(capture.graphs, room, options, draft.folder)
+    _room_on_disk(capture.graphs, job.target, job.options, draft.folder)
     # What fails should fail soon: a denoiser of billions of weights takes hours, and a decoder minutes.
     capture.graphs[:] = sorted([*capture.graphs, *standing], key=lambda graph: graph.parameters)
     proven_alone = {graph.name for graph in standing}
@@ -92,7 +97,7 @@ def export_into(
     while capture.graphs:
         graph = capture.graphs.pop(0)
         known = unpack(graph.name, arrays)[1]
-        proven, left = proving(graph, room, options, verify)
+        proven, left = proving(graph, job)
         asked = [budget for budget in proven if budget not in known]
         left = [*(Budget(**each) for each in manifest.graphs[graph.name].unproven), *left]
         manifest = manifest.left(graph.name, [dict(each) for each in dict.fromkeys(left) if each not in known and each not in asked])
@@ -107,18 +112,19 @@ def export_into(
             manifest = msgspec.structs.replace(manifest, reference=entry(draft.stage, reference))
         name, artifacts = graph.name, tuple[Artifact, ...]()
         if name not in proven_alone:
-            on_stage(f"lowering {name} to {target}")
-            artifacts = _lowered(room, graph, options, draft.stage, on_progress)
+            on_stage(f"lowering {name} to {job.target.name}")
+            artifacts = _lowered(job.target, graph, job.options, draft.stage, on_progress)
         on_stage(f"verifying {name}")
         bundle = draft.bundle(manifest.joined(name, artifacts))
-        if artifacts and room.unrounded and (floats := room.unrounded(graph, bundle.manifest.graphs[name], options)):
+        unrounded = job.target.unrounded
+        if artifacts and unrounded and (floats := unrounded(graph, bundle.manifest.graphs[name], job.options)):
             verify_unrounded(bundle, name, *floats)
         del graph  # weights that are held in memory are no longer needed,
         gc.collect()  # and the exporter leaves them in reference cycles
         manifest = _proven(bundle, name, artifacts, frugal=True, standing=bool(asked))
-    if then:
-        on_stage(f"building for {then[0].name}")
-        manifest = _built(draft, _wanted(draft.bundle(manifest), *then, overwrite), *then, on_progress)
+    if job.then:
+        on_stage(f"building for {job.then[0].name}")
+        manifest = _built(draft, _wanted(draft.bundle(manifest), *job.then, job.overwrite), *job.then, on_progress)
     on_stage("writing the bundle")
     return draft.commit(manifest)
 
@@ -237,36 +243,35 @@ def _manifest(capture: "Capture", command: str) -> Manifest:
     return msgspec.structs.replace(capture.manifest, provenance=provenance)
 
 
-def prepare(
-    capture: "Capture", room: Target, options: Any, old: Bundle | None, command: str, overwrite: bool, verify: str
-) -> tuple[Bundle | None, Manifest, list["GraphCapture"]]:
+def prepare(capture: "Capture", job: Job, old: Bundle | None) -> tuple[Bundle | None, Manifest, list["GraphCapture"]]:
     """The bundle that the export will extend (`old`, or None: it makes a new one), the manifest to go on with, and the graphs that stay
     as they are and of which budgets are to be proven that an earlier export left out.
     Of the capture's graphs those are left that the old bundle does not have in this precision.
 
     Raises: what `export_capture` raises before it lowers anything.
     """
+    room, options = job.target, job.options
     for graph in capture.graphs:
         room.requires(graph, options)
     names = [graph.name for graph in capture.graphs]
     for name, words in (room.addressed(options) if room.addressed else {}).items():
         if not any(each == name or each.startswith(f"{name}_encoder") for each in names):  # `text` is every text encoder
             raise UsageError(f"{words} is for a graph that this export has not; it has {', '.join(names)}: leave it out")
-    manifest = _manifest(capture, command)
+    manifest = _manifest(capture, job.command)
     if old and not (conflict := _conflict(old.manifest, manifest)):
-        unproven = [graph for graph in capture.graphs if _unproven(graph, old, room, options, verify)]
-        missing = _missing(old, room, capture.graphs, options, overwrite, bool(unproven))
+        unproven = [graph for graph in capture.graphs if _unproven(graph, old, job)]
+        missing = _missing(old, room, capture.graphs, options, job.overwrite, bool(unproven))
         capture.graphs[:], standing = missing, [graph for graph in unproven if graph not in missing]
         return old, msgspec.structs.replace(old.manifest, quality=manifest.quality, precisions=manifest.precisions), standing
-    if old and not overwrite:
+    if old and not job.overwrite:
         raise BundleError(f"{old.folder} holds another export ({conflict}): choose another -o/--output, or replace it with --overwrite")
     return None, manifest, []
 
 
-def _unproven(graph: "GraphCapture", old: Bundle, room: Target, options: Any, verify: str) -> bool:
+def _unproven(graph: "GraphCapture", old: Bundle, job: Job) -> bool:
     """Whether a graph of the old bundle has budgets to be proven that it was not proven at."""
     left = [Budget(**each) for each in old.manifest.graphs[graph.name].unproven] if graph.name in old.manifest.graphs else []
-    return any(budget in left for budget in proving(graph, room, options, verify)[0])
+    return any(budget in left for budget in proving(graph, job)[0])
 
 
 def _conflict(old: Manifest, new: Manifest) -> str | None:
@@ -318,12 +323,12 @@ def _missing(old: Bundle, room: Target, graphs: Sequence[G], options: Any, overw
     return missing
 
 
-def proving(graph: "GraphCapture", room: Target, options: Any, verify: str) -> tuple[list[Budget], list[Budget]]:
-    """The budgets to prove of a graph, and those that `verify` leaves out: its ends are those that the target makes something for, where
+def proving(graph: "GraphCapture", job: Job) -> tuple[list[Budget], list[Budget]]:
+    """The budgets to prove of a graph, and those that the job leaves out: its ends are those that the target makes something for, where
     it does not serve every budget."""
     from elastic_export.capture.capture import probe_budgets
 
-    probes, own = probe_budgets(graph.axes, graph.open_dimensions), room.proves(graph, options)
+    probes, own = probe_budgets(graph.axes, graph.open_dimensions), job.target.proves(graph, job.options)
     every, served = list(dict.fromkeys([*probes, *own])), own or probes
-    proven = {"budgets": every, "ends": [*served[:1], *served[-1:]], "none": []}[verify]
+    proven = {"budgets": every, "ends": [*served[:1], *served[-1:]], "none": []}[job.verify]
     return list(dict.fromkeys(proven)), [budget for budget in every if budget not in proven]

@@ -34,7 +34,7 @@ from elastic_runtime.contract import manifest
 from elastic_runtime.contract.axis import Axis, Span
 from elastic_runtime.contract.budget import Budget, key
 from elastic_runtime.contract.precision import PRECISIONS, held
-from elastic_runtime.denoising.conditions import guidance_of
+from elastic_runtime.denoising.conditions import CLASSES_GUIDANCE, guidance_of
 from elastic_runtime.device import Peak
 from elastic_runtime.drawing.budgets import STEPS
 from elastic_runtime.errors import ModelError, UsageError
@@ -50,7 +50,7 @@ GB = 1e9
 @dataclass(frozen=True)
 class Memory:
     """Bytes at a precision: of each part's weights (`weights`), of all of them as files (`disk`), and at once while drawing (`peak`): text
-    encoders are let go before the denoiser is opened. `fits` is None where the device's memory is unknown."""
+    encoders are let go one before the next, and all before the denoiser is opened. `fits` is None where the device's memory is unknown."""
 
     precision: str
     weights: dict[str, int]
@@ -145,7 +145,7 @@ def plan(
         device: its id in the catalogue (see `elastic-export devices`), or "here" for this machine.
         precisions: names of `contract.precision`; None for all that something makes.
         size: a side, or sides, in pixels; None for the model's usual one. steps: of plan full, and of budgets; None for 20.
-        guidance: its scale; 1 is off, None what the model draws with by itself. config: sizes of a family of the zoo, in JSON.
+        guidance: its scale; 1 is off, None what `generate` draws with. config: sizes of a family of the zoo, in JSON.
         max_sequence_length: of a diffusers folder: tokens of a prompt; None for what its pipeline takes.
 
     Raises: UsageError for a device or precision that there is not; ModelError and BudgetError as an export does.
@@ -201,7 +201,7 @@ def _memory(subject: Subject, precision: str, room: float | None) -> Memory:
     if decoder := subject.parts.get(DECODER):
         decoding = RESERVED * decoder.work.at(held(precision, DECODER)).activation_bytes
         drawing = weights[DECODER] + max(drawing, weights[DENOISER] + decoding)
-    reading = sum(value for name, value in weights.items() if name not in (DENOISER, DECODER))
+    reading = max((value for name, value in weights.items() if name not in (DENOISER, DECODER)), default=0)
     peak = round(max(drawing, reading))
     return Memory(precision, weights, sum(weights.values()), peak, None if room is None else peak <= room)
 
@@ -267,7 +267,8 @@ def _zoo(request: Request, asked: Asked, name: str) -> Subject:
         ways[key(budget) or FULL] = [Work(row.flops, row.weight_bytes, row.activation_bytes)] * asked.steps
     channels, height, width = facts["sample_shape"]
     remarks = () if channels in (1, 3) else ("the size is the latent's, and its decoder (--vae at export) is not counted",)
-    branches = 2 if (facts["num_classes"] if asked.guidance is None else asked.guidance > 1) else 1
+    usual = CLASSES_GUIDANCE if facts["num_classes"] else 1.0
+    branches = 2 if (usual if asked.guidance is None else asked.guidance) > 1 else 1
     return Subject(request.name, family.name, (height, width), 0, branches, parameters, ways, notes=remarks)
 
 
@@ -301,7 +302,8 @@ def _folder(path: Path, name: str, asked: Asked) -> Subject:
         }
     else:
         ways = {key(budget): [costs.work(budget)] * asked.steps for budget in _budgets((known.drawn.axis,))}
-    embedded, cfg = guidance_of(model, asked.guidance, None)
+    usual = CLASSES_GUIDANCE if model.num_classes else None
+    embedded, cfg = guidance_of(model, usual if asked.guidance is None else asked.guidance, None)
     branches = 2 if cfg.scale > 1 else 1
     length = known.text.length if known.text else 0
     parts = dict(_texts(folder, known, branches, asked.length))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from elastic_runtime import hub
 from elastic_runtime.contract.agreement import decode
 from elastic_runtime.contract.artifacts import Artifact, OnnxArtifact, TrtArtifact
@@ -16,6 +18,7 @@ from elastic_runtime.contract.manifest import Manifest
 from elastic_runtime.contract.precision import PRECISIONS
 from elastic_runtime.denoising.pictures import obstacle
 from elastic_runtime.errors import BundleError, UsageError
+from elastic_runtime.files.names import records
 
 CARD = "README.md"
 # What a repository may hold besides a bundle: the hub's own, and what people add to a card.
@@ -68,8 +71,8 @@ def push(
     entries = {entry.path: entry for entry in opened.manifest.files()}
     on_stage(f"looking at {place}")
     parent = hub.created(place, private)
-    there = _listed(parent)
-    old, card = _manifest(parent, there), hub.read(parent, CARD) if CARD in there else None
+    there = hub.files(parent)
+    old, card = _old(parent, there, overwrite), hub.read(parent, CARD) if CARD in there else None
     if old is None and not overwrite and (others := [name for name in there if not BESIDE.fullmatch(name)]):
         raise BundleError(
             f"{place} is no bundle and holds {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}: choose another name, or "
@@ -77,24 +80,33 @@ def push(
         )
     kept = card is not None and not overwrite and not ours(card.decode(errors="replace"))
     content: dict[str, Path | bytes] = {name: opened.file(name) for name in entries}
-    content[MANIFEST] = (opened.folder / MANIFEST).read_bytes()
+    assert opened.text is not None
+    content[MANIFEST] = opened.text  # what was hashed: an export may join the folder meanwhile
     if not kept:
         content[CARD] = model_card(opened.manifest, place.id).encode()
-    stale = {entry.path for entry in old.files()} & set(there) - set(content) if old else set()
+    stale = old & set(there) - set(content) if old else set()
     size = sum(entry.bytes for entry in entries.values())
     on_stage(f"sending {size / 1e9:.2f} GB to {place}")
     commit = hub.push(place, parent, content, sorted(stale), message or f"{opened.manifest.model.name}, by elastic-export")
     return Pushed(str(place), commit.url, commit.files, commit.removed, size, kept)
 
 
-def _listed(repository: hub.Repository) -> list[str]:
-    return hub.files(repository, Path())
+def _old(repository: hub.Repository, there: list[str], overwrite: bool) -> set[str] | None:
+    """Files of the bundle that stands in a repository; None where there is none.
 
-
-def _manifest(repository: hub.Repository, there: list[str]) -> Manifest | None:
-    """The manifest of the bundle that stands in a repository; None where there is none."""
-    text = hub.read(repository, MANIFEST) if MANIFEST in there else None
-    return None if text is None else decode(text, f"{repository.id}'s {MANIFEST}")
+    Raises: BundleError for a manifest that cannot be read, unless it is to be replaced.
+    """
+    if (text := hub.read(repository, MANIFEST) if MANIFEST in there else None) is None:
+        return None
+    try:
+        return {entry.path for entry in decode(text, f"{repository.id}'s {MANIFEST}").files()}
+    except BundleError as error:
+        if not overwrite:
+            raise BundleError(f"{repository.id} holds a bundle that cannot be read: {error} Or replace it with --overwrite.") from error
+    try:
+        return {entry.path for entry in records(msgspec.json.decode(text))}
+    except (ValueError, RecursionError):  # no JSON, which lists nothing
+        return set()
 
 
 def ours(card: str) -> bool:

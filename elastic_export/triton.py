@@ -181,7 +181,8 @@ def _readme(bundle: Bundle, made: Sequence[TritonModel], left: Sequence[str]) ->
         f"    tritonserver --model-repository=/models --strict-readiness=true{option}\n"
         f"curl localhost:8000/v2/models/{denoiser}/config\n```\n",
         "Run it in this folder. `YY.MM` is a release whose ONNX Runtime reads the opset below, and whose TensorRT is the one that built "
-        "the engines, if there are any. Without a GPU leave `--gpus all` out.\n",
+        "the engines, if there are any. Without a GPU leave `--gpus all` out."
+        f"{' Version-compatible engines bring native code, which the server runs: trust who built them.' if lean else ''}\n",
         "| model | graph | opens with |\n|---|---|---|",
         *(f"| `{each.name}` | {each.graph} | {_needs(each)} |" for each in made),
         *(f"\nLeft out: {why}." for why in left),

@@ -144,17 +144,28 @@ def chosen(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([EXACT, *names]))
 
 
+def protocol_of(before: dict[str, Any] | None, options: Namespace) -> dict[str, Any]:
+    """How the options measure; raises UsageError where the card's other precisions were measured in another way."""
+    protocol = {"samples": options.samples, "steps": options.steps, "guidance": GUIDANCE, "seed": options.seed}
+    if before and _others(before, options) and before["protocol"] != protocol:
+        raise UsageError(f"the card's other precisions were measured by {before['protocol']}: measure all again, or by that protocol")
+    return protocol
+
+
+def _others(before: dict[str, Any] | None, options: Namespace) -> list[dict[str, Any]]:
+    """A card's rows of precisions that are not measured now."""
+    return [row for row in (before or {}).get("rows", ()) if row["precision"] not in options.precisions]
+
+
 def recorded(before: dict[str, Any] | None, measured: list[dict[str, Any]], options: Namespace) -> dict[str, Any]:
     """What a card holds of precisions, once those that were `measured` are in it; by the same protocol, what it held of others stays.
 
     Raises: UsageError where others were measured by another protocol.
     """
-    protocol = {"samples": options.samples, "steps": options.steps, "guidance": GUIDANCE, "seed": options.seed}
+    protocol = protocol_of(before, options)
     kept = ("budget", "plan", "precision", "accuracy", "frechet_distance", "psnr_db")
     fresh = [{each: row[each] for each in kept if each in row} for row in measured]
-    others = [row for row in (before or {}).get("rows", ()) if row["precision"] not in options.precisions]
-    if before and others and before["protocol"] != protocol:
-        raise UsageError(f"the card's other precisions were measured by {before['protocol']}: measure all again, or by that protocol")
+    others = _others(before, options)
     ways = list(dict.fromkeys(str((row.get("plan"), row["budget"])) for row in fresh))
     own = versions("elastic-export", "onnxruntime", "openvino", "numpy", "torch")
     where = {each: {"versions": own, "machine": machine()} for each in options.precisions}
@@ -171,6 +182,8 @@ def recorded(before: dict[str, Any] | None, measured: list[dict[str, Any]], opti
 def main(options: Namespace) -> None:
     if options.record and not {*options.precisions} <= {*PRECISIONS}:
         raise UsageError(f"--record writes the cards' own precisions, {', '.join(PRECISIONS)}: give --precisions of these, or leave it out")
+    for name in options.models if options.record else ():  # a refusal should not wait for the pictures
+        protocol_of(read(samples()[name]).get("precisions"), options)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:

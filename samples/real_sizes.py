@@ -10,6 +10,7 @@ command is a process of its own, whose largest memory the system tells (Linux).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -89,7 +90,10 @@ def row(name: str, subject: Subject, precision: str, folder: Path) -> dict[str, 
     """What exporting and drawing took."""
     source = folder / (f"{name}.safetensors" if subject.zoo else name)
     if not source.exists():
-        part = source.with_name(f"part-{source.name}")
+        part = source.with_name(f"part-{source.name}")  # what a run left that was stopped is made anew
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
         timed([sys.executable, str(HERE / "random_folder.py"), name, str(part)])
         part.rename(source)
     model = [subject.zoo, "--checkpoint", str(source)] if subject.zoo else [str(source)]
@@ -139,7 +143,7 @@ def nearest(drawn: Path, exact: Path) -> float | None:
 
 def section(rows: dict[str, dict[str, Any]]) -> str:
     """The table, and how it was made."""
-    lines, first = list(HEAD), next(iter(rows.values()))
+    lines = list(HEAD)
     for name, subject in SUBJECTS.items():
         title = subject.title
         for precision in subject.precisions:
@@ -152,9 +156,13 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
             cells += ["-" if cost[each] is None else f"{cost[each]:.1f}" for each in ("step_db", "picture_db")]
             lines.append(f"| {' | '.join(cells)} |")
             title = ""
-    libraries = ", ".join(f"{name} {version}" for name, version in sorted(first["versions"].items()))
     made = " ".join(name for name in SUBJECTS if any(key.startswith(f"{name} ") for key in rows))
-    lines += ["", f"`python samples/real_sizes.py {made} --folder build/real` on a {first['machine']}; {libraries}."]
+    places: dict[str, list[str]] = {}
+    for key, cost in rows.items():
+        libraries = ", ".join(f"{name} {version}" for name, version in sorted(cost["versions"].items()))
+        places.setdefault(f"on a {cost['machine']}; {libraries}", []).append(key)
+    where = [place + (f" ({', '.join(keys)})" if len(places) > 1 else "") for place, keys in places.items()]
+    lines += ["", f"`python samples/real_sizes.py {made} --folder build/real` {'; and '.join(where)}."]
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
     python samples/speed.py build/bench.json docs/performance.md --plot docs/speed.svg
 
-The page holds them between `<!-- figures speed -->` and `<!-- end of figures -->`. With --check nothing is written, and a page that
-differs is an error.
+The page holds them between `<!-- figures speed -->` and `<!-- end of figures -->`. With --check nothing is written, no plot either, and
+a page that differs is an error.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from elastic_bench.figures import figures, method
 from elastic_bench.files import read
 from elastic_bench.plots import latency_plot
 from elastic_bench.records import BundleReport, Report
+from elastic_bench.statistics import ratio
 from elastic_bench.svg import captioned
-from elastic_runtime import ElasticError
+from elastic_runtime import ElasticError, UsageError
 from elastic_runtime.contract.budget import key
 from elastic_runtime.files.atomic import save
 
@@ -48,10 +49,10 @@ def beside_torch(report: Report) -> str | None:
     ratios: dict[str, list[float]] = {name: [] for name in TORCH}
     for bundle in report.bundles:
         points = figures(bundle, report.settings, report.peaks)
-        steps = {(each.runtime.runtime, key(each.row.budget)): each.row.step.p50 for each in points}
-        for (name, budget), seconds in steps.items():
-            if name in ratios and (OURS, budget) in steps:
-                ratios[name].append(seconds / steps[OURS, budget])
+        rounds = {(each.runtime.runtime, key(each.row.budget)): each.row.rounds for each in points}
+        for (name, budget), seconds in rounds.items():
+            if name in ratios and (OURS, budget) in rounds:
+                ratios[name].append(ratio(seconds, rounds[OURS, budget]))
     spans = [f"{min(each):.1f} to {max(each):.1f} times as long in {TORCH[name]}" for name, each in ratios.items() if each]
     return f"On the same weights and threads, a step takes {' and '.join(spans)} as in {OURS}." if spans else None
 
@@ -73,6 +74,8 @@ def section(report: Report) -> str:
 
 
 def main(given: argparse.Namespace) -> None:
+    if given.check and not given.pages:
+        raise UsageError("--check holds pages against the report: give one, docs/performance.md")
     report = read(given.report)
     for path in given.pages:
         page = path.read_text(encoding="utf-8")
@@ -81,7 +84,7 @@ def main(given: argparse.Namespace) -> None:
             raise SystemExit(f"{path} does not say what {given.report} says: run samples/speed.py {given.report} {path}")
         if not given.check:
             save(path, new.encode())
-    if given.plot:
+    if given.plot and not given.check:
         timed = [bundle for bundle in report.bundles if any(runtime.rows for runtime in bundle.runtimes)]
         plots = [(f"{bundle.model}: ms a step", latency_plot(bundle, report.settings)) for bundle in timed]
         save(given.plot, captioned([(title, plot.svg, plot.legend) for title, plot in plots]).encode())

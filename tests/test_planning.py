@@ -92,6 +92,14 @@ def test_text_and_decoder_are_counted_as_the_exported_graphs_run(tmp_path: Path)
         assert forecast.flops[name] == counter.get_total_flops(), name
 
 
+def test_text_encoders_are_held_one_after_the_other(tmp_path: Path) -> None:
+    folder = bare(folders.write(tmp_path / "m", folders.sd3(), text=True), tmp_path / "bare")
+    (row,) = elastic_export.plan(folder, device=ORIN, precisions="fp32").memory
+    encoders = [value for name, value in row.weights.items() if name.startswith("text_encoder")]
+    assert len(encoders) == 3
+    assert max(encoders) <= row.peak < sum(row.weights.values())
+
+
 def test_the_fusion_of_text_is_counted_once_a_picture_and_branch(tmp_path: Path) -> None:
     transformer = folders.krea2()
     folder = bare(folders.write(tmp_path / "m", transformer), tmp_path / "bare")
@@ -159,6 +167,13 @@ def test_budgets_of_the_zoo_are_its_own_rows() -> None:
     assert [way.name for way in (forecast.ways[0], forecast.ways[-1])] == ["latents=16", "latents=256"]
     assert forecast.parameters["denoiser"] == manifest.cost[0].weight_bytes // 4
     assert elastic_export.plan("elit-mnist", device="apple-m2", guidance=1.0).branches == 1
+
+
+def test_a_model_of_classes_is_led_as_generate_leads_it_whatever_draws_it() -> None:
+    for name in ("elit-mnist", "ralu-digits"):
+        forecast, alone = (elastic_export.plan(name, device="apple-m2", guidance=scale) for scale in (None, 1.0))
+        assert (forecast.branches, alone.branches) == (2, 1), name
+        assert forecast.ways[0].flops == 2 * alone.ways[0].flops, name
 
 
 def test_presets_families_with_a_config_and_this_machine(tmp_path: Path) -> None:

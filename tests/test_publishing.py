@@ -103,6 +103,41 @@ def test_what_is_no_bundle_is_not_written_over(server: fake_hub.Hub, bundle: Pat
     assert {"model.safetensors", "elastic.json"} < set(files(server))
 
 
+def test_a_hub_that_does_not_list_its_files_is_not_written_to(
+    server: fake_hub.Hub, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elastic_export.push(bundle, "me/digits")
+    server.repos["me/digits"].commit(files(server) | {"README.md": b"# mine"})
+    server.failing_after.add("tree")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # an empty folder is no empty repository
+    with pytest.raises(MissingError, match="the hub answers 500 for me/digits"):
+        elastic_export.push(bundle, "me/digits")
+    assert files(server)["README.md"] == b"# mine"
+
+
+def test_what_is_sent_is_what_was_hashed(server: fake_hub.Hub, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, made = (bundle / "elastic.json").read_bytes(), hub.created
+
+    def meanwhile(repository: hub.Repository, private: bool) -> hub.Repository:
+        other(bundle)  # an export joins the folder
+        (bundle / FILE).write_bytes(b"a graph")
+        return made(repository, private)
+
+    monkeypatch.setattr(hub, "created", meanwhile)
+    elastic_export.push(bundle, "me/digits")
+    assert files(server)["elastic.json"] == before != (bundle / "elastic.json").read_bytes()
+
+
+@pytest.mark.parametrize("text", [b"{}", b"no JSON"])
+def test_a_manifest_that_cannot_be_read_is_replaced_when_told(server: fake_hub.Hub, bundle: Path, text: bytes) -> None:
+    server.add("me/digits", {"elastic.json": text})
+    with pytest.raises(BundleError, match="me/digits holds a bundle that cannot be read: .* Or replace it with --overwrite"):
+        elastic_export.push(bundle, "me/digits")
+    elastic_export.push(bundle, "me/digits", overwrite=True)
+    assert Bundle.open("me/digits", hashes=True).manifest == Bundle.open(bundle).manifest
+
+
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [

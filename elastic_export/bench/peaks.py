@@ -3,11 +3,13 @@
 import contextlib
 import importlib.util
 import itertools
+import logging
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from elastic_bench.process import deaf, ignore_interrupts
 from elastic_bench.records import Peaks
 from elastic_runtime.contract.precision import EXACT, PRECISIONS
 from elastic_runtime.device import Clock
+from elastic_runtime.errors import InferenceError
 
 SIDES = (256, 1024, 2048, 4096)
 RUNS = 5
@@ -27,6 +30,7 @@ RUNS = 5
 LONGEST = 3.0
 EXACT_RATE, INT8_RATE = (PRECISIONS[name].rate for name in (EXACT, "int8"))
 RATES = (EXACT_RATE, PRECISIONS["bf16"].rate, INT8_RATE)
+_log = logging.getLogger(__name__)
 MISLEADING = "OPENBLAS_CORETYPE"  # makes numpy multiply as an older processor would
 # What tells numpy's library of products, whichever it is, how many threads it may have; it reads that when it is imported.
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -35,6 +39,8 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB
 def peaks(threads: int) -> Peaks:
     """Peaks of `threads` threads, measured in a process of its own: by numpy, and where torch is installed by that too, in float32,
     bfloat16 and 8-bit integers. The greatest of each rate counts.
+
+    Raises: InferenceError where that process dies.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=ignore_interrupts) as pool:
@@ -46,6 +52,10 @@ def peaks(threads: int) -> Peaks:
             for process in list(pool._processes.values()):
                 process.kill()
             raise
+        except BrokenProcessPool:
+            raise InferenceError(
+                "the process that measures the processor's peaks died, as systems end one when memory runs out: close what else runs here"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -68,8 +78,11 @@ def _measured(threads: int) -> Peaks:
     copied = of_numpy(threads=threads)
     if importlib.util.find_spec("torch") is None:
         return copied
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        _log.warning("the processor's peaks are numpy's, since torch cannot be loaded: %s", error)
+        return copied
     torch.set_num_threads(threads)
     rates = {rate: highest(partial(_product, torch, rate), time.perf_counter) for rate in RATES}
     rates[EXACT_RATE] = max(rates[EXACT_RATE], copied.flops_per_second)

@@ -122,6 +122,7 @@ class TorchSession(Session):
         from elastic_targets.weights import filled
 
         self._torch, self._peer = torch, peer
+        self.processor = "cpu" if peer.device == "cpu" else "gpu"  # whose peaks its figures are shares of
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # what the compiler thinks of a graph is not the benchmark's to tell
         if peer.precision == EXACT:  # and not TF32, which convolutions on a GPU otherwise are
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -38,7 +38,8 @@ def is_elit(folder: Path) -> bool:
     has = {name: (folder / "transformer" / name).is_file() for name in (CONFIG, WEIGHTS)}
     if any(has.values()) and not all(has.values()):
         there, lacking = sorted(has, key=lambda name: not has[name])
-        raise ModelError(f"{folder / 'transformer'} has {there} and no {lacking}, which go together: copy the folder again")
+        undone = f", or delete {there} where elasticize was killed before it wrote {lacking}" if has[WEIGHTS] else ""
+        raise ModelError(f"{folder / 'transformer'} has {there} and no {lacking}, which go together: copy the folder again{undone}")
     return all(has.values())
 
 

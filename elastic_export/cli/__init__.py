@@ -29,7 +29,7 @@ from elastic_export.cli import (
 from elastic_export.cli.show import fail
 from elastic_runtime.errors import ElasticError
 
-FAILED = 1  # by no fault of what was asked
+FAILED = 5  # no fault of what was asked: memory, a disk or a terminal that does not do its part
 # 128 + the signal, as shells have it
 ENDED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
 

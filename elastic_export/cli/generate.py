@@ -56,16 +56,16 @@ def generate(
 
     import numpy as np
 
-    from elastic_export import api
     from elastic_export.cli import requests
     from elastic_export.pictures import KeptTokens, grid, refuse_clobber, save
+    from elastic_export.values import read_words
     from elastic_runtime.contract.bundle import Bundle
     from elastic_runtime.drawing.budgets import STEPS
     from elastic_runtime.errors import UsageError
     from elastic_runtime.pipeline import ElasticPipeline
 
     refuse_clobber(output, saying.overwrite)
-    allowed = api.read_words(precision) or ()
+    allowed = read_words(precision) or ()
     if show_tokens:
         refuse_clobber(show_tokens, saying.overwrite, "--show-tokens")
         if show_tokens.resolve() == output.resolve():

@@ -26,27 +26,15 @@ def make(
     """Read, capture and export; `given` are the target's own options, `then` another target that takes what was made, with its options.
     None for a dry run, which says what would be done."""
     import elastic_targets
-    from elastic_export import api
+    from elastic_export.exporting import Job
+    from elastic_export.preparing import preparing, target_options
 
     logging.basicConfig(level=logging.INFO if how.verbose else logging.ERROR)
-    options = api.target_options(elastic_targets.target(target), given)
+    room = elastic_targets.target(target)
+    job = Job(room, target_options(room, given), command_line(), how.overwrite, how.verify, then)
     with (
         show.stages(how.quiet) as on_stage,
-        api.preparing(
-            source.model,
-            target,
-            options,
-            output,
-            spans,
-            batch,
-            source.weights(),
-            how.overwrite,
-            command_line(),
-            on_stage,
-            how.dry_run,
-            how.verify,
-            then,
-        ) as prepared,
+        preparing(source.model, job, output, spans, batch, source.weights(), on_stage, how.dry_run) as prepared,
     ):
         peaks, bundle = prepared.capture.peaks, None
         if how.dry_run:
@@ -73,23 +61,28 @@ def _plan(prepared: Any, peaks: Mapping[str, int], batch: Span, how: How) -> Non
     """Show what would be made."""
     from elastic_export.exporting import proving
 
-    capture, target = prepared.capture, prepared.target.name
+    capture, job = prepared.capture, prepared.job
     graphs = capture.graphs if peaks else capture.graphs[:1]  # a folder's have sizes of their own
-    proven = {graph.name: proving(graph, prepared.target, prepared.options, how.verify)[0] for graph in graphs}
+    proven = {graph.name: proving(graph, job)[0] for graph in graphs}
     points = {name: [key(budget) for budget in budgets] for name, budgets in proven.items()}
     budgets = next(iter(points.values()))
-    plan: dict[str, object] = {"output": str(prepared.output), "target": target, "axes": capture.manifest.axes, "batch": str(batch)}
+    plan: dict[str, object] = {
+        "output": str(prepared.output),
+        "target": job.target.name,
+        "axes": capture.manifest.axes,
+        "batch": str(batch),
+    }
     sizes, waiting = {}, {}
-    if peaks and prepared.target.estimate:
-        estimates = {graph.name: prepared.target.estimate(graph, prepared.options) for graph in capture.graphs}
+    if peaks and job.target.estimate:
+        estimates = {graph.name: job.target.estimate(graph, job.options) for graph in capture.graphs}
         peaks = {name: estimate.peak_bytes for name, estimate in estimates.items()}
         sizes = {name: estimate.file_bytes for name, estimate in estimates.items()}
         waiting = {name: estimate.waiting_bytes for name, estimate in estimates.items() if estimate.waiting_bytes}
     plan |= {"verify": budgets} | ({"peak_bytes": peaks} if peaks else {}) | ({"file_bytes": sizes} if sizes else {})
     plan |= {"waiting_bytes": waiting} if waiting else {}
     if how.json:
-        show.as_json(target, {"dry_run": True, "model": capture.manifest.model} | plan)
+        show.as_json(job.target.name, {"dry_run": True, "model": capture.manifest.model} | plan)
     else:
-        what = f"{capture.manifest.model.name} for {target}, {prepared.options.precision}, batch {batch}"
+        what = f"{capture.manifest.model.name} for {job.target.name}, {job.options.precision}, batch {batch}"
         show.line(f"would write {prepared.output}: {what}, {show.proven(budgets)}")
         show.peaks(peaks, sizes, waiting, points)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from elastic_export.sides import read_size
+from elastic_export.values import placeless
 from elastic_runtime.contract.axis import Span, whole
 from elastic_runtime.contract.budget import Budget
 from elastic_runtime.errors import BudgetError
@@ -107,8 +108,8 @@ def outline(text: str) -> tuple[tuple[int, int, int], tuple[float, float, float]
 
 
 def command_line() -> str:
-    """The command as typed, for the manifest: the program's name without its folder."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as typed, for the manifest: the program's name without its folder, and absolute paths likewise."""
+    return shlex.join([Path(sys.argv[0]).name, *map(placeless, sys.argv[1:])])
 
 
 def precision(words: str, show_default: bool = True) -> Any:

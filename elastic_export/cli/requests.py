@@ -22,19 +22,19 @@ from elastic_runtime.contract.budget import Budget
 from elastic_runtime.contract.bundle import Bundle
 from elastic_runtime.contract.manifest import Model
 from elastic_runtime.contract.precision import EXACT
-from elastic_runtime.denoising.sources import pixels
+from elastic_runtime.denoising.conditions import CLASSES_GUIDANCE
+from elastic_runtime.denoising.sources import converted, pixels
 from elastic_runtime.drawing.beside import edits
 from elastic_runtime.drawing.budgets import STEPS
+from elastic_runtime.drawing.kinds import kind_of
 from elastic_runtime.drawing.plans import plans_of
 from elastic_runtime.errors import UsageError
-from elastic_runtime.pipeline import unfit
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.fit import fit
 from elastic_runtime.ralu.offers import base_shift
 from elastic_runtime.ralu.plan import FULL, OWN, STEPPED, Plan
 from elastic_runtime.request import Request, Result
 
-CLASSES_GUIDANCE = 2.0  # where nothing else is asked for
 PLAIN_STEPS = 50  # that the paper compares with
 # option -> the request's field that it sets
 FIELDS = {
@@ -77,12 +77,13 @@ def request(
 
     Raises: typer.BadParameter for options that do not fit its kind of model, or contradict each other.
     """
-    model, (unfitting, kind) = bundle.manifest.model, unfit(bundle)
+    model = bundle.manifest.model
+    drawing = kind_of(model)
     _subject(model, subject)
     fields_of = FIELDS | {f"--{axis}": "budget" for axis in budgets} | {f"--guidance-{axis}": "guidance_budget" for axis in weak}
     given = typed(subject, sampling, guided, budgets=budgets, weak=weak)
-    if wrong := [flag for flag in given if fields_of.get(flag) in unfitting]:
-        raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {kind}")
+    if wrong := [flag for flag in given if fields_of.get(flag) in drawing.unfit(model)]:
+        raise typer.BadParameter(f"{wrong[0]} does not fit {model.name}, which draws {drawing.kind}")
     labels = None if subject.prompt or model.unconditional else tuple(options.integers("0" if subject.classes is None else subject.classes))
     chooser = policy(goal, options.budgets(budgets), Budget(**weak) or None)
     pictures = [picture(path, "--image", "RGB") for path in subject.image or ()]
@@ -131,7 +132,9 @@ def picture(path: Path, option: str, mode: str) -> np.ndarray:
     """The pixels of a picture's file, uint8; raises UsageError for a file that is none."""
     try:
         with Image.open(path) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert(mode))
+            return converted(f"{option} {path}", ImageOps.exif_transpose(opened), mode)
+    except UsageError:
+        raise
     except Exception as error:  # whatever Pillow's readers raise: OSError and ValueError, but SyntaxError and EOFError as well
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UsageError(f"cannot read {option} {path}: {why}") from None

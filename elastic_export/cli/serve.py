@@ -70,8 +70,8 @@ def serve(
       elastic-export serve digits --target-ms 500 --precision auto
       elastic-export serve digits --ray --replicas 2-8 --host 0.0.0.0
     """
-    from elastic_export import api
     from elastic_export.cli import show
+    from elastic_export.values import read_words
     from elastic_runtime.errors import MissingError, UsageError
 
     try:
@@ -83,13 +83,13 @@ def serve(
         host=host,
         port=port,
         backend=backend,
-        precisions=tuple(api.read_words(precision) or ()),
+        precisions=tuple(read_words(precision) or ()),
         queue=queue,
         margin=margin,
         wish=None if target_ms is None else target_ms / 1000,
         batch=batch,
         drain=drain_seconds,
-        names=tuple(api.read_words(server_name) or ()),
+        names=tuple(read_words(server_name) or ()),
         limits=Limits(pictures=max_pictures, steps=max_steps),
     )
 

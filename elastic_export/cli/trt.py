@@ -47,7 +47,9 @@ def trt(
     refit: Annotated[bool, typer.Option("--refit", help="Weights can be replaced later (the build needs a GPU).")] = False,
     strip: Annotated[bool, typer.Option("--strip", help="Leave the weights in the ONNX file (the build needs a GPU).")] = False,
     weight_streaming: Annotated[bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")] = False,
-    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Opens in later TensorRT versions.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Opens in later TensorRT versions, with a runtime that it brings.")
+    ] = False,
     conditions_apart: Annotated[
         bool, typer.Option("--conditions-apart", help="Two engines: what time, class and pooled text ask for alone is run once a picture.")
     ] = False,
@@ -69,9 +71,9 @@ def trt(
     import logging
 
     import elastic_targets
-    from elastic_export import api
     from elastic_export.cli.making import make, shown
     from elastic_export.exporting import require_model
+    from elastic_export.preparing import opened
     from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, available
 
@@ -80,7 +82,7 @@ def trt(
     flags = (refit, strip, weight_streaming, version_compatible, conditions_apart)
     engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, *flags)
     available(engine_options)  # what it refuses should not wait for the model
-    bundle = api.opened(source.model, source.weights())
+    bundle = opened(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache
     require_model(bundle, opset, how.verify)

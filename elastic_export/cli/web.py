@@ -45,14 +45,14 @@ def web(
       elastic-export web digits -o site --precision int8 --overwrite
       elastic-export web digits -o site --runtime node_modules/onnxruntime-web
     """
-    from elastic_export import api
     from elastic_export.cli import show
+    from elastic_export.values import read_words
     from elastic_runtime.contract.bundle import Bundle
     from elastic_web import server
     from elastic_web.site import write
 
     with show.stages(quiet or as_json) as on_stage:
-        made = write(Bundle.open(bundle), output, tuple(api.read_words(precision) or ()), runtime, overwrite, on_stage)
+        made = write(Bundle.open(bundle), output, tuple(read_words(precision) or ()), runtime, overwrite, on_stage)
     artifact = made.artifacts["denoiser"]
     if as_json:
         facts = {"site": str(made.folder), "precision": artifact.precision, "model": artifact.files[0], "bytes": made.bytes}

@@ -20,6 +20,12 @@ def ratio(hidden: int, width: int) -> float:
     return value
 
 
+def check_hidden(width: int, mlp_ratio: float) -> None:
+    """Raise ValueError for an `mlp_ratio` that leaves no hidden layer."""
+    if not 1 <= width * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio {mlp_ratio} leaves no hidden layer of a finite size")
+
+
 def plain_block(tokens: int, width: int, mlp_ratio: float = 4.0) -> int:
     """FLOPs of a transformer block on `tokens` tokens: qkv, projection, MLP, attention."""
     return round(2 * tokens * (4 + 2 * mlp_ratio) * width**2) + attention(tokens, tokens, width)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
-from elastic_export.families.bricks import dit_activation_values, dit_block, embedders, ratio
+from elastic_export.families.bricks import check_hidden, dit_activation_values, dit_block, embedders, ratio
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import (
     DiTBlock,
@@ -69,6 +69,7 @@ class EltParams:
             raise ValueError(f"max_loops {self.max_loops} is fewer than the {self.loops} loops of training")
         if min(self.prelude_blocks, self.coda_blocks) < 0:
             raise ValueError(f"prelude_blocks and coda_blocks must be 0 or more, got {self.prelude_blocks} and {self.coda_blocks}")
+        check_hidden(self.hidden_size, self.mlp_ratio)
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be {', '.join(PREDICTIONS)}, got {self.prediction!r}")
 

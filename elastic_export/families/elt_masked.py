@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import attention, dit_activation_values, ratio
+from elastic_export.families.bricks import attention, check_hidden, dit_activation_values, ratio
 from elastic_export.families.elt import axes, from_presets, looped, prefixes
 from elastic_export.families.family import Family, demand, example_labels, priced
 from elastic_export.families.layers import Attention, LabelEmbedder, Mlp, initialize, layer_norm, sincos_2d
@@ -44,6 +44,7 @@ class EltMaskedParams:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
+        check_hidden(self.hidden_size, self.mlp_ratio)
         if self.token_kind not in ("grey", "code"):
             raise ValueError(f"token_kind must be grey or code, got {self.token_kind!r}")
         if self.max_loops < self.loops:

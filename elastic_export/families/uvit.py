@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, plain_block, ratio
+from elastic_export.families.bricks import check_hidden, dit_activation_values, plain_block, ratio
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import Attention, Mlp, PatchEmbed, Sinusoids, initialize, unpatchify
 from elastic_runtime.contract.budget import Budget
@@ -63,8 +63,7 @@ class UVitParams:
             raise ValueError(f"depth {self.depth} must be even: it counts the blocks before and after the middle one")
         if self.num_classes != -1 and self.num_classes < 2:
             raise ValueError(f"num_classes {self.num_classes} must be 2 or more, the last for no label, or -1 for none")
-        if not 1 <= self.embed_dim * self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden layer of a finite size")
+        check_hidden(self.embed_dim, self.mlp_ratio)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be {' or '.join(SCHEDULES)}, got {self.schedule!r}")
 

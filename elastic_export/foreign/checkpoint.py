@@ -95,11 +95,17 @@ def _is_average(value: Any) -> bool:
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, inert.Inert):
-        value = vars(value)
-    if isinstance(value, Mapping | list | tuple):
-        return any(map(_holds_tensors, value.values() if isinstance(value, Mapping) else value))
-    return isinstance(value, Tensor)
+    """Whether there is a tensor in it, or in what it holds, which may be itself."""
+    rest, seen = [value], set[int]()
+    while rest:
+        each = rest.pop()
+        if isinstance(each, Tensor):
+            return True
+        each = vars(each) if isinstance(each, inert.Inert) else each
+        if isinstance(each, Mapping | list | tuple) and id(each) not in seen:
+            seen.add(id(each))
+            rest += each.values() if isinstance(each, Mapping) else each
+    return False
 
 
 def _prefix(weights: Mapping[Any, Any]) -> str | None:

@@ -99,4 +99,12 @@ def diffusers_class(name: str) -> type:
         import diffusers
     except ImportError as error:
         raise MissingError(f"a diffusers folder needs diffusers ({error}): pip install 'elastic-export[flux]'") from error
-    return getattr(diffusers, name)
+    return member(diffusers, name)
+
+
+def member(library: Any, name: str) -> Any:
+    """A class of diffusers or transformers; raises MissingError where this version has it not, which is older than the model."""
+    if (kind := getattr(library, name, None)) is None:
+        package, version = library.__name__, library.__version__
+        raise MissingError(f"the model needs {package}'s {name}, which {package} {version} has not: pip install --upgrade {package}")
+    return kind

@@ -9,7 +9,7 @@ from elastic_export.foreign.reading import read_json
 from elastic_export.foreign.weights import weights_name
 from elastic_runtime import hub
 from elastic_runtime.contract.bundle import MANIFEST
-from elastic_runtime.errors import ModelError
+from elastic_runtime.errors import MissingError, ModelError
 
 SUBFOLDERS = tuple(name for names in COMPONENTS.values() for name in names)
 CONFIGS = (INDEX, MANIFEST, *(f"{name}/*.json" for name in (*SUBFOLDERS, "scheduler")))
@@ -43,7 +43,7 @@ def folder(repository: hub.Repository, components: Iterable[str] | None = None) 
     pinned = repository.at(first)
     words = COMPONENTS if components is None else [word for word in components if word in COMPONENTS]
     names = {name for word in words for name in COMPONENTS[word]}
-    listed = hub.files(pinned, first)
+    listed = _listed(pinned, first, sorted(names))
     wanted = [file for name in sorted(names) for file in _weights(first, name, listed)]
     wanted += [ELIT] if "transformer" in names and ELIT in listed else []
     return hub.snapshot(pinned, [*CONFIGS, *(TOKENIZERS if names & set(COMPONENTS["text"]) else ()), *wanted])
@@ -55,7 +55,21 @@ def component(repository: hub.Repository) -> Path:
     if not (first / "config.json").is_file():
         raise ModelError(f"{repository} has no config.json, and so is no component as diffusers saves them")
     pinned = repository.at(first)
-    return hub.snapshot(pinned, ["config.json", "*.index*.json", *_weights(first, "", hub.files(pinned, first))])
+    return hub.snapshot(pinned, ["config.json", "*.index*.json", *_weights(first, "", _listed(pinned, first, [""]))])
+
+
+def _listed(repository: hub.Repository, snapshot: Path, components: Iterable[str]) -> list[str]:
+    """Names of a repository's files; of those that its snapshot holds, where the hub is out of reach.
+
+    Raises: MissingError where the snapshot lacks the weights of a component, too.
+    """
+    try:
+        return hub.files(repository)
+    except MissingError:
+        cached = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
+        if any((snapshot / name / "config.json").is_file() and not _weights(snapshot, name, cached) for name in components):
+            raise
+        return cached
 
 
 def _weights(folder: Path, name: str, listed: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elastic_export.families.layers import Constants
 from elastic_export.families.prompts import PromptRule
 from elastic_export.foreign.folder import Folder
-from elastic_export.foreign.reading import read_json
+from elastic_export.foreign.reading import read_json, reason
 from elastic_export.foreign.text_encoders import Tokenizer, config_of, kind, transformers_class, unfilled
 from elastic_export.foreign.weights import Naming
 from elastic_runtime.contract.artifacts import TensorSpec
@@ -264,7 +264,7 @@ def _chat(tokenizer: Tokenizer, rule: PromptRule) -> tuple[str, str]:
         except ImportError as error:
             raise MissingError(f"chat templates need jinja2 ({error}): pip install 'elastic-export[torch,flux]'") from error
         except Exception as error:  # whatever a template raises
-            raise ModelError(f"{tokenizer.path} has no chat template that can be used: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{tokenizer.path} has no chat template that can be used: {reason(error)}") from None
         return text
 
     before, mark, after = rendered(MARK).partition(MARK)

@@ -28,3 +28,8 @@ def is_pointer(file: Path) -> bool:
     """Whether git-lfs has put a pointer in a file's place."""
     with file.open("rb") as stream:
         return stream.read(40).startswith(b"version https://git-lfs")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from elastic_export.foreign.component import member
 from elastic_export.foreign.folder import Folder
-from elastic_export.foreign.reading import is_pointer, read_json
+from elastic_export.foreign.reading import is_pointer, read_json, reason
 from elastic_export.foreign.weights import Naming
 from elastic_runtime.contract.artifacts import TensorSpec
 from elastic_runtime.contract.axis import Span
@@ -130,7 +131,7 @@ def read_tokenizer(folder: Folder, component: str) -> Tokenizer:
                 f"{path} has its vocabulary as sentencepiece's, which is not read without {lost[0]}: pip install sentencepiece protobuf, "
                 "or save a tokenizer.json there"
             ) from None
-        raise ModelError(f"{path} is not a tokenizer that transformers reads: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path} is not a tokenizer that transformers reads: {reason(error)}") from None
     _check_vocabulary(path)
     if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:  # of T5's kind an empty one has the mark of a space
         raise ModelError(f"{path} has a vocabulary without words, with which nothing is read of a prompt: download it again")
@@ -253,7 +254,7 @@ def transformers_class(name: str) -> Any:
         import transformers
     except ImportError as error:
         raise MissingError(f"text encoders need transformers ({error}): pip install 'elastic-export[flux]'") from error
-    return getattr(transformers, name)
+    return member(transformers, name)
 
 
 @contextlib.contextmanager

@@ -112,12 +112,13 @@ class LoadReport(_Record, frozen=True):
     def method(self) -> str:
         """How it was measured, in words."""
         settings, rates = self.settings, ", ".join(f"{way} {rate:.1f}" for way, rate in self.sustained.items())
+        failed = ", ".join(f"{row.failed} of {row.asked} at load {row.load:g} ({row.way})" for row in self.rows if row.failed)
         return (
             "A server process was asked by an open loop: requests came at the times of a Poisson process, whether or not those before were "
             f"answered. One picture alone takes {1e3 * self.alone:.0f} ms at the best budget, and each was wanted within "
             f"{1e3 * settings.patience * self.alone:.0f} ms. Pictures a second where there are always some to draw: {rates}; load 1 is "
             f"what the best budget sustains. {settings.duration:g} s of each way, longer below load 1, in turns; {settings.steps} steps, "
-            f"guidance {settings.guidance:g}."
+            f"guidance {settings.guidance:g}." + (f" Ended in an error, and count as not on time: {failed}." if failed else "")
         )
 
 

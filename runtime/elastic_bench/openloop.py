@@ -158,13 +158,21 @@ async def ask(client: Any, body: Mapping[str, Any]) -> Answer:
     return Answer(answer.status_code, seconds, budgets)
 
 
+async def drawn(client: Any, body: Mapping[str, Any]) -> Answer:
+    """An answer that is a picture; raises InferenceError for another."""
+    answer = await ask(client, body)
+    if answer.status != 200:
+        raise InferenceError(f"the server answers {answer.status or 'nothing'} to one picture: ask it by hand with elastic-export serve")
+    return answer
+
+
 async def sustained(client: Any, body: Mapping[str, Any], pictures: int) -> float:
-    """Pictures a second where there are always some to draw."""
+    """Pictures a second where there are always some to draw; raises InferenceError where one is not."""
     left = iter(range(pictures))
 
     async def work() -> None:
         for _ in left:
-            await ask(client, body)
+            await drawn(client, body)
 
     begun = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(TOGETHER)))
@@ -203,11 +211,9 @@ async def _loads(
 
         on_stage("asking for one picture")
         for way in WAYS.values():  # shapes and sizes are met once
-            answers = await asyncio.gather(*(ask(clients[way.shared], words(way)) for _ in range(TOGETHER)))
-            if wrong := [answer.status for answer in answers if answer.status != 200]:
-                raise InferenceError(f"the server answers {wrong[0] or 'nothing'} to one picture: ask it by hand with elastic-export serve")
+            await asyncio.gather(*(drawn(clients[way.shared], words(way)) for _ in range(TOGETHER)))
         best = WAYS[BEST]
-        alone = float(np.median([(await ask(clients[best.shared], words(best))).seconds for _ in range(ALONE)]))
+        alone = float(np.median([(await drawn(clients[best.shared], words(best))).seconds for _ in range(ALONE)]))
         on_stage("asking for pictures without a pause")
         rates = {
             name: await sustained(clients[way.shared], words(way), 6 * TOGETHER) for name, way in WAYS.items() if way.quality != "auto"
@@ -232,17 +238,17 @@ async def _loads(
 
 def row(name: str, times: float, answers: Sequence[Answer], deadline: float, span: float, worth: Mapping[str, float] | None) -> LoadRow:
     """What became of a way's requests at one load."""
-    drawn = [answer for answer in answers if answer.status == 200]
-    steps = [(worth[budget], count) for answer in drawn for budget, count in answer.budgets.items()] if worth else []
+    pictures = [answer for answer in answers if answer.status == 200]
+    steps = [(worth[budget], count) for answer in pictures for budget, count in answer.budgets.items()] if worth else []
     refused = sum(answer.status == 429 for answer in answers)
     return LoadRow(
         load=times,
         way=name,
         asked=len(answers),
         refused=refused,
-        failed=len(answers) - len(drawn) - refused,
+        failed=len(answers) - len(pictures) - refused,
         span=span,
         late_after=deadline,
-        latencies=tuple(answer.seconds for answer in drawn),
+        latencies=tuple(answer.seconds for answer in pictures),
         quality=sum(value * count for value, count in steps) / sum(count for _, count in steps) if steps else None,
     )

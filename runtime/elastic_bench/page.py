@@ -13,6 +13,7 @@ from PIL import Image
 from elastic_bench.drawing import Album
 from elastic_bench.figures import figures, method
 from elastic_bench.load import COLUMNS, LoadReport, cells
+from elastic_bench.pareto import SAME
 from elastic_bench.plots import card_plot, cost_plot, latency_plot, load_plots, trial_plot
 from elastic_bench.records import Report
 from elastic_runtime.contract.budget import Budget
@@ -30,7 +31,7 @@ def require() -> None:
 def page(report: Report, albums: Sequence[Album]) -> str:
     """The page; `albums` are the pictures of each bundle (may be empty)."""
     bundles = [_bundle(report, i, album) for i, album in enumerate(albums)]
-    return _filled("page.html", report=report, bundles=bundles, method=method(report.settings, report.bundles))
+    return _filled("page.html", report=report, bundles=bundles, method=method(report.settings, report.bundles), SAME=SAME)
 
 
 def load_page(report: LoadReport) -> str:

@@ -1,8 +1,10 @@
 """Every way that this machine has to run a bundle, proven and timed once: what a device check sends back."""
 
 import statistics
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,7 +27,7 @@ WARM = 2
 class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One budget of one artifact in one way, or the `reason` why it did not run. `max_abs` may be `bound`.
 
-    `milliseconds` are the median of a run of one sample.
+    `milliseconds` are the median of a run of as few samples as the artifact takes, mostly one.
     """
 
     graph: str
@@ -45,7 +47,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def trials(bundle: Bundle, clock: Clock = time.perf_counter) -> Iterator[Trial]:
     """A row for each budget that the original recorded, of each artifact, in each way of each backend that opens its kind.
 
-    Paths are the bundle's own; a reason says what the library said, with BUNDLE for the bundle's folder.
+    Paths are the bundle's own; a reason says what the library said, with BUNDLE for the bundle's folder, and HOME and PYTHON for the user's
+    and the interpreter's.
     """
     # Of a folder that was given as `.` or `digits`, no reason would tell the path from a full stop or a word.
     bundle = Bundle(bundle.folder.resolve(), bundle.manifest, bundle.stage, bundle.text, bundle.name)
@@ -61,7 +64,7 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
     precision = Origin(artifact, record.name, how.options).precision
     about: dict[str, Any] = {"graph": graph, "artifact": artifact.path, "precision": precision, "way": way}
     if reason := record.obstacle(artifact):
-        yield Trial(**about, reason=reason)
+        yield Trial(**about, reason=_nameless(bundle, reason))
         return
     limit = max(bundle.manifest.graphs[graph].tolerance(artifact), how.tolerance)
     try:
@@ -71,7 +74,21 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
             times = dict(_times(bundle, arrays, graph, session, clock))
             yield from (_trial(about, row, times[key(row.budget)]) for row in rows)
     except ElasticError as error:
-        yield Trial(**about, reason=str(error).replace(str(bundle.folder), "BUNDLE"))
+        yield Trial(**about, reason=_nameless(bundle, str(error)))
+
+
+def _nameless(bundle: Bundle, reason: str) -> str:
+    """A reason without the paths of whoever ran it."""
+    for place, name in ((bundle.folder, "BUNDLE"), (Path(sys.prefix), "PYTHON"), (Path(sys.base_prefix), "PYTHON"), (_home(), "HOME")):
+        reason = reason.replace(str(place), name) if place and len(place.parts) > 1 else reason
+    return reason
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:  # nobody's
+        return None
 
 
 def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:

@@ -4,6 +4,7 @@ What a name holds is looked up in the hub's own cache, or downloaded into it: HF
 client's to honour, and so are connections that break off: it takes them up again, and keeps every file that came whole.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,14 +64,14 @@ def snapshot(repository: Repository, patterns: Sequence[str]) -> Path:
         return Path(client.snapshot_download(repository.id, revision=repository.revision, allow_patterns=list(patterns)))
 
 
-def files(repository: Repository, folder: Path) -> list[str]:
-    """Names of all files of a repository; of those that its snapshot `folder` holds, where the hub is out of reach."""
+def files(repository: Repository) -> list[str]:
+    """Names of all files of a repository.
+
+    Raises: as `snapshot`; MissingError where the hub is out of reach.
+    """
     client = _client(str(repository))
-    try:
-        with _refusals(client, repository):
-            return list(client.HfApi().list_repo_files(repository.id, revision=repository.revision))
-    except MissingError:
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    with _refusals(client, repository):
+        return list(client.HfApi().list_repo_files(repository.id, revision=repository.revision))
 
 
 def read(repository: Repository, file: str) -> bytes | None:
@@ -163,6 +164,10 @@ def _refusals(client: Any, repository: Repository) -> Iterator[None]:
             root = root.__cause__
         if isinstance(root, errors.HfHubHTTPError):
             raise _refused(root, repository, login) from None
+        if isinstance(root, OSError) and root.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # a disk's, though it names no file
+            cache = constants.HF_HUB_CACHE
+            what = f"cannot download {repository} into {cache} ({os.strerror(root.errno)})"
+            raise UsageError(f"{what}: make room there, or set HF_HUB_CACHE to a folder on another disk") from None
         if not isinstance(root, errors.HTTPError | OSError) or (isinstance(root, OSError) and root.errno is not None and root.filename):
             raise  # no connection's: a disk's, which says it itself
         again = "try again, and what came whole is not fetched twice"

@@ -20,9 +20,8 @@ from elastic_runtime.denoising.pictures import OutputType, drawable, nearest, ob
 from elastic_runtime.denoising.sources import Picture, pixels, several
 from elastic_runtime.device import Clock, peak_bytes, resident_bytes
 from elastic_runtime.drawing.beside import edits
-from elastic_runtime.drawing.budgets import BudgetDrawing
 from elastic_runtime.drawing.drawing import Drawing, Texts, finite
-from elastic_runtime.drawing.plans import PlanDrawing
+from elastic_runtime.drawing.kinds import kind_of
 from elastic_runtime.errors import UsageError
 from elastic_runtime.ralu.caching import Caching
 from elastic_runtime.ralu.patches import edge_scores
@@ -281,9 +280,7 @@ class ElasticPipeline:
         origin = drawing.session.origin
         facts = {"model": self.bundle.manifest.model.name, "seeds": drawing.seeds, "where": drawing.session.where}
         facts |= ({"artifact": origin.artifact.path, "precision": origin.precision} if origin else {}) | drawing.facts()
-        return Result(
-            images, tuple(records), seconds, drawing.again(choices), drawing.drawn if isinstance(drawing, PlanDrawing) else None, facts
-        )
+        return Result(images, tuple(records), seconds, drawing.again(choices), drawing.drawn, facts)
 
     def iterate(self, request: Request, *, generator: Generators | None = None) -> Generator[Progress, np.ndarray | None, None]:
         """The denoising loop itself: yields a `Progress` after each step; send an array to replace the state.
@@ -336,11 +333,7 @@ class ElasticPipeline:
         """The request on this bundle, checked; nothing is opened for it."""
         if request.output_type not in ("pil", "np", "latent"):
             raise UsageError(f"output_type must be pil, np or latent, got {request.output_type!r}")
-        if self.bundle.manifest.model.patches:
-            return PlanDrawing(self.bundle, request, generator)
-        if request.output_type != "latent" and (why := obstacle(self.bundle.manifest)):
-            raise UsageError(why)  # not after minutes of denoising
-        return BudgetDrawing(self.bundle, request, generator)
+        return kind_of(self.bundle.manifest.model)(self.bundle, request, generator)
 
     def _iterate(
         self, drawing: Drawing, begun: float, measuring: float, texts: Texts | None = None
@@ -373,7 +366,8 @@ class ElasticPipeline:
     @property
     def _measuring(self) -> float:
         """Seconds that choosing an artifact, looking at the device and measuring took so far."""
-        return (self._gauge.spent if self._gauge else 0.0) + float(getattr(self._open_graph, "spent", 0.0))
+        opening = self._open_graph.spent if isinstance(self._open_graph, ArtifactOpener) else 0.0
+        return (self._gauge.spent if self._gauge else 0.0) + opening
 
     def _finish(self) -> None:
         """Make one picture of nothing: what a picture takes after its last step."""
@@ -392,9 +386,3 @@ class ElasticPipeline:
 def _worded(request: Request) -> bool:
     """Whether a request says in words, or in embeddings of them, what is to be drawn."""
     return request.prompt is not None or request.prompt_embeds is not None
-
-
-def unfit(bundle: Bundle) -> tuple[Sequence[str], str]:
-    """Fields of a request that a bundle's kind of model does not take, and how it draws, in words."""
-    drawing = PlanDrawing if bundle.manifest.model.patches else BudgetDrawing
-    return drawing.unfit(bundle.manifest.model), drawing.kind

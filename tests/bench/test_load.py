@@ -11,10 +11,10 @@ from conftest import Outcome
 
 from elastic_bench.load import COLUMNS, LoadReport, LoadRow, LoadSettings, cells, decode
 from elastic_bench.machine import machine
-from elastic_bench.openloop import WAYS, Answer, load, row
+from elastic_bench.openloop import WAYS, Answer, load, row, sustained
 from elastic_bench.plots import load_plots
 from elastic_bench.records import encode
-from elastic_runtime.errors import UsageError
+from elastic_runtime.errors import InferenceError, UsageError
 
 Run = Callable[..., Outcome]
 SIZES = {
@@ -86,6 +86,26 @@ def test_a_connection_that_breaks_is_an_answer_that_failed() -> None:
     got = row("ours", 2.0, answers, 0.2, 1.0, None)
     assert (got.failed, got.refused) == (len(answers) // 2, len(answers) - len(answers) // 2)
     assert got.failed > 0
+
+
+def test_a_server_that_breaks_before_the_load_ends_the_measurement() -> None:
+    pytest.importorskip("httpx2", reason="a load asks with it")
+
+    class Client:
+        left = 3
+
+        async def post(self, path: str, json: dict[str, int]) -> SimpleNamespace:
+            self.left -= 1
+            answer = {"data": [{"elastic": {"budgets": []}}]}
+            return SimpleNamespace(status_code=200 if self.left >= 0 else 500, json=lambda: answer)
+
+    with pytest.raises(InferenceError, match="the server answers 500 to one picture"):
+        asyncio.run(sustained(Client(), {"steps": 3}, 24))
+
+
+def test_what_failed_under_load_is_told() -> None:
+    assert "count as not on time: 1 of 4 at load 2 (ours)" in report([row("ours", 2.0, ASKED, 0.2, 1.0, None)]).method
+    assert "error" not in report([row("ours", 2.0, ASKED[:3], 0.2, 1.0, None)]).method
 
 
 def test_nothing_drawn_and_no_card_have_no_figures() -> None:

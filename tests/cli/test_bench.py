@@ -88,6 +88,8 @@ def test_a_bundle_is_measured_shown_and_written(run: Run, golden_bundle: Callabl
         ),
         (["BUNDLE", "--compare", "a.json", "b.json"], 2, "leave the bundles out"),
         (["--compare", "a.json", "b.json"], 2, "cannot read a.json"),
+        (["--compare", "a.json", "b.json", "--html", "x.html"], 2, "leave --html out"),
+        (["--compare", "a.json", "b.json", "--serve"], 2, "leave --serve out"),
     ],
 )
 def test_a_wrong_wish_is_answered_in_a_sentence(arguments: list[str], code: int, message: str, run: Run, tiny: Path) -> None:

@@ -162,6 +162,14 @@ def test_inspect_shows_and_gives_the_whole_manifest(run: Run, tmp_path: Path) ->
     assert document["manifest"] == json.loads((bundle.folder / "elastic.json").read_text())
 
 
+def test_inspect_shows_a_bundle_whose_costs_nobody_counted(run: Run, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    nothing = tuple(msgspec.structs.replace(row, flops=0) for row in bundle.manifest.cost)
+    write_manifest(bundle.folder, msgspec.structs.replace(bundle.manifest, cost=nothing))
+    done = run("inspect", bundle.folder)
+    assert (done.code, "0.000" in done.out) == (0, True), done.err
+
+
 def test_inspect_shows_how_weights_came_to_few_bits(run: Run, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b")
     (artifact,) = bundle.manifest.graphs["denoiser"].artifacts

@@ -49,7 +49,8 @@ def test_an_export_leaves_the_contract_and_says_so_in_json(run: Run, elit_c: lis
         "sample": ["B", 4, 16, 16], "timestep": ["B"], "class_labels": ["B"], "latent_ids": ["J"], "prediction": ["B", 4, 16, 16],
     }  # fmt: skip
     provenance = document["manifest"]["provenance"]
-    assert provenance["command"].startswith("elastic-export onnx elit-sit --checkpoint")
+    assert provenance["command"].startswith("elastic-export onnx elit-sit --checkpoint elit-c.pt")
+    assert str(tmp_path) not in provenance["command"]
     assert (provenance["checkpoint"], document["manifest"]["model"]["weights"]) == ("elit-c.pt", "checkpoint")
     assert document["manifest"]["model"]["config"]["head_blocks"] == 1
 

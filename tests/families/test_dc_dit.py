@@ -310,6 +310,8 @@ def test_checkpoints_of_another_kind_are_named(golden: Path) -> None:
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
         ({"enc_dec_dim_factor": 2}, "must be a multiple of 32 \\* enc_dec_dim_factor = 64"),
         ({"dechunk_kernel_sigma": 0.0}, "dechunk_kernel_sigma must be above 0"),
+        ({"dechunk_kernel_sigma": float("inf")}, "dechunk_kernel_sigma must be above 0 and finite"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio -1.0 leaves no hidden layer"),
         ({"encoder": "t2"}, "encoder must be c1, c2, ...: so many convolution blocks; got 't2'"),
     ],
 )

@@ -123,11 +123,18 @@ def test_checkpoint_keys_are_those_of_the_specification() -> None:
         ({"prediction": "score"}, "prediction must be v, epsilon, flow, ddpm, ddpm-v, got 'score'"),
         ({"prelude_blocks": -1}, "must be 0 or more, got -1 and 1"),
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio nan leaves no hidden layer"),
     ],
 )
 def test_sizes_that_make_no_model(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(DIFFUSION, **change)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_masked_model_has_a_hidden_layer(value: float) -> None:
+    with pytest.raises(ValueError, match="leaves no hidden layer of a finite size"):
+        replace(MASKED, mlp_ratio=value)
 
 
 def test_prediction_decides_the_schedule() -> None:

@@ -38,6 +38,18 @@ def test_an_average_that_is_not_read_is_not_passed_over(average: Any, kind: str,
         read_checkpoint(tmp_path / "weights.pt")
 
 
+def test_an_average_that_holds_itself_is_read_to_its_end(tmp_path: Path) -> None:
+    for weights, kind in (({"a": torch.ones(1)}, True), ({}, False)):
+        average = Average()
+        average.owner, average.shadow = average, weights  # type: ignore[attr-defined]
+        torch.save({"model": {"a": torch.zeros(1)}, "ema": average}, tmp_path / "weights.pt")
+        if kind:
+            with pytest.raises(ModelError, match="holds an average of the weights, ema"):
+                read_checkpoint(tmp_path / "weights.pt")
+        else:
+            assert read_checkpoint(tmp_path / "weights.pt").weights == {"a": torch.zeros(1)}
+
+
 @pytest.mark.parametrize(
     "about", [{"ema": None}, {"ema": {}}, {"ema_decay": 0.999}, {"ema_rates": [0.99, 0.999]}, {"ema_args": Settings()}]
 )

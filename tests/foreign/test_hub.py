@@ -1,6 +1,8 @@
 """Diffusers folders by their names on the hub: what is needed is downloaded, and nothing else."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import folders  # noqa: E402
 
 import elastic_export  # noqa: E402
 from elastic_export.foreign import hub as hubs  # noqa: E402
-from elastic_runtime import MissingError, ModelError, hub  # noqa: E402
+from elastic_runtime import MissingError, ModelError, UsageError, hub  # noqa: E402
 
 REPOSITORY = hub.Repository("org/flux")
 STRAY = {
@@ -126,6 +128,31 @@ def test_offline_a_whole_cache_is_enough_and_half_a_one_is_not(server: fake_hub.
     with pytest.raises((MissingError, ModelError), match="HF_HUB_OFFLINE is set"):
         hubs.folder(REPOSITORY)
     assert len(server.asked) == asked
+
+
+def test_offline_configs_alone_are_no_pickled_weights(server: fake_hub.Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    server.add("org/flux", content(made) | STRAY)
+    hubs.configs(REPOSITORY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingError, match="HF_HUB_OFFLINE is set"):
+        hubs.folder(REPOSITORY, ("transformer", "vae"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_not_blamed_on_the_connection_nor_on_the_output(
+    server: fake_hub.Hub, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    import huggingface_hub
+
+    def fails(*_: object, **__: object) -> str:
+        raise OSError(code, os.strerror(code))
+
+    server.add("org/flux", content(made))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(UsageError, match=f"cannot download org/flux into .*cache.*{os.strerror(code)}.*set HF_HUB_CACHE"):
+        elastic_export.export("org/flux", output=tmp_path / "b", size="32")
 
 
 def test_an_index_that_is_none_is_said(server: fake_hub.Hub, made: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import CLIPTextModelWithProjection
 
+from elastic_export.foreign.component import diffusers_class
 from elastic_export.foreign.folder import Folder
-from elastic_export.foreign.text_encoders import load_encoder, read_tokenizer, text_encoder
+from elastic_export.foreign.text_encoders import load_encoder, read_tokenizer, text_encoder, transformers_class
 from elastic_runtime import Budget, MissingError, ModelError, Span
 from elastic_targets.weights import Streamed
 
@@ -76,6 +77,15 @@ def test_a_tokenizer_or_an_encoder_that_is_not_there_is_named(flux: Folder, tmp_
     (folder / "text_encoder" / "config.json").write_text('{"architectures": ["GemmaModel"]}')
     with pytest.raises(ModelError, match="is a GemmaModel; there are CLIPTextModel, "):
         text_encoder(Folder.open(folder), "text_encoder", 12, Span(1, 1))
+
+
+def test_libraries_that_are_older_than_the_model_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+    import transformers
+
+    for library, kind in ((diffusers, diffusers_class), (transformers, transformers_class)):
+        with pytest.raises(MissingError, match=f"needs {library.__name__}'s NewModel, which .*has not: pip install --upgrade"):
+            kind("NewModel")
 
 
 T5 = {"tokenizer_class": "T5Tokenizer", "model_max_length": 6, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

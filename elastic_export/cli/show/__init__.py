@@ -208,7 +208,7 @@ def profiles(rows: Iterable[Profile]) -> None:
 def costs(rows: Iterable[Cost]) -> None:
     """FLOPs and bytes by budget, each next to its share of the largest."""
     rows = list(rows)
-    full = max(row.flops for row in rows)
+    full = max(row.flops for row in rows) or 1  # a manifest may know of none
     table(
         "cost of one sample's forward pass",
         ("budget", "GFLOPs", "share", "weights MB", "activations MB"),

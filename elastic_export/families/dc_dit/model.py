@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, dit_block, ratio
+from elastic_export.families.bricks import check_hidden, dit_activation_values, dit_block, ratio
 from elastic_export.families.dc_dit.chunk import Router, count, float32, group_norm, nearest, select, smooth, take
 from elastic_export.families.family import Family, demand, priced, sample_feeds, sample_inputs, sample_outputs
 from elastic_export.families.layers import DiTBlock, FinalLayer, LabelEmbedder, TimestepEmbedder, initialize, sincos_2d
@@ -60,8 +60,9 @@ class DcDitParams:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be a multiple of 32 * enc_dec_dim_factor = {unit}: GroupNorm has 32 groups"
             )
-        if not self.dechunk_kernel_sigma > 0:
-            raise ValueError(f"dechunk_kernel_sigma must be above 0, got {self.dechunk_kernel_sigma}")
+        check_hidden(self.hidden_size, self.mlp_ratio)
+        if not 0 < self.dechunk_kernel_sigma < math.inf:
+            raise ValueError(f"dechunk_kernel_sigma must be above 0 and finite, got {self.dechunk_kernel_sigma}")
         for name in ("encoder", "decoder"):
             if not re.fullmatch(r"c[1-9]\d?", str(getattr(self, name))):
                 raise ValueError(f"{name} must be c1, c2, ...: so many convolution blocks; got {getattr(self, name)!r}")

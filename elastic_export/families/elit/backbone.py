@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_export.families.bricks import dit_activation_values, dit_block, embedders, ratio
+from elastic_export.families.bricks import check_hidden, dit_activation_values, dit_block, embedders, ratio
 from elastic_export.families.elit import interface
 from elastic_export.families.elit.interface import (
     LATENT_IDS,
@@ -78,8 +78,7 @@ class ElitParams:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
         if min(self.head_blocks, self.tail_blocks) < 0 or self.head_blocks + self.tail_blocks >= self.depth:
             raise ValueError(f"head_blocks {self.head_blocks} + tail_blocks {self.tail_blocks} must leave a core in depth {self.depth}")
-        if not 1 <= self.hidden_size * self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves no hidden layer of a finite size")
+        check_hidden(self.hidden_size, self.mlp_ratio)
         _ = self.interface  # whose parts check themselves
 
     @property

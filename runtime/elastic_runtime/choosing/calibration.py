@@ -25,7 +25,7 @@ from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.device import Clock, Device, peak, peak_bytes
-from elastic_runtime.errors import ElasticError
+from elastic_runtime.errors import ElasticError, MissingError
 from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
 from elastic_runtime.sessions.opening import candidates, open_origin
@@ -260,7 +260,8 @@ def fastest(
         artifact=best.artifact.path,
         milliseconds=milliseconds,
     )
-    _store(kept, "fastest-")
+    if all(isinstance(error, MissingError) for error in failures):  # else it may open the next time: memory is short for a while
+        _store(kept, "fastest-")
     _log.info("fastest of %s: %s %s", milliseconds, best.backend, _given_up(best))
     return best
 

@@ -88,14 +88,15 @@ class Deadline(Record, frozen=True, tag="deadline"):
 
     def init(self, outlook: Outlook) -> Underway:
         options = tuple(outlook.frontier(self.guidance_budget, self.least_steps))
-        goal = self.seconds * (1 - self.margin) - outlook.finish
-        carried = (outlook.pace,) if outlook.pace != 1 else ()
+        pace = outlook.pace
+        goal = self.seconds * (1 - self.margin) - pace * outlook.finish
+        carried = (pace,) if pace != 1 else ()
         if options[0].plan:
             self._reachable(outlook, options[0], sum(options[0].steps))
             return Underway(options, outlook, sum(options[0].steps), ratios=carried)
         steps = outlook.steps or 1
         fewest = min(max(self.least_steps, outlook.least), steps)
-        planned = most(lambda count: outlook.over(options[0], outlook.course(options[0], count)) <= goal, fewest, steps)
+        planned = most(lambda count: pace * outlook.over(options[0], outlook.course(options[0], count)) <= goal, fewest, steps)
         if planned == fewest:
             self._reachable(outlook, options[0], fewest)
         course = outlook.course(options[0], planned)

@@ -19,6 +19,7 @@ POOLED = "pooled_projections"  # an input of the denoiser, where it has one
 # `guidance_scale` where nothing else is asked for, as diffusers' pipelines have it: distilled into FLUX-dev, classifier-free in others.
 # Families that are not here have none.
 USUAL = {"flux": 3.5, "flux2": 4.0, "krea2": 4.5, "qwen-image": 4.0, "elit-qwen-image": 4.0, "sd3": 7.0, "z-image": 5.0}
+CLASSES_GUIDANCE = 2.0  # of models of classes, whose papers draw guided; what the command takes, and not the pipeline in Python
 
 
 @dataclass(frozen=True)

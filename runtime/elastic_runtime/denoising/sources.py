@@ -39,7 +39,7 @@ def pixels(name: str, given: Picture | Sequence[Picture], mode: str) -> np.ndarr
 
 def _one(name: str, given: Picture, mode: str) -> np.ndarray:
     if isinstance(given, Image.Image):
-        return np.asarray(given.convert(mode))
+        return converted(name, given, mode)
     array = np.asarray(given) if isinstance(given, np.ndarray) else np.empty(0, dtype=object)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -53,6 +53,18 @@ def _one(name: str, given: Picture, mode: str) -> np.ndarray:
         raise UsageError(f"{name} has floats from 0 to 1, got {array.min():g} to {array.max():g}")
     scaled = (array * 255).round().astype(np.uint8) if floats or array.dtype == np.bool_ else array
     return np.asarray(Image.fromarray(scaled).convert(mode))
+
+
+def converted(name: str, picture: Image.Image, mode: str) -> np.ndarray:
+    """A PIL picture's pixels, uint8; grey of 16 bits keeps its range, which Pillow would cut off at 255.
+
+    Raises: UsageError for whole numbers and floats whose range nothing tells.
+    """
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) / 257).round().astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise UsageError(f"{name} has pixels of 32 bits (mode {picture.mode}), of which nothing tells what is white: save it with 8 or 16")
+    return np.asarray(picture.convert(mode))
 
 
 def resized(pictures: np.ndarray, height: int, width: int, how: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:

@@ -17,6 +17,7 @@ from elastic_runtime.contract.schedule import whole_steps
 from elastic_runtime.denoising.conditions import guidance_of, whole_labels
 from elastic_runtime.denoising.denoiser import Answer, Denoiser
 from elastic_runtime.denoising.guidance import Branches
+from elastic_runtime.denoising.pictures import obstacle
 from elastic_runtime.denoising.tokens import Conditions
 from elastic_runtime.drawing.drawing import Drawing, Opener, Texts, checked, conditioning, finite, repeats
 from elastic_runtime.errors import UsageError
@@ -57,6 +58,8 @@ class BudgetDrawing(Drawing):
 
     def __init__(self, bundle: Bundle, request: Request, generator: Generators | None):
         super().__init__(bundle, request, generator)
+        if request.output_type != "latent" and (why := obstacle(bundle.manifest)):
+            raise UsageError(why)  # not after minutes of denoising
         interval = request.guidance_interval
         if not isinstance(interval, Sequence) or len(interval) != 2:
             raise UsageError(f"guidance_interval is a pair of times, (0.3, 0.8), got {interval!r}")

@@ -72,6 +72,11 @@ class Drawing(ABC):
     def left(self) -> tuple[int, ...]:
         """Steps left of each stage still to come; nothing after the last."""
 
+    @property
+    def drawn(self) -> Plan | None:
+        """The plan in the steps that it took, of a model that follows plans."""
+        return self.plan
+
     @abstractmethod
     def policy(self) -> Policy:
         """What chooses: what the request says, or what suits it."""

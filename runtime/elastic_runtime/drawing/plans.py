@@ -187,7 +187,6 @@ class PlanDrawing(Drawing):
 
     @property
     def drawn(self) -> Plan:
-        """The plan in the steps that it took."""
         assert self.plan is not None
         return replace(self.plan, steps=tuple(self._taken)) if all(self._taken) else self.plan
 

@@ -95,5 +95,5 @@ def _is_full(error: BaseException, folder: Path) -> bool:
         # numpy's tofile says "100 requested and 0 written", with no number
         if isinstance(link, OSError) and link.errno is None and "written" in str(link):
             return True
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return not isinstance(error, ElasticError) and shutil.disk_usage(folder).free < _NO_ROOM

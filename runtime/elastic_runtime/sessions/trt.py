@@ -9,6 +9,7 @@ no captured address goes stale.
 import contextlib
 import importlib
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,14 @@ from elastic_runtime.sessions.session import Arrays, Session
 # GPU generations that TensorRT-RTX builds for (`ComputeCapability` of 1.7); full TensorRT builds for the GPU that it
 # runs on.
 RTX_SMS = (75, 80, 86, 89, 120, 121)
+HOST_CODE = "ELASTIC_TRT_HOST_CODE"  # environment: engines with code of their own may run it
+_own: set[str] = set()  # SHA-256 of those that this process built
 _log = logging.getLogger(__name__)
+
+
+def built(sha256: str) -> None:
+    """Tell of an engine that this process built, whose host code is thus the installed library's."""
+    _own.add(sha256)
 
 
 def gpu() -> tuple[int | None, str]:
@@ -67,7 +75,16 @@ def obstacle(artifact: Artifact) -> str | None:
             f"{whose}, and here is {version}. Install that version (pip install {package.name}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
+    if artifact.version_compatible and not _trusted(artifact):
+        return (
+            f"{whose}, and brings a runtime of its own (--version-compatible), native code that would run with your rights: set "
+            f"{HOST_CODE}=1 if you trust who built it, or build one here with: elastic-export trt BUNDLE"
+        )
     return None
+
+
+def _trusted(artifact: TrtArtifact) -> bool:
+    return os.environ.get(HOST_CODE) == "1" or {file.sha256 for file in artifact.files} <= _own
 
 
 def _opens(artifact: TrtArtifact, version: str) -> bool:
@@ -154,7 +171,7 @@ class TrtSession(Session):
         path = bundle.file(artifact.path)
         self._logger = make_logger(self._library)
         self._runtime = self._library.Runtime(self._logger)  # outlives the engine
-        if artifact.version_compatible:
+        if artifact.version_compatible and _trusted(artifact):
             self._runtime.engine_host_code_allowed = True  # such an engine brings its own lean runtime
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:

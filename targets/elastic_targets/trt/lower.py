@@ -16,6 +16,7 @@ from elastic_runtime.contract.precision import EXACT, held
 from elastic_runtime.contract.precision import PRECISIONS as TABLE
 from elastic_runtime.errors import BudgetError, UsageError
 from elastic_runtime.sessions import apart
+from elastic_runtime.sessions.trt import built
 from elastic_targets.capture import DENOISER, BundleGraph
 from elastic_targets.target import OnProgress, Target
 from elastic_targets.trt import cache
@@ -317,9 +318,12 @@ def _build(plan: Plan, part: Part, parsed: Parsed, sms: tuple[int, ...], folder:
 
 def _artifact(plan: Plan, folder: Path, source: OnnxArtifact, network: Network, sms: tuple[int, ...]) -> TrtArtifact:
     settings, engines = plan.settings, plan.paths(sms)
+    files = tuple(entry(folder, folder / path) for path in engines)
+    for file in files:
+        built(file.sha256)
     return TrtArtifact(
         precision=source.precision,
-        files=tuple(entry(folder, folder / path) for path in engines),
+        files=files,
         toolchain={plan.builder.name: plan.builder.version},
         conditions=msgspec.structs.replace(source.conditions, path=engines[1]) if source.conditions else None,
         builder=plan.builder.name,

@@ -298,6 +298,29 @@ def test_folders_that_will_not_do_are_named(golden: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_that_was_to_get_two_files_gets_none_when_the_second_fails(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from elastic_export import elasticizing
+
+    plain, saved = Path(shutil.copytree(golden / "qwen-image-a", tmp_path / "q")), elasticizing.save_file
+    before = sorted(plain.rglob("*"))
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == "elit.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved(path, content)
+
+    monkeypatch.setattr(elasticizing, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        elasticize(plain, output=plain, group_size=4, head_blocks=1, tail_blocks=0)
+    assert sorted(plain.rglob("*")) == before
+    monkeypatch.undo()
+    (plain / "transformer" / "elit.safetensors").write_bytes(b"")  # as a kill leaves it
+    with pytest.raises(ModelError, match=r"or delete elit.safetensors where elasticize was killed before it wrote elit.json"):
+        elasticize(plain, output=plain, group_size=4, head_blocks=1, tail_blocks=0)
+
+
 def test_a_copy_that_is_cut_off_leaves_no_folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

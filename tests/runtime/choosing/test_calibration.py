@@ -22,7 +22,7 @@ from elastic_runtime.choosing.estimates import Gauge
 from elastic_runtime.choosing.goals import FLOOR
 from elastic_runtime.contract.artifacts import CoremlArtifact, FileEntry, OnnxArtifact
 from elastic_runtime.device import peak
-from elastic_runtime.errors import InferenceError, MissingError, UsageError
+from elastic_runtime.errors import ElasticError, InferenceError, MissingError, UsageError
 from elastic_runtime.sessions import opening
 from elastic_runtime.sessions.backend import Backend, Way
 from elastic_runtime.sessions.session import Origin
@@ -202,6 +202,29 @@ def test_the_fastest_runtime_is_measured_once_and_remembered(tmp_path: Path, mon
     with ElasticPipeline.from_pretrained(bundle, "slow") as pipe:
         assert pipe.gauge.session.origin is not None
         assert pipe.gauge.session.origin.backend == "slow"
+
+
+@pytest.mark.parametrize(("error", "again"), [(InferenceError("the GPU is full"), True), (MissingError("no such instructions"), False)])
+def test_what_fails_to_open_for_once_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ElasticError, again: bool
+) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    slow, fast = Room("slow", machine, 2.0), Room("fast", machine, 1.0)
+    opens = fast.open
+
+    def fails(*words: Any, **options: Any) -> FakeSession:
+        raise error
+
+    fast.record = replace(fast.record, open=fails)
+    rooms(monkeypatch, slow, fast)
+    device = lambda: probe(MACHINES["xeon"])  # noqa: E731
+    first = fastest(bundle, "denoiser", device, machine.clock)
+    assert first is not None
+    assert first.backend == "slow"
+    fast.record = replace(fast.record, open=opens)
+    second = fastest(bundle, "denoiser", device, machine.clock)
+    assert second is not None
+    assert second.backend == ("fast" if again else "slow")
 
 
 def test_threads_that_open_graphs_at_once_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

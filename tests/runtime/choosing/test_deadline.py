@@ -98,6 +98,17 @@ def test_an_unreachable_deadline_is_refused_before_the_first_step_with_the_neare
     assert draw(pipe, 1.05 * nearest).seconds <= 1.05 * nearest
 
 
+def test_a_machine_that_was_slow_before_is_met_with_steps_that_a_sampler_cannot_give_up_later() -> None:
+    machine = Machine()
+    pipe = pipeline(machine)
+    pipe.gauge.calibrated  # noqa: B018
+    machine.slowness = lambda now: 2.0
+    draw(pipe, 4 * SLOWEST, sampler="sde")
+    result = draw(pipe, 1.2 * FASTEST, sampler="sde")
+    assert result.seconds <= 1.2 * FASTEST
+    assert len(result.steps) < STEPS
+
+
 def test_a_late_picture_is_finished_and_not_made_worse_than_the_fewest_steps() -> None:
     machine = Machine()
     pipe = pipeline(machine)

@@ -22,6 +22,7 @@ from elastic_runtime.contract.reference import pack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.apart import ROWS
 from elastic_runtime.sessions.checking import check
+from elastic_runtime.sessions.trt import built
 
 VERSION = "1.7.1.116"
 BUCKETS = ((1, 4), (5, 8), (9, 16))
@@ -299,8 +300,22 @@ def test_stale_and_foreign_engines_are_refused_before_loading(
 
 def test_a_version_compatible_engine_opens_in_a_later_version_of_its_major(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.7.0")
+    monkeypatch.setenv("ELASTIC_TRT_HOST_CODE", "1")
     changes = {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True}
     open_session(trt_bundle(tmp_path, **changes)).close()
+
+
+def test_an_engine_with_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.3.0")
+    monkeypatch.delenv("ELASTIC_TRT_HOST_CODE", raising=False)
+    monkeypatch.setattr("elastic_runtime.sessions.trt._own", set())
+    changes = {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True}
+    opened = trt_bundle(tmp_path, **changes)
+    with pytest.raises(MissingError, match="native code that would run with your rights: set ELASTIC_TRT_HOST_CODE=1"):
+        open_session(opened, name="trt")
+    assert not gpu.named("deserialize")
+    built(opened.manifest.graphs["denoiser"].artifacts[0].files[0].sha256)  # this process built it
+    open_session(opened, name="trt").close()
 
 
 def test_the_engine_for_this_gpu_is_chosen_among_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
