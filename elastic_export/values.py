@@ -12,7 +12,7 @@ Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 def placeless(word: str) -> str:
-    """A word of a command without the place of an absolute path, `--vae=/home/me/vae` as `--vae=vae`: a manifest is published."""
+    """A word of a command with an absolute path's last name alone, `--vae=/data/mine/vae` as `--vae=vae`: a manifest is published."""
     option, is_set, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return option + is_set + (Path(value).name if Path(value).is_absolute() else value)
 

@@ -118,10 +118,14 @@ def test_a_hub_that_does_not_list_its_files_is_not_written_to(
 
 def test_what_is_sent_is_what_was_hashed(server: fake_hub.Hub, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, made = (bundle / "elastic.json").read_bytes(), hub.created
+    standing = Bundle.open(bundle).manifest
 
     def meanwhile(repository: hub.Repository, private: bool) -> hub.Repository:
-        other(bundle)  # an export joins the folder
-        (bundle / FILE).write_bytes(b"a graph")
+        (artifact,) = standing.graphs["denoiser"].artifacts
+        (bundle / "onnx" / "denoiser.fp16.onnx").write_bytes(b"joins the folder")
+        files = (entry(bundle, bundle / "onnx" / "denoiser.fp16.onnx"),)
+        joining = msgspec.structs.replace(artifact, precision="fp16", files=files)
+        fakes.write_manifest(bundle, standing.joined("denoiser", [joining]))
         return made(repository, private)
 
     monkeypatch.setattr(hub, "created", meanwhile)

@@ -12,52 +12,18 @@ import fake_gpu
 import msgspec
 import numpy as np
 import pytest
-from fakes import answers_stay_with_their_thread, manifest, write_bundle, write_manifest
+from engines import BUCKETS, COMPATIBLE, VERSION, feeds, profile, trt_bundle
+from fakes import answers_stay_with_their_thread
 
 from elastic_runtime import Budget, InferenceError, MissingError, Span, open_session
 from elastic_runtime.choosing.calibration import offered
-from elastic_runtime.contract.artifacts import Apart, FileEntry, Network, Profile, Range, TensorSpec, TrtArtifact
-from elastic_runtime.contract.bundle import Bundle, entry
+from elastic_runtime.contract.artifacts import Apart, FileEntry, Profile, Range, TensorSpec
+from elastic_runtime.contract.bundle import entry
 from elastic_runtime.contract.reference import pack
 from elastic_runtime.errors import BundleError
 from elastic_runtime.sessions.apart import ROWS
 from elastic_runtime.sessions.checking import check
 from elastic_runtime.sessions.trt import built
-
-VERSION = "1.7.1.116"
-BUCKETS = ((1, 4), (5, 8), (9, 16))
-
-
-def profile(low: int, high: int) -> Profile:
-    return Profile(dimensions={"B": Range(1, 2, 4), "J": Range(low, high, high)})
-
-
-def trt_bundle(folder: Path, content: bytes = b"an engine", others: tuple[dict[str, Any], ...] = (), **changes: Any) -> Bundle:
-    """A bundle with an ONNX file that nothing here can run, and an engine (and `others` like it)."""
-    plain = write_bundle(folder)
-    onnx = plain.manifest.graphs["denoiser"].artifacts[0]
-    artifacts = []
-    for i, more in enumerate(({}, *others)):
-        file = folder / "trt" / f"{i}.engine"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(content)
-        whole: dict[str, Any] = {
-            "precision": "fp32", "files": (entry(folder, file),), "toolchain": {"tensorrt_rtx": VERSION}, "builder": "tensorrt_rtx",
-            "builder_version": VERSION, "sms": (86, 89), "source": onnx.path, "source_sha256": onnx.files[0].sha256,
-            "profiles": tuple(profile(*bucket) for bucket in BUCKETS), "network": Network(layers=10, attentions=1, loops=0),
-        }  # fmt: skip
-        artifacts.append(TrtArtifact(**whole | changes | more))
-    write_manifest(folder, manifest(artifacts=(onnx, *artifacts)))
-    return Bundle.open(folder)
-
-
-def feeds(latents: int, batch: int = 2, value: float = 0.0) -> dict[str, np.ndarray]:
-    return {
-        "sample": np.full((batch, 4, 8, 8), value, np.float32),
-        "timestep": np.zeros(batch, np.float32),
-        "class_labels": np.zeros(batch, np.int64),
-        "latent_ids": np.arange(latents),
-    }
 
 
 def test_one_context_a_profile_shares_scratch_and_buffers_and_is_made_when_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +250,7 @@ def test_weight_streaming_needs_an_engine_that_was_built_for_it(tmp_path: Path, 
         ),
         (
             {"name": "tensorrt", "sm": 87, "version": "11.0.0"},
-            {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True},
+            COMPATIBLE,
             "here is 11.0.0",
         ),
     ],
@@ -298,23 +264,20 @@ def test_stale_and_foreign_engines_are_refused_before_loading(
     assert not gpu.named("deserialize")
 
 
-def test_a_version_compatible_engine_opens_in_a_later_version_of_its_major(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.7.0")
-    monkeypatch.setenv("ELASTIC_TRT_HOST_CODE", "1")
-    changes = {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True}
-    open_session(trt_bundle(tmp_path, **changes)).close()
-
-
-def test_an_engine_with_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.3.0")
+def test_a_version_compatible_engine_opens_in_a_later_version_where_its_code_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_gpu.install(monkeypatch, sm=87, name="tensorrt", version="10.7.0")
     monkeypatch.delenv("ELASTIC_TRT_HOST_CODE", raising=False)
     monkeypatch.setattr("elastic_runtime.sessions.trt._own", set())
-    changes = {"builder": "tensorrt", "builder_version": "10.3.0", "sms": (87,), "version_compatible": True}
-    opened = trt_bundle(tmp_path, **changes)
+    opened = trt_bundle(tmp_path, **COMPATIBLE)
     with pytest.raises(MissingError, match="native code that would run with your rights: set ELASTIC_TRT_HOST_CODE=1"):
         open_session(opened, name="trt")
     assert not gpu.named("deserialize")
-    built(opened.manifest.graphs["denoiser"].artifacts[0].files[0].sha256)  # this process built it
+    built(opened.manifest.graphs["denoiser"].artifacts[1].files[0].sha256)  # this process built it
+    open_session(opened, name="trt").close()
+    monkeypatch.setattr("elastic_runtime.sessions.trt._own", set())
+    monkeypatch.setenv("ELASTIC_TRT_HOST_CODE", "1")
     open_session(opened, name="trt").close()
 
 
