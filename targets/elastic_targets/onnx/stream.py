@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_targets.capture import GraphCapture
 from elastic_targets.onnx.attention import WITH_HEADS, unsplit
+from elastic_targets.onnx.optimize import optimize
 from elastic_targets.target import OnProgress
 from elastic_targets.weights import mapped, values, weights
 
@@ -40,8 +41,7 @@ def stream(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
 
     emptied = mapped(module, hollow)
     with fakes:
-        program = _exported(graph, emptied, opset)
-    model = program.model
+        model = _exported(graph, emptied, opset)
     outside: dict[str, Turned] = {}
     for name, value in list(model.graph.initializers.items()):
         if name not in held:
@@ -50,8 +50,7 @@ def stream(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
             value.const_value = TorchTensor(values(held[name]).contiguous(), name=name)
         else:
             outside |= _taken_out(model, value, held[name])
-    program.optimize()
-    model = program.model
+    optimize(model)
     # What halves a side gives it a name that says so, or one of the exporter's own; sizes that are fixed stay to be found.
     for spec, value in zip(graph.outputs, model.graph.outputs, strict=True):
         shape = value.shape or ir.Shape(())
@@ -91,7 +90,7 @@ def external(model: onnx.ModelProto) -> list[str]:
     return sorted(set(places))
 
 
-def _exported(graph: GraphCapture, module: nn.Module, opset: int) -> torch.onnx.ONNXProgram:
+def _exported(graph: GraphCapture, module: nn.Module, opset: int) -> ir.Model:
     example = {name: torch.from_numpy(array) for name, array in graph.example().items()}
     with warnings.catch_warnings(), torch.no_grad():
         # The exporter speaks of its own deprecations and of our named dimensions; `ensures` checks the names.
@@ -109,7 +108,7 @@ def _exported(graph: GraphCapture, module: nn.Module, opset: int) -> torch.onnx.
             optimize=False,
         )
     assert program is not None
-    return program
+    return program.model
 
 
 def _taken_out(model: ir.Model, value: ir.Value, weight: Tensor) -> dict[str, Turned]:
