@@ -60,7 +60,7 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
                 continue
             value = tuple(given) if isinstance(given, list) else given  # as JSON has it
             before, where = known.setdefault(name, (value, source))
-            if before != value:
+            if before != value and not _as_wide(name, before, value, known):
                 flag = f" Override with --{name.replace('_', '-')}." if name in family.options else ""
                 raise ModelError(f"{name} is {before!r} by {where} but {value!r} by {source}.{flag}")
     merged = {name: value for name, (value, _) in known.items()} | dict(overrides)
@@ -75,6 +75,15 @@ def agree(family: Family, sources: Mapping[str, Mapping[str, Any]], overrides: M
         return family.params(**merged)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{family.name}: {error}") from None
+
+
+def _as_wide(name: str, one: Any, other: Any, known: Mapping[str, tuple[Any, str]]) -> bool:
+    """Whether two `mlp_ratio`s make a layer of the same size: a config's 2.67 is what weights tell as 2.6647."""
+    width = next((known[each][0] for each in ("hidden_size", "embed_dim") if each in known), None)
+    try:
+        return name == "mlp_ratio" and width is not None and int(width * one) == int(width * other)
+    except (TypeError, ValueError, OverflowError):  # no numbers, or none that are finite
+        return False
 
 
 def _required(params: type) -> list[str]:
