@@ -11,7 +11,8 @@ demo: .venv/.base
 # Every packaged sample in every runtime of this machine, then ours in each precision beside the original's fastest ways to run, at a small,
 # a middling and a large size; and the tables of docs/performance.md from both. Nothing else should run meanwhile. The second part, `make goals`,
 # takes an hour, most of it torch's compiler, and 20 GB of memory.
-PEERS := onnxruntime,openvino,openvino-bf16,torch-compile,torch-bf16,torch-int8,torch-openvino,torch-openvino-bf16
+# Those first that take most memory while they open, when nothing else is open yet.
+PEERS := torch-openvino-bf16,torch-openvino,torch-int8,torch-bf16,torch-compile,openvino-bf16,openvino,onnxruntime
 B := build/bench
 G := build/goals
 bench: .venv/.base

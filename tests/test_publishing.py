@@ -111,7 +111,7 @@ def test_a_hub_that_does_not_list_its_files_is_not_written_to(
     server.failing_after.add("tree")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # an empty folder is no empty repository
-    with pytest.raises(MissingError, match="the hub answers 500 for me/digits"):
+    with pytest.raises(MissingError, match="the hub answers 418 for me/digits"):
         elastic_export.push(bundle, "me/digits")
     assert files(server)["README.md"] == b"# mine"
 

@@ -41,8 +41,8 @@ class Repo:
 
 class Hub(ThreadingHTTPServer):
     """The repositories by id. `asked` are paths of files that were downloaded, with their Range; `cut` names files of which one answer
-    each breaks off half way; `failing_after` are those that are answered 500 from then on, and "tree" the listing. `tokens` may read and
-    write everything."""
+    each breaks off half way; `failing_after` are those that are answered 500 from then on, with "tree" the listing 418. `tokens` may read
+    and write everything."""
 
     daemon_threads = True
 
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         sha, files_there = commit
         if kind == "tree" and "tree" in self.server.failing_after:
-            return self._refuse(500, message="Internal error")
+            return self._refuse(418, message="Not today")  # of which the client does not try again, as it does of 500
         if kind == "tree":
             return self._json([_entry(name, content) for name, content in files_there.items()])
         if kind == "resolve":
