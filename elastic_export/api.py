@@ -1,4 +1,4 @@
-"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `plan`, `models`. Nothing here prints."""
+"""The Python API, which the commands are doors to: `export`, `verify`, `elasticize`, `plan`, `models`, `push`. Nothing here prints."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import elastic_targets
 from elastic_export import exporting, verifying
 from elastic_export.exporting import Job, OnStage, silent
-from elastic_export.preparing import opened, preparing, require_torch, target_options
+from elastic_export.preparing import bundle_at, preparing, require_torch, target_options
 from elastic_export.publishing import push as push
 from elastic_export.sides import Sides, read_size
 from elastic_export.values import Adapting, Folder, Spanned, placeless, read_span, read_spans
@@ -100,7 +100,7 @@ def export(
     chosen = target_options(room, given, precision)
     if room.available:
         room.available(chosen)  # its absence should not wait for the model
-    bundle = opened(model, source)
+    bundle = bundle_at(model, source)
     exporting.require_model(bundle, options.get("opset"), verify)
     if bundle is None:
         onnx = elastic_targets.target("onnx")

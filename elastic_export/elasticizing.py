@@ -1,5 +1,6 @@
 """ELIT put into a plain checkpoint: new Read and Write beside weights that stay as they are, for training to go on from."""
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -143,7 +144,8 @@ def _folder(path: Path, output: Path, split: Mapping[str, int], seed: int) -> Pa
         try:
             save_file(place / "transformer" / elit_folder.CONFIG, words)  # last: it is what makes the folder an ELIT's
         except BaseException:
-            (place / "transformer" / elit_folder.WEIGHTS).unlink()  # without which it is the folder that it was
+            with contextlib.suppress(OSError):  # without which it is the folder that it was
+                (place / "transformer" / elit_folder.WEIGHTS).unlink()
             raise
 
     if output.resolve() == path.resolve():

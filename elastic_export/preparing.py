@@ -114,7 +114,7 @@ def preparing(
         yield Prepared(capture, job, folder, old, draft)
 
 
-def opened(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
+def bundle_at(model: Folder, source: Mapping[str, Any]) -> Bundle | None:
     """The bundle that stands at `model`; None for a model that is still to be exported.
 
     Raises: UsageError for a bundle with a `source` of its own.

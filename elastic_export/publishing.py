@@ -57,7 +57,8 @@ def push(
 
     Args:
         bundle: its folder. repository: `org/name`. private: of a repository that is made now. revision: a branch, made where there is none.
-        message: of the commit. overwrite: whether to replace an edited card, and to write beside what is no bundle.
+        message: of the commit. overwrite: whether to replace an edited card and a manifest that cannot be read, and to write beside what
+            is no bundle.
         on_stage: told `(what)`.
 
     Raises: BundleError for a damaged bundle; UsageError for a repository that holds something else, or that the token may not write.
@@ -102,7 +103,8 @@ def _old(repository: hub.Repository, there: list[str], overwrite: bool) -> set[s
         return {entry.path for entry in decode(text, f"{repository.id}'s {MANIFEST}").files()}
     except BundleError as error:
         if not overwrite:
-            raise BundleError(f"{repository.id} holds a bundle that cannot be read: {error} Or replace it with --overwrite.") from error
+            why = str(error).rstrip(".")
+            raise BundleError(f"{repository.id} holds a bundle that cannot be read: {why}. Or replace it with --overwrite.") from error
     try:
         return {entry.path for entry in records(msgspec.json.decode(text))}
     except (ValueError, RecursionError):  # no JSON, which lists nothing

@@ -1,6 +1,7 @@
 """Values of options, as commands and Python write them."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 def placeless(word: str) -> str:
-    """A word of a command with an absolute path's last name alone, `--vae=/data/mine/vae` as `--vae=vae`: a manifest is published."""
-    option, is_set, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return option + is_set + (Path(value).name if Path(value).is_absolute() else value)
+    """A word of a command with an absolute path's last name alone, `--vae=/data/mine/vae` as `--vae=vae`: manifests and reports are
+    published."""
+    match = re.fullmatch(r"(--[^=]*=|-[A-Za-z](?=.))?(.*)", word, re.DOTALL)
+    assert match is not None  # anything is a word
+    option, path = match[1] or "", Path(match[2])
+    return option + (path.name or path.anchor) if path.is_absolute() else word
 
 
 def read_span(value: Spanned) -> Span:

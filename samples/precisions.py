@@ -182,6 +182,8 @@ def recorded(before: dict[str, Any] | None, measured: list[dict[str, Any]], opti
 def main(options: Namespace) -> None:
     if options.record and not {*options.precisions} <= {*PRECISIONS}:
         raise UsageError(f"--record writes the cards' own precisions, {', '.join(PRECISIONS)}: give --precisions of these, or leave it out")
+    if unknown := [name for name in options.models if name not in samples()]:
+        raise UsageError(f"there is no sample {unknown[0]!r}; there are {', '.join(samples())}")
     for name in options.models if options.record else ():  # a refusal should not wait for the pictures
         protocol_of(read(samples()[name]).get("precisions"), options)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}")

@@ -11,14 +11,15 @@ from elastic_export.values import placeless, read_words
 NAME = st.text("abcdefg.-_ ", min_size=1).filter(lambda name: name.strip(".") != "")
 
 
-@given(NAME, st.sampled_from(["", "--vae=", "--adapter="]))
+@given(NAME, st.sampled_from(["", "--vae=", "--adapter=", "-o"]))
 def test_a_command_keeps_no_place_of_an_absolute_path(name: str, option: str) -> None:
     assert placeless(f"{option}{Path('/data/secret') / name}") == option + Path(name).name
 
 
-@pytest.mark.parametrize(
-    "word", ["onnx", "elit-mnist", "--latents", "32-256", "models/flux", "-o", "--precision=denoiser=int4w,text=int8w", "a red cat"]
-)
+WORDS = ["onnx", "--latents", "32-256", "models/flux", "-o", "/", "-", "-n5", "--precision=denoiser=int4w,text=int8w", "a red cat"]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_other_words_stay(word: str) -> None:
     assert placeless(word) == word
 

@@ -93,6 +93,7 @@ def bench(
             "the bundles": bundles, "--json": json, "--html": html, "--serve": serve, "--loads": loads, "--quality": quality,
             "--runtimes": runtimes, "--budgets": budgets, "--single-stream": single_stream, "--checkpoint": checkpoint,
             "--duration": duration,
+            "--threads": threads, "--batch": batch > 1, "--overwrite": overwrite,
         }  # fmt: skip
         if idle := [name for name, value in others.items() if value]:
             raise UsageError(f"--compare reads two files, and measures and writes nothing: leave {idle[0]} out")
@@ -148,8 +149,10 @@ def bench(
     if wrong := [runtime for runtime in every if runtime.failure]:
         raise VerificationError(f"{wrong[0].runtime} has no figures: {wrong[0].failure}")
     if not any(runtime.rows for runtime in every):
-        skipped = {runtime.runtime: "; ".join(f"{what}: {why}" for what, why in runtime.skipped.items()) for runtime in every}
-        raise nothing(f"{runtime.runtime}: {runtime.missing or skipped[runtime.runtime]}" for runtime in every)
+        raise nothing(
+            f"{runtime.runtime}: {runtime.missing or '; '.join(f'{what}: {why}' for what, why in runtime.skipped.items())}"
+            for runtime in every
+        )
 
 
 def _load(

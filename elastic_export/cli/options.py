@@ -108,7 +108,7 @@ def outline(text: str) -> tuple[tuple[int, int, int], tuple[float, float, float]
 
 
 def command_line() -> str:
-    """The command as typed, for the manifest: the program's name without its folder, and absolute paths likewise."""
+    """The command as typed, for manifests and reports: the program's name without its folder, and absolute paths likewise."""
     return shlex.join([Path(sys.argv[0]).name, *map(placeless, sys.argv[1:])])
 
 

@@ -17,7 +17,7 @@ def push(
     ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", metavar="TEXT", help="Of the commit.", show_default=False)] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an edited model card too, and write beside what is no bundle.")
+        bool, typer.Option("--overwrite", help="Replace an edited card or an unreadable bundle too, and write beside what is none.")
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -73,7 +73,7 @@ def trt(
     import elastic_targets
     from elastic_export.cli.making import make, shown
     from elastic_export.exporting import require_model
-    from elastic_export.preparing import opened
+    from elastic_export.preparing import bundle_at
     from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, available
 
@@ -82,7 +82,7 @@ def trt(
     flags = (refit, strip, weight_streaming, version_compatible, conditions_apart)
     engine_options = TrtOptions(builder, sms, precision, spans, batch, buckets, *flags)
     available(engine_options)  # what it refuses should not wait for the model
-    bundle = opened(source.model, source.weights())
+    bundle = bundle_at(source.model, source.weights())
     if bundle and (repository := hub.named(source.model)):
         output = output or Path(repository.name)  # and not into the hub's cache
     require_model(bundle, opset, how.verify)

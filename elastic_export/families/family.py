@@ -81,7 +81,8 @@ def _as_wide(name: str, one: Any, other: Any, known: Mapping[str, tuple[Any, str
     """Whether two `mlp_ratio`s make a layer of the same size: a config's 2.67 is what weights tell as 2.6647."""
     width = next((known[each][0] for each in ("hidden_size", "embed_dim") if each in known), None)
     try:
-        return name == "mlp_ratio" and width is not None and int(width * one) == int(width * other)
+        wide = () if width is None else (width, 2 * width)  # some have blocks of twice the width
+        return name == "mlp_ratio" and bool(wide) and all(int(each * one) == int(each * other) for each in wide)
     except (TypeError, ValueError, OverflowError):  # no numbers, or none that are finite
         return False
 

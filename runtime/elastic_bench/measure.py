@@ -154,20 +154,25 @@ def _running(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _agree(running: list[Entry]) -> None:
-    """Hold every budget, recorded or not, against the first runtime that was right where it could be checked."""
-    for entry in running[1:]:
+    """Hold every budget, recorded or not, against the most exact runtime that was right where it could be checked, the first of those."""
+    if not running:
+        return
+    judge = min(running, key=_tolerance)
+    for entry in running:
         for budget, (_, outputs) in entry.first.items():
-            if budget not in running[0].first:
+            if entry is judge or budget not in judge.first:
                 continue
-            assert entry.loaded is not None
-            assert running[0].loaded is not None
-            bound = entry.loaded.tolerance + running[0].loaded.tolerance
-            wanted = running[0].first[budget][1]
-            rows = [compare(array, wanted[name], budget, bound, running[0].runtime.name) for name, array in outputs.items()]
+            bound, wanted = _tolerance(entry) + _tolerance(judge), judge.first[budget][1]
+            rows = [compare(array, wanted[name], budget, bound, judge.runtime.name) for name, array in outputs.items()]
             entry.agrees[budget] = difference = worst(rows)
             if not difference.passed:
-                entry.fail(f"differs from {running[0].runtime.name} at {budget}: {difference.figure}")
+                entry.fail(f"differs from {judge.runtime.name} at {budget}: {difference.figure}")
                 break
+
+
+def _tolerance(entry: Entry) -> float:
+    assert entry.loaded is not None  # what runs was opened
+    return entry.loaded.tolerance
 
 
 def _time(entries: list[Entry], budgets: Sequence[Budget], settings: Settings) -> None:

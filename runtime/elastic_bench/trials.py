@@ -1,5 +1,6 @@
 """Every way that this machine has to run a bundle, proven and timed once: what a device check sends back."""
 
+import re
 import statistics
 import sys
 import time
@@ -79,8 +80,9 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
 
 def _nameless(bundle: Bundle, reason: str) -> str:
     """A reason without the paths of whoever ran it."""
-    for place, name in ((bundle.folder, "BUNDLE"), (Path(sys.prefix), "PYTHON"), (Path(sys.base_prefix), "PYTHON"), (_home(), "HOME")):
-        reason = reason.replace(str(place), name) if place and len(place.parts) > 1 else reason
+    for place, name in ((bundle.folder, "BUNDLE"), (Path(sys.prefix), "PYTHON"), (_home(), "HOME")):
+        if place and len(place.parts) > 2:  # no root, nor /usr, which is everybody's
+            reason = re.sub(rf"{re.escape(str(place))}(?![\w-])", name, reason)
     return reason
 
 

@@ -216,6 +216,21 @@ def test_the_output_that_is_wrong_speaks_for_all(opened: Bundle) -> None:
     assert not sly.agrees[budget].passed
 
 
+def test_the_most_exact_runtime_is_the_judge_wherever_it_stands(opened: Bundle) -> None:
+    clock, budget = Clock(), Budget(latents=8)
+    entries = []
+    for name, precision, value in (("rough", "bf16", 1.05), ("exact", "fp32", 1.0), ("wrong", "fp32", 1.04)):
+        runtime = FakeRuntime(name, clock, precision=precision)
+        entry = Entry(runtime, start(clock)(runtime, opened, SETTINGS))
+        loaded = entry.ask("load")
+        entry.loaded = loaded._replace(tolerance=1e-1 if precision == "bf16" else 1e-5)
+        entry.first[budget] = 0.1, {"prediction": np.array([value])}
+        entries.append(entry)
+    _agree(entries)
+    assert [entry.failure is None for entry in entries] == [True, True, False]
+    assert str(entries[2].failure).startswith("differs from exact at latents=8")
+
+
 @pytest.mark.parametrize("kind", ["distilled", "unconditional"])
 def test_what_is_drawn_without_guidance_is_told_so(opened: Bundle, kind: str) -> None:
     report, _ = run(opened, "right")

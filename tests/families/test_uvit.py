@@ -126,7 +126,7 @@ def test_shapes_tell_all_but_the_heads_and_the_schedule(params: UVitParams) -> N
         agree(FAMILY, origins, {})
     with pytest.raises(ModelError, match=r"depth is 4 by the checkpoint's shapes but 6 by config"):
         agree(FAMILY, origins | {"config": {"depth": 6}}, {})
-    near = params.mlp_ratio + 0.4 / params.embed_dim  # makes as many hidden values
+    near = params.mlp_ratio + 0.4 / params.embed_dim  # of one and of two widths it makes as many hidden values
     assert agree(FAMILY, origins | {"config": {"num_heads": 2, "mlp_ratio": near}}, {}) == params
     for ratio in (params.mlp_ratio + 1, float("nan"), "wide"):
         with pytest.raises(ModelError, match="mlp_ratio is .* by"):

@@ -25,7 +25,7 @@ from elastic_runtime.contract.precision import EXACT
 from elastic_runtime.contract.schedule import CosineMask
 from elastic_runtime.denoising.evaluator import evaluator
 from elastic_runtime.device import Clock, Device, peak, peak_bytes
-from elastic_runtime.errors import ElasticError, MissingError
+from elastic_runtime.errors import ElasticError, InferenceError
 from elastic_runtime.files import atomic, cache
 from elastic_runtime.ralu.plan import PRESETS
 from elastic_runtime.sessions.opening import candidates, open_origin
@@ -218,8 +218,8 @@ def fastest(
     kept.
 
     Only what computes in `precisions` competes; where none are named, the most exact of those that can run here: time is no reason to draw
-    with fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails to open
-    is left out, and the log says why.
+    with fewer bits unasked. Each candidate is opened, timed at the largest budget and closed. One that fails is left out, and the log says
+    why; where it may not the next time, as on a GPU whose memory was full, the choice is not kept.
     """
     able = candidates(bundle, graph)[0] if able is None else able
     if len(able) < 2:
@@ -239,15 +239,18 @@ def fastest(
             return candidate
     times: list[tuple[float, Origin]] = []
     failures: list[ElasticError] = []
+    lasting = True
     for candidate in competing:
         try:
             with open_origin(bundle, graph, candidate) as session:
+                lasting = lasting and not session.fell_back
                 largest = _largest(bundle.manifest, session)
                 rows = points(session, bundle.manifest, [largest], clock, seconds=SECONDS / 2)
                 times.append((min(row.seconds / row.batch for row in rows), candidate))
         except ElasticError as error:
             _log.warning("%s is left out by %s: %s", candidate.artifact.path, candidate.backend, error)
             failures.append(error)
+            lasting = lasting and not isinstance(error, InferenceError)
     if not times:
         raise failures[0]
     best = min(times, key=lambda pair: pair[0])[1]
@@ -260,7 +263,7 @@ def fastest(
         artifact=best.artifact.path,
         milliseconds=milliseconds,
     )
-    if all(isinstance(error, MissingError) for error in failures):  # else it may open the next time: memory is short for a while
+    if lasting:
         _store(kept, "fastest-")
     _log.info("fastest of %s: %s %s", milliseconds, best.backend, _given_up(best))
     return best

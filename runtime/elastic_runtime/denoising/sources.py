@@ -58,12 +58,12 @@ def _one(name: str, given: Picture, mode: str) -> np.ndarray:
 def converted(name: str, picture: Image.Image, mode: str) -> np.ndarray:
     """A PIL picture's pixels, uint8; grey of 16 bits keeps its range, which Pillow would cut off at 255.
 
-    Raises: UsageError for whole numbers and floats whose range nothing tells.
+    Raises: UsageError for whole numbers and floats whose range nothing tells, as which Pillow opens grey PGM of 16 bits, too.
     """
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) / 257).round().astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise UsageError(f"{name} has pixels of 32 bits (mode {picture.mode}), of which nothing tells what is white: save it with 8 or 16")
+        raise UsageError(f"{name} has pixels of mode {picture.mode}, of which nothing tells what is white: save it with 8 bits")
     return np.asarray(picture.convert(mode))
 
 

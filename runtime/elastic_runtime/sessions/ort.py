@@ -159,7 +159,7 @@ class OrtSession(Session):
         if self._large:
             give_back()
         provider = self._provider = self._session.get_providers()[0]
-        self.processor = PROCESSORS.get(provider, "gpu")
+        self.processor, self.fell_back = PROCESSORS.get(provider, "gpu"), provider != chosen[0][0]
         self.where = f"onnxruntime {onnxruntime.__version__} {provider.removesuffix('ExecutionProvider')}"
         if self._graphs and (provider != CUDA or not self._graphs.captures):
             self._graphs = None

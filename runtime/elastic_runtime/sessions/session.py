@@ -64,13 +64,15 @@ class Session(ABC):
     is. An artifact may offer less than its graph: `batch` is the span of one run, `budgets` are the points that it was
     compiled for (None: every budget of the axes), `spans` those of open dimensions of which it takes fewer sizes.
     `origin` is None for a session that no artifact was opened for. `gathers` is whether runs that are handed over
-    together (`several`) take much less than one after the other.
+    together (`several`) take much less than one after the other, `fell_back` whether it runs on another processor than
+    its backend would have taken.
     """
 
     where: str
     processor: Processor = "cpu"
     origin: Origin | None = None
     gathers: bool = False
+    fell_back: bool = False
 
     def __init__(
         self,

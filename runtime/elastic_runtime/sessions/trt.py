@@ -7,6 +7,7 @@ no captured address goes stale.
 """
 
 import contextlib
+import hashlib
 import importlib
 import logging
 import os
@@ -75,16 +76,17 @@ def obstacle(artifact: Artifact) -> str | None:
             f"{whose}, and here is {version}. Install that version (pip install {package.name}=={artifact.builder_version}) "
             "or add an engine for this one with: elastic-export trt BUNDLE"
         )
-    if artifact.version_compatible and not _trusted(artifact):
+    if artifact.version_compatible and not _allowed() and not {file.sha256 for file in artifact.files} <= _own:
         return (
             f"{whose}, and brings a runtime of its own (--version-compatible), native code that would run with your rights: set "
-            f"{HOST_CODE}=1 if you trust who built it, or build one here with: elastic-export trt BUNDLE"
+            f"{HOST_CODE}=1 if you trust who built it, or build one without: elastic-export trt BUNDLE --overwrite"
         )
     return None
 
 
-def _trusted(artifact: TrtArtifact) -> bool:
-    return os.environ.get(HOST_CODE) == "1" or {file.sha256 for file in artifact.files} <= _own
+def _allowed() -> bool:
+    """Whether the user lets engines run code of their own."""
+    return os.environ.get(HOST_CODE) == "1"
 
 
 def _opens(artifact: TrtArtifact, version: str) -> bool:
@@ -171,9 +173,11 @@ class TrtSession(Session):
         path = bundle.file(artifact.path)
         self._logger = make_logger(self._library)
         self._runtime = self._library.Runtime(self._logger)  # outlives the engine
-        if artifact.version_compatible and _trusted(artifact):
-            self._runtime.engine_host_code_allowed = True  # such an engine brings its own lean runtime
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        content = path.read_bytes()
+        # Such an engine brings its own lean runtime; what the manifest says of the file is not what is in it.
+        if artifact.version_compatible and (_allowed() or hashlib.sha256(content).hexdigest() in _own):
+            self._runtime.engine_host_code_allowed = True
+        engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BundleError(
                 f"{artifact.builder} cannot open {path}: {self._reason()}. Build it again with: elastic-export trt {bundle.folder}"

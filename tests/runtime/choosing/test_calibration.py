@@ -227,6 +227,23 @@ def test_what_fails_to_open_for_once_is_tried_again(
     assert second.backend == ("fast" if again else "slow")
 
 
+def test_a_session_that_fell_back_on_another_processor_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
+    sturdy, full = Room("sturdy", machine, 2.0), Room("full", machine, 1.0)
+    opens = full.open
+
+    def falls_back(*words: Any, **options: Any) -> FakeSession:
+        made = opens(*words, **options)
+        made.fell_back = True
+        return made
+
+    full.record = replace(full.record, open=falls_back)
+    rooms(monkeypatch, sturdy, full)
+    for times in (1, 2):
+        fastest(bundle, "denoiser", lambda: probe(MACHINES["xeon"]), machine.clock)
+        assert sturdy.opened == times
+
+
 def test_threads_that_open_graphs_at_once_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, bundle = Machine(), write_bundle(tmp_path / "bundle", channels=1)
     one, other = Room("one", machine, 2.0), Room("other", machine, 1.0)
