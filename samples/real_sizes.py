@@ -159,7 +159,7 @@ def section(rows: dict[str, dict[str, Any]]) -> str:
     made = " ".join(name for name in SUBJECTS if any(key.startswith(f"{name} ") for key in rows))
     places: dict[str, list[str]] = {}
     for key, cost in rows.items():
-        libraries = ", ".join(f"{name} {version}" for name, version in sorted(cost["versions"].items()))
+        libraries = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in sorted(cost["versions"].items()))
         places.setdefault(f"on a {cost['machine']}; {libraries}", []).append(key)
     where = [place + (f" ({', '.join(keys)})" if len(places) > 1 else "") for place, keys in places.items()]
     lines += ["", f"`python samples/real_sizes.py {made} --folder build/real` {'; and '.join(where)}."]
