@@ -1,8 +1,8 @@
 """An exported graph, tidied: constants computed, and nodes that change nothing taken out.
 
 These are onnxscript's passes in the order of its own `optimize`, with those of its rules that transformers and autoencoders have a use for.
-Its own tries forty at every node, and one of them (two slices as a split) reads the whole graph each time: 16 of the 44 seconds that a model
-of two billion weights took to be traced and tidied, and a larger share of a larger one.
+Its own tries forty at every node, and one of them (two slices as a split) reads the whole graph each time: 16 of the 44 seconds that a
+model of two billion weights took to be traced and tidied, and a larger share of a larger one.
 """
 
 import onnx_ir as ir
