@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from elastic_export import exporting
 from elastic_export.exporting import Job, OnStage, silent
 from elastic_export.sides import read_size
-from elastic_export.values import Folder, Spanned, read_adapters, read_span, read_spans, read_words
+from elastic_export.values import BATCH, Folder, Spanned, read_adapters, read_span, read_spans, read_words
 from elastic_runtime import hub
-from elastic_runtime.contract.axis import Span
 from elastic_runtime.contract.bundle import MANIFEST, Bundle
 from elastic_runtime.errors import MissingError, UsageError
 from elastic_runtime.files.folder import Draft, standing, writing
@@ -21,7 +20,6 @@ from elastic_targets.target import OnProgress, Target
 if TYPE_CHECKING:
     from elastic_export.capture.capture import Capture
 
-BATCH = Span(1, 4)
 TRANSFORMER = "transformer"  # what `components` calls a denoiser
 
 

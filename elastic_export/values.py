@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elastic_runtime.contract.axis import Span
 
+BATCH = Span(1, 4)  # samples of one run, where nothing else is asked for
 Folder = str | os.PathLike[str]
 Spanned = Span | str | int
 Adapting = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]

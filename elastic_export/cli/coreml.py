@@ -6,7 +6,7 @@ import typer
 
 from elastic_export.cli import options
 from elastic_export.cli.records import How, Source, Spans, opened
-from elastic_runtime.contract.axis import Span
+from elastic_export.values import BATCH
 
 BUDGETS_HELP = (
     "Budgets to compile, values of the model's axis, [bold]32,64,128,256[/bold] [dim](default: both ends and the doublings between, "
@@ -25,7 +25,7 @@ def coreml(
         str, typer.Option(help="functions (one a budget, sharing weights), enumerated, or range (one for all).")
     ] = "functions",
     target: Annotated[str, typer.Option(help="The oldest system that opens it: iOS15 to iOS26, macOS12 to macOS26.")] = "iOS18",
-    batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
+    batch: options.Batch = BATCH,
     precision: Annotated[str, options.precision("fp16 with float32 positions, timesteps, inputs and outputs, or fp32.")] = "fp16",
     reductions: Annotated[str, typer.Option(help="Norms of an fp16 program: fp32, or fp16 to stay on the Neural Engine.")] = "fp32",
     compress: Annotated[

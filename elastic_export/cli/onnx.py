@@ -6,7 +6,7 @@ import typer
 
 from elastic_export.cli import options
 from elastic_export.cli.records import How, Source, Spans, opened
-from elastic_runtime.contract.axis import Span
+from elastic_export.values import BATCH
 
 
 @opened
@@ -15,7 +15,7 @@ def onnx(
     source: Source,
     spans: Spans,
     how: How,
-    batch: options.Batch = Span(1, 4),  # noqa: B008  frozen
+    batch: options.Batch = BATCH,
     precision: Annotated[
         str,
         options.precision(

@@ -74,6 +74,7 @@ def trt(
     from elastic_export.cli.making import make, shown
     from elastic_export.exporting import require_model
     from elastic_export.preparing import bundle_at
+    from elastic_export.values import BATCH
     from elastic_runtime import hub
     from elastic_targets.trt import TrtOptions, available
 
@@ -89,7 +90,7 @@ def trt(
     if bundle is None:
         onnx = {"precision": precision or "fp32", "conditions_apart": conditions_apart} | ({"opset": opset} if opset else {})
         folder, engines = output or Path(Path(source.model).name), (elastic_targets.target("trt"), engine_options)
-        shown(make("onnx", onnx, source, folder, spans, batch or Span(1, 4), how, engines), "trt", how)
+        shown(make("onnx", onnx, source, folder, spans, batch or BATCH, how, engines), "trt", how)
     elif how.dry_run:
         _plan(bundle, engine_options, how)
     else:

@@ -158,9 +158,9 @@ def _agree(running: list[Entry]) -> None:
     if not running:
         return
     judge = min(running, key=_tolerance)
-    for entry in running:
+    for entry in (each for each in running if each is not judge):
         for budget, (_, outputs) in entry.first.items():
-            if entry is judge or budget not in judge.first:
+            if budget not in judge.first:
                 continue
             bound, wanted = _tolerance(entry) + _tolerance(judge), judge.first[budget][1]
             rows = [compare(array, wanted[name], budget, bound, judge.runtime.name) for name, array in outputs.items()]

@@ -1,5 +1,6 @@
 """Every way that this machine has to run a bundle, proven and timed once: what a device check sends back."""
 
+import os
 import re
 import statistics
 import sys
@@ -80,17 +81,11 @@ def _tried(bundle: Bundle, graph: str, artifact: Artifact, record: Backend, way:
 
 def _nameless(bundle: Bundle, reason: str) -> str:
     """A reason without the paths of whoever ran it."""
-    for place, name in ((bundle.folder, "BUNDLE"), (Path(sys.prefix), "PYTHON"), (_home(), "HOME")):
-        if place and len(place.parts) > 2:  # no root, nor /usr, which is everybody's
+    home = Path(os.path.expanduser("~"))  # which stays that of somebody who has none
+    for place, name in ((bundle.folder, "BUNDLE"), (Path(sys.prefix), "PYTHON"), (home, "HOME")):
+        if len(place.parts) > 2:  # no root, nor /usr, which is everybody's
             reason = re.sub(rf"{re.escape(str(place))}(?![\w-])", name, reason)
     return reason
-
-
-def _home() -> Path | None:
-    try:
-        return Path.home()
-    except RuntimeError:  # nobody's
-        return None
 
 
 def _trial(about: dict[str, Any], row: Verification, seconds: float) -> Trial:

@@ -58,7 +58,7 @@ class ApartSession(Session):
     ):
         super().__init__(graph, rest.batch, rest.budgets, rest.spans)
         self._apart, self._rest, self._open = apart, rest, open_conditions
-        self.where, self.processor, self.gathers = rest.where, rest.processor, rest.gathers
+        self.where, self.processor, self.gathers, self.fell_back = rest.where, rest.processor, rest.gathers, rest.fell_back
         self._conditions, self._stays = conditions, conditions is not None
         self._row = 4 * sum(int(spec.shape[1]) for spec in apart.outputs)  # bytes
         self._kept: OrderedDict[bytes, dict[str, np.ndarray]] = OrderedDict()

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
+from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,7 +23,7 @@ from elastic_targets.onnx.optimize import optimize
 from elastic_targets.target import OnProgress
 from elastic_targets.weights import mapped, values, weights
 
-ORIGIN = "pkg.onnxscript.optimizer.folded_from"  # metadata of a constant: the names of what it was made of, as Python writes a list
+ORIGIN = FOLDED_FROM_KEY  # metadata of a constant: the names of what it was made of, as Python writes a list
 SMALL = 1 << 18  # values of a weight that the optimiser may see
 # Weights within the graph are one protobuf message, which is made in memory and ends at 2 GB; more than this go to files beside it, of at
 # most 4 GB, where many file systems and archives end.
